@@ -1,0 +1,58 @@
+"""Remove what computes nothing, so that data flow shows only what matters.
+
+Before::
+
+    %1 = aten.to.dtype(%0, float32): float32[2, 4]
+    %2 = aten.dropout.default(%1, 0.1, False): float32[2, 4]
+    %3 = aten.div.Tensor(%2, 1.0): float32[2, 4]
+    return [%3]
+
+After::
+
+    return [%0]
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from ditfastattn.passes.ir import aten, value
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+_ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+_SCALINGS = (aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar)
+
+
+def canonicalize(module: GraphModule) -> int:
+    """Drop exact no-ops and dead nodes in place; return how many no-ops were dropped."""
+    dropped = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and _is_no_op(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            dropped += 1
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return dropped
+
+
+def _is_no_op(node: Node) -> bool:
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.target is aten.dropout.default:
+        return node.args[2] is False
+    if node.target in _ALIASES:
+        return True
+    if node.target in _SCALINGS:
+        return node.args[1] == 1 and _same_kind(node)
+    return node.target in _CASTS and _same_kind(node)
+
+
+def _same_kind(node: Node) -> bool:
+    before, after = value(node.all_input_nodes[0]), value(node)
+    return (
+        before.dtype == after.dtype
+        and before.device == after.device
+        and before.shape == after.shape
+        and before.stride() == after.stride()
+    )

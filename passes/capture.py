@@ -1,0 +1,119 @@
+"""Turn what Dynamo captured into one ATen-level graph of fixed shapes.
+
+Attention, linear and normalization stay whole operators (tracing happens before dispatch), and
+each node keeps the path of the module it came from. Inputs are told apart: *static* ones are the
+model's parameters and buffers, *dynamic* ones are the arguments of the call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.canonicalize import canonicalize
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """Describe one input of a captured graph: its Python name, and whether it is static."""
+
+    name: str
+    static: bool
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders."""
+
+    module: GraphModule
+    inputs: tuple[GraphInput, ...]
+
+    @property
+    def dynamic_names(self) -> tuple[str, ...]:
+        """Return the names of the call's own tensors."""
+        return tuple(entry.name for entry in self.inputs if not entry.static)
+
+    def node(self, name: str) -> Node:
+        """Return the placeholder of the dynamic input ``name``; ``LookupError`` if absent."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        for entry, node in zip(self.inputs, placeholders, strict=True):
+            if entry.name == name and not entry.static:
+                found: Node = node
+                return found
+        raise LookupError(name)
+
+
+def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
+    """Read names and kinds of the inputs off a graph that Dynamo made."""
+    return tuple(_describe(node) for node in module.graph.find_nodes(op="placeholder"))
+
+
+def _describe(node: Node) -> GraphInput:
+    static = "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    grapharg = node.meta.get("grapharg")
+    if grapharg is None:
+        return GraphInput(node.name, static)
+    name = grapharg.source.name  # a method up to torch 2.9, a property since
+    path = readable_path(name() if callable(name) else name)
+    # A decorated forward takes its arguments as L['kwargs']['timestep'].
+    return GraphInput(path.removeprefix("kwargs."), static)
+
+
+def readable_path(source: str) -> str:
+    """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``."""
+    path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", source)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part]
+    return ".".join(part for part in parts[1:] if part != "self") or source
+
+
+def capture(
+    module: GraphModule, inputs: Sequence[GraphInput], args: Sequence[object]
+) -> CapturedGraph:
+    """Trace ``module`` at the shapes of ``args``; numbers among ``args`` become constants.
+
+    Raises:
+        ConfigError: the graph writes in place, so that steps could not be rewritten safely.
+    """
+    positions = [index for index, argument in enumerate(args) if isinstance(argument, Tensor)]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(args[index], static_shapes=True) for index in positions]
+
+    def call(*tensors: Tensor) -> Any:
+        full = list(args)
+        for index, tensor in zip(positions, tensors, strict=True):
+            full[index] = tensor
+        return Interpreter(module).run(*full)
+
+    with torch.no_grad(), fx_traceback.preserve_node_meta():
+        traced = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    kept = tuple(inputs[index] for index in positions)
+    dynamo_nodes = module.graph.find_nodes(op="placeholder")
+    for index, node in zip(positions, traced.graph.find_nodes(op="placeholder"), strict=True):
+        # Inductor reads this to know which inputs keep their address between calls.
+        node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
+    _refuse_mutation(traced)
+    canonicalize(traced)
+    return CapturedGraph(traced, kept)
+
+
+def _refuse_mutation(module: GraphModule) -> None:
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise ConfigError(
+                "the model writes to a tensor in place",
+                where=str(node.meta.get("stack_trace", node.name)).strip(),
+                got=node.target,
+                remedy="use the out-of-place form of this operation in the model",
+            )

@@ -1,0 +1,86 @@
+"""Count the floating-point operations of a graph from its shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.ir import ATTENTION, aten, value
+from ditfastattn.passes.pipeline import DENSE, rewrite
+from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.step_program import StepProgram
+from ditfastattn.passes.window_attention import kept_pairs
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Hold operation counts; a multiply-add counts as two.
+
+    ``attention`` counts QK^T and PV of the pairs kept, ``linear`` every matrix product with weights.
+    """
+
+    attention: int
+    linear: int
+
+    @property
+    def total(self) -> int:
+        """Return both together."""
+        return self.attention + self.linear
+
+    def __add__(self, other: Flops) -> Flops:
+        """Add counts."""
+        return Flops(self.attention + other.attention, self.linear + other.linear)
+
+
+def count_flops(graph: Graph) -> Flops:
+    """Count one run of ``graph``."""
+    counts = Flops(0, 0)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            counts += _count(node)
+    return counts
+
+
+def _count(node: Node) -> Flops:
+    if node.target in (ATTENTION, torch.ops.ditfastattn.window_attention.default):
+        return Flops(_attention(node), 0)
+    if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):
+        weight = value(node.args[1])  # type: ignore[arg-type]
+        return Flops(0, 2 * value(node).numel() * math.prod(weight.shape[1:]))
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        inner = value(node.args[0]).shape[-1]  # type: ignore[arg-type]
+        return Flops(0, 2 * value(node).numel() * inner)
+    return Flops(0, 0)
+
+
+def _attention(node: Node) -> int:
+    batch, heads, queries, head_dim = value(node.args[0]).shape  # type: ignore[arg-type]
+    keys = value(node.args[1]).shape[-2]  # type: ignore[arg-type]
+    windowed = node.target is not ATTENTION
+    pairs = kept_pairs(queries, int(node.args[3])) if windowed else queries * keys  # type: ignore[call-overload]
+    return 4 * batch * heads * int(pairs) * head_dim
+
+
+def plan_flops(
+    plan: Plan,
+    program: StepProgram,
+    captured: CapturedGraph,
+    sites: tuple[AttentionSite, ...],
+) -> tuple[Flops, Flops]:
+    """Return the counts of a whole generation: dense, and by ``plan``, bookkeeping included."""
+    layout = plan.sampler.cfg_layout
+    dense = count_flops(rewrite(captured, sites, (DENSE,) * len(sites), layout).graph)
+    variants = [
+        count_flops(rewrite(captured, sites, actions, layout).graph)
+        for actions in program.variants
+    ]
+    planned = Flops(0, 0)
+    for variant in program.schedule:
+        planned += variants[variant]
+    steps = len(program.schedule)
+    return Flops(dense.attention * steps, dense.linear * steps), planned

@@ -1,0 +1,328 @@
+"""Lower ``ditfastattn::window_attention`` to forms that skip the work outside the band.
+
+Before::
+
+    %3 = ditfastattn.window_attention.default(%0, %1, %2, 128, 0.18): float32[2, 6, 1024, 32]
+
+After, in blocks of queries, each with the keys it can see (``WindowKernel.BLOCKS``)::
+
+    %9 = aten.permute.default(...): float32[8, 12, 384, 32]
+    %12 = aten.scaled_dot_product_attention.default(%5, %9, %11, %4, ...): float32[8, 12, 128, 32]
+
+or as FlexAttention with a block mask (``WindowKernel.FLEX``)::
+
+    %9 = flex_attention(%0, %1, %2, %7, [1024, 1024, %3, %4, %5, %6, ...], 0.18, ...): tuple
+    %10 = getitem(%9, 0): float32[2, 6, 1024, 32]
+
+Each form is a plain function, traced at the node's shapes and pasted over the node. What depends
+on the band alone, the bias or the block mask, becomes buffers that all nodes share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import flex_attention as flex
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ditfastattn.passes import window_attention as _window_attention  # noqa: F401  registers the op
+from ditfastattn.passes.ir import calls, fake_mode, value
+
+Form = Callable[..., Tensor]  # (q, k, v, *constants) -> output, all [B, H, N, D]
+Constants = tuple[Tensor, ...]
+
+
+class WindowKernel(StrEnum):
+    """Name what computes a window."""
+
+    AUTO = "auto"  # FlexAttention on GPUs; blocks elsewhere, unless their bias grows too large
+    BLOCKS = "blocks"
+    FLEX = "flex"
+
+
+_FLEX_DEVICES = ("cuda", "xpu")
+_FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLEX_MIN_HEAD_DIM = 16
+_MAX_BIAS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Band:
+    """Hold what the constants of a window depend on."""
+
+    tokens: int
+    window: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block(self) -> int:
+        """Return how many queries share their keys: the fastest measured, about the window."""
+        return min(256, max(32, 2 ** math.ceil(math.log2(max(1, self.window)))))
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks cover the queries, the last one in part."""
+        return math.ceil(self.tokens / self.block)
+
+    @property
+    def span(self) -> int:
+        """Return how many keys the queries of one block see together."""
+        return self.block + 2 * self.window
+
+    @property
+    def flex_block(self) -> int:
+        """Return the side of FlexAttention's blocks: on GPUs its default, on CPUs the fastest."""
+        return 128 if self.device.type in _FLEX_DEVICES else 64
+
+    @property
+    def bias_bytes(self) -> int:
+        """Return the size of what ``band_bias`` builds."""
+        return self.blocks * self.block * self.span * self.dtype.itemsize
+
+
+def lower_window_attention(
+    module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO
+) -> list[str]:
+    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    lowering = _Lowering(module)
+    reasons: list[str] = []
+    for node in calls(module.graph, torch.ops.ditfastattn.window_attention.default):
+        chosen = _choose(node, kernel)
+        reason = _decline(node, chosen)
+        if reason:
+            reasons.append(f"{node.name}: {reason}")
+        else:
+            lowering.lower(node, chosen)
+    module.recompile()
+    return reasons
+
+
+def _band(node: Node) -> Band:
+    query = value(node.all_input_nodes[0])
+    window: Any = node.args[3]
+    tokens = query.shape[2]
+    return Band(tokens, min(window, tokens), query.dtype, query.device)
+
+
+def _choose(node: Node, kernel: WindowKernel) -> WindowKernel:
+    if kernel is not WindowKernel.AUTO or not _is_static(node):
+        return kernel
+    band = _band(node)
+    if band.device.type in _FLEX_DEVICES or band.bias_bytes > _MAX_BIAS_BYTES:
+        return WindowKernel.FLEX
+    return WindowKernel.BLOCKS
+
+
+def _is_static(node: Node) -> bool:
+    inputs = (value(source) for source in node.all_input_nodes)
+    return all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+
+
+def _decline(node: Node, kernel: WindowKernel) -> str:
+    if not _is_static(node):
+        return f"its shape is symbolic: {list(value(node).shape)}"
+    band = _band(node)
+    block = band.flex_block if kernel is WindowKernel.FLEX else band.block
+    if block + 2 * band.window >= band.tokens:
+        return (
+            f"a window of {band.window} per side in blocks of {block} leaves none of "
+            f"{band.tokens} tokens to skip"
+        )
+    return _decline_flex(band, value(node).shape[3]) if kernel is WindowKernel.FLEX else ""
+
+
+def _decline_flex(band: Band, head_dim: int) -> str:
+    if band.dtype not in _FLEX_DTYPES:
+        return f"FlexAttention does not take {band.dtype}"
+    if band.device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return "" if capability.startswith("AVX") else f"FlexAttention needs AVX2, not {capability}"
+    if band.device.type not in _FLEX_DEVICES:
+        return f"FlexAttention does not run on {band.device.type}"
+    if head_dim < _FLEX_MIN_HEAD_DIM:
+        return f"FlexAttention needs head_dim >= {_FLEX_MIN_HEAD_DIM}, not {head_dim}"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """Paste forms into ``module``; equal windows share one trace, equal bands their buffers."""
+
+    module: GraphModule
+    traces: dict[Any, GraphModule] = field(default_factory=dict)
+    attributes: dict[int, str] = field(default_factory=dict)  # id of what is registered -> its name
+
+    def lower(self, node: Node, kernel: WindowKernel) -> None:
+        """Replace ``node`` by its form."""
+        band = _band(node)
+        scale: Any = node.args[4]
+        build = _flex_form if kernel is WindowKernel.FLEX else _blocks_form
+        form, constants = build(band, scale)
+        layouts = tuple((value(source).shape, value(source).stride()) for source in _sources(node))
+        key = (kernel, band, scale, layouts)
+        if key not in self.traces:
+            self.traces[key] = self._trace(form, node, constants)
+        self._paste(self.traces[key], node, constants)
+
+    def _trace(self, form: Form, node: Node, constants: Constants) -> GraphModule:
+        mode = fake_mode(self.module.graph)
+        # Fresh fakes: tracing tells its inputs apart by identity, and two nodes may share a value.
+        with mode:
+            examples = [
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                for t in map(value, _sources(node))
+            ]
+        examples += [mode.from_tensor(constant) for constant in constants]
+        with torch.no_grad(), _flex_traced_directly():
+            trace = make_fx(form, pre_dispatch=True)(*examples)
+        trace.graph.eliminate_dead_code()
+        return trace
+
+    def _paste(self, trace: GraphModule, node: Node, constants: Constants) -> None:
+        graph = self.module.graph
+        inputs = trace.graph.find_nodes(op="placeholder")
+        copies = dict(zip(inputs[:3], _sources(node), strict=True))
+        with graph.inserting_before(node):
+            for inner, constant in zip(inputs[3:], constants, strict=True):
+                copies[inner] = graph.get_attr(self._attribute("window_mask", constant))
+                copies[inner].meta["val"] = inner.meta["val"]
+            for inner in trace.graph.nodes:
+                if inner.op == "get_attr":  # the bodies of FlexAttention's score and mask
+                    body = getattr(trace, str(inner.target))
+                    copies[inner] = graph.get_attr(self._attribute(str(inner.target), body))
+                elif inner.op == "call_function":
+                    copies[inner] = graph.node_copy(inner, copies.__getitem__)
+                    _take_origin(copies[inner], node)
+        node.replace_all_uses_with(copies[trace.graph.output_node().args[0]])
+        graph.erase_node(node)
+
+    def _attribute(self, prefix: str, item: Tensor | torch.nn.Module) -> str:
+        """Return the name that ``item`` has on the module; register it at first sight."""
+        if id(item) not in self.attributes:
+            name = f"{prefix}_{len(self.attributes)}"
+            if isinstance(item, Tensor):
+                self.module.register_buffer(name, item, persistent=False)
+            else:
+                self.module.add_module(name, item)
+            self.attributes[id(item)] = name
+        return self.attributes[id(item)]
+
+
+def _sources(node: Node) -> tuple[Node, Node, Node]:
+    q, k, v = node.args[:3]
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    return q, k, v
+
+
+def _take_origin(copy: Node, node: Node) -> None:
+    for key in ("stack_trace", "nn_module_stack"):
+        copy.meta.pop(key, None)
+        if key in node.meta:
+            copy.meta[key] = node.meta[key]
+
+
+def _token_major(output: Tensor) -> Tensor:
+    """Lay ``[B, H, N, D]`` out as the op promises: ``[B, N, H, D]`` in memory."""
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
+    rest = band.blocks * band.block - band.tokens
+
+    def queries(q: Tensor) -> Tensor:
+        padded = pad(q, (0, 0, 0, rest)) if rest else q
+        return padded.reshape(-1, band.blocks, band.block, q.shape[3]).transpose(0, 1)
+
+    def spans(keys: Tensor) -> Tensor:
+        padded = pad(keys, (0, 0, band.window, band.window + rest))
+        merged = padded.reshape(-1, padded.shape[2], padded.shape[3])
+        return merged.unfold(1, band.span, band.block).permute(1, 0, 3, 2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.
+        blocks = scaled_dot_product_attention(
+            queries(q), spans(k), spans(v), attn_mask=bias, scale=scale
+        )
+        merged = blocks.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
+        return _token_major(merged[:, :, : band.tokens])
+
+    return run, (band_bias(band),)
+
+
+@lru_cache(maxsize=4)  # step variants are lowered one by one, and share what they can
+def band_bias(band: Band) -> Tensor:
+    """Return the bias of each block, 0 inside the band, ``[blocks, 1, block, span]``.
+
+    Queries past the last token see everything: without a key their softmax would be NaN.
+    """
+    with torch.inference_mode(False):
+        start = torch.arange(band.blocks, device=band.device)[:, None, None] * band.block
+        query = start + torch.arange(band.block, device=band.device)[:, None]
+        key = start + torch.arange(band.span, device=band.device) - band.window
+        seen = ((query - key).abs() <= band.window) & (key >= 0) & (key < band.tokens)
+        seen = seen | (query >= band.tokens)
+        bias = torch.zeros(seen.shape, dtype=band.dtype, device=band.device)
+        return bias.masked_fill(~seen, -math.inf)[:, None]
+
+
+def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
+    def in_band(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key).abs() <= band.window
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *blocks: Tensor) -> Tensor:
+        mask = flex.BlockMask.from_kv_blocks(
+            *blocks,
+            BLOCK_SIZE=band.flex_block,
+            mask_mod=in_band,
+            seq_lengths=(band.tokens, band.tokens),
+            compute_q_blocks=False,  # only the backward reads them
+        )
+        return _token_major(flex.flex_attention(q, k, v, block_mask=mask, scale=scale))
+
+    return run, band_blocks(band)
+
+
+@lru_cache(maxsize=4)
+def band_blocks(band: Band) -> Constants:
+    """Return FlexAttention's key blocks per query block: part and whole ones, counts and indices.
+
+    Built from the blocks' corners, because masks of all ``[N, N]`` pairs take much memory.
+    """
+    side = band.flex_block
+    with torch.inference_mode(False):
+        first = torch.arange(0, band.tokens, side, device=band.device)
+        distance = (first[:, None] - first[None, :]).abs()
+        near = (distance - side + 1).clamp(min=0) <= band.window
+        whole = distance + side - 1 <= band.window
+        return *_counted(near & ~whole), *_counted(whole)
+
+
+def _counted(kept: Tensor) -> Constants:
+    counts = kept.sum(-1, dtype=torch.int32)
+    indices = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None], indices[None, None].contiguous()
+
+
+@contextmanager
+def _flex_traced_directly() -> Iterator[None]:
+    """Keep FlexAttention from calling ``torch.compile`` while it is traced.
+
+    It would reach Dynamo's limit of recompilations after a few shapes.
+    """
+    previous = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = previous

@@ -1,0 +1,129 @@
+"""Run the passes that turn the dense graph into the graph of one step variant."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from ditfastattn.env import Knobs, read_knobs
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.base import Pass
+from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
+from ditfastattn.passes.ir import clone, graph_text, outputs
+from ditfastattn.passes.plan import CfgLayout, Strategy, write_text_atomically
+from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
+from ditfastattn.passes.share_across_steps import ShareAcrossSteps
+from ditfastattn.passes.sink_batch_slices import SinkBatchSlices
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.store_caches import StoreCaches
+from ditfastattn.passes.verify import verify
+from ditfastattn.passes.window_residual import WindowResidual
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SiteAction:
+    """Say what one site does in one step variant, and which of its caches later steps read."""
+
+    strategy: Strategy
+    writes_output: bool = False
+    writes_residual: bool = False
+
+
+DENSE = SiteAction(Strategy.FULL)
+
+
+def variant_passes(
+    sites: Sequence[AttentionSite], actions: Sequence[SiteAction], layout: CfgLayout
+) -> tuple[Pass, ...]:
+    """Return the passes of one step variant, in the order they run."""
+    pairs = tuple(zip(sites, actions, strict=True))
+
+    def chosen(*strategies: Strategy) -> tuple[AttentionSite, ...]:
+        return tuple(site for site, action in pairs if action.strategy in strategies)
+
+    return (
+        StoreCaches(
+            outputs=tuple(site for site, action in pairs if action.writes_output),
+            residuals=tuple(site for site, action in pairs if action.writes_residual),
+        ),
+        WindowResidual(chosen(Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)),
+        ShareAcrossSteps(chosen(Strategy.SHARE_STEP)),
+        ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
+        SinkBatchSlices(),
+        EliminateDeadCode(),
+    )
+
+
+PASS_NAMES = tuple(step.name for step in variant_passes((), (), CfgLayout.NONE))
+
+
+def rewrite(
+    captured: CapturedGraph,
+    sites: Sequence[AttentionSite],
+    actions: Sequence[SiteAction],
+    layout: CfgLayout,
+    label: str = "variant",
+) -> GraphModule:
+    """Return a new graph for one step variant; ``captured`` is left as it is.
+
+    Raises:
+        ConfigError: a knob names an unknown pass.
+        VerifyError: a pass left the graph invalid.
+    """
+    knobs = read_knobs()
+    _check_disabled(knobs)
+    module = clone(captured.module)
+    inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
+    done: list[str] = []
+    _dump(knobs, label, 0, "dense", module)
+    for step in variant_passes(sites, _fuelled(actions, knobs.fuel), layout):
+        if step.name in knobs.disabled:
+            log.info("%s: %s: disabled", label, step.name)
+            continue
+        before = len(module.graph.nodes)
+        result = step.run(module)
+        done.append(step.name)
+        if result.changed == 0 and len(module.graph.nodes) == before:
+            continue
+        log.debug("%s: %s: %d rewritten", label, step.name, result.changed)
+        if knobs.verify:
+            verify(module, inputs, results, after=", ".join(done))
+        _dump(knobs, label, len(done), step.name, module)
+    module.recompile()
+    return module
+
+
+def _check_disabled(knobs: Knobs) -> None:
+    unknown = sorted(set(knobs.disabled) - set(PASS_NAMES))
+    if unknown:
+        raise ConfigError(
+            "unknown pass",
+            where="DITFASTATTN_DISABLE",
+            got=", ".join(unknown),
+            expected=", ".join(PASS_NAMES),
+        )
+
+
+def _fuelled(actions: Sequence[SiteAction], fuel: int) -> tuple[SiteAction, ...]:
+    """Let only the first ``fuel`` sites take their shortcut; negative means all."""
+    if fuel < 0:
+        return tuple(actions)
+    kept: list[SiteAction] = []
+    for action in actions:
+        shortcut = action.strategy is not Strategy.FULL
+        kept.append(replace(action, strategy=Strategy.FULL) if shortcut and fuel == 0 else action)
+        fuel -= shortcut and fuel > 0
+    return tuple(kept)
+
+
+def _dump(knobs: Knobs, label: str, position: int, name: str, module: GraphModule) -> None:
+    if knobs.dump:
+        path = Path(knobs.dump) / label / f"{position:02d}-{name}.txt"
+        write_text_atomically(path, graph_text(module.graph) + "\n")

@@ -1,0 +1,227 @@
+"""Define the plan: which shortcut each attention site takes at each step, and for what it holds.
+
+A plan is data. It is written as JSON, read back strictly (an unknown field, an unknown version or
+an impossible schedule is a ``ConfigError``), and refuses a model or sampler other than its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ditfastattn.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+
+class Strategy(StrEnum):
+    """Name what an attention site does at one step (DiTFastAttn, section 3)."""
+
+    FULL = "full"
+    WINDOW = "window"  # WA-RS: window attention plus the cached residual
+    SHARE_STEP = "share-step"  # AST: the output of the last step that computed one
+    SHARE_CFG = "share-cfg"  # ASC: the conditional half serves both halves
+    WINDOW_SHARE_CFG = "window+share-cfg"
+
+    @property
+    def windowed(self) -> bool:
+        """Tell whether the site reads its residual cache."""
+        return self in (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)
+
+    @property
+    def shares_cfg(self) -> bool:
+        """Tell whether only the conditional half is computed."""
+        return self in (Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG)
+
+
+class CfgLayout(StrEnum):
+    """Name the order of the guidance halves along the batch of one call."""
+
+    NONE = "none"  # one lane only: sharing across guidance is illegal
+    COND_FIRST = "cond-first"
+    UNCOND_FIRST = "uncond-first"
+
+
+class SiteKind(StrEnum):
+    """Name what an attention site attends to."""
+
+    SELF = "self"
+    CROSS = "cross"
+    JOINT = "joint"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlannedSite(_Record):
+    """Describe one attention site of the model a plan is for.
+
+    ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence,
+    0 where a window is not legal.
+    """
+
+    name: str
+    kind: SiteKind
+    tokens: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)]
+    head_dim: Annotated[int, Field(gt=0)]
+    window: Annotated[int, Field(ge=0)]
+
+
+class Sampler(_Record):
+    """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
+
+    scheduler: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    steps: Annotated[int, Field(gt=0)]
+    timesteps: tuple[float, ...]
+    guidance_scale: float | None = None
+    cfg_layout: CfgLayout
+
+
+class Fingerprint(_Record):
+    """Identify a model: hashes of its attention structure and of its weights, and its dtype."""
+
+    structure: str
+    weights: str
+    dtype: str
+
+
+class Calibration(_Record):
+    """Record how a plan came to be."""
+
+    method: Literal["greedy", "manual"]
+    threshold: float = 0.0
+    seed: int | None = None
+    batch: int = 0
+    forwards: float = 0.0
+    seconds: float = 0.0
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Plan(_Record):
+    """Say, per step and attention site, which strategy runs: ``strategies[step][site]``.
+
+    ``inputs`` holds the shape of each tensor input of the model without its batch dimension; the
+    latent is among them. The batch size itself is free.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: Fingerprint
+    inputs: dict[str, tuple[int, ...]]
+    sampler: Sampler
+    sites: tuple[PlannedSite, ...]
+    strategies: tuple[tuple[Strategy, ...], ...]
+    calibration: Calibration
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if len(self.strategies) != self.sampler.steps:
+            raise ValueError(f"strategies: {len(self.strategies)} rows for {self.sampler.steps} steps")
+        if len(self.sampler.timesteps) != self.sampler.steps:
+            raise ValueError(
+                f"sampler.timesteps: {len(self.sampler.timesteps)} values for {self.sampler.steps} steps"
+            )
+        for step, row in enumerate(self.strategies):
+            if len(row) != len(self.sites):
+                raise ValueError(f"strategies[{step}]: {len(row)} entries for {len(self.sites)} sites")
+        for index, site in enumerate(self.sites):
+            self._check_site(index, site)
+        return self
+
+    def _check_site(self, index: int, site: PlannedSite) -> None:
+        has_output = has_residual = False
+        for step, row in enumerate(self.strategies):
+            strategy = row[index]
+            reason = ""
+            if strategy is Strategy.SHARE_STEP and not has_output:
+                reason = "no earlier step computes an output to share"
+            elif strategy.windowed and not has_residual:
+                reason = "no earlier full step computes the residual"
+            elif strategy.windowed and site.window == 0:
+                reason = "a window is not legal at this site (window is 0)"
+            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.NONE:
+                reason = "guidance is not batched (cfg_layout is none)"
+            if reason:
+                raise ValueError(f"strategies[{step}][{index}] ({site.name}): {strategy}: {reason}")
+            has_output = True
+            has_residual = has_residual or strategy is Strategy.FULL
+
+    @property
+    def changed(self) -> int:
+        """Count the entries that are not full attention."""
+        return sum(strategy is not Strategy.FULL for row in self.strategies for strategy in row)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; ``path`` holds the old file or the whole new one."""
+        write_text_atomically(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ConfigError: the file is absent, not JSON, of another version, or not a valid plan.
+        """
+        where = os.fspath(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "cannot read the plan", where=where, got=error, remedy="run `ditfastattn calibrate`"
+            ) from error
+        return cls.parse(text, where)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "plan") -> Plan:
+        """Read a plan from JSON ``text``; errors as in ``load``."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                "the plan is not JSON", where=where, got=error, remedy="calibrate it again"
+            ) from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                "the plan is of another schema version",
+                where=f"{where}: schema_version",
+                got=version,
+                expected=SCHEMA_VERSION,
+                remedy="calibrate it again, or use the ditfastattn that wrote it",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                first["msg"],
+                where=f"{where}: {'.'.join(str(part) for part in first['loc']) or 'plan'}",
+                got=_shortened(first.get("input")),
+                remedy="correct the field or calibrate again",
+            ) from error
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary file beside ``path``, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

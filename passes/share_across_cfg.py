@@ -1,0 +1,45 @@
+"""Let the conditional half serve both guidance halves (ASC, section 3.3).
+
+Before, the conditional half first::
+
+    %8 = aten.linear.default(%7, %3, %4): float32[2, 64, 32]
+
+After; ``sink-batch-slices`` then moves the slice above the projections::
+
+    %8 = aten.linear.default(%7, %3, %4): float32[2, 64, 32]
+    %9 = aten.slice.Tensor(%8, 0, 0, 1): float32[1, 64, 32]
+    %10 = aten.cat.default([%9, %9]): float32[2, 64, 32]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from ditfastattn.passes.base import PassResult
+from ditfastattn.passes.ir import aten, find, insert, replace_uses
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.passes.sink_batch_slices import insert_half
+from ditfastattn.passes.sites import AttentionSite
+
+
+@dataclass(frozen=True)
+class ShareAcrossCfg:
+    """Copy the conditional half of ``sites`` to the unconditional half."""
+
+    sites: tuple[AttentionSite, ...]
+    layout: CfgLayout
+    name: str = "share-across-cfg"
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Rewrite each frontier node."""
+        second = self.layout is CfgLayout.UNCOND_FIRST
+        for site in self.sites:
+            for member in site.frontier:
+                node = find(module.graph, member)
+                half = insert_half(module.graph, node, second)
+                with module.graph.inserting_after(half):
+                    both = insert(module.graph, aten.cat.default, ([half, half],), node)
+                replace_uses(node, both, keep=(half,))
+        return PassResult(len(self.sites))

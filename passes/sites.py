@@ -1,0 +1,257 @@
+"""Find a model's attention sites by data flow, never by class name.
+
+A site is an attention node with its *frontier*: the last nodes that depend on nothing but this
+attention's output and parameters (the output projection, a rescaling; two of them where joint
+attention splits into image and text). What is cached for a later step is cached there, so that
+norm, projections and attention all die when the step shares it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from ditfastattn.passes.capture import CapturedGraph, readable_path
+from ditfastattn.passes.ir import ATTENTION, aten, calls, users_outside, value
+from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
+
+_SHORTEST_WINDOWED_SEQUENCE = 8
+_WINDOW_FRACTION = 8  # the paper's window: N/8 tokens on each side
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Describe one attention site of a captured graph.
+
+    ``node`` and ``frontier`` name graph nodes; ``ordinal`` is the place among *all* attention
+    nodes. ``declined`` says why a strategy is not legal here.
+    """
+
+    name: str
+    ordinal: int
+    node: str
+    frontier: tuple[str, ...]
+    kind: SiteKind
+    tokens: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, ...]
+    window: int
+    declined: dict[Strategy, str] = field(default_factory=dict)
+
+    def planned(self) -> PlannedSite:
+        """Return what a plan records of this site."""
+        return PlannedSite(
+            name=self.name,
+            kind=self.kind,
+            tokens=self.tokens,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            window=self.window,
+        )
+
+
+@dataclass(frozen=True)
+class DeclinedAttention:
+    """Name an attention node that is not a site, and why."""
+
+    name: str
+    ordinal: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """Hold the sites of a graph in execution order, and the attention nodes declined."""
+
+    sites: tuple[AttentionSite, ...]
+    declined: tuple[DeclinedAttention, ...]
+
+
+def find_sites(captured: CapturedGraph) -> SiteReport:
+    """Return every attention site of ``captured``, and each declined attention with its reason."""
+    graph = captured.module.graph
+    ancestry = _Ancestry(captured)
+    sites: list[AttentionSite] = []
+    declined: list[DeclinedAttention] = []
+    names: dict[str, int] = {}
+    for ordinal, node in enumerate(calls(graph, ATTENTION)):
+        name = _unique(_module_path(node) or f"attention.{ordinal}", names)
+        reason = _why_not_a_site(node, ancestry)
+        if reason:
+            declined.append(DeclinedAttention(name, ordinal, reason))
+        else:
+            sites.append(_describe(node, name, ordinal, captured, ancestry))
+    return SiteReport(tuple(sites), tuple(declined))
+
+
+def _describe(
+    node: Node, name: str, ordinal: int, captured: CapturedGraph, ancestry: _Ancestry
+) -> AttentionSite:
+    _, heads, tokens, head_dim = value(node.args[0]).shape
+    kind = _kind(node, ancestry)
+    declined: dict[Strategy, str] = {}
+    no_window = _why_no_window(node, kind, tokens)
+    if no_window:
+        declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    no_guidance = _why_no_shared_guidance(node, captured.module.graph)
+    if no_guidance:
+        declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
+    return AttentionSite(
+        name=name,
+        ordinal=ordinal,
+        node=node.name,
+        frontier=tuple(member.name for member in frontier(node, ancestry.is_static)),
+        kind=kind,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        grid=_grid(node, tokens),
+        window=0 if no_window else max(1, tokens // _WINDOW_FRACTION),
+        declined=declined,
+    )
+
+
+def frontier(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, ...]:
+    """Return the last nodes that depend on ``attention`` and static inputs alone."""
+    inside = {attention}
+    for node in attention.graph.nodes:
+        if node.op != "call_function" or node in inside:
+            continue
+        sources = node.all_input_nodes
+        if any(source in inside for source in sources) and all(
+            source in inside or is_static(source) for source in sources
+        ):
+            inside.add(node)
+    ordered = (node for node in attention.graph.nodes if node in inside)
+    return tuple(node for node in ordered if users_outside(node, inside))
+
+
+class _Ancestry:
+    """Answer which dynamic inputs a node depends on."""
+
+    def __init__(self, captured: CapturedGraph) -> None:
+        self._roots: dict[Node, frozenset[str]] = {}
+        placeholders = captured.module.graph.find_nodes(op="placeholder")
+        for entry, node in zip(captured.inputs, placeholders, strict=True):
+            self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
+        for node in captured.module.graph.nodes:
+            if node not in self._roots:
+                roots = (self._roots[source] for source in node.all_input_nodes)
+                self._roots[node] = frozenset().union(*roots)
+
+    def roots(self, node: Node) -> frozenset[str]:
+        """Return the names of the dynamic inputs that ``node`` depends on."""
+        return self._roots[node]
+
+    def is_static(self, node: Node) -> bool:
+        """Tell whether ``node`` depends on parameters, buffers and constants alone."""
+        return not self._roots[node]
+
+
+def _why_not_a_site(node: Node, ancestry: _Ancestry) -> str:
+    if value(node.args[0]).dim() != 4:
+        return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
+    if ancestry.is_static(node):
+        return "it does not depend on the model's inputs"
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return "attention dropout is active: call model.eval()" if dropout else ""
+
+
+def _kind(node: Node, ancestry: _Ancestry) -> SiteKind:
+    query, key = node.args[0], node.args[1]
+    if ancestry.roots(key) != ancestry.roots(query):
+        return SiteKind.CROSS
+    return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
+
+
+def _joins_streams(key: Node) -> bool:
+    """Tell whether the keys are concatenated, along the tokens, from several projections."""
+    tokens = value(key).shape[-2]
+    seen, pending = set(), [key]
+    while pending:
+        node = pending.pop()
+        if node in seen or node.target is aten.linear.default:
+            continue
+        seen.add(node)
+        if node.target is aten.cat.default and _concatenates(node, tokens):
+            return True
+        pending.extend(node.all_input_nodes)
+    return False
+
+
+def _concatenates(node: Node, tokens: int) -> bool:
+    joined = value(node)
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % joined.dim()
+    return dim > 0 and joined.shape[dim] == tokens and joined.dim() >= 3
+
+
+def _why_no_window(node: Node, kind: SiteKind, tokens: int) -> str:
+    if kind is not SiteKind.SELF:
+        return f"a band window is defined for self-attention, this is {kind}-attention"
+    if attention_mask(node) is not None:
+        return "the attention has a mask"
+    if _argument(node, 5, "is_causal", False):
+        return "the attention is causal"
+    if value(node.args[0]).shape != value(node.args[1]).shape:
+        return "queries and keys differ in shape"
+    if tokens < _SHORTEST_WINDOWED_SEQUENCE:
+        return f"only {tokens} tokens: a window would save nothing"
+    return ""
+
+
+def _why_no_shared_guidance(node: Node, graph: Graph) -> str:
+    batch = value(node.args[0]).shape[0]
+    if batch % 2:
+        return f"the batch is {batch}: no two halves"
+    returned = value(graph.output_node().all_input_nodes[0])
+    if returned.shape[0] != batch:
+        return f"the attention's batch is {batch}, the model's {returned.shape[0]}"
+    return ""
+
+
+def attention_mask(node: Node) -> Node | None:
+    """Return the mask of an attention node, or None."""
+    mask: Node | None = _argument(node, 3, "attn_mask", None)
+    return mask
+
+
+def attention_scale(node: Node) -> float:
+    """Return the factor on QK^T of an attention node."""
+    scale: float | None = node.kwargs.get("scale")
+    return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
+
+
+def _argument(node: Node, position: int, keyword: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+
+
+def _grid(node: Node, tokens: int) -> tuple[int, ...]:
+    """Return the spatial size of the patch embedding that made these tokens, or ()."""
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop(0)
+        if current.target in (aten.conv2d.default, aten.conv3d.default):
+            size = tuple(value(current).shape[2:])
+            if math.prod(size) == tokens:
+                return size
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return ()
+
+
+def _module_path(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return readable_path(paths[-1]) if paths else ""
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"

@@ -1,0 +1,110 @@
+"""Check that a pass left a graph valid; a fault is our bug and shows the lines around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ditfastattn.errors import VerifyError
+from ditfastattn.passes.caches import read_slots, written_slots
+from ditfastattn.passes.ir import aten, fake_mode, graph_text, outputs
+
+_CONTEXT_LINES = 3
+_VIEWS = (
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.select.int,
+    aten.expand.default,
+)
+
+
+def verify(module: GraphModule, inputs: int, results: int, after: str) -> None:
+    """Check ``module``: order, calling convention, shapes and dtypes, mutation, aliasing.
+
+    Args:
+        module: the graph.
+        inputs: how many inputs the model itself has; cache inputs follow them.
+        results: how many outputs the model itself has; cache outputs follow them.
+        after: the passes run so far, for the message.
+
+    Raises:
+        VerifyError: something does not hold.
+    """
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"after {after}: the graph is not well formed: {error}") from error
+    _check_signature(module, inputs, results, after)
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            _check_call(module, node, after)
+    _check_aliases(module, after)
+
+
+def _check_signature(module: GraphModule, inputs: int, results: int, after: str) -> None:
+    graph = module.graph
+    found = len(graph.find_nodes(op="placeholder"))
+    if found != inputs + len(read_slots(graph)):
+        raise VerifyError(f"after {after}: {found} inputs, expected {inputs} and {read_slots(graph)}")
+    if len(outputs(graph)) != results + len(written_slots(graph)):
+        raise VerifyError(
+            f"after {after}: {len(outputs(graph))} outputs, expected {results} and "
+            f"{written_slots(graph)}"
+        )
+
+
+def _check_call(module: GraphModule, node: Node, after: str) -> None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise _fault(module, node, after, f"{node.target} writes in place")
+    if "val" not in node.meta:
+        raise _fault(module, node, after, "it carries no fake value")
+    try:
+        with fake_mode(module.graph), torch.no_grad():
+            expected = node.target(  # type: ignore[operator]
+                *map_arg(node.args, lambda n: n.meta["val"]),
+                **map_arg(node.kwargs, lambda n: n.meta["val"]),
+            )
+    except Exception as error:
+        raise _fault(module, node, after, f"it cannot run: {error}") from error
+    for got, wanted in zip(_leaves(node.meta["val"]), _leaves(expected), strict=True):
+        if _kind(got) != _kind(wanted):
+            reason = f"it claims {_kind(got)} and computes {_kind(wanted)}"
+            raise _fault(module, node, after, reason)
+
+
+def _leaves(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _kind(result: Any) -> Any:
+    if not isinstance(result, Tensor):
+        return type(result)
+    return tuple(result.shape), result.dtype, result.device
+
+
+def _check_aliases(module: GraphModule, after: str) -> None:
+    """A cache output that is a view of an input would change under the reader's feet."""
+    graph = module.graph
+    written = outputs(graph)[len(outputs(graph)) - len(written_slots(graph)) :]
+    for node in written:
+        origin = node
+        while isinstance(origin, Node) and origin.target in _VIEWS:
+            origin = origin.args[0]
+        if isinstance(origin, Node) and origin.op == "placeholder":
+            raise _fault(module, origin, after, "a cache output is a view of this input")
+
+
+def _fault(module: GraphModule, node: Node, after: str, reason: str) -> VerifyError:
+    lines = graph_text(module.graph).splitlines()
+    at = list(module.graph.nodes).index(node)
+    shown = range(max(0, at - _CONTEXT_LINES), min(len(lines), at + _CONTEXT_LINES + 1))
+    context = "\n".join(f"{'>' if line == at else ' '} {lines[line]}" for line in shown)
+    return VerifyError(f"after {after}: node {node.name}: {reason}\n{context}")

@@ -1,0 +1,87 @@
+"""Define ``ditfastattn::window_attention``: self-attention over a band around the diagonal.
+
+Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. The op marks the window in a graph
+and computes it plainly, by a mask over full attention; ``lower_window_attention`` replaces it by
+forms that skip the work outside the band.
+
+The result lies in memory as ``[B, N, H, D]``, as that of flash attention does, so that what models
+do next (move the heads back and merge them) stays a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
+
+from ditfastattn.errors import ConfigError
+
+
+@torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
+
+    Takes and returns ``[B, H, N, D]``.
+
+    Raises:
+        ConfigError: the inputs are not alike, or the window is negative.
+    """
+    _check(q, k, v, window)
+    position = torch.arange(q.shape[2], device=q.device)
+    band = (position[:, None] - position[None, :]).abs() <= window
+    result = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scale)
+    return _allocate(q).copy_(result)
+
+
+@window_attention.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    _check(q, k, v, window)
+    return _allocate(q)
+
+
+def _allocate(q: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+    if q.dim() != 4:
+        raise ConfigError(
+            "the query has the wrong rank",
+            where="window_attention",
+            got=list(q.shape),
+            expected="[batch, heads, tokens, head_dim]",
+        )
+    for name, tensor in (("key", k), ("value", v)):
+        if _kind(tensor) != _kind(q):
+            raise ConfigError(
+                f"query and {name} differ",
+                where="window_attention",
+                got=_kind(tensor),
+                expected=_kind(q),
+                remedy="a window is for self-attention without grouped heads",
+            )
+    if window < 0:
+        raise ConfigError(
+            "the window is negative", where="window_attention", got=window, expected="0 or more"
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
+    return list(tensor.shape), tensor.dtype, tensor.device
+
+
+def kept_pairs(tokens: int, window: int) -> int:
+    """Count the (query, key) pairs inside the band: ``i``, ``j`` with ``|i - j| <= window``."""
+    width = min(window, tokens - 1)
+    return tokens * (2 * width + 1) - width * (width + 1)
+
+
+@register_flop_formula(torch.ops.ditfastattn.window_attention)
+def _flops(q: torch.Size, k: torch.Size, v: torch.Size, window: int, scale: float, **_: Any) -> int:
+    """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
+    batch, heads, tokens, head_dim = q
+    return 4 * batch * heads * head_dim * kept_pairs(tokens, window)

@@ -1,0 +1,53 @@
+"""Replace full attention by window attention plus the cached residual (WA-RS, section 3.1).
+
+Before::
+
+    %3 = aten.scaled_dot_product_attention.default(%0, %1, %2): float32[2, 4, 64, 8]
+
+After::
+
+    %3 = input cache_blocks_0_attn_residual: float32[2, 4, 64, 8]
+    %4 = ditfastattn.window_attention.default(%0, %1, %2, 8, 0.35): float32[2, 4, 64, 8]
+    %5 = aten.add.Tensor(%4, %3): float32[2, 4, 64, 8]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ditfastattn.passes import window_attention as _window_attention  # noqa: F401  registers the op
+from ditfastattn.passes.base import PassResult
+from ditfastattn.passes.caches import read_cache, residual_slot
+from ditfastattn.passes.ir import aten, find, insert, value
+from ditfastattn.passes.sites import AttentionSite, attention_scale
+
+
+@dataclass(frozen=True)
+class WindowResidual:
+    """Window the attention of ``sites``."""
+
+    sites: tuple[AttentionSite, ...]
+    name: str = "window-residual"
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Rewrite each site."""
+        for site in self.sites:
+            attention = find(module.graph, site.node)
+            residual = read_cache(module.graph, residual_slot(site.name), value(attention))
+            with module.graph.inserting_after(attention):
+                window = insert_window(module.graph, attention, site.window)
+            with module.graph.inserting_after(window):
+                total = insert(module.graph, aten.add.Tensor, (window, residual), attention)
+            attention.replace_all_uses_with(total)
+            module.graph.erase_node(attention)
+        return PassResult(len(self.sites))
+
+
+def insert_window(graph: Graph, attention: Node, window: int) -> Node:
+    """Add window attention over the inputs of ``attention``."""
+    arguments = (*attention.args[:3], window, attention_scale(attention))
+    target = torch.ops.ditfastattn.window_attention.default
+    return insert(graph, target, arguments, attention)

@@ -1,0 +1,120 @@
+"""Tell which step a call of the model is, from its timestep, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
+
+_TOLERANCE = 1e-3  # timesteps are integers or, in flow matching, multiples of about 1
+
+
+class TimestepReader(Protocol):
+    """Give the value of a timestep that may still be on its way from the device."""
+
+    def ready(self) -> bool:
+        """Tell whether ``value`` would not wait."""
+        ...
+
+    def value(self) -> float:
+        """Return the timestep."""
+        ...
+
+
+@dataclass(frozen=True)
+class _HostTimestep:
+    tensor: Tensor
+
+    def ready(self) -> bool:
+        return True
+
+    def value(self) -> float:
+        return float(self.tensor.flatten()[0])
+
+
+class _DeviceTimestep:
+    """Copy a timestep to pinned host memory behind the device's other work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(1, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor.flatten()[:1], non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def ready(self) -> bool:
+        return self._copied.query()
+
+    def value(self) -> float:
+        self._copied.synchronize()
+        return float(self._host[0])
+
+
+def read_timestep(tensor: Tensor) -> TimestepReader:
+    """Begin to read the first element of ``tensor``, on the host at once, on a GPU in passing."""
+    return _DeviceTimestep(tensor) if tensor.is_cuda else _HostTimestep(tensor)
+
+
+@dataclass
+class StepClock:
+    """Count the calls of one generation, and check each against the plan's timesteps.
+
+    On the host the timestep itself decides. On a device reading it would stall the queue, so the
+    clock counts, and compares once the value has arrived (at the latest a generation later).
+    """
+
+    timesteps: Sequence[float]
+    where: str
+    step: int = -1
+    _unchecked: list[tuple[int, TimestepReader]] = field(default_factory=list)
+
+    def tick(self, timestep: TimestepReader) -> int:
+        """Return the step of this call; 0 begins a new generation.
+
+        Raises:
+            ConfigError: the timesteps are not those of the plan, in order.
+        """
+        self._check_arrived()
+        following = (self.step + 1) % len(self.timesteps)
+        if timestep.ready():
+            following = self._locate(timestep.value(), following)
+        else:
+            self._unchecked.append((following, timestep))
+        self.step = following
+        return following
+
+    def reset(self) -> None:
+        """Forget the generation under way."""
+        self.step = -1
+        self._unchecked.clear()
+
+    def _locate(self, value: float, following: int) -> int:
+        if self._matches(value, following):
+            return following
+        if self._matches(value, 0):
+            return 0
+        raise self._mismatch(value, following)
+
+    def _check_arrived(self) -> None:
+        while self._unchecked and self._unchecked[0][1].ready():
+            step, timestep = self._unchecked.pop(0)
+            if not self._matches(timestep.value(), step):
+                raise self._mismatch(timestep.value(), step)
+
+    def _matches(self, value: float, step: int) -> bool:
+        return abs(value - self.timesteps[step]) <= _TOLERANCE
+
+    def _mismatch(self, value: float, step: int) -> ConfigError:
+        self.reset()
+        return ConfigError(
+            f"step {step} of {len(self.timesteps)} came with another timestep than the plan's",
+            where=self.where,
+            got=value,
+            expected=self.timesteps[step],
+            remedy="use the plan's scheduler and step count, finish or restart generations from "
+            "the first step, or calibrate a plan for this schedule",
+        )

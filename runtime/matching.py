@@ -1,0 +1,103 @@
+"""Refuse a plan that is not for this model or sampler, naming the field, got and expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.ir import value
+from ditfastattn.passes.plan import Fingerprint, Plan
+from ditfastattn.passes.sites import AttentionSite
+
+_RECALIBRATE = "calibrate a plan for this model and these inputs"
+
+
+def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
+    """Return the shape, without the batch, of each tensor of the model's call."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in captured.dynamic_names:
+        shapes[name] = tuple(value(captured.node(name)).shape[1:])
+    return dict(sorted(shapes.items()))
+
+
+def check_model(
+    plan: Plan,
+    captured: CapturedGraph,
+    sites: Sequence[AttentionSite],
+    fingerprint: Fingerprint,
+) -> None:
+    """Raise ``ConfigError`` unless ``plan`` is for this model at these shapes."""
+    _check_inputs(plan, input_shapes(captured))
+    recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
+    found = [(site.name, site.kind, site.tokens) for site in sites]
+    if recorded != found:
+        raise _mismatch("sites", _names(found), _names(recorded))
+    for name in ("structure", "dtype", "weights"):
+        got, expected = getattr(fingerprint, name), getattr(plan.model, name)
+        if got != expected:
+            raise _mismatch(f"model.{name}", got, expected)
+    for row in plan.strategies:
+        for site, strategy in zip(sites, row, strict=True):
+            if strategy in site.declined:
+                raise _mismatch(f"strategies ({site.name})", strategy, site.declined[strategy])
+
+
+def _check_inputs(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(set(plan.inputs) | set(found)):
+        got, expected = found.get(name, "absent"), plan.inputs.get(name, "absent")
+        if got != expected:
+            raise _mismatch(f"inputs.{name} (shape without batch)", got, expected)
+
+
+def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = None) -> None:
+    """Raise ``ConfigError`` unless ``scheduler``, its config and the guidance are the plan's.
+
+    Args:
+        plan: the plan.
+        scheduler: a diffusers scheduler.
+        guidance_scale: the guidance of the generation; not checked where None.
+    """
+    sampler = plan.sampler
+    if not sampler.scheduler:
+        return
+    if type(scheduler).__name__ != sampler.scheduler:
+        raise _mismatch("sampler.scheduler", type(scheduler).__name__, sampler.scheduler)
+    config = scheduler_config(scheduler)
+    for name in sorted(set(config) | set(sampler.config)):
+        got, expected = config.get(name), sampler.config.get(name)
+        if got != expected:
+            raise _mismatch(f"sampler.config.{name}", got, expected)
+    if guidance_scale is not None and guidance_scale != sampler.guidance_scale:
+        raise _mismatch("sampler.guidance_scale", guidance_scale, sampler.guidance_scale)
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's configuration as JSON would read it back, private entries left out."""
+    public = {key: item for key, item in dict(scheduler.config).items() if not key.startswith("_")}
+    config: dict[str, Any] = json.loads(json.dumps(public, default=str))
+    return config
+
+
+def static_tensors(captured: CapturedGraph, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of the graph's flat inputs that are parameters and buffers."""
+    pairs = zip(captured.inputs, tensors, strict=True)
+    return [tensor for entry, tensor in pairs if entry.static]
+
+
+def _names(sites: Sequence[tuple[str, str, int]]) -> str:
+    return "; ".join(f"{name} ({kind}, {tokens} tokens)" for name, kind, tokens in sites)
+
+
+def _mismatch(field: str, got: object, expected: object) -> ConfigError:
+    return ConfigError(
+        "the plan is for something else",
+        where=f"plan.{field}",
+        got=got,
+        expected=expected,
+        remedy=_RECALIBRATE,
+    )

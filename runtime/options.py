@@ -1,0 +1,96 @@
+"""Read the options of ``torch.compile(model, backend="ditfastattn", options={...})``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._inductor import list_mode_options
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.plan import CfgLayout, Plan
+from ditfastattn.runtime.calibration import Progress
+from ditfastattn.runtime.lowering import Lowering
+
+DEFAULT_THRESHOLD = 0.1
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """Hold the backend's options.
+
+    Attributes:
+        plan: the plan to run; without one the first generation calibrates it.
+        dense: run every step with full attention, through the same path.
+        threshold: the target of a self-calibration (the paper's delta; D1 to D6 are 0.025 to 0.15).
+        cfg_layout: the order of the guidance halves, for a self-calibration.
+        steps: the length of the generation where known, for a self-calibration's estimate.
+        timestep: the name of the model argument that holds the timestep.
+        lowering: the code generator.
+        inductor: Inductor's own options, handed on.
+        on_progress: called during a self-calibration.
+    """
+
+    plan: Plan | None = None
+    dense: bool = False
+    threshold: float = DEFAULT_THRESHOLD
+    cfg_layout: CfgLayout = CfgLayout.NONE
+    steps: int = 0
+    timestep: str = "timestep"
+    lowering: Lowering = Lowering.INDUCTOR
+    inductor: dict[str, Any] = field(default_factory=dict)
+    on_progress: Callable[[Progress], None] | None = None
+
+
+_PUBLIC = ("plan", "dense", "threshold", "cfg_layout", "timestep", "lowering", "inductor")
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
+    """Check ``options`` and ``mode`` as ``torch.compile`` passes them.
+
+    Raises:
+        ConfigError: an option is unknown or has a value it cannot take.
+    """
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(_PUBLIC))
+    if unknown:
+        raise ConfigError(
+            "unknown option of the ditfastattn backend",
+            where="torch.compile(options=...)",
+            got=", ".join(unknown),
+            expected=", ".join(_PUBLIC),
+            remedy="put Inductor's own options under 'inductor'",
+        )
+    inductor = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+    inductor |= given.get("inductor", {})
+    plan = given.get("plan")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        raise _bad_value("plan", plan, "a ditfastattn.Plan or the path of one")
+    threshold = given.get("threshold", DEFAULT_THRESHOLD)
+    if not isinstance(threshold, (int, float)) or threshold <= 0:
+        raise _bad_value("threshold", threshold, "a number above 0")
+    return BackendOptions(
+        plan=plan,
+        dense=bool(given.get("dense", False)),
+        threshold=float(threshold),
+        cfg_layout=_member(CfgLayout, "cfg_layout", given.get("cfg_layout", CfgLayout.NONE)),
+        timestep=str(given.get("timestep", "timestep")),
+        lowering=_member(Lowering, "lowering", given.get("lowering", Lowering.INDUCTOR)),
+        inductor=inductor,
+    )
+
+
+def _member(kind: Any, name: str, given: object) -> Any:
+    try:
+        return kind(given)
+    except ValueError:
+        raise _bad_value(name, given, ", ".join(str(member) for member in kind)) from None
+
+
+def _bad_value(name: str, got: object, expected: str) -> ConfigError:
+    where = f"torch.compile(options={{{name!r}: ...}})"
+    return ConfigError("the option has a value it cannot take", where=where, got=got, expected=expected)

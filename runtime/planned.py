@@ -1,0 +1,363 @@
+"""Run a model by a plan: what ``torch.compile`` calls in place of the model's graph.
+
+One ``PlannedFunction`` stands for one graph that Dynamo made. It specializes on the shapes it is
+called with; each ``Specialization`` holds a step program and its compiled variants. What changes
+during a generation (clock, caches) lives in a ``Generation``, one per thread and model, so that
+generations never share caches.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.caches import read_slots, written_slots
+from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.ir import outputs, value
+from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
+from ditfastattn.passes.plan import (
+    Calibration,
+    CfgLayout,
+    Fingerprint,
+    Plan,
+    Sampler,
+    Strategy,
+)
+from ditfastattn.passes.sites import SiteReport, find_sites
+from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.runtime.calibration import GreedyCalibrator
+from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.lowering import RunnableGraph, lower
+from ditfastattn.runtime.matching import check_model, input_shapes, static_tensors
+from ditfastattn.runtime.options import BackendOptions
+
+log = logging.getLogger(__name__)
+
+_functions: weakref.WeakSet[PlannedFunction] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """Hold one lowered step variant and the cache slots it reads and writes, in order."""
+
+    run: RunnableGraph
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass
+class Generation:
+    """Hold what changes during a generation: the clock, the caches, or a calibration."""
+
+    owner: weakref.ref[Tensor] | None
+    identity: Fingerprint
+    program: StepProgram | None = None
+    clock: StepClock | None = None
+    calibrator: GreedyCalibrator | None = None
+    timesteps: list[float] = field(default_factory=list)
+    caches: dict[str, Tensor] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Forget the generation under way; a calibration under way begins anew."""
+        self.caches.clear()
+        self.timesteps.clear()
+        self.calibrator = None
+        if self.clock is not None:
+            self.clock.reset()
+
+
+class PlannedFunction:
+    """Run the graph that Dynamo captured by a plan, or calibrate one while running."""
+
+    def __init__(self, module: GraphModule, options: BackendOptions) -> None:
+        """Take the graph as Dynamo hands it to a backend."""
+        self._module = module
+        self._inputs: tuple[GraphInput, ...] = describe_inputs(module)
+        self._options = options
+        self._lock = threading.RLock()
+        self._specializations: dict[tuple[Any, ...], Specialization] = {}
+        _functions.add(self)
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """Run one step on the flat inputs of the graph."""
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise ConfigError(
+                "the ditfastattn backend runs inference only",
+                where="a call with gradients enabled",
+                remedy="call the model under torch.no_grad()",
+            )
+        return self._specialize(args, tensors).step(tensors)
+
+    @property
+    def specializations(self) -> tuple[Specialization, ...]:
+        """Return what has been specialized so far."""
+        return tuple(self._specializations.values())
+
+    def _specialize(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Specialization:
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        found = self._specializations.get(key)
+        if found is not None:
+            return found
+        with self._lock:
+            if key not in self._specializations:
+                captured = capture(self._module, self._inputs, args)
+                self._specializations[key] = Specialization(captured, self._options, self._lock)
+            return self._specializations[key]
+
+
+class Specialization:
+    """Hold everything for one set of input shapes."""
+
+    def __init__(
+        self, captured: CapturedGraph, options: BackendOptions, lock: threading.RLock
+    ) -> None:
+        """Find the sites of ``captured``; programs and variants are made when first needed."""
+        self.captured = captured
+        self.report: SiteReport = find_sites(captured)
+        self.options = options
+        self.plans: dict[Fingerprint, Plan] = {}
+        self.timestep = self._find_timestep()
+        self._results = len(outputs(captured.module.graph))
+        self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
+        self._programs: dict[Fingerprint, StepProgram] = {}
+        self._lock = lock
+        self._threads = threading.local()
+        self._log_sites()
+
+    def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run one step on the flat tensor inputs."""
+        if self.options.dense or not self.report.sites:
+            dense = self._variant((DENSE,) * len(self.report.sites), CfgLayout.NONE, tensors, [])
+            return tuple(dense.run(tensors))
+        generation = self.generation(tensors)
+        try:
+            if generation.program is None:
+                return self._calibrate(generation, tensors)
+            return self._run_planned(generation, tensors)
+        except BaseException:
+            generation.reset()
+            raise
+
+    def generation(self, tensors: Sequence[Tensor]) -> Generation:
+        """Return this thread's generation of the model whose parameters are in ``tensors``."""
+        static = static_tensors(self.captured, tensors)
+        owner = static[0] if static else None
+        known = self._generations()
+        found = known.get(id(owner))
+        if found is not None and (found.owner is None or found.owner() is owner):
+            return found
+        identity = fingerprint(self.report.sites, static)
+        made = Generation(None if owner is None else weakref.ref(owner), identity)
+        plan = self.options.plan or self.plans.get(identity)
+        if plan is not None:
+            self._begin_plan(made, plan)
+        known[id(owner)] = made
+        return made
+
+    def _generations(self) -> dict[int, Generation]:
+        known: dict[int, Generation] = self._threads.__dict__.setdefault("generations", {})
+        return known
+
+    def reset(self) -> None:
+        """Forget the generations under way in this thread."""
+        for generation in self._generations().values():
+            generation.reset()
+
+    def calibrating(self) -> Generation:
+        """Return this thread's generation under calibration."""
+        for generation in self._generations().values():
+            if generation.calibrator is not None:
+                return generation
+        raise ConfigError(
+            "nothing was calibrated",
+            where="calibrate(pipeline)",
+            got=f"{len(self.report.sites)} attention sites",
+            remedy="see the log for the attention nodes that were declined, and why",
+        )
+
+    def finish(
+        self, generation: Generation, sampler: Sampler | None = None, seed: int | None = None
+    ) -> Plan:
+        """End a calibration; keep and return its plan."""
+        calibrator = generation.calibrator
+        if calibrator is None or not calibrator.strategies:
+            raise ConfigError("no step has been calibrated", remedy="run a generation first")
+        plan = Plan(
+            model=generation.identity,
+            inputs=input_shapes(self.captured),
+            sampler=sampler or self._plain_sampler(generation),
+            sites=tuple(site.planned() for site in self.report.sites),
+            strategies=tuple(calibrator.strategies),
+            calibration=Calibration(
+                method="greedy",
+                threshold=self.options.threshold,
+                seed=seed,
+                batch=value(outputs(self.captured.module.graph)[0]).shape[0],
+                forwards=round(calibrator.forwards, 1),
+                seconds=round(calibrator.seconds, 1),
+                versions={"torch": torch.__version__},
+            ),
+        )
+        self.plans[generation.identity] = plan
+        generation.reset()
+        return plan
+
+    def _plain_sampler(self, generation: Generation) -> Sampler:
+        return Sampler(
+            steps=len(generation.timesteps),
+            timesteps=tuple(generation.timesteps),
+            cfg_layout=self.options.cfg_layout,
+        )
+
+    def _calibrate(self, generation: Generation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        now = read_timestep(tensors[self.timestep]).value()
+        if generation.timesteps and _begins_anew(now, generation.timesteps):
+            plan = self.finish(generation)
+            log.warning("ditfastattn: calibrated: %s", summary(plan))
+            self._begin_plan(generation, plan)
+            return self._run_planned(generation, tensors)
+        if generation.calibrator is None:
+            self._announce_calibration()
+            generation.calibrator = GreedyCalibrator(
+                self.captured,
+                self.report.sites,
+                self.options.cfg_layout,
+                self.options.threshold,
+                self.options.steps,
+                self.options.on_progress,
+            )
+        generation.timesteps.append(now)
+        return generation.calibrator.step(tensors)
+
+    def _announce_calibration(self) -> None:
+        if self.options.on_progress is not None:
+            return
+        guidance = (
+            "guidance is not shared, since options={'cfg_layout': ...} does not say its order"
+            if self.options.cfg_layout is CfgLayout.NONE
+            else f"guidance is batched, {self.options.cfg_layout}"
+        )
+        log.warning(
+            "ditfastattn: no plan was given: this first generation calibrates one at threshold %g "
+            "and is slower; %s",
+            self.options.threshold,
+            guidance,
+        )
+
+    def _begin_plan(self, generation: Generation, plan: Plan) -> None:
+        with self._lock:
+            program = self._programs.get(generation.identity)
+            if program is None:
+                check_model(plan, self.captured, self.report.sites, generation.identity)
+                program = unroll(plan, self.captured, self.report.sites)
+                self._programs[generation.identity] = program
+                self._log_program(plan, program)
+        generation.program = program
+        generation.clock = StepClock(plan.sampler.timesteps, f"argument {self.options.timestep!r}")
+        self.plans[generation.identity] = plan
+
+    def _run_planned(self, generation: Generation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        program, clock = generation.program, generation.clock
+        assert program is not None
+        assert clock is not None
+        step = clock.tick(read_timestep(tensors[self.timestep]))
+        caches = generation.caches
+        if step == 0:
+            caches.clear()
+        layout = self.plans[generation.identity].sampler.cfg_layout
+        actions = program.variants[program.schedule[step]]
+        variant = self._variant(actions, layout, tensors, caches)
+        returned = variant.run([*tensors, *(caches[slot] for slot in variant.reads)])
+        for slot in program.dead_after(step):
+            caches.pop(slot, None)
+        caches.update(zip(variant.writes, returned[self._results :], strict=True))
+        return tuple(returned[: self._results])
+
+    def _variant(
+        self,
+        actions: tuple[SiteAction, ...],
+        layout: CfgLayout,
+        tensors: Sequence[Tensor],
+        caches: Any,
+    ) -> CompiledVariant:
+        key = (actions, layout)
+        found = self._variants.get(key)
+        if found is not None:
+            return found
+        with self._lock:
+            if key not in self._variants:
+                label = f"variant-{len(self._variants):02d}"
+                module = rewrite(self.captured, self.report.sites, actions, layout, label)
+                reads, writes = read_slots(module.graph), written_slots(module.graph)
+                example = [*tensors, *(caches[slot] for slot in reads)]
+                run = lower(module, example, self.options.lowering, self.options.inductor)
+                self._variants[key] = CompiledVariant(run, reads, writes)
+            return self._variants[key]
+
+    def _find_timestep(self) -> int:
+        for index, entry in enumerate(self.captured.inputs):
+            if entry.name == self.options.timestep and not entry.static:
+                return index
+        if self.options.dense:
+            return -1
+        raise ConfigError(
+            "the model has no tensor argument for the timestep",
+            where="torch.compile(options={'timestep': ...})",
+            got=self.options.timestep,
+            expected=" or ".join(self.captured.dynamic_names),
+            remedy="name the argument, and pass the timestep as a tensor",
+        )
+
+    def _log_sites(self) -> None:
+        log.info(
+            "find-sites: %d found, %d declined", len(self.report.sites), len(self.report.declined)
+        )
+        for declined in self.report.declined:
+            log.debug("find-sites: declined %s: %s", declined.name, declined.reason)
+        for site in self.report.sites:
+            for strategy, reason in site.declined.items():
+                log.debug("find-sites: %s: no %s: %s", site.name, strategy, reason)
+        if not self.report.sites:
+            log.warning("ditfastattn: no attention site was found: the model runs dense")
+
+    def _log_program(self, plan: Plan, program: StepProgram) -> None:
+        log.info(
+            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches",
+            plan.sampler.steps,
+            len(program.variants),
+            len(program.slots),
+            program.peak_cache_bytes / 2**20,
+        )
+        log.info("plan: %s", summary(plan))
+        if plan.changed == 0:
+            log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
+
+
+def summary(plan: Plan) -> str:
+    """Count the strategies of ``plan`` in one line."""
+    counts = Counter(strategy for row in plan.strategies for strategy in row)
+    parts = [f"{counts[strategy]} {strategy}" for strategy in Strategy if counts[strategy]]
+    return f"{plan.sampler.steps} steps x {len(plan.sites)} sites: {', '.join(parts)}"
+
+
+def reset() -> None:
+    """Forget the generations under way in this thread, for example after an interrupted one."""
+    for function in list(_functions):
+        for specialization in function.specializations:
+            specialization.reset()
+
+
+def _begins_anew(now: float, earlier: Sequence[float]) -> bool:
+    return now == earlier[0] or now > earlier[-1]

@@ -1,0 +1,32 @@
+"""Register with ``torch.compile`` as ``backend="ditfastattn"`` (an entry point; no import needed)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.planned import PlannedFunction
+
+
+def ditfastattn(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> PlannedFunction:
+    """Compile one Dynamo graph of a diffusion transformer.
+
+    Args:
+        module: the graph as Dynamo captured it.
+        example_inputs: unused; shapes are taken from the first call.
+        options: see ``ditfastattn.runtime.options.BackendOptions``.
+        mode: a mode of ``torch.compile``, handed on to Inductor.
+
+    Raises:
+        ConfigError: an option is wrong, or the plan cannot be read.
+    """
+    return PlannedFunction(module, parse_options(options, mode))

@@ -1,0 +1,24 @@
+"""Name the two kinds of failure: the user's input, and our own bugs."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """Report bad input: what is wrong, where, what was got and expected, and the remedy."""
+
+    def __init__(
+        self, what: str, *, where: str = "", got: object = "", expected: object = "", remedy: str = ""
+    ) -> None:
+        """Compose the message from its parts; the empty ones are left out."""
+        parts = [f"{where}: {what}" if where else what]
+        if got != "":
+            parts.append(f"  got:      {got}")
+        if expected != "":
+            parts.append(f"  expected: {expected}")
+        if remedy:
+            parts.append(f"  remedy:   {remedy}")
+        super().__init__("\n".join(parts))
+
+
+class VerifyError(RuntimeError):
+    """Report a graph that a pass left invalid: a bug of ours, with the lines around the fault."""

@@ -1,0 +1,203 @@
+"""Define the pipeline of the embedded digits DiT: class labels in, 64x64 pixels out, no download.
+
+The halves of a guided call lie along the batch as in diffusers' ``DiTPipeline``: conditional
+first, one transformer call per step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
+
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "digits-dit-64"
+TRAIN_COMMAND = (
+    "python -m ditfastattn.tools.train_digits --work /tmp/digits --out tools/assets/digits-dit-64"
+)
+OutputType = Literal["pt", "np", "pil"]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class DigitsPipeline(DiffusionPipeline):
+    """Draw digits with a class-conditional DiT that works on pixels in [-1, 1].
+
+    The null class of guidance is ``transformer.config.num_embeds_ada_norm``.
+    """
+
+    model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # the base says None
+    transformer: DiTTransformer2DModel
+    scheduler: Any  # diffusers' schedulers share a protocol, not a typed base class
+
+    def __init__(
+        self, transformer: DiTTransformer2DModel, scheduler: KarrasDiffusionSchedulers
+    ) -> None:
+        """Hold the two modules."""
+        super().__init__()
+        self.register_modules(  # type: ignore[no-untyped-call]  # diffusers has no annotation
+            transformer=transformer, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 20,
+        generator: Generators = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Return one image per label.
+
+        With ``guidance_scale`` 1.0 the transformer runs on the conditional half alone.
+        ``output_type`` "pt" gives ``[B, 1, H, W]`` in [0, 1] in the transformer's dtype, "np"
+        ``[B, H, W, 1]`` fp32, "pil" a list of greyscale images.
+
+        Raises:
+            ConfigError: an argument is not one the model or the scheduler can serve.
+        """
+        self._check(class_labels, guidance_scale, num_inference_steps, generator, output_type)
+        latents = self._sample(class_labels, guidance_scale, num_inference_steps, generator)
+        images = self._finish((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
+        self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]  # as above
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(
+        self, class_labels: Sequence[int], guidance_scale: float, steps: int, generator: Generators
+    ) -> Tensor:
+        config: Any = self.transformer.config  # diffusers declares a plain dict
+        device = self._execution_device
+        batch, guided = len(class_labels), guidance_scale != 1.0
+        labels = torch.tensor(class_labels, device=device)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+        self.scheduler.set_timesteps(steps, device=device)
+        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        latents: Tensor = randn_tensor(
+            shape, generator, device=device, dtype=self.transformer.dtype
+        )
+        latents = latents * self.scheduler.init_noise_sigma
+        # A stochastic scheduler must draw its noise from the caller's generator to be repeatable.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            lanes = torch.cat([latents, latents]) if guided else latents
+            lanes = self.scheduler.scale_model_input(lanes, timestep)
+            noise = self.transformer(
+                lanes, timestep=timestep.expand(len(lanes)), class_labels=labels
+            ).sample
+            if guided:
+                conditional, unconditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
+        return latents
+
+    def _finish(self, images: Tensor, output_type: OutputType) -> Any:
+        if output_type == "pt":
+            return images
+        pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "np":
+            return pixels
+        return self.numpy_to_pil(pixels)  # type: ignore[no-untyped-call]  # as above
+
+    def _check(
+        self,
+        class_labels: Sequence[int],
+        guidance_scale: float,
+        steps: int,
+        generator: Generators,
+        output_type: str,
+    ) -> None:
+        self._check_labels(class_labels)
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 1.0):
+            raise ConfigError(
+                "the guidance scale is out of range",
+                where="guidance_scale",
+                got=guidance_scale,
+                expected="a finite number from 1.0 (no guidance) up",
+                remedy="pass 1.0 to switch guidance off",
+            )
+        most = self.scheduler.config.num_train_timesteps
+        if not _is_whole(steps) or not 1 <= steps <= most:
+            raise ConfigError(
+                "the number of steps is out of range",
+                where="num_inference_steps",
+                got=repr(steps),
+                expected=f"a whole number from 1 to {most}",
+                remedy="20 steps are enough for the embedded model",
+            )
+        if isinstance(generator, list) and len(generator) != len(class_labels):
+            raise ConfigError(
+                "the list of generators does not match the batch",
+                where="generator",
+                got=f"{len(generator)} generators",
+                expected=f"{len(class_labels)}, one per class label",
+                remedy="pass one generator per label, or a single one",
+            )
+        if output_type not in get_args(OutputType):
+            raise ConfigError(
+                "the output type is unknown",
+                where="output_type",
+                got=repr(output_type),
+                expected=", ".join(get_args(OutputType)),
+                remedy="choose one of those",
+            )
+
+    def _check_labels(self, class_labels: Sequence[int]) -> None:
+        config: Any = self.transformer.config
+        classes = config.num_embeds_ada_norm
+        expected = f"a list of whole numbers from 0 to {classes - 1}"
+        if not isinstance(class_labels, list) or not class_labels:
+            raise ConfigError(
+                "the class labels are not a list with at least one label",
+                where="class_labels",
+                got=repr(class_labels),
+                expected=expected,
+                remedy="pass one label per image, e.g. [3, 7]",
+            )
+        for index, label in enumerate(class_labels):
+            if not _is_whole(label) or not 0 <= label < classes:
+                raise ConfigError(
+                    "the model has no such class",
+                    where=f"class_labels[{index}]",
+                    got=repr(label),
+                    expected=expected,
+                    remedy="pass the digits to draw; the null class is added by the pipeline",
+                )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def load_pipeline(folder: Path) -> DigitsPipeline:
+    """Load the pipeline saved in ``folder`` with its weights widened to fp32.
+
+    Raises:
+        ConfigError: ``folder`` holds no pipeline.
+    """
+    index = DigitsPipeline.config_name
+    if not (folder / index).is_file():
+        raise ConfigError(
+            "there is no digits pipeline here",
+            where=str(folder),
+            expected=f"a folder with {index}",
+            remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
+        )
+    return DigitsPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+
+
+def embedded_pipeline() -> DigitsPipeline:
+    """Load the model that comes with the package; errors as in ``load_pipeline``."""
+    return load_pipeline(EMBEDDED_FOLDER)

@@ -1,0 +1,215 @@
+"""Draw the figures of a report: dense and planned images side by side, and the map of a plan.
+
+Figures are built without pyplot, so no global figure list or backend is touched, and appear at
+their path whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.plan import Plan, Strategy
+
+# Okabe and Ito's colours, dark to light with the work that is left, so that grey print reads too.
+STRATEGY_COLOURS: dict[Strategy, str] = {
+    Strategy.FULL: "#26323f",
+    Strategy.WINDOW: "#0072b2",
+    Strategy.WINDOW_SHARE_CFG: "#56b4e9",
+    Strategy.SHARE_CFG: "#e69f00",
+    Strategy.SHARE_STEP: "#f7efc4",
+}
+STRATEGY_LABELS: dict[Strategy, str] = {
+    Strategy.FULL: "full attention",
+    Strategy.WINDOW: "window + residual",
+    Strategy.WINDOW_SHARE_CFG: "window + residual, guidance shared",
+    Strategy.SHARE_CFG: "guidance shared",
+    Strategy.SHARE_STEP: "step shared",
+}
+MOST_SAMPLES = 10
+_DOTS_PER_INCH = 150
+
+
+def image_grid(
+    dense: Tensor, planned: Tensor, path: str | os.PathLike[str], amplification: float = 4.0
+) -> None:
+    """Draw up to ten samples across; dense, planned and amplified difference below each other.
+
+    ``dense`` and ``planned`` are ``[B, 1 or 3, H, W]`` in [0, 1]. The colour scale of the mean
+    absolute difference over channels ends at ``1 / amplification``.
+
+    Raises:
+        ConfigError: the shapes differ or are not those of 1 to 10 images; no amplification.
+    """
+    _check_images(dense, planned, amplification)
+    difference = (dense.float() - planned.float()).abs().mean(1).cpu().numpy()
+    limit = 1.0 / amplification
+    rows = (
+        ("dense", _pixels(dense), "gray", 1.0),
+        ("planned", _pixels(planned), "gray", 1.0),
+        (f"|difference|\nx {amplification:g}", difference, "magma", limit),
+    )
+    figure, axes, bar_axis = _tiles(len(dense), dense.shape[2] / dense.shape[3])
+    for line, (label, images, colours, ceiling) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=True):
+            drawn = axis.imshow(image, colours, vmin=0.0, vmax=ceiling, interpolation="nearest")
+            axis.set_axis_off()
+        line[0].text(
+            -0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9
+        )
+    bar = figure.colorbar(drawn, cax=bar_axis, extend="max", ticks=[0.0, limit / 2.0, limit])
+    bar.ax.tick_params(labelsize=7)
+    _write_png(figure, Path(path))
+
+
+def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) -> None:
+    """Draw which strategy each attention site (down) takes at each step (across).
+
+    ``attention_kept`` is the fraction of the attention FLOPs that the plan still runs.
+
+    Raises:
+        ConfigError: ``attention_kept`` is not a fraction.
+    """
+    if not 0.0 <= attention_kept <= 1.0:
+        raise ConfigError(
+            "this is not a fraction",
+            where="attention_kept",
+            got=attention_kept,
+            expected="0.0 to 1.0",
+            remedy="divide the plan's attention FLOPs by the dense ones",
+        )
+    order = list(STRATEGY_COLOURS)
+    codes = np.array([[order.index(entry) for entry in row] for row in plan.strategies]).T
+    sites, steps = codes.shape
+    height = 0.19 * sites + 1.35
+    figure = Figure(
+        figsize=(max(0.17 * steps + 2.4, 6.4), height), dpi=_DOTS_PER_INCH, layout="constrained"
+    )
+    axis = figure.subplots()
+    axis.pcolormesh(
+        codes,
+        cmap=ListedColormap(list(STRATEGY_COLOURS.values())),
+        norm=BoundaryNorm(np.arange(len(order) + 1) - 0.5, len(order)),
+        edgecolors="white",
+        linewidth=0.6,
+    )
+    axis.invert_yaxis()
+    _label_map(axis, plan)
+    counts = f"attention sites: {sites}, steps: {steps}"
+    axis.set_title(f"{attention_kept:.0%} of attention FLOPs kept ({counts})", fontsize=10)
+    figure.legend(
+        handles=_legend(plan), loc="outside lower center", ncols=3, fontsize=7.5, frameon=False
+    )
+    _write_png(figure, Path(path))
+
+
+def _check_images(dense: Tensor, planned: Tensor, amplification: float) -> None:
+    if dense.shape != planned.shape:
+        raise ConfigError(
+            "dense and planned images differ in shape",
+            where="planned",
+            got=tuple(planned.shape),
+            expected=tuple(dense.shape),
+            remedy="draw both from the same labels at the same size",
+        )
+    if dense.ndim != 4 or dense.shape[1] not in (1, 3) or not 1 <= len(dense) <= MOST_SAMPLES:
+        raise ConfigError(
+            "these are not images to lay out",
+            where="dense",
+            got=tuple(dense.shape),
+            expected=f"[B, 1 or 3, H, W] with B from 1 to {MOST_SAMPLES}",
+            remedy=f"pass images[:{MOST_SAMPLES}]",
+        )
+    if not amplification > 0.0:
+        raise ConfigError(
+            "the difference cannot be amplified by this",
+            where="amplification",
+            got=amplification,
+            expected="a number above 0",
+            remedy="leave it out for 4",
+        )
+
+
+def _pixels(images: Tensor) -> NDArray[np.float32]:
+    """Return ``[B, H, W, C]`` fp32 pixels; imshow takes one channel or three."""
+    pixels: NDArray[np.float32] = images.detach().float().clamp(0.0, 1.0).cpu().numpy()
+    return pixels.transpose(0, 2, 3, 1)
+
+
+def _tiles(samples: int, aspect: float) -> tuple[Figure, list[list[Axes]], Axes]:
+    """Return a figure, its three rows of axes and the axes of a colour bar beside the last row.
+
+    The places are fixed in inches: automatic layout shrinks the row that has the bar.
+    """
+    tile, gap, left, right, border = 0.86, 0.05, 1.05, 0.65, 0.06
+    height = tile * aspect
+    total = (left + samples * (tile + gap) + right, 3 * (height + gap) - gap + 2 * border)
+    figure = Figure(figsize=total, dpi=_DOTS_PER_INCH)
+
+    def place(x: float, y: float, wide: float, high: float) -> Axes:
+        box = (x / total[0], y / total[1], wide / total[0], high / total[1])
+        return figure.add_axes(box)
+
+    rows = [
+        [
+            place(left + column * (tile + gap), border + (2 - row) * (height + gap), tile, height)
+            for column in range(samples)
+        ]
+        for row in range(3)
+    ]
+    bar = place(left + samples * (tile + gap) + 0.03, border, 0.09, height)
+    return figure, rows, bar
+
+
+def _label_map(axis: Axes, plan: Plan) -> None:
+    steps = plan.sampler.steps
+    every = 1 if steps <= 20 else 5
+    shown = range(0, steps, every)
+    axis.set_xticks([step + 0.5 for step in shown], [str(step) for step in shown], fontsize=7)
+    axis.set_yticks(
+        [index + 0.5 for index in range(len(plan.sites))],
+        [site.name for site in plan.sites],
+        fontsize=7,
+    )
+    axis.tick_params(length=0)
+    axis.set_xlabel("step", fontsize=9)
+    axis.set_frame_on(False)
+
+
+def _legend(plan: Plan) -> list[Patch]:
+    counts = Counter(entry for row in plan.strategies for entry in row)
+    total = counts.total()
+    return [
+        Patch(
+            facecolor=colour,
+            edgecolor="#888888",
+            linewidth=0.4,
+            label=f"{STRATEGY_LABELS[strategy]} ({counts[strategy] / total:.0%})",
+        )
+        for strategy, colour in STRATEGY_COLOURS.items()
+        if counts[strategy]
+    ]
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    """Render ``figure`` to a temporary file beside ``path``, then rename it into place."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
