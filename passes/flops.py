@@ -8,12 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import ATTENTION, aten, value
-from ditfastattn.passes.pipeline import DENSE, rewrite
-from ditfastattn.passes.plan import Plan
-from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.passes.step_program import StepProgram
 from ditfastattn.passes.window_attention import kept_pairs
 
 
@@ -31,6 +26,10 @@ class Flops:
     def total(self) -> int:
         """Return both together."""
         return self.attention + self.linear
+
+    def times(self, count: int) -> Flops:
+        """Return the counts of ``count`` runs."""
+        return Flops(self.attention * count, self.linear * count)
 
     def __add__(self, other: Flops) -> Flops:
         """Add counts."""
@@ -64,23 +63,3 @@ def _attention(node: Node) -> int:
     windowed = node.target is not ATTENTION
     pairs = kept_pairs(queries, int(node.args[3])) if windowed else queries * keys  # type: ignore[call-overload]
     return 4 * batch * heads * int(pairs) * head_dim
-
-
-def plan_flops(
-    plan: Plan,
-    program: StepProgram,
-    captured: CapturedGraph,
-    sites: tuple[AttentionSite, ...],
-) -> tuple[Flops, Flops]:
-    """Return the counts of a whole generation: dense, and by ``plan``, bookkeeping included."""
-    layout = plan.sampler.cfg_layout
-    dense = count_flops(rewrite(captured, sites, (DENSE,) * len(sites), layout).graph)
-    variants = [
-        count_flops(rewrite(captured, sites, actions, layout).graph)
-        for actions in program.variants
-    ]
-    planned = Flops(0, 0)
-    for variant in program.schedule:
-        planned += variants[variant]
-    steps = len(program.schedule)
-    return Flops(dense.attention * steps, dense.linear * steps), planned

@@ -45,15 +45,16 @@ Constants = tuple[Tensor, ...]
 class WindowKernel(StrEnum):
     """Name what computes a window."""
 
-    AUTO = "auto"  # FlexAttention on GPUs; blocks elsewhere, unless their bias grows too large
+    AUTO = "auto"  # FlexAttention on GPUs, blocks elsewhere
     BLOCKS = "blocks"
-    FLEX = "flex"
+    FLEX = "flex"  # on a CPU for tests: Inductor fails there where q or k views a linear's output
 
 
+FLEX_BLOCK = 128
 _FLEX_DEVICES = ("cuda", "xpu")
 _FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLEX_MIN_HEAD_DIM = 16
-_MAX_BIAS_BYTES = 64 * 2**20
+_MAX_BIAS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Band:
     @property
     def block(self) -> int:
         """Return how many queries share their keys: the fastest measured, about the window."""
-        return min(256, max(32, 2 ** math.ceil(math.log2(max(1, self.window)))))
+        return min(256, max(32, 1 << (max(1, self.window) - 1).bit_length()))
 
     @property
     def blocks(self) -> int:
@@ -79,11 +80,6 @@ class Band:
     def span(self) -> int:
         """Return how many keys the queries of one block see together."""
         return self.block + 2 * self.window
-
-    @property
-    def flex_block(self) -> int:
-        """Return the side of FlexAttention's blocks: on GPUs its default, on CPUs the fastest."""
-        return 128 if self.device.type in _FLEX_DEVICES else 64
 
     @property
     def bias_bytes(self) -> int:
@@ -98,7 +94,10 @@ def lower_window_attention(
     lowering = _Lowering(module)
     reasons: list[str] = []
     for node in calls(module.graph, torch.ops.ditfastattn.window_attention.default):
-        chosen = _choose(node, kernel)
+        chosen = kernel
+        if kernel is WindowKernel.AUTO:
+            on_gpu = value(node).device.type in _FLEX_DEVICES
+            chosen = WindowKernel.FLEX if on_gpu else WindowKernel.BLOCKS
         reason = _decline(node, chosen)
         if reason:
             reasons.append(f"{node.name}: {reason}")
@@ -109,49 +108,34 @@ def lower_window_attention(
 
 
 def _band(node: Node) -> Band:
-    query = value(node.all_input_nodes[0])
+    query = value(_sources(node)[0])
     window: Any = node.args[3]
     tokens = query.shape[2]
     return Band(tokens, min(window, tokens), query.dtype, query.device)
 
 
-def _choose(node: Node, kernel: WindowKernel) -> WindowKernel:
-    if kernel is not WindowKernel.AUTO or not _is_static(node):
-        return kernel
-    band = _band(node)
-    if band.device.type in _FLEX_DEVICES or band.bias_bytes > _MAX_BIAS_BYTES:
-        return WindowKernel.FLEX
-    return WindowKernel.BLOCKS
-
-
 def _is_static(node: Node) -> bool:
-    inputs = (value(source) for source in node.all_input_nodes)
-    return all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+    return all(isinstance(size, int) for source in _sources(node) for size in value(source).shape)
 
 
 def _decline(node: Node, kernel: WindowKernel) -> str:
+    """Return why ``kernel`` cannot, or need not, compute ``node``; empty if it can."""
     if not _is_static(node):
         return f"its shape is symbolic: {list(value(node).shape)}"
-    band = _band(node)
-    block = band.flex_block if kernel is WindowKernel.FLEX else band.block
+    band, head_dim = _band(node), value(node).shape[3]
+    flexible = kernel is WindowKernel.FLEX
+    block = FLEX_BLOCK if flexible else band.block
     if block + 2 * band.window >= band.tokens:
         return (
             f"a window of {band.window} per side in blocks of {block} leaves none of "
             f"{band.tokens} tokens to skip"
         )
-    return _decline_flex(band, value(node).shape[3]) if kernel is WindowKernel.FLEX else ""
-
-
-def _decline_flex(band: Band, head_dim: int) -> str:
-    if band.dtype not in _FLEX_DTYPES:
+    if flexible and band.dtype not in _FLEX_DTYPES:
         return f"FlexAttention does not take {band.dtype}"
-    if band.device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        return "" if capability.startswith("AVX") else f"FlexAttention needs AVX2, not {capability}"
-    if band.device.type not in _FLEX_DEVICES:
-        return f"FlexAttention does not run on {band.device.type}"
-    if head_dim < _FLEX_MIN_HEAD_DIM:
+    if flexible and head_dim < _FLEX_MIN_HEAD_DIM:
         return f"FlexAttention needs head_dim >= {_FLEX_MIN_HEAD_DIM}, not {head_dim}"
+    if not flexible and band.bias_bytes > _MAX_BIAS_BYTES:
+        return f"the bias of its blocks would take {band.bias_bytes >> 20} MiB"
     return ""
 
 
@@ -219,10 +203,9 @@ class _Lowering:
         return self.attributes[id(item)]
 
 
-def _sources(node: Node) -> tuple[Node, Node, Node]:
-    q, k, v = node.args[:3]
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-    return q, k, v
+def _sources(node: Node) -> tuple[Node, ...]:
+    sources: Any = node.args[:3]
+    return tuple(sources)
 
 
 def _take_origin(copy: Node, node: Node) -> None:
@@ -255,7 +238,7 @@ def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
             queries(q), spans(k), spans(v), attn_mask=bias, scale=scale
         )
         merged = blocks.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
-        return _token_major(merged[:, :, : band.tokens])
+        return _token_major(merged[:, :, : band.tokens] if rest else merged)
 
     return run, (band_bias(band),)
 
@@ -280,10 +263,21 @@ def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
     def in_band(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query - key).abs() <= band.window
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *blocks: Tensor) -> Tensor:
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part_counts: Tensor,
+        part_indices: Tensor,
+        whole_counts: Tensor,
+        whole_indices: Tensor,
+    ) -> Tensor:
         mask = flex.BlockMask.from_kv_blocks(
-            *blocks,
-            BLOCK_SIZE=band.flex_block,
+            part_counts,
+            part_indices,
+            whole_counts,
+            whole_indices,
+            BLOCK_SIZE=FLEX_BLOCK,
             mask_mod=in_band,
             seq_lengths=(band.tokens, band.tokens),
             compute_q_blocks=False,  # only the backward reads them
@@ -297,14 +291,15 @@ def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
 def band_blocks(band: Band) -> Constants:
     """Return FlexAttention's key blocks per query block: part and whole ones, counts and indices.
 
-    Built from the blocks' corners, because masks of all ``[N, N]`` pairs take much memory.
+    Found from the blocks' corners: ``create_block_mask`` would look at all ``[N, N]`` pairs.
     """
-    side = band.flex_block
+    side = FLEX_BLOCK
     with torch.inference_mode(False):
         first = torch.arange(0, band.tokens, side, device=band.device)
         distance = (first[:, None] - first[None, :]).abs()
         near = (distance - side + 1).clamp(min=0) <= band.window
-        whole = distance + side - 1 <= band.window
+        inner = first + side <= band.tokens
+        whole = (distance + side - 1 <= band.window) & inner[:, None] & inner[None, :]
         return *_counted(near & ~whole), *_counted(whole)
 
 

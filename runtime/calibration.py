@@ -104,6 +104,7 @@ class GreedyCalibrator:
             self._remember(index, row[-1], environment)
         self.strategies.append(tuple(row))
         outputs = self._finish(environment, position)
+        self._report(began)  # after step 0 this is the estimate, before any candidate is tried
         self.seconds += time.monotonic() - began
         return outputs
 

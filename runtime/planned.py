@@ -24,6 +24,7 @@ from ditfastattn.errors import ConfigError
 from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.ir import outputs, value
 from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
 from ditfastattn.passes.plan import (
@@ -54,6 +55,23 @@ class CompiledVariant:
     run: RunnableGraph
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    flops: Flops
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Report what a plan does to a model at one set of shapes.
+
+    ``planned`` covers one generation, bookkeeping included; it is None until every variant of the
+    plan has been compiled, which the first generation does.
+    """
+
+    plan: Plan
+    sites: SiteReport
+    variants: int
+    peak_cache_bytes: int
+    dense: Flops
+    planned: Flops | None
 
 
 @dataclass
@@ -174,6 +192,26 @@ class Specialization:
         """Forget the generations under way in this thread."""
         for generation in self._generations().values():
             generation.reset()
+
+    def reports(self) -> list[RunReport]:
+        """Report each plan in force."""
+        return [self._report(plan, program) for plan, program in self._in_force()]
+
+    def _in_force(self) -> list[tuple[Plan, StepProgram]]:
+        return [(self.plans[model], program) for model, program in self._programs.items()]
+
+    def _report(self, plan: Plan, program: StepProgram) -> RunReport:
+        layout, steps = plan.sampler.cfg_layout, plan.sampler.steps
+        counts = [self._variants.get((program.variants[v], layout)) for v in program.schedule]
+        flops = [variant.flops for variant in counts if variant is not None]
+        return RunReport(
+            plan=plan,
+            sites=self.report,
+            variants=len(program.variants),
+            peak_cache_bytes=program.peak_cache_bytes,
+            dense=count_flops(self.captured.module.graph).times(steps),
+            planned=sum(flops, Flops(0, 0)) if len(flops) == steps else None,
+        )
 
     def calibrating(self) -> Generation:
         """Return this thread's generation under calibration."""
@@ -302,8 +340,9 @@ class Specialization:
                 module = rewrite(self.captured, self.report.sites, actions, layout, label)
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
                 example = [*tensors, *(caches[slot] for slot in reads)]
+                flops = count_flops(module.graph)
                 run = lower(module, example, self.options.lowering, self.options.inductor)
-                self._variants[key] = CompiledVariant(run, reads, writes)
+                self._variants[key] = CompiledVariant(run, reads, writes, flops)
             return self._variants[key]
 
     def _find_timestep(self) -> int:
@@ -350,6 +389,16 @@ def summary(plan: Plan) -> str:
     counts = Counter(strategy for row in plan.strategies for strategy in row)
     parts = [f"{counts[strategy]} {strategy}" for strategy in Strategy if counts[strategy]]
     return f"{plan.sampler.steps} steps x {len(plan.sites)} sites: {', '.join(parts)}"
+
+
+def reports() -> list[RunReport]:
+    """Report every plan in force in this process, at each set of input shapes."""
+    return [
+        report
+        for function in list(_functions)
+        for specialization in function.specializations
+        for report in specialization.reports()
+    ]
 
 
 def reset() -> None:

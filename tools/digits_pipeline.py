@@ -195,7 +195,8 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
             expected=f"a folder with {index}",
             remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
         )
-    return DigitsPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    # A cast, not a loading option: that option is named differently from version to version.
+    return DigitsPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
 
 
 def embedded_pipeline() -> DigitsPipeline:

@@ -158,7 +158,7 @@ def run(
         with console.status("drawing digits"):
             result = evaluate(pipeline, images_per_class, seed, steps, guidance_scale)
     except ConfigError as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     console.print(result_table(result))
     if out is not None:

@@ -15,7 +15,7 @@ from ditfastattn.errors import ConfigError, VerifyError
 from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.planned import reset
+from ditfastattn.runtime.planned import reports, reset
 
 __version__ = "0.1.0"
 
@@ -27,5 +27,6 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_sampler",
+    "reports",
     "reset",
 ]

@@ -23,7 +23,6 @@ from ditfastattn.passes.plan import (
     SiteKind,
     Strategy,
 )
-from ditfastattn.tools import figures
 from ditfastattn.tools.figures import STRATEGY_COLOURS, STRATEGY_LABELS, image_grid, plan_map
 
 
@@ -154,7 +153,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(figures.os, "replace", fail)
+    monkeypatch.setattr("ditfastattn.tools.figures.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         image_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), path)
     assert os.listdir(tmp_path) == ["grid.png"]
