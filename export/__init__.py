@@ -1,1 +1,1 @@
-
+"""Export planned models; nothing is here yet."""

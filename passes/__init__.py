@@ -1,1 +1,1 @@
-
+"""Rewrite graphs: graph in, graph out."""

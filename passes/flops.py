@@ -16,7 +16,7 @@ from ditfastattn.passes.window_attention import kept_pairs
 class Flops:
     """Hold operation counts; a multiply-add counts as two.
 
-    ``attention`` counts QK^T and PV of the pairs kept, ``linear`` every matrix product with weights.
+    ``attention`` counts QK^T and PV of the pairs kept, ``linear`` the products with weights.
     """
 
     attention: int

@@ -23,10 +23,15 @@ ATTENTION = aten.scaled_dot_product_attention.default
 _KEPT_META = ("stack_trace", "nn_module_stack")
 
 
-def value(node: Node) -> Tensor:
+def value(node: Any) -> Tensor:
     """Return the fake tensor that ``node`` computes; reading its data is not possible."""
     result: Tensor = node.meta["val"]
     return result
+
+
+def argument(node: Node, position: int, keyword: str, default: Any = None) -> Any:
+    """Return an argument of a call, given by position or by keyword, or its default."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
@@ -48,7 +53,11 @@ def evaluate(graph: Graph, target: Any, args: Any, kwargs: Mapping[str, Any]) ->
 
 
 def insert(
-    graph: Graph, target: Any, args: tuple[Any, ...], like: Node, kwargs: dict[str, Any] | None = None
+    graph: Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    like: Node,
+    kwargs: dict[str, Any] | None = None,
 ) -> Node:
     """Add a call at the graph's insertion point, with its fake value and the origin of ``like``."""
     node = graph.call_function(target, args, kwargs or {})

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -194,7 +195,8 @@ class _Lowering:
     def _attribute(self, prefix: str, item: Tensor | torch.nn.Module) -> str:
         """Return the name that ``item`` has on the module; register it at first sight."""
         if id(item) not in self.attributes:
-            name = f"{prefix}_{len(self.attributes)}"
+            names = (f"{prefix}_{index}" for index in count())
+            name = next(name for name in names if not hasattr(self.module, name))
             if isinstance(item, Tensor):
                 self.module.register_buffer(name, item, persistent=False)
             else:
@@ -313,7 +315,7 @@ def _counted(kept: Tensor) -> Constants:
 def _flex_traced_directly() -> Iterator[None]:
     """Keep FlexAttention from calling ``torch.compile`` while it is traced.
 
-    It would reach Dynamo's limit of recompilations after a few shapes.
+    That would start Dynamo within our own tracing, several times slower, and warn its caller.
     """
     previous = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
     flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True

@@ -124,14 +124,19 @@ class Plan(_Record):
     @model_validator(mode="after")
     def _check(self) -> Plan:
         if len(self.strategies) != self.sampler.steps:
-            raise ValueError(f"strategies: {len(self.strategies)} rows for {self.sampler.steps} steps")
+            raise ValueError(
+                f"strategies: {len(self.strategies)} rows for {self.sampler.steps} steps"
+            )
         if len(self.sampler.timesteps) != self.sampler.steps:
             raise ValueError(
-                f"sampler.timesteps: {len(self.sampler.timesteps)} values for {self.sampler.steps} steps"
+                f"sampler.timesteps: {len(self.sampler.timesteps)} values "
+                f"for {self.sampler.steps} steps"
             )
         for step, row in enumerate(self.strategies):
             if len(row) != len(self.sites):
-                raise ValueError(f"strategies[{step}]: {len(row)} entries for {len(self.sites)} sites")
+                raise ValueError(
+                    f"strategies[{step}]: {len(row)} entries for {len(self.sites)} sites"
+                )
         for index, site in enumerate(self.sites):
             self._check_site(index, site)
         return self
@@ -214,6 +219,12 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` to a temporary file beside ``path``, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +232,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -95,11 +95,18 @@ def _sink(graph: Graph, half: Node) -> list[Node] | None:
         return None
     half.replace_all_uses_with(narrowed)
     graph.erase_node(half)
-    freed = source.all_input_nodes
-    graph.erase_node(source)
-    for node in freed:
+    for node in _erase_dead(graph, source):
         made.extend(user for user in node.users if user.meta.get(_HALF) is second)
     return made
+
+
+def _erase_dead(graph: Graph, node: Node) -> list[Node]:
+    """Erase ``node`` and what only it used; return the nodes that lost a user and live on."""
+    if node.users or node.op != "call_function":
+        return [node]
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    return [alive for source in sources for alive in _erase_dead(graph, source)]
 
 
 def _narrow(graph: Graph, node: Node, take_half: Callable[[Node], Node]) -> Node | None:
@@ -170,7 +177,9 @@ def _leaves_batch_alone(node: Node, source: Tensor) -> bool:
     rank = source.dim() + (node.target is aten.unsqueeze.default)
     dims: list[int] = []
     for position, (keyword, default) in positions.items():
-        item: Any = node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+        item: Any = (
+            node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+        )
         if item is None:  # "all dimensions"
             return False
         dims.extend(item if isinstance(item, (list, tuple)) else [item])

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.capture import CapturedGraph, readable_path
-from ditfastattn.passes.ir import ATTENTION, aten, calls, users_outside, value
+from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, users_outside, value
 from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
@@ -158,12 +157,12 @@ def _why_not_a_site(node: Node, ancestry: _Ancestry) -> str:
         return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
     if ancestry.is_static(node):
         return "it does not depend on the model's inputs"
-    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    dropout = argument(node, 4, "dropout_p", 0.0)
     return "attention dropout is active: call model.eval()" if dropout else ""
 
 
 def _kind(node: Node, ancestry: _Ancestry) -> SiteKind:
-    query, key = node.args[0], node.args[1]
+    query, key = argument(node, 0, "query"), argument(node, 1, "key")
     if ancestry.roots(key) != ancestry.roots(query):
         return SiteKind.CROSS
     return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
@@ -186,8 +185,8 @@ def _joins_streams(key: Node) -> bool:
 
 def _concatenates(node: Node, tokens: int) -> bool:
     joined = value(node)
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % joined.dim()
-    return dim > 0 and joined.shape[dim] == tokens and joined.dim() >= 3
+    dim = int(argument(node, 1, "dim", 0)) % joined.dim()
+    return dim > 0 and bool(joined.shape[dim] == tokens) and joined.dim() >= 3
 
 
 def _why_no_window(node: Node, kind: SiteKind, tokens: int) -> str:
@@ -195,7 +194,7 @@ def _why_no_window(node: Node, kind: SiteKind, tokens: int) -> str:
         return f"a band window is defined for self-attention, this is {kind}-attention"
     if attention_mask(node) is not None:
         return "the attention has a mask"
-    if _argument(node, 5, "is_causal", False):
+    if argument(node, 5, "is_causal", False):
         return "the attention is causal"
     if value(node.args[0]).shape != value(node.args[1]).shape:
         return "queries and keys differ in shape"
@@ -216,18 +215,14 @@ def _why_no_shared_guidance(node: Node, graph: Graph) -> str:
 
 def attention_mask(node: Node) -> Node | None:
     """Return the mask of an attention node, or None."""
-    mask: Node | None = _argument(node, 3, "attn_mask", None)
+    mask: Node | None = argument(node, 3, "attn_mask")
     return mask
 
 
 def attention_scale(node: Node) -> float:
     """Return the factor on QK^T of an attention node."""
-    scale: float | None = node.kwargs.get("scale")
+    scale: float | None = argument(node, 6, "scale")
     return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
-
-
-def _argument(node: Node, position: int, keyword: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
 
 
 def _grid(node: Node, tokens: int) -> tuple[int, ...]:

@@ -59,11 +59,11 @@ class StepProgram:
         )
 
 
-def unroll(
-    plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]
-) -> StepProgram:
+def unroll(plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]) -> StepProgram:
     """Return the step program of ``plan`` for a graph whose sites are ``sites``."""
-    columns = [_site_actions([row[index] for row in plan.strategies]) for index in range(len(sites))]
+    columns = [
+        _site_actions([row[index] for row in plan.strategies]) for index in range(len(sites))
+    ]
     rows = list(zip(*columns, strict=True)) if columns else [()] * plan.sampler.steps
     variants = tuple(dict.fromkeys(rows))
     program = StepProgram(
@@ -143,6 +143,8 @@ def _check_writers(program: StepProgram) -> None:
             if action.strategy is Strategy.SHARE_STEP and (index, "output") not in written:
                 raise VerifyError(f"step {step}, site {index}: reads an output no step has written")
             if action.strategy.windowed and (index, "residual") not in written:
-                raise VerifyError(f"step {step}, site {index}: reads a residual no step has written")
+                raise VerifyError(
+                    f"step {step}, site {index}: reads a residual no step has written"
+                )
             written |= {(index, "output")} if action.writes_output else set()
             written |= {(index, "residual")} if action.writes_residual else set()

@@ -52,7 +52,9 @@ def _check_signature(module: GraphModule, inputs: int, results: int, after: str)
     graph = module.graph
     found = len(graph.find_nodes(op="placeholder"))
     if found != inputs + len(read_slots(graph)):
-        raise VerifyError(f"after {after}: {found} inputs, expected {inputs} and {read_slots(graph)}")
+        raise VerifyError(
+            f"after {after}: {found} inputs, expected {inputs} and {read_slots(graph)}"
+        )
     if len(outputs(graph)) != results + len(written_slots(graph)):
         raise VerifyError(
             f"after {after}: {len(outputs(graph))} outputs, expected {results} and "
@@ -91,7 +93,7 @@ def _kind(result: Any) -> Any:
 
 
 def _check_aliases(module: GraphModule, after: str) -> None:
-    """A cache output that is a view of an input would change under the reader's feet."""
+    """Refuse a cache output that is a view of an input: it could change before it is read."""
     graph = module.graph
     written = outputs(graph)[len(outputs(graph)) - len(written_slots(graph)) :]
     for node in written:

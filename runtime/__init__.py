@@ -1,1 +1,1 @@
-
+"""Run planned models: clock, caches, calibration, lowering."""

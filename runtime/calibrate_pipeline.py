@@ -53,7 +53,9 @@ def calibrate(
             expected="a diffusers pipeline with a `transformer` module",
         )
     if threshold <= 0:
-        raise ConfigError("the threshold must be positive", where="calibrate(threshold)", got=threshold)
+        raise ConfigError(
+            "the threshold must be positive", where="calibrate(threshold)", got=threshold
+        )
     layout = detect_cfg_layout(pipeline, call) if cfg_layout is None else cfg_layout
     steps = int(_argument(pipeline, call, "num_inference_steps") or 0)
     options = BackendOptions(

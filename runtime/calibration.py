@@ -2,8 +2,8 @@
 
 At each step the sites are visited in order. Candidates are tried from the cheapest on; the first
 whose error at the *model's* output stays below ``(i / M) * threshold`` is taken, ``i`` counting the
-sites from 1 to ``M``. Step 0 is full. The step then returns the output with all choices in force, so
-that later steps are calibrated on the compressed trajectory.
+sites from 1 to ``M``. Step 0 is full. The step then returns the output with all choices in force,
+so that later steps are calibrated on the compressed trajectory.
 
 What precedes a site is the same for all its candidates, so it is computed once: the search is exact
 and costs about half of the forward passes that the algorithm names.
@@ -89,7 +89,7 @@ class GreedyCalibrator:
         self._memory = [_SiteMemory() for _ in self.sites]
 
     def step(self, args: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Run the next step on flat inputs ``args``, choosing its strategies; return its outputs."""
+        """Run the next step on flat inputs ``args``, choose its strategies, return its outputs."""
         began = time.monotonic()
         environment = self._runner.begin(args)
         first = not self.strategies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,11 @@ def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = Non
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """Return a scheduler's configuration as JSON would read it back, private entries left out."""
-    public = {key: item for key, item in dict(scheduler.config).items() if not key.startswith("_")}
+    public = {
+        key: str(item) if isinstance(item, float) and not math.isfinite(item) else item
+        for key, item in dict(scheduler.config).items()
+        if not key.startswith("_")
+    }
     config: dict[str, Any] = json.loads(json.dumps(public, default=str))
     return config
 

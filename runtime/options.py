@@ -93,4 +93,6 @@ def _member(kind: Any, name: str, given: object) -> Any:
 
 def _bad_value(name: str, got: object, expected: str) -> ConfigError:
     where = f"torch.compile(options={{{name!r}: ...}})"
-    return ConfigError("the option has a value it cannot take", where=where, got=got, expected=expected)
+    return ConfigError(
+        "the option has a value it cannot take", where=where, got=got, expected=expected
+    )

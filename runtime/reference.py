@@ -21,12 +21,14 @@ from ditfastattn.passes.plan import CfgLayout, Strategy
 
 
 class PlanInterpreter(TorchFunctionMode):
-    """Run a model's attention by a plan::
+    """Run a model's attention by a plan.
 
-        reference = PlanInterpreter(strategies, windows, layout)
-        for step in range(steps):
-            with reference.step(step):
-                output = model(...)
+    Use it like this::
+
+    reference = PlanInterpreter(strategies, windows, layout)
+    for step in range(steps):
+        with reference.step(step):
+            output = model(...)
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class PlanInterpreter(TorchFunctionMode):
         self._strategies = strategies
         self._windows = windows
         self._layout = layout
-        self._sites = {ordinal: site for site, ordinal in enumerate(ordinals or range(len(windows)))}
+        self._sites = {
+            ordinal: site for site, ordinal in enumerate(ordinals or range(len(windows)))
+        }
         self._outputs: dict[int, Tensor] = {}
         self._residuals: dict[int, Tensor] = {}
         self._step = 0

@@ -1,1 +1,1 @@
-
+"""Provide the command line, the demo and its model."""

@@ -156,12 +156,8 @@ def _report_of(plan: Plan) -> RunReport:
 
 def compare_images(dense: Tensor, planned: Tensor, labels: Tensor) -> Quality:
     """Return how close ``planned`` is to ``dense``; both ``[B, 1, H, W]`` in [0, 1]."""
-    ssim = structural_similarity_index_measure(
-        planned, dense, data_range=1.0, reduction="none"
-    )
-    psnr = peak_signal_noise_ratio(
-        planned, dense, data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
+    ssim = structural_similarity_index_measure(planned, dense, data_range=1.0, reduction="none")
+    psnr = peak_signal_noise_ratio(planned, dense, data_range=1.0, reduction="none", dim=(1, 2, 3))
     assert isinstance(ssim, Tensor)
     return Quality(
         images=len(dense),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -195,8 +197,21 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
             expected=f"a folder with {index}",
             remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
         )
-    # A cast, not a loading option: that option is named differently from version to version.
-    return DigitsPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
+    with _silent_loading():
+        # Weights load as fp32 unless told otherwise; the option's name differs between versions.
+        return DigitsPipeline.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _silent_loading() -> Iterator[None]:
+    """Keep diffusers' loading bar off the terminal; two small files need none."""
+    enabled = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            diffusers_logging.enable_progress_bar()
 
 
 def embedded_pipeline() -> DigitsPipeline:

@@ -68,8 +68,8 @@ class Stage:
 
 
 STAGES = (
-    Stage(size=32, steps=2400, batch=16, learning_rate=5e-4),
-    Stage(size=64, steps=700, batch=8, learning_rate=2e-4),
+    Stage(size=32, steps=1900, batch=16, learning_rate=5e-4),
+    Stage(size=64, steps=400, batch=8, learning_rate=2e-4),
 )
 
 
@@ -239,6 +239,9 @@ def save_pretrained(average: dict[str, Tensor], loss: float, out: Path) -> None:
     DigitsPipeline(model, scheduler).save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_text_atomically(out / "README.md", model_card(parameters, loss))
+    for file in out.rglob("*.*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors and temporary files are private; a package is not
 
 
 def model_card(parameters: int, loss: float) -> str:

@@ -1,4 +1,4 @@
-"""Register with ``torch.compile`` as ``backend="ditfastattn"`` (an entry point; no import needed)."""
+"""Register with ``torch.compile`` as ``backend="ditfastattn"``, by an entry point."""
 
 from __future__ import annotations
 

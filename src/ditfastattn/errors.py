@@ -7,7 +7,13 @@ class ConfigError(ValueError):
     """Report bad input: what is wrong, where, what was got and expected, and the remedy."""
 
     def __init__(
-        self, what: str, *, where: str = "", got: object = "", expected: object = "", remedy: str = ""
+        self,
+        what: str,
+        *,
+        where: str = "",
+        got: object = "",
+        expected: object = "",
+        remedy: str = "",
     ) -> None:
         """Compose the message from its parts; the empty ones are left out."""
         parts = [f"{where}: {what}" if where else what]

@@ -177,10 +177,14 @@ def test_saved_pipeline_draws_the_same(pipeline: DigitsPipeline, tmp_path: Path)
     assert torch.equal(draw(loaded, [3, 7]), draw(pipeline, [3, 7]))
 
 
-def test_fp16_weights_load_as_fp32(pipeline: DigitsPipeline, tmp_path: Path) -> None:
+def test_fp16_weights_load_as_fp32_in_silence(
+    pipeline: DigitsPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pipeline.transformer.half()  # type: ignore[no-untyped-call]  # diffusers has no annotation
     pipeline.save_pretrained(tmp_path)
+    capfd.readouterr()
     loaded = load_pipeline(tmp_path)
+    assert capfd.readouterr() == ("", "")
     assert {value.dtype for value in loaded.transformer.parameters()} == {torch.float32}
 
 
@@ -255,6 +259,7 @@ def test_finished_training_only_exports_again(
     train_digits.main()
     assert weights.read_bytes() == first
     assert (out / "README.md").read_text() == card
+    assert {file.stat().st_mode & 0o777 for file in out.rglob("*.*")} == {0o644}
     assert draw(load_pipeline(out), [3]).shape == (1, 1, SIZE, SIZE)
 
 

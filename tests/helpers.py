@@ -1,0 +1,253 @@
+"""Build tiny diffusion transformers with random weights, and run them step by step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strategy
+from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.reference import PlanInterpreter
+
+STEPS = 6
+TIMESTEPS = tuple(float(900 - 150 * step) for step in range(STEPS))
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Hold a model and what it is called with at a step, for a batch of lanes."""
+
+    model: torch.nn.Module
+    call: Callable[[int, int], dict[str, Any]]  # (step, batch) -> keyword arguments
+
+    def run(self, model: Any, batch: int = 4, steps: int = STEPS) -> list[Tensor]:
+        """Call ``model`` once a step; return its outputs."""
+        with torch.no_grad():
+            return [model(**self.call(step, batch))[0] for step in range(steps)]
+
+    def reference(
+        self, strategies: Sequence[Sequence[Strategy]], windows: Sequence[int], layout: CfgLayout
+    ) -> list[Tensor]:
+        """Run the plan interpreter."""
+        interpreter = PlanInterpreter(strategies, windows, layout)
+        results: list[Tensor] = []
+        for step in range(len(strategies)):
+            with torch.no_grad(), interpreter.step(step):
+                results.append(self.model(**self.call(step, 4))[0])
+        return results
+
+
+def tiny_dit(seed: int = 0) -> TinyModel:
+    """Return a class-conditional DiT of three layers, 16 tokens."""
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        return {
+            "hidden_states": noise(step, batch, 4, 8, 8),
+            "timestep": timestep(step, batch),
+            "class_labels": torch.arange(batch),
+            "return_dict": False,
+        }
+
+    return TinyModel(randomize(model), call)
+
+
+def tiny_pixart(seed: int = 0) -> TinyModel:
+    """Return a PixArt of two layers: self- and masked cross-attention, 16 tokens."""
+    torch.manual_seed(seed)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=12,
+        norm_num_groups=1,
+    )
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        mask = torch.ones(batch, 5)
+        mask[::2, 3:] = 0
+        return {
+            "hidden_states": noise(step, batch, 4, 8, 8),
+            "encoder_hidden_states": noise(99, batch, 5, 12),
+            "timestep": timestep(step, batch),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "encoder_attention_mask": mask,
+            "return_dict": False,
+        }
+
+    return TinyModel(randomize(model), call)
+
+
+def tiny_sd3(seed: int = 0) -> TinyModel:
+    """Return an SD3 of three layers: joint attention over 16 image and 5 text tokens."""
+    torch.manual_seed(seed)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        return {
+            "hidden_states": noise(step, batch, 4, 8, 8),
+            "encoder_hidden_states": noise(99, batch, 5, 16),
+            "pooled_projections": noise(98, batch, 16),
+            "timestep": timestep(step, batch),
+            "return_dict": False,
+        }
+
+    return TinyModel(randomize(model), call)
+
+
+TINY_MODELS = {"dit": tiny_dit, "pixart": tiny_pixart, "sd3": tiny_sd3}
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    """Return standard normal noise that ``seed`` fixes."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def timestep(step: int, batch: int) -> Tensor:
+    """Return the timestep of ``step`` for each lane."""
+    return torch.full((batch,), int(TIMESTEPS[step]))
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Give zero-initialized gates and projections weights: a zero gate would hide any error."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.1)
+    return model.eval()
+
+
+def capture_model(model: torch.nn.Module, call: dict[str, Any]) -> CapturedGraph:
+    """Return the captured graph of one call."""
+    found: list[CapturedGraph] = []
+
+    def backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
+        inputs = describe_inputs(module)
+
+        def run(*args: Any) -> Any:
+            found.append(capture(module, inputs, args))
+            return module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**call)
+    return found[0]
+
+
+def capture_sites(
+    tiny: TinyModel, batch: int = 4
+) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
+    """Return the captured graph of ``tiny`` and its sites."""
+    captured = capture_model(tiny.model, tiny.call(0, batch))
+    return captured, find_sites(captured).sites
+
+
+def make_plan(
+    tiny: TinyModel,
+    captured: CapturedGraph,
+    sites: Sequence[AttentionSite],
+    strategies: Sequence[Sequence[Strategy]],
+    layout: CfgLayout = CfgLayout.COND_FIRST,
+) -> Plan:
+    """Return a plan for ``tiny`` with the strategies given."""
+    tensors = [*tiny.model.parameters(), *tiny.model.buffers()]
+    used = len([entry for entry in captured.inputs if entry.static])
+    assert len(tensors) >= used
+    return Plan(
+        model=fingerprint(sites, static_arguments(tiny)),
+        inputs=input_shapes(captured),
+        sampler=Sampler(steps=len(strategies), timesteps=TIMESTEPS, cfg_layout=layout),
+        sites=tuple(site.planned() for site in sites),
+        strategies=tuple(tuple(row) for row in strategies),
+        calibration=Calibration(method="manual"),
+    )
+
+
+def static_arguments(tiny: TinyModel) -> list[Tensor]:
+    """Return the parameters and buffers that the model's graph uses, as the backend sees them."""
+    found: list[list[Tensor]] = []
+
+    def backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
+        inputs = describe_inputs(module)
+
+        def run(*args: Any) -> Any:
+            pairs = zip(inputs, args, strict=True)
+            found.append([item for entry, item in pairs if entry.static])
+            return module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(tiny.model, backend=backend, fullgraph=True)(**tiny.call(0, 4))
+    return found[0]
+
+
+def mixed_strategies(
+    sites: Sequence[AttentionSite], seed: int = 0, steps: int = STEPS
+) -> list[tuple[Strategy, ...]]:
+    """Return a random legal schedule in which every legal strategy of every site may occur."""
+    generator = random.Random(seed)
+    rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
+    while len(rows) < steps:
+        rows.append(
+            tuple(
+                generator.choice([s for s in Strategy if s not in site.declined]) for site in sites
+            )
+        )
+    return rows
+
+
+def uniform_strategies(
+    sites: Sequence[AttentionSite], strategy: Strategy, steps: int = STEPS
+) -> list[tuple[Strategy, ...]]:
+    """Return full attention at step 0, then ``strategy`` wherever it is legal."""
+    chosen = tuple(Strategy.FULL if strategy in s.declined else strategy for s in sites)
+    return [tuple(Strategy.FULL for _ in sites), *[chosen] * (steps - 1)]
+
+
+def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference over all steps."""
+    pairs = zip(first, second, strict=True)
+    return max(float((one - other).abs().max()) for one, other in pairs)

@@ -1,0 +1,77 @@
+"""Unrolling keeps exactly the caches that later steps read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ditfastattn import Strategy, VerifyError
+from ditfastattn.passes.step_program import StepProgram, _check_writers, unroll
+from tests.helpers import TINY_MODELS, capture_sites, make_plan, mixed_strategies
+
+F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
+
+
+def program(column: list[Strategy]) -> StepProgram:
+    """Unroll a plan whose first site follows ``column``; the others are full."""
+    tiny = TINY_MODELS["dit"]()
+    captured, sites = capture_sites(tiny)
+    rows = [(strategy, F, F) for strategy in column]
+    return unroll(make_plan(tiny, captured, sites, rows), captured, sites)
+
+
+def test_caches_live_from_their_writer_to_their_last_reader() -> None:
+    result = program([F, W, S, S, C, F])
+    lives = {slot.name.split("/")[1]: slot.lives for slot in result.slots}
+    assert lives == {"output.0": ((1, 3),), "residual": ((0, 1),)}
+    first_site = [result.variants[variant][0] for variant in result.schedule]
+    assert [action.writes_output for action in first_site] == [False, True] + [False] * 4
+    assert [action.writes_residual for action in first_site] == [True] + [False] * 5
+    assert result.dead_after(1) == ("transformer_blocks.0.attn1/residual",)
+    assert result.dead_after(3) == ("transformer_blocks.0.attn1/output.0",)
+
+
+def test_a_residual_is_computed_only_where_the_next_window_reads_it() -> None:
+    result = program([F, F, W, C, W, F])
+    (residual,) = result.slots
+    assert residual.lives == ((1, 4),)  # step 0's would be overwritten unread; step 3 is not full
+
+
+def test_equal_steps_share_a_variant() -> None:
+    result = program([F, S, S, S, S, F])
+    assert result.schedule[1:5] == (1, 1, 1, 1)
+    assert len(result.variants) == 3  # the first full step writes what the last need not
+
+
+def test_peak_bytes_count_what_is_held_between_steps() -> None:
+    result = program([F, W, S, S, C, F])
+    output = 4 * 16 * 16 * 4  # [B, N, C] fp32
+    residual = 4 * 2 * 16 * 8 * 4  # [B, H, N, D] fp32
+    assert sorted(slot.bytes for slot in result.slots) == sorted((output, residual))
+    assert result.peak_cache_bytes == max(output, residual)  # never both at once
+    assert program([F, W, W, S, W, S]).peak_cache_bytes == output + residual
+
+
+def test_a_dense_plan_keeps_nothing() -> None:
+    result = program([F] * 6)
+    assert result.slots == ()
+    assert result.peak_cache_bytes == 0
+    assert len(result.variants) == 1
+
+
+def test_a_read_without_a_writer_is_our_bug() -> None:
+    good = program([F, S, F, F, F, F])
+    variants = tuple(
+        tuple(dataclasses.replace(action, writes_output=False) for action in variant)
+        for variant in good.variants
+    )
+    with pytest.raises(VerifyError, match="step 1, site 0: reads an output no step has written"):
+        _check_writers(dataclasses.replace(good, variants=variants))
+
+
+def test_every_slot_of_a_mixed_plan_is_written_before_it_is_read() -> None:
+    tiny = TINY_MODELS["sd3"]()
+    captured, sites = capture_sites(tiny)
+    result = unroll(make_plan(tiny, captured, sites, mixed_strategies(sites)), captured, sites)
+    assert all(written < read for slot in result.slots for written, read in slot.lives)

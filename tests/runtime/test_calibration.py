@@ -1,0 +1,128 @@
+"""The greedy search is the paper's Algorithm 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditfastattn import CfgLayout, Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.calibration import CANDIDATES, GreedyCalibrator, Progress, relative_error
+from tests.helpers import TINY_MODELS, TinyModel, capture_sites, largest_difference
+
+STEPS = 4
+
+
+def search(
+    name: str, threshold: float, layout: CfgLayout
+) -> tuple[GreedyCalibrator, TinyModel, tuple[AttentionSite, ...], list[torch.Tensor]]:
+    tiny = TINY_MODELS[name]()
+    captured, sites = capture_sites(tiny)
+    calibrator = GreedyCalibrator(captured, sites, layout, threshold, steps=STEPS)
+    static = iter_static(tiny)
+    outputs = []
+    for step in range(STEPS):
+        call = tiny.call(step, 4)
+        dynamic = {name: call[name] for name in captured.dynamic_names}
+        values = iter(static)
+        args = [next(values) if e.static else dynamic[e.name] for e in captured.inputs]
+        outputs.append(calibrator.step(args)[0])
+    return calibrator, tiny, sites, outputs
+
+
+def iter_static(tiny: TinyModel) -> list[torch.Tensor]:
+    from tests.helpers import static_arguments
+
+    return static_arguments(tiny)
+
+
+def algorithm_1(
+    tiny: TinyModel, sites: tuple[AttentionSite, ...], threshold: float, layout: CfgLayout
+) -> list[tuple[Strategy, ...]]:
+    """Search as the paper writes it: a whole generation anew for every candidate."""
+    windows = [site.window for site in sites]
+    full = (Strategy.FULL,) * len(sites)
+    rows = [full]
+    for step in range(1, STEPS):
+        row = list(full)
+        reference = tiny.reference([*rows, full], windows, layout)[step]
+        for index, site in enumerate(sites):
+            allowed = (index + 1) / len(sites) * threshold
+            for strategy in CANDIDATES:
+                if strategy in site.declined:
+                    continue
+                trial = tuple([*row[:index], strategy, *row[index + 1 :]])
+                output = tiny.reference([*rows, trial], windows, layout)[step]
+                if relative_error(reference, output) < allowed:
+                    row[index] = strategy
+                    break
+        rows.append(tuple(row))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "layout"),
+    [
+        ("dit", 0.2, CfgLayout.COND_FIRST),
+        ("dit", 0.15, CfgLayout.UNCOND_FIRST),
+        ("pixart", 0.05, CfgLayout.UNCOND_FIRST),
+        ("sd3", 0.05, CfgLayout.COND_FIRST),
+    ],
+)
+def test_search_equals_algorithm_1_run_naively(
+    name: str, threshold: float, layout: CfgLayout
+) -> None:
+    calibrator, tiny, sites, outputs = search(name, threshold, layout)
+    assert calibrator.strategies == algorithm_1(tiny, sites, threshold, layout)
+    chosen = {strategy for row in calibrator.strategies[1:] for strategy in row}
+    assert len(chosen) > 1, "the threshold does not tell candidates apart: the test is idle"
+    followed = tiny.reference(calibrator.strategies, [s.window for s in sites], layout)
+    assert largest_difference(outputs, followed) < 1e-5
+
+
+def test_threshold_zero_chooses_full_everywhere() -> None:
+    calibrator, _, _, _ = search("dit", 1e-9, CfgLayout.COND_FIRST)
+    assert {s for row in calibrator.strategies for s in row} == {Strategy.FULL}
+
+
+def test_a_huge_threshold_takes_the_first_candidate() -> None:
+    calibrator, _, _, _ = search("dit", 100.0, CfgLayout.COND_FIRST)
+    assert {s for row in calibrator.strategies[1:] for s in row} == {Strategy.SHARE_STEP}
+
+
+def test_without_guidance_halves_nothing_is_shared_across_them() -> None:
+    calibrator, _, _, _ = search("dit", 0.2, CfgLayout.NONE)
+    assert not any(strategy.shares_cfg for row in calibrator.strategies for strategy in row)
+
+
+def test_search_is_reproducible_bit_for_bit() -> None:
+    first = search("dit", 0.2, CfgLayout.COND_FIRST)
+    second = search("dit", 0.2, CfgLayout.COND_FIRST)
+    assert first[0].strategies == second[0].strategies
+    pairs = zip(first[3], second[3], strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_progress_tells_the_cost_before_the_search_and_never_exceeds_it() -> None:
+    tiny = TINY_MODELS["dit"]()
+    captured, sites = capture_sites(tiny)
+    seen: list[Progress] = []
+    calibrator = GreedyCalibrator(
+        captured, sites, CfgLayout.COND_FIRST, 1e-9, steps=STEPS, on_progress=seen.append
+    )
+    static = iter_static(tiny)
+    for step in range(STEPS):
+        call, values = tiny.call(step, 4), iter(static)
+        args = [next(values) if e.static else call[e.name] for e in captured.inputs]
+        calibrator.step(args)
+    assert seen[0].step == 0
+    assert seen[0].done <= 1.01
+    assert seen[0].at_most == pytest.approx(seen[-1].at_most)
+    assert calibrator.forwards <= seen[0].at_most
+    assert calibrator.forwards > 0.8 * seen[0].at_most  # everything was refused: the bound is near
+
+
+def test_relative_error_is_the_papers() -> None:
+    reference, candidate = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])
+    assert relative_error(reference, candidate) == pytest.approx((0.0 + 0.5 + 1.0) / 3, abs=1e-4)
+    assert relative_error(torch.tensor([1.0]), torch.tensor([-1.0])) == pytest.approx(2.0, abs=1e-4)

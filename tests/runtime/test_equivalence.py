@@ -1,0 +1,79 @@
+"""The rewritten graph computes what the plan interpreter computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditfastattn import CfgLayout, Plan, Strategy
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.planned import PlannedFunction
+from tests.helpers import (
+    TINY_MODELS,
+    TinyModel,
+    capture_sites,
+    largest_difference,
+    make_plan,
+    mixed_strategies,
+    uniform_strategies,
+)
+
+LAYOUTS = (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
+
+
+def run_plan(
+    tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER
+) -> list[torch.Tensor]:
+    torch._dynamo.reset()
+    options = BackendOptions(plan=plan, lowering=lowering)
+    compiled = torch.compile(
+        tiny.model, backend=lambda graph, _: PlannedFunction(graph, options), fullgraph=True
+    )
+    return tiny.run(compiled)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_each_strategy_equals_the_reference(
+    name: str, strategy: Strategy, layout: CfgLayout
+) -> None:
+    tiny = TINY_MODELS[name]()
+    captured, sites = capture_sites(tiny)
+    strategies = uniform_strategies(sites, strategy)
+    expected = tiny.reference(strategies, [site.window for site in sites], layout)
+    got = run_plan(tiny, make_plan(tiny, captured, sites, strategies, layout))
+    assert largest_difference(got, expected) < 1e-5
+    changed = any(item is not Strategy.FULL for item in strategies[1])
+    dense = tiny.run(tiny.model)
+    assert (largest_difference(expected, dense) > 1e-3) == changed  # the oracle is not dense
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_mixed_plans_equal_the_reference(name: str, seed: int, layout: CfgLayout) -> None:
+    tiny = TINY_MODELS[name](seed)
+    captured, sites = capture_sites(tiny)
+    strategies = mixed_strategies(sites, seed)
+    expected = tiny.reference(strategies, [site.window for site in sites], layout)
+    got = run_plan(tiny, make_plan(tiny, captured, sites, strategies, layout))
+    assert largest_difference(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_an_all_full_plan_is_bitwise_dense(name: str) -> None:
+    tiny = TINY_MODELS[name]()
+    captured, sites = capture_sites(tiny)
+    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.FULL))
+    assert largest_difference(run_plan(tiny, plan), tiny.run(tiny.model)) == 0.0
+
+
+def test_compiled_variants_equal_the_reference() -> None:
+    tiny = TINY_MODELS["dit"]()
+    captured, sites = capture_sites(tiny)
+    strategies = mixed_strategies(sites, seed=3)
+    expected = tiny.reference(strategies, [s.window for s in sites], CfgLayout.COND_FIRST)
+    plan = make_plan(tiny, captured, sites, strategies)
+    assert largest_difference(run_plan(tiny, plan, Lowering.INDUCTOR), expected) < 1e-5
