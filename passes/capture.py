@@ -85,9 +85,10 @@ def capture(
     Raises:
         ConfigError: the graph writes in place, so that steps could not be rewritten safely.
     """
-    positions = [index for index, argument in enumerate(args) if isinstance(argument, Tensor)]
+    given = {index: item for index, item in enumerate(args) if isinstance(item, Tensor)}
+    positions = list(given)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(args[index], static_shapes=True) for index in positions]
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given.values()]
 
     def call(*tensors: Tensor) -> Any:
         full = list(args)

@@ -39,5 +39,5 @@ def lower(
     for reason in lower_window_attention(module):
         log.info("window attention stays a masked full attention: %s", reason)
     with torch.no_grad():
-        compiled = compile_fx(module, list(args), config_patches=inductor or None)
+        compiled: Any = compile_fx(module, list(args), config_patches=inductor or None)
     return lambda inputs: compiled(*inputs)

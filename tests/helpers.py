@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -47,6 +51,7 @@ class TinyModel:
         return results
 
 
+@functools.cache  # models are only read: tests share them
 def tiny_dit(seed: int = 0) -> TinyModel:
     """Return a class-conditional DiT of three layers, 16 tokens."""
     torch.manual_seed(seed)
@@ -75,6 +80,7 @@ def tiny_dit(seed: int = 0) -> TinyModel:
     return TinyModel(randomize(model), call)
 
 
+@functools.cache  # models are only read: tests share them
 def tiny_pixart(seed: int = 0) -> TinyModel:
     """Return a PixArt of two layers: self- and masked cross-attention, 16 tokens."""
     torch.manual_seed(seed)
@@ -105,6 +111,7 @@ def tiny_pixart(seed: int = 0) -> TinyModel:
     return TinyModel(randomize(model), call)
 
 
+@functools.cache  # models are only read: tests share them
 def tiny_sd3(seed: int = 0) -> TinyModel:
     """Return an SD3 of three layers: joint attention over 16 image and 5 text tokens."""
     torch.manual_seed(seed)
@@ -156,15 +163,27 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def capture_model(model: torch.nn.Module, call: dict[str, Any]) -> CapturedGraph:
-    """Return the captured graph of one call."""
-    found: list[CapturedGraph] = []
+@dataclass(frozen=True)
+class Capture:
+    """Hold a captured graph, its sites and the parameters and buffers it was given."""
+
+    graph: CapturedGraph
+    sites: tuple[AttentionSite, ...]
+    static: list[Tensor]
+
+
+def capture_call(model: torch.nn.Module, call: dict[str, Any]) -> Capture:
+    """Return what one call of ``model`` captures."""
+    found: list[Capture] = []
 
     def backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
         inputs = describe_inputs(module)
 
         def run(*args: Any) -> Any:
-            found.append(capture(module, inputs, args))
+            graph = capture(module, inputs, args)
+            pairs = zip(inputs, args, strict=True)
+            static = [item for entry, item in pairs if entry.static]
+            found.append(Capture(graph, find_sites(graph).sites, static))
             return module(*args)
 
         return run
@@ -175,12 +194,30 @@ def capture_model(model: torch.nn.Module, call: dict[str, Any]) -> CapturedGraph
     return found[0]
 
 
+def capture_model(model: torch.nn.Module, call: dict[str, Any]) -> CapturedGraph:
+    """Return the captured graph of one call."""
+    return capture_call(model, call).graph
+
+
+_captures: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, Capture]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def captured_once(tiny: TinyModel, batch: int = 4) -> Capture:
+    """Return what ``tiny`` captures at ``batch``, made once per test run: nobody changes it."""
+    known = _captures.setdefault(tiny.model, {})
+    if batch not in known:
+        known[batch] = capture_call(tiny.model, tiny.call(0, batch))
+    return known[batch]
+
+
 def capture_sites(
     tiny: TinyModel, batch: int = 4
 ) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
     """Return the captured graph of ``tiny`` and its sites."""
-    captured = capture_model(tiny.model, tiny.call(0, batch))
-    return captured, find_sites(captured).sites
+    found = captured_once(tiny, batch)
+    return found.graph, found.sites
 
 
 def make_plan(
@@ -191,9 +228,6 @@ def make_plan(
     layout: CfgLayout = CfgLayout.COND_FIRST,
 ) -> Plan:
     """Return a plan for ``tiny`` with the strategies given."""
-    tensors = [*tiny.model.parameters(), *tiny.model.buffers()]
-    used = len([entry for entry in captured.inputs if entry.static])
-    assert len(tensors) >= used
     return Plan(
         model=fingerprint(sites, static_arguments(tiny)),
         inputs=input_shapes(captured),
@@ -206,22 +240,7 @@ def make_plan(
 
 def static_arguments(tiny: TinyModel) -> list[Tensor]:
     """Return the parameters and buffers that the model's graph uses, as the backend sees them."""
-    found: list[list[Tensor]] = []
-
-    def backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
-        inputs = describe_inputs(module)
-
-        def run(*args: Any) -> Any:
-            pairs = zip(inputs, args, strict=True)
-            found.append([item for entry, item in pairs if entry.static])
-            return module(*args)
-
-        return run
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(tiny.model, backend=backend, fullgraph=True)(**tiny.call(0, 4))
-    return found[0]
+    return captured_once(tiny).static
 
 
 def mixed_strategies(

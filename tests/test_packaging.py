@@ -20,7 +20,7 @@ FACADE = ROOT / "src" / "ditfastattn"
 FOLDERS = ("export", "passes", "runtime", "tools")
 BUILD_INPUTS = ("LICENSE", "pyproject.toml", "src", *FOLDERS)
 ASSET_SUFFIXES = (".json", ".md", ".safetensors")
-CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.cli:app"}
+CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.cli:run"}
 BACKENDS = {"ditfastattn": "ditfastattn.backend:ditfastattn"}
 HEAVY = (
     "diffusers",

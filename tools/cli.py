@@ -75,7 +75,7 @@ def calibrate(
     from ditfastattn.tools.digits_pipeline import embedded_pipeline, load_pipeline
 
     loaded = embedded_pipeline() if pipeline is None else load_pipeline(pipeline)
-    loaded.set_progress_bar_config(disable=True)
+    loaded.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     call = {
         "class_labels": _integers(classes),
         "num_inference_steps": steps,

@@ -74,7 +74,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     call = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     pipeline = embedded_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     labels = list(CALIBRATION_CLASSES)
     plan = calibrate_with_progress(
         console, pipeline, {"class_labels": labels, **call}, threshold, seed
@@ -97,7 +97,7 @@ def _compare(
     model = pipeline.transformer
     ditfastattn.check_sampler(plan, pipeline.scheduler, call["guidance_scale"])
     dense = _Lane(pipeline, torch.compile(model, dynamic=False), call)
-    options = {"plan": plan}
+    options: dict[str, Any] = {"plan": plan}
     planned = _Lane(
         pipeline, torch.compile(model, backend="ditfastattn", options=options, dynamic=False), call
     )

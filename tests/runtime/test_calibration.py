@@ -8,7 +8,7 @@ import torch
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.calibration import CANDIDATES, GreedyCalibrator, Progress, relative_error
-from tests.helpers import TINY_MODELS, TinyModel, capture_sites, largest_difference
+from tests.helpers import TINY_MODELS, TinyModel, capture_sites, largest_difference, static_arguments
 
 STEPS = 4
 
@@ -19,7 +19,7 @@ def search(
     tiny = TINY_MODELS[name]()
     captured, sites = capture_sites(tiny)
     calibrator = GreedyCalibrator(captured, sites, layout, threshold, steps=STEPS)
-    static = iter_static(tiny)
+    static = static_arguments(tiny)
     outputs = []
     for step in range(STEPS):
         call = tiny.call(step, 4)
@@ -28,12 +28,6 @@ def search(
         args = [next(values) if e.static else dynamic[e.name] for e in captured.inputs]
         outputs.append(calibrator.step(args)[0])
     return calibrator, tiny, sites, outputs
-
-
-def iter_static(tiny: TinyModel) -> list[torch.Tensor]:
-    from tests.helpers import static_arguments
-
-    return static_arguments(tiny)
 
 
 def algorithm_1(
@@ -110,7 +104,7 @@ def test_progress_tells_the_cost_before_the_search_and_never_exceeds_it() -> Non
     calibrator = GreedyCalibrator(
         captured, sites, CfgLayout.COND_FIRST, 1e-9, steps=STEPS, on_progress=seen.append
     )
-    static = iter_static(tiny)
+    static = static_arguments(tiny)
     for step in range(STEPS):
         call, values = tiny.call(step, 4), iter(static)
         args = [next(values) if e.static else call[e.name] for e in captured.inputs]

@@ -1,0 +1,278 @@
+"""``torch.compile(model, backend="ditfastattn")`` as users call it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, reports, reset
+from tests.helpers import (
+    STEPS,
+    TIMESTEPS,
+    TinyModel,
+    capture_sites,
+    largest_difference,
+    make_plan,
+    mixed_strategies,
+    noise,
+    tiny_dit,
+    tiny_sd3,
+    uniform_strategies,
+)
+
+EAGER = {"lowering": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def planned(tiny: TinyModel, **options: Any) -> Any:
+    return torch.compile(
+        tiny.model, backend="ditfastattn", fullgraph=True, options={**EAGER, **options}
+    )
+
+
+def plan_for(tiny: TinyModel, seed: int = 1) -> Plan:
+    captured, sites = capture_sites(tiny)
+    plan = make_plan(tiny, captured, sites, mixed_strategies(sites, seed))
+    torch._dynamo.reset()
+    return plan
+
+
+def expected(tiny: TinyModel, plan: Plan) -> list[torch.Tensor]:
+    windows = [site.window for site in plan.sites]
+    return tiny.reference(plan.strategies, windows, plan.sampler.cfg_layout)
+
+
+def test_a_plan_runs_from_its_file_over_generations(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    plan.save(tmp_path / "plan.json")
+    compiled = planned(tiny, plan=str(tmp_path / "plan.json"))
+    for _ in range(2):
+        assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
+
+
+def test_dense_when_told_so() -> None:
+    tiny = tiny_dit()
+    assert largest_difference(tiny.run(planned(tiny, dense=True)), tiny.run(tiny.model)) == 0.0
+
+
+def test_inductor_lowers_a_window_and_its_residual() -> None:
+    tiny = tiny_dit()
+    captured, sites = capture_sites(tiny)
+    strategies = uniform_strategies(sites, Strategy.WINDOW)
+    plan = make_plan(tiny, captured, sites, strategies)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        tiny.model, backend="ditfastattn", fullgraph=True, options={"plan": plan}
+    )
+    assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
+
+
+def test_without_a_plan_the_first_generation_calibrates_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tiny = tiny_dit()
+    compiled = planned(tiny, threshold=0.2, cfg_layout="cond-first")
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        first = tiny.run(compiled)
+        second = tiny.run(compiled)
+    messages = [record.getMessage() for record in caplog.records]
+    assert "no plan was given" in messages[0]
+    assert "calibrated: 6 steps x 3 sites" in messages[1]
+    assert largest_difference(first, second) < 1e-5  # calibration returns the planned trajectory
+    assert largest_difference(second, tiny.run(tiny.model)) > 1e-4
+    (report,) = [r for r in reports() if r.plan.sampler.timesteps == TIMESTEPS]
+    assert report.plan.calibration.method == "greedy"
+    assert report.planned is not None
+    assert report.planned.attention < report.dense.attention
+
+
+def test_a_plan_that_changes_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = tiny_dit()
+    captured, sites = capture_sites(tiny)
+    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.FULL))
+    torch._dynamo.reset()
+    tiny.run(planned(tiny, plan=plan), steps=1)
+    assert "the plan changes nothing" in caplog.text
+
+
+def test_another_batch_size_works_and_keeps_its_own_caches() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    compiled = planned(tiny, plan=plan)
+    alone = tiny.run(planned(tiny, plan=plan), batch=2)
+    small, large = [], []
+    with torch.no_grad():
+        for step in range(STEPS):  # two generations of different batch, interleaved
+            small.append(compiled(**tiny.call(step, 2))[0])
+            large.append(compiled(**tiny.call(step, 4))[0])
+    assert largest_difference(large, expected(tiny, plan)) < 1e-5
+    assert largest_difference(small, alone) < 1e-5
+
+
+def test_another_text_length_is_refused_by_name() -> None:
+    tiny = tiny_sd3()
+    compiled = planned(tiny, plan=plan_for(tiny))
+    call = tiny.call(0, 4) | {"encoder_hidden_states": noise(1, 4, 7, 16)}
+    message = r"plan.inputs.encoder_hidden_states[\s\S]*got: +\(7, 16\)[\s\S]*expected: \(5, 16\)"
+    with torch.no_grad(), pytest.raises(ConfigError, match=message):
+        compiled(**call)
+
+
+def test_other_weights_are_refused() -> None:
+    plan = plan_for(tiny_dit(seed=0))
+    other = tiny_dit(seed=1)
+    with pytest.raises(ConfigError, match=r"plan.model.weights"):
+        other.run(planned(other, plan=plan), steps=1)
+
+
+def test_another_dtype_is_refused() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    tiny = TinyModel(copy.deepcopy(tiny.model).to(torch.bfloat16), tiny.call)
+    call = tiny.call(0, 4)
+    call["hidden_states"] = call["hidden_states"].bfloat16()
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"plan.model.dtype[\s\S]*bfloat16"):
+        planned(tiny, plan=plan)(**call)
+
+
+def test_another_schedule_is_refused_and_the_next_generation_is_sound() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    compiled = planned(tiny, plan=plan)
+    with torch.no_grad():
+        compiled(**tiny.call(0, 4))
+        with pytest.raises(ConfigError, match="another timestep than the plan's"):
+            compiled(**tiny.call(2, 4))
+    assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
+
+
+def test_an_interrupted_generation_can_be_reset() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    compiled = planned(tiny, plan=plan)
+    tiny.run(compiled, steps=3)
+    reset()
+    assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
+
+
+def test_gradients_are_refused() -> None:
+    tiny = tiny_dit()
+    with pytest.raises(ConfigError, match=r"inference only[\s\S]*torch.no_grad"):
+        planned(tiny, dense=True)(**tiny.call(0, 4))
+
+
+def test_two_models_that_share_a_graph_never_share_caches() -> None:
+    first, second = tiny_dit(seed=0), tiny_dit(seed=1)
+    options = {**EAGER, "threshold": 0.2, "cfg_layout": CfgLayout.COND_FIRST}
+    compiled = [
+        torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
+        for tiny in (first, second)
+    ]
+    alone = []
+    for tiny, model in zip((first, second), compiled, strict=True):
+        tiny.run(model)  # calibrates
+        alone.append(tiny.run(model))
+    together: list[list[torch.Tensor]] = [[], []]
+    with torch.no_grad():
+        for step in range(STEPS):
+            for index, tiny in enumerate((first, second)):
+                together[index].append(compiled[index](**tiny.call(step, 4))[0])
+    assert largest_difference(together[0], alone[0]) == 0.0
+    assert largest_difference(together[1], alone[1]) == 0.0
+    assert largest_difference(alone[0], alone[1]) > 1e-3
+
+
+def test_two_threads_never_share_caches() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    compiled = planned(tiny, plan=plan)
+    right = tiny.run(compiled)
+    barrier = threading.Barrier(2)
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def generate(number: int) -> None:
+        for step in range(STEPS):
+            barrier.wait(timeout=60)
+            call = tiny.call(step, 4)
+            if number:
+                call["hidden_states"] = call["hidden_states"] * 2
+            with torch.no_grad():
+                results[number].append(compiled(**call)[0])
+
+    threads = [threading.Thread(target=generate, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert largest_difference(results[0], right) == 0.0
+    assert largest_difference(results[1], right) > 1e-3
+
+
+def test_caches_are_freed_after_their_last_reader() -> None:
+    tiny = tiny_dit()
+    captured, sites = capture_sites(tiny)
+    rows = [(Strategy.FULL,) * 3, (Strategy.SHARE_STEP,) * 3, *[(Strategy.FULL,) * 3] * 4]
+    plan = make_plan(tiny, captured, sites, rows)
+    torch._dynamo.reset()
+    compiled = planned(tiny, plan=plan)
+    tiny.run(compiled, steps=1)
+    gc.collect()
+    (report,) = [r for r in reports() if r.plan == plan]
+    assert report.peak_cache_bytes == 3 * 4 * 16 * 16 * 4
+    assert len(live_caches()) == 3
+    with torch.no_grad():
+        compiled(**tiny.call(1, 4))
+    assert live_caches() == {}
+
+
+def live_caches() -> dict[str, torch.Tensor]:
+    from ditfastattn.runtime import planned as module
+
+    found: dict[str, torch.Tensor] = {}
+    for function in module._functions:
+        for specialization in function.specializations:
+            for generation in specialization._generations().values():
+                found |= generation.caches
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plam": "x"}, r"unknown option[\s\S]*got: +plam[\s\S]*expected: +plan, dense"),
+        ({"plan": 3}, "'plan'"),
+        ({"plan": "/nowhere/plan.json"}, "cannot read the plan"),
+        ({"threshold": -1}, "a number above 0"),
+        ({"cfg_layout": "sideways"}, "none, cond-first, uncond-first"),
+        ({"lowering": "magic"}, "inductor, eager"),
+        ({"timestep": "t"}, r"no tensor argument for the timestep[\s\S]*hidden_states"),
+    ],
+)
+def test_a_wrong_option_says_what_it_takes(options: dict[str, Any], message: str) -> None:
+    tiny = tiny_dit()
+    with pytest.raises(Exception, match=message) as caught:
+        tiny.run(planned(tiny, **options), steps=1)
+    assert "ConfigError" in repr(caught.value) or isinstance(caught.value, ConfigError)
+
+
+def test_a_model_without_attention_runs_dense_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = torch.nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="ditfastattn", options={**EAGER, "dense": True})
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert "no attention site was found" in caplog.text

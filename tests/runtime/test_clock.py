@@ -1,0 +1,82 @@
+"""The step clock maps calls to steps, and refuses what is not the plan's schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditfastattn import ConfigError
+from ditfastattn.runtime.clock import StepClock, read_timestep
+
+TIMESTEPS = (900.0, 600.0, 300.0)
+
+
+class Late:
+    """Stand for a timestep on its way from a device."""
+
+    def __init__(self, timestep: float) -> None:
+        self.timestep = timestep
+        self.arrived = False
+
+    def ready(self) -> bool:
+        return self.arrived
+
+    def value(self) -> float:
+        assert self.arrived, "reading now would wait for the device"
+        return self.timestep
+
+
+def host(clock: StepClock, timestep: float) -> int:
+    return clock.tick(read_timestep(torch.tensor([timestep, timestep])))
+
+
+def test_steps_follow_the_timesteps_over_several_generations() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    assert [host(clock, t) for t in (*TIMESTEPS, *TIMESTEPS)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_the_first_timestep_begins_a_new_generation_at_any_time() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    assert [host(clock, t) for t in (900.0, 600.0, 900.0, 600.0)] == [0, 1, 0, 1]
+
+
+def test_integer_and_scalar_timesteps_are_read() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    assert clock.tick(read_timestep(torch.tensor(900))) == 0
+
+
+@pytest.mark.parametrize("sequence", [(600.0,), (900.0, 300.0), (900.0, 600.0, 600.0)])
+def test_another_order_is_refused_with_got_and_expected(sequence: tuple[float, ...]) -> None:
+    clock = StepClock(TIMESTEPS, "argument 'timestep'")
+    for timestep in sequence[:-1]:
+        host(clock, timestep)
+    with pytest.raises(ConfigError, match=r"argument 'timestep'[\s\S]*got:[\s\S]*expected:"):
+        host(clock, sequence[-1])
+    assert host(clock, 900.0) == 0  # the clock is usable again from the first step
+
+
+def test_repeated_timesteps_count_up() -> None:
+    clock = StepClock((900.0, 900.0, 600.0, 600.0), "timestep")
+    assert [host(clock, t) for t in (900.0, 900.0, 600.0, 600.0, 900.0)] == [0, 1, 2, 3, 0]
+
+
+def test_a_device_timestep_is_not_waited_for() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    readers = [Late(t) for t in TIMESTEPS]
+    assert [clock.tick(reader) for reader in readers] == [0, 1, 2]
+
+
+def test_a_wrong_device_timestep_is_noticed_once_it_arrives() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    first, second = Late(900.0), Late(300.0)
+    assert [clock.tick(first), clock.tick(second)] == [0, 1]
+    first.arrived = second.arrived = True
+    with pytest.raises(ConfigError, match="step 1 of 3"):
+        clock.tick(Late(300.0))
+
+
+def test_reset_forgets_the_generation() -> None:
+    clock = StepClock(TIMESTEPS, "timestep")
+    host(clock, 900.0)
+    clock.reset()
+    assert clock.tick(Late(900.0)) == 0

@@ -1,0 +1,131 @@
+"""Calibrating a diffusers pipeline: guidance is observed, the sampler recorded and checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ditfastattn import CfgLayout, ConfigError, Plan, calibrate, check_sampler
+from ditfastattn.runtime.guidance import detect_cfg_layout
+from tests.helpers import tiny_dit
+
+SCHEDULE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+
+
+class Pipeline:
+    """Sample as diffusers' class-conditional pipelines do, with either order of the halves."""
+
+    def __init__(self, order: str, scheduler: Any = None) -> None:
+        self.transformer = tiny_dit().model
+        self.scheduler = scheduler or DDIMScheduler(**SCHEDULE)
+        self.order = order
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: list[int],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
+        classes = torch.tensor(labels)
+        guided = guidance_scale != 1.0
+        if guided:
+            null = torch.full_like(classes, 10)
+            first = self.order == "cond-first"
+            classes = torch.cat([classes, null] if first else [null, classes])
+        for timestep in self.scheduler.timesteps:
+            lanes = torch.cat([latents, latents]) if guided else latents
+            out = self.transformer(
+                lanes, timestep=timestep.expand(len(lanes)), class_labels=classes
+            ).sample
+            if guided:
+                one, two = out.chunk(2)
+                cond, uncond = (one, two) if self.order == "cond-first" else (two, one)
+                out = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.step(out, timestep, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("order", ["cond-first", "uncond-first"])
+def test_the_order_of_guidance_is_observed(order: str) -> None:
+    assert detect_cfg_layout(Pipeline(order), {"labels": [1, 2]}) == CfgLayout(order)
+
+
+def test_without_guidance_there_is_no_layout() -> None:
+    call = {"labels": [1, 2], "guidance_scale": 1.0}
+    assert detect_cfg_layout(Pipeline("cond-first"), call) is CfgLayout.NONE
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Plan:
+    call = {"labels": [1, 2], "num_inference_steps": 4}
+    return calibrate(Pipeline("uncond-first"), call, threshold=0.2)
+
+
+def test_a_plan_records_what_it_holds_for(calibrated: Plan) -> None:
+    sampler = calibrated.sampler
+    assert (sampler.scheduler, sampler.steps) == ("DDIMScheduler", 4)
+    assert sampler.timesteps == (750.0, 500.0, 250.0, 0.0)
+    assert sampler.config["beta_end"] == 0.02
+    assert sampler.guidance_scale == 2.0
+    assert sampler.cfg_layout is CfgLayout.UNCOND_FIRST
+    assert calibrated.inputs["hidden_states"] == (4, 8, 8)
+    assert calibrated.changed > 0
+    assert calibrated.calibration.seed == 0
+
+
+def test_calibration_is_reproducible_and_restores_the_pipeline(calibrated: Plan) -> None:
+    pipeline = Pipeline("uncond-first")
+    original = pipeline.transformer
+    again = calibrate(pipeline, {"labels": [1, 2], "num_inference_steps": 4}, threshold=0.2)
+    assert pipeline.transformer is original
+    assert again.strategies == calibrated.strategies
+    assert again.model == calibrated.model
+
+
+def test_the_plan_runs_in_the_pipeline_and_stays_close(calibrated: Plan) -> None:
+    pipeline = Pipeline("uncond-first")
+    call: dict[str, Any] = {"labels": [1, 2], "num_inference_steps": 4}
+    dense = pipeline(**call, generator=torch.Generator().manual_seed(5))
+    options: dict[str, Any] = {"plan": calibrated, "lowering": "eager"}
+    torch._dynamo.reset()
+    pipeline.transformer = torch.compile(
+        pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options
+    )
+    planned = pipeline(**call, generator=torch.Generator().manual_seed(5))
+    difference = float((planned - dense).norm() / dense.norm())
+    assert 0.0 < difference < 0.5
+    with pytest.raises(ConfigError, match="another timestep"):
+        pipeline(labels=[1, 2], num_inference_steps=3)
+
+
+def test_another_sampler_is_refused_by_field(calibrated: Plan) -> None:
+    check_sampler(calibrated, DDIMScheduler(**SCHEDULE), 2.0)
+    with pytest.raises(ConfigError, match=r"plan.sampler.scheduler[\s\S]*DPMSolver"):
+        check_sampler(calibrated, DPMSolverMultistepScheduler(**SCHEDULE))
+    with pytest.raises(ConfigError, match=r"plan.sampler.config.beta_end"):
+        check_sampler(calibrated, DDIMScheduler(**{**SCHEDULE, "beta_end": 0.03}))
+    with pytest.raises(ConfigError, match=r"plan.sampler.guidance_scale"):
+        check_sampler(calibrated, DDIMScheduler(**SCHEDULE), 3.0)
+
+
+def test_a_sampler_with_an_infinite_setting_survives_the_file() -> None:
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULE)  # lambda_min_clipped is -inf
+    pipeline = Pipeline("cond-first", scheduler)
+    plan = calibrate(pipeline, {"labels": [1, 2], "num_inference_steps": 2}, threshold=0.1)
+    check_sampler(Plan.parse(plan.model_dump_json()), DPMSolverMultistepScheduler(**SCHEDULE))
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no transformer to calibrate"):
+        calibrate(object(), {})
+    with pytest.raises(ConfigError, match="threshold must be positive"):
+        calibrate(Pipeline("cond-first"), {"labels": [1]}, threshold=0.0)
