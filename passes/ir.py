@@ -99,6 +99,13 @@ def clone(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
+def constant_tensors(module: GraphModule) -> list[Tensor]:
+    """Return the tensors that the graph holds as constants, in graph order."""
+    nodes = module.graph.find_nodes(op="get_attr")
+    constants = (getattr(module, str(node.target)) for node in nodes)
+    return [constant for constant in constants if isinstance(constant, Tensor)]
+
+
 def find(graph: Graph, name: str) -> Node:
     """Return the node called ``name``; names survive ``clone``."""
     for node in graph.nodes:

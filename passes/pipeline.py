@@ -21,7 +21,7 @@ from ditfastattn.passes.share_across_steps import ShareAcrossSteps
 from ditfastattn.passes.sink_batch_slices import SinkBatchSlices
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.passes.store_caches import StoreCaches
-from ditfastattn.passes.verify import verify
+from ditfastattn.passes.verify import snapshot, verify
 from ditfastattn.passes.window_residual import WindowResidual
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def rewrite(
     knobs = read_knobs()
     _check_disabled(knobs)
     module = clone(captured.module)
+    trusted = snapshot(module)  # the dense graph was verified when it was captured
     inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
@@ -92,9 +93,17 @@ def rewrite(
         done.append(step.name)
         if result.changed == 0 and len(module.graph.nodes) == before:
             continue
-        log.debug("%s: %s: %d rewritten", label, step.name, result.changed)
+        log.info(
+            "%s: %s: %d rewritten, %d declined",
+            label,
+            step.name,
+            result.changed,
+            len(result.declined),
+        )
+        for reason in result.declined:
+            log.debug("%s: %s: declined: %s", label, step.name, reason)
         if knobs.verify:
-            verify(module, inputs, results, after=", ".join(done))
+            verify(module, inputs, results, ", ".join(done), trusted)
         _dump(knobs, label, len(done), step.name, module)
     module.recompile()
     return module

@@ -56,7 +56,7 @@ class SinkBatchSlices:
                 changed += 1
                 pending.extend(moved)
         _erase_unused_halves(graph)
-        return PassResult(changed)
+        return PassResult(changed, tuple(_stopped(graph)))
 
 
 def insert_half(graph: Graph, node: Node, second: bool) -> Node:
@@ -304,6 +304,17 @@ _RULES: dict[Any, Rule] = {
     ATTENTION: _elementwise,
     torch.ops.ditfastattn.window_attention.default: _elementwise,
 }
+
+
+def _stopped(graph: Graph) -> list[str]:
+    """Name what slices could not pass although nothing else needs its whole batch."""
+    halves = [node for node in calls(graph, aten.slice.Tensor) if _HALF in node.meta]
+    sources = (half.all_input_nodes[0] for half in halves)
+    return [
+        f"{source.name}: no rule moves half of the batch above {source.target}"
+        for source in sources
+        if source.op == "call_function" and len(source.users) == 1
+    ]
 
 
 def _erase_unused_halves(graph: Graph) -> None:

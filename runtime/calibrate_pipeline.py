@@ -71,9 +71,8 @@ def calibrate(
 
 @contextmanager
 def _compiled(pipeline: Any, transformer: torch.nn.Module, backend: Any) -> Iterator[None]:
-    pipeline.transformer = torch.compile(
-        transformer, backend=backend, fullgraph=True, dynamic=False
-    )
+    plain = getattr(transformer, "_orig_mod", transformer)  # it may be compiled already
+    pipeline.transformer = torch.compile(plain, backend=backend, fullgraph=True, dynamic=False)
     try:
         yield
     finally:

@@ -102,9 +102,9 @@ class GreedyCalibrator:
             candidates = () if reference is None else self._candidates(index)
             row.append(self._choose(index, candidates, environment, reference, began))
             self._remember(index, row[-1], environment)
-        self.strategies.append(tuple(row))
         outputs = self._finish(environment, position)
-        self._report(began)  # after step 0 this is the estimate, before any candidate is tried
+        self._report(began)  # at step 0 this is the estimate, before any candidate is tried
+        self.strategies.append(tuple(row))
         self.seconds += time.monotonic() - began
         return outputs
 

@@ -14,7 +14,7 @@ from ditfastattn.passes.plan import CfgLayout, Plan
 from ditfastattn.runtime.calibration import Progress
 from ditfastattn.runtime.lowering import Lowering
 
-DEFAULT_THRESHOLD = 0.1
+DEFAULT_THRESHOLD = 0.075
 
 
 @dataclass(frozen=True)

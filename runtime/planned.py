@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
 from ditfastattn.passes.flops import Flops, count_flops
-from ditfastattn.passes.ir import outputs, value
+from ditfastattn.passes.ir import constant_tensors, graph_text, outputs, value
 from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
 from ditfastattn.passes.plan import (
     Calibration,
@@ -37,6 +37,7 @@ from ditfastattn.passes.plan import (
 )
 from ditfastattn.passes.sites import SiteReport, find_sites
 from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.lowering import RunnableGraph, lower
@@ -45,7 +46,8 @@ from ditfastattn.runtime.options import BackendOptions
 
 log = logging.getLogger(__name__)
 
-_functions: weakref.WeakSet[PlannedFunction] = weakref.WeakSet()
+_registry: weakref.WeakSet[Specialization] = weakref.WeakSet()
+_registry_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ class PlannedFunction:
         """Take the graph as Dynamo hands it to a backend."""
         self._module = module
         self._inputs: tuple[GraphInput, ...] = describe_inputs(module)
+        self._dynamic = tuple(i for i, entry in enumerate(self._inputs) if not entry.static)
         self._options = options
         self._lock = threading.RLock()
         self._specializations: dict[tuple[Any, ...], Specialization] = {}
-        _functions.add(self)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run one step on the flat inputs of the graph."""
@@ -116,33 +118,41 @@ class PlannedFunction:
                 where="a call with gradients enabled",
                 remedy="call the model under torch.no_grad()",
             )
-        return self._specialize(args, tensors).step(tensors)
+        return self._specialize(args).step(tensors)
 
     @property
     def specializations(self) -> tuple[Specialization, ...]:
         """Return what has been specialized so far."""
         return tuple(self._specializations.values())
 
-    def _specialize(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Specialization:
-        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    def _specialize(self, args: Sequence[Any]) -> Specialization:
+        # Dynamo guards the static inputs; only the call's own tensors tell shapes apart.
+        key = tuple(
+            (argument.shape, argument.dtype, argument.device)
+            if isinstance(argument, Tensor)
+            else argument
+            for argument in (args[index] for index in self._dynamic)
+        )
         found = self._specializations.get(key)
         if found is not None:
             return found
         with self._lock:
             if key not in self._specializations:
                 captured = capture(self._module, self._inputs, args)
-                self._specializations[key] = Specialization(captured, self._options, self._lock)
+                self._specializations[key] = _shared(captured, self._options)
             return self._specializations[key]
 
 
 class Specialization:
     """Hold everything for one set of input shapes."""
 
-    def __init__(
-        self, captured: CapturedGraph, options: BackendOptions, lock: threading.RLock
-    ) -> None:
+    def __init__(self, captured: CapturedGraph, options: BackendOptions, identity: str) -> None:
         """Find the sites of ``captured``; programs and variants are made when first needed."""
+        verify(
+            captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
+        )
         self.captured = captured
+        self.identity = identity
         self.report: SiteReport = find_sites(captured)
         self.options = options
         self.plans: dict[Fingerprint, Plan] = {}
@@ -150,14 +160,15 @@ class Specialization:
         self._results = len(outputs(captured.module.graph))
         self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
-        self._lock = lock
+        self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
+        self._lock = threading.RLock()
         self._threads = threading.local()
         self._log_sites()
 
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
         if self.options.dense or not self.report.sites:
-            dense = self._variant((DENSE,) * len(self.report.sites), CfgLayout.NONE, tensors, [])
+            dense = self._variant((DENSE,) * len(self.report.sites), CfgLayout.NONE, tensors, {})
             return tuple(dense.run(tensors))
         generation = self.generation(tensors)
         try:
@@ -170,13 +181,12 @@ class Specialization:
 
     def generation(self, tensors: Sequence[Tensor]) -> Generation:
         """Return this thread's generation of the model whose parameters are in ``tensors``."""
-        static = static_tensors(self.captured, tensors)
-        owner = static[0] if static else None
+        owner = None if self._owner is None else tensors[self._owner]
         known = self._generations()
         found = known.get(id(owner))
         if found is not None and (found.owner is None or found.owner() is owner):
             return found
-        identity = fingerprint(self.report.sites, static)
+        identity = fingerprint(self.report.sites, static_tensors(self.captured, tensors))
         made = Generation(None if owner is None else weakref.ref(owner), identity)
         plan = self.options.plan or self.plans.get(identity)
         if plan is not None:
@@ -261,6 +271,15 @@ class Specialization:
 
     def _calibrate(self, generation: Generation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         now = read_timestep(tensors[self.timestep]).value()
+        if generation.timesteps == [now]:
+            raise ConfigError(
+                "two calls in a row came with the first timestep",
+                where=f"argument {self.options.timestep!r}",
+                got=now,
+                expected="one call per step, and more than one step",
+                remedy="batch the guidance in one call; options={'dense': True} where there is "
+                "one step only",
+            )
         if generation.timesteps and _begins_anew(now, generation.timesteps):
             plan = self.finish(generation)
             log.warning("ditfastattn: calibrated: %s", summary(plan))
@@ -328,7 +347,7 @@ class Specialization:
         actions: tuple[SiteAction, ...],
         layout: CfgLayout,
         tensors: Sequence[Tensor],
-        caches: Any,
+        caches: Mapping[str, Tensor],
     ) -> CompiledVariant:
         key = (actions, layout)
         found = self._variants.get(key)
@@ -384,6 +403,23 @@ class Specialization:
             log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
 
 
+def _shared(captured: CapturedGraph, options: BackendOptions) -> Specialization:
+    """Return the specialization of this very graph and options, if there is one already.
+
+    Dynamo makes another graph when a batch size changes; at equal shapes both are the same, and a
+    generation may be handed from one to the other.
+    """
+    constants = fingerprint((), constant_tensors(captured.module)).weights
+    identity = f"{captured.inputs}\n{constants}\n{graph_text(captured.module.graph)}"
+    with _registry_lock:
+        for found in list(_registry):
+            if found.identity == identity and found.options == options:
+                return found
+        made = Specialization(captured, options, identity)
+        _registry.add(made)
+        return made
+
+
 def summary(plan: Plan) -> str:
     """Count the strategies of ``plan`` in one line."""
     counts = Counter(strategy for row in plan.strategies for strategy in row)
@@ -393,19 +429,13 @@ def summary(plan: Plan) -> str:
 
 def reports() -> list[RunReport]:
     """Report every plan in force in this process, at each set of input shapes."""
-    return [
-        report
-        for function in list(_functions)
-        for specialization in function.specializations
-        for report in specialization.reports()
-    ]
+    return [report for found in list(_registry) for report in found.reports()]
 
 
 def reset() -> None:
     """Forget the generations under way in this thread, for example after an interrupted one."""
-    for function in list(_functions):
-        for specialization in function.specializations:
-            specialization.reset()
+    for found in list(_registry):
+        found.reset()
 
 
 def _begins_anew(now: float, earlier: Sequence[float]) -> bool:

@@ -167,6 +167,24 @@ def test_an_interrupted_generation_can_be_reset() -> None:
     assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
 
 
+def test_two_calls_per_step_are_refused_with_the_remedy() -> None:
+    tiny = tiny_dit()
+    compiled = planned(tiny)
+    with torch.no_grad():
+        compiled(**tiny.call(0, 4))
+        with pytest.raises(ConfigError, match=r"one call per step[\s\S]*batch the guidance"):
+            compiled(**tiny.call(0, 4))
+
+
+def test_inference_mode_works() -> None:
+    tiny = tiny_dit()
+    plan = plan_for(tiny)
+    compiled = planned(tiny, plan=plan)
+    with torch.inference_mode():
+        got = [compiled(**tiny.call(step, 4))[0] for step in range(STEPS)]
+    assert largest_difference(got, expected(tiny, plan)) < 1e-5
+
+
 def test_gradients_are_refused() -> None:
     tiny = tiny_dit()
     with pytest.raises(ConfigError, match=r"inference only[\s\S]*torch.no_grad"):
@@ -241,10 +259,9 @@ def live_caches() -> dict[str, torch.Tensor]:
     from ditfastattn.runtime import planned as module
 
     found: dict[str, torch.Tensor] = {}
-    for function in module._functions:
-        for specialization in function.specializations:
-            for generation in specialization._generations().values():
-                found |= generation.caches
+    for specialization in module._registry:
+        for generation in specialization._generations().values():
+            found |= generation.caches
     return found
 
 

@@ -8,7 +8,13 @@ import torch
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.calibration import CANDIDATES, GreedyCalibrator, Progress, relative_error
-from tests.helpers import TINY_MODELS, TinyModel, capture_sites, largest_difference, static_arguments
+from tests.helpers import (
+    TINY_MODELS,
+    TinyModel,
+    capture_sites,
+    largest_difference,
+    static_arguments,
+)
 
 STEPS = 4
 

@@ -1,0 +1,110 @@
+"""The command line, on a tiny untrained pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from typer.testing import CliRunner
+
+from ditfastattn import ConfigError, Plan
+from ditfastattn.tools import cli, demo
+from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from ditfastattn.tools.measure import measure_pairs, summarize
+
+
+def tiny_pipeline() -> DigitsPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=1,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    pipeline: Any = DigitsPipeline(transformer.eval(), DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline  # type: ignore[no-any-return]  # diffusers' loading is untyped
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    pipeline: Any = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_calibrate_writes_a_plan_that_inspect_shows(saved: Path, tmp_path: Path) -> None:
+    plan, runner = tmp_path / "plan.json", CliRunner()
+    arguments = ["--pipeline", str(saved), "--out", str(plan), "--classes", "1,2", "--steps", "3"]
+    result = runner.invoke(cli.app, ["calibrate", *arguments, "--threshold", "0.3"])
+    assert result.exit_code == 0, result.output
+    assert "at most" in result.output  # the cost, before the search
+    assert Plan.load(plan).sampler.scheduler == "DDIMScheduler"
+    shown = runner.invoke(cli.app, ["inspect", str(plan)])
+    assert shown.exit_code == 0
+    assert "transformer_blocks.1.attn1" in shown.output
+    assert "threshold 0.3" in shown.output
+
+
+def test_a_users_error_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ditfastattn", "inspect", "/nowhere/plan.json"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run()
+    assert "cannot read the plan" in capsys.readouterr().err
+
+
+def test_classes_must_be_numbers(saved: Path) -> None:
+    arguments = ["calibrate", "--pipeline", str(saved), "--classes", "one"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_the_demo_compiles_measures_and_writes_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "embedded_pipeline", tiny_pipeline)
+    torch._dynamo.reset()
+    result = demo.run_demo(
+        tmp_path, steps=3, guidance_scale=2.0, threshold=0.5, repetitions=10, seed=0
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["images.png", "plan.json", "plan.png", "result.json"]
+    assert Plan.load(tmp_path / "plan.json") == result.plan
+    recorded = json.loads((tmp_path / "result.json").read_text())
+    assert len(recorded["timing"]["speedup"]["samples"]) == 10
+    assert 0.0 < result.attention_kept < 1.0
+    assert result.quality.images == 10
+    assert result.quality.ssim < 1.0  # planned images are not the dense ones
+    assert result.report.peak_cache_bytes > 0
+
+
+def test_identical_images_have_ssim_one_and_other_images_do_not() -> None:
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(4, dtype=torch.long)
+    assert demo.compare_images(images, images.clone(), labels).ssim == pytest.approx(1.0)
+    half = (images + 0.1).clamp(0.0, 1.0)
+    other = demo.compare_images(images, half, labels)
+    assert other.worst_ssim <= other.ssim < 0.999
+    assert other.psnr == pytest.approx(20.0, abs=1.0)  # an error of 0.1: -20 log10(0.1) = 20 dB
+
+
+def test_pairs_take_turns_and_ratios_are_paired() -> None:
+    order: list[str] = []
+    result = measure_pairs(lambda _: order.append("a"), lambda _: order.append("b"), 4)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert len(result.speedup.samples) == 4
+    assert summarize([1.0, 2.0, 3.0]).median == 2.0
