@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.ir import ATTENTION, aten, value
-from ditfastattn.passes.window_attention import kept_pairs
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION, kept_pairs
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def count_flops(graph: Graph) -> Flops:
 
 
 def _count(node: Node) -> Flops:
-    if node.target in (ATTENTION, torch.ops.ditfastattn.window_attention.default):
+    if node.target in (ATTENTION, WINDOW_ATTENTION):
         return Flops(_attention(node), 0)
     if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):
         weight = value(node.args[1])  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ on the band alone, the bias or the block mask, becomes buffers that all nodes sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,8 +36,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ditfastattn.passes import window_attention as _window_attention  # noqa: F401  registers the op
 from ditfastattn.passes.ir import calls, fake_mode, value
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
 Form = Callable[..., Tensor]  # (q, k, v, *constants) -> output, all [B, H, N, D]
 Constants = tuple[Tensor, ...]
@@ -94,7 +94,7 @@ def lower_window_attention(
     """Lower the windows of ``module`` in place; return the reason for each that stays."""
     lowering = _Lowering(module)
     reasons: list[str] = []
-    for node in calls(module.graph, torch.ops.ditfastattn.window_attention.default):
+    for node in calls(module.graph, WINDOW_ATTENTION):
         chosen = kernel
         if kernel is WindowKernel.AUTO:
             on_gpu = value(node).device.type in _FLEX_DEVICES
@@ -312,7 +312,7 @@ def _counted(kept: Tensor) -> Constants:
 
 
 @contextmanager
-def _flex_traced_directly() -> Iterator[None]:
+def _flex_traced_directly() -> Generator[None]:
     """Keep FlexAttention from calling ``torch.compile`` while it is traced.
 
     That would start Dynamo within our own tracing, several times slower, and warn its caller.

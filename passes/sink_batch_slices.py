@@ -21,14 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ditfastattn.passes import window_attention as _window_attention  # noqa: F401  registers the op
 from ditfastattn.passes.base import PassResult
 from ditfastattn.passes.ir import ATTENTION, aten, calls, insert, value
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
 _HALF = "batch_half"  # meta key: 0 or 1, on slices that take the first or second half
 
@@ -302,7 +301,7 @@ _RULES: dict[Any, Rule] = {
     aten.matmul.default: _batched_product,
     aten.bmm.default: _batched_product,
     ATTENTION: _elementwise,
-    torch.ops.ditfastattn.window_attention.default: _elementwise,
+    WINDOW_ATTENTION: _elementwise,
 }
 
 

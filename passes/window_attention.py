@@ -42,6 +42,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     return _allocate(q)
 
 
+WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
+
+
 def _allocate(q: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)

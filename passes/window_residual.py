@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes import window_attention as _window_attention  # noqa: F401  registers the op
 from ditfastattn.passes.base import PassResult
 from ditfastattn.passes.caches import read_cache, residual_slot
 from ditfastattn.passes.ir import aten, find, insert, value
 from ditfastattn.passes.sites import AttentionSite, attention_scale
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -49,5 +48,4 @@ class WindowResidual:
 def insert_window(graph: Graph, attention: Node, window: int) -> Node:
     """Add window attention over the inputs of ``attention``."""
     arguments = (*attention.args[:3], window, attention_scale(attention))
-    target = torch.ops.ditfastattn.window_attention.default
-    return insert(graph, target, arguments, attention)
+    return insert(graph, WINDOW_ATTENTION, arguments, attention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ def calibrate(
 
 
 @contextmanager
-def _compiled(pipeline: Any, transformer: torch.nn.Module, backend: Any) -> Iterator[None]:
+def _compiled(pipeline: Any, transformer: torch.nn.Module, backend: Any) -> Generator[None]:
     plain = getattr(transformer, "_orig_mod", transformer)  # it may be compiled already
     pipeline.transformer = torch.compile(plain, backend=backend, fullgraph=True, dynamic=False)
     try:

@@ -24,6 +24,7 @@ from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite, attention_scale
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 from ditfastattn.runtime.graph_runner import Environment, GraphRunner
 
 CANDIDATES = (
@@ -173,8 +174,7 @@ class GreedyCalibrator:
 
     def _window(self, index: int, args: Sequence[Any]) -> Tensor:
         scale = attention_scale(self._attention[index])
-        window = torch.ops.ditfastattn.window_attention
-        output: Tensor = window(*args[:3], self.sites[index].window, scale)
+        output: Tensor = WINDOW_ATTENTION(*args[:3], self.sites[index].window, scale)
         return output
 
     def _half(self, item: Any, query: Tensor) -> Any:

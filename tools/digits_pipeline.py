@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -199,11 +199,14 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
         )
     with _silent_loading():
         # Weights load as fp32 unless told otherwise; the option's name differs between versions.
-        return DigitsPipeline.from_pretrained(folder, local_files_only=True)
+        # Without accelerate diffusers would warn that it cannot save memory: there is none to save.
+        return DigitsPipeline.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False
+        )
 
 
 @contextmanager
-def _silent_loading() -> Iterator[None]:
+def _silent_loading() -> Generator[None]:
     """Keep diffusers' loading bar off the terminal; two small files need none."""
     enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()

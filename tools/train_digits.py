@@ -315,6 +315,9 @@ Final training loss (moving average): {loss}. In training mode diffusers' label 
 label with probability 0.1 in each layer separately; all layers see the null class together only
 when sampling.
 
+The published run was planned longer and cut to these steps while it ran, so that its step size had
+decayed less than the table implies: retraining gives a like model, not the same weights.
+
 Retrain (it goes on from `--work` where it was stopped):
 
 ```sh
