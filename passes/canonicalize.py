@@ -44,8 +44,12 @@ def _is_no_op(node: Node) -> bool:
     if node.target in _ALIASES:
         return True
     if node.target in _SCALINGS:
-        return node.args[1] == 1 and _same_kind(node)
+        return _is_one(node.args[1]) and _same_kind(node)
     return node.target in _CASTS and _same_kind(node)
+
+
+def _is_one(factor: object) -> bool:
+    return isinstance(factor, (int, float)) and factor == 1
 
 
 def _same_kind(node: Node) -> bool:

@@ -63,8 +63,9 @@ def _describe(node: Node) -> GraphInput:
     grapharg = node.meta.get("grapharg")
     if grapharg is None:
         return GraphInput(node.name, static)
-    name = grapharg.source.name  # a method up to torch 2.9, a property since
-    path = readable_path(name() if callable(name) else name)
+    source: Any = grapharg.source
+    name: Any = source.name  # a method in older releases of torch, a property now
+    path = readable_path(str(name() if callable(name) else name))
     # A decorated forward takes its arguments as L['kwargs']['timestep'].
     return GraphInput(path.removeprefix("kwargs."), static)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.ir import ATTENTION, aten, value
+from ditfastattn.passes.ir import ATTENTION, argument, aten, value
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION, kept_pairs
 
 
@@ -48,17 +48,17 @@ def _count(node: Node) -> Flops:
     if node.target in (ATTENTION, WINDOW_ATTENTION):
         return Flops(_attention(node), 0)
     if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):
-        weight = value(node.args[1])  # type: ignore[arg-type]
+        weight = value(node.args[1])
         return Flops(0, 2 * value(node).numel() * math.prod(weight.shape[1:]))
     if node.target in (aten.matmul.default, aten.bmm.default):
-        inner = value(node.args[0]).shape[-1]  # type: ignore[arg-type]
+        inner = value(node.args[0]).shape[-1]
         return Flops(0, 2 * value(node).numel() * inner)
     return Flops(0, 0)
 
 
 def _attention(node: Node) -> int:
-    batch, heads, queries, head_dim = value(node.args[0]).shape  # type: ignore[arg-type]
-    keys = value(node.args[1]).shape[-2]  # type: ignore[arg-type]
-    windowed = node.target is not ATTENTION
-    pairs = kept_pairs(queries, int(node.args[3])) if windowed else queries * keys  # type: ignore[call-overload]
+    batch, heads, queries, head_dim = value(node.args[0]).shape
+    keys = value(node.args[1]).shape[-2]
+    windowed = node.target is WINDOW_ATTENTION
+    pairs = kept_pairs(queries, argument(node, 3, "window")) if windowed else queries * keys
     return 4 * batch * heads * int(pairs) * head_dim

@@ -113,7 +113,7 @@ class Plan(_Record):
     latent is among them. The batch size itself is free.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: Fingerprint
     inputs: dict[str, tuple[int, ...]]
     sampler: Sampler

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ditfastattn.passes.base import PassResult
-from ditfastattn.passes.ir import ATTENTION, aten, calls, insert, value
+from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, insert, value
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
 _HALF = "batch_half"  # meta key: 0 or 1, on slices that take the first or second half
@@ -155,7 +155,7 @@ def _elementwise(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ..
         has_batch = len(operand_shape) == len(shape) and operand_shape[0] == shape[0]
         return take_half(operand) if has_batch else operand
 
-    return map_arg(node.args, narrow)  # type: ignore[no-any-return]
+    return map_arg(node.args, narrow)
 
 
 def _first_argument(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
@@ -218,10 +218,10 @@ def _permute(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] |
 
 
 def _concatenate(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
-    dim = node.args[1] if len(node.args) > 1 else 0
-    if dim % value(node).dim() == 0:  # type: ignore[operator]
+    dim = int(argument(node, 1, "dim", 0))
+    if dim % value(node).dim() == 0:
         return None
-    return ([take_half(part) for part in node.args[0]], dim)  # type: ignore[union-attr]
+    return ([take_half(part) for part in argument(node, 0, "tensors")], dim)
 
 
 def _batched_product(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:

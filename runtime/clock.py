@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +43,11 @@ class _DeviceTimestep:
     def __init__(self, tensor: Tensor) -> None:
         self._host = torch.empty(1, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.flatten()[:1], non_blocking=True)
-        self._copied = torch.cuda.Event()
+        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
         self._copied.record()
 
     def ready(self) -> bool:
-        return self._copied.query()
+        return bool(self._copied.query())
 
     def value(self) -> float:
         self._copied.synchronize()

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ditfastattn.passes.ir import outputs
+
 Environment = dict[Node, Any]
 
 
@@ -39,8 +41,8 @@ class GraphRunner:
 
     def results(self, environment: Environment) -> tuple[Any, ...]:
         """Return what the graph returns, once all nodes were run."""
-        returned = self.module.graph.output_node().args[0]
-        return tuple(map_arg(returned, lambda node: environment[node]))
+        returned: Any = map_arg(outputs(self.module.graph), lambda node: environment[node])
+        return tuple(returned)
 
     def _compute(self, node: Node, environment: Environment) -> Any:
         if node.op == "get_attr":

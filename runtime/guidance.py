@@ -44,7 +44,7 @@ def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
     lanes = len(conditions)
     if guided is None or len(guided) != 2 * lanes or conditions.shape[1:] != guided.shape[1:]:
         return CfgLayout.NONE
-    first, second = (torch.equal(half, conditions) for half in guided.split(lanes))
+    first, second = (torch.equal(half, conditions) for half in torch.split(guided, lanes))
     if first == second:  # the same in both lanes, like the latents: says nothing
         return CfgLayout.NONE
     return CfgLayout.COND_FIRST if first else CfgLayout.UNCOND_FIRST

@@ -9,7 +9,6 @@ projection sees nothing else; so this checks the frontier analysis too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -60,15 +59,6 @@ class PlanInterpreter(TorchFunctionMode):
         self._step, self._calls = step, 0
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the mode."""
-        super().__exit__(exc_type, exc_value, traceback)
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -114,7 +104,8 @@ class PlanInterpreter(TorchFunctionMode):
     def _window(self, site: int, call: dict[str, Any]) -> Tensor:
         positions = torch.arange(call["query"].shape[-2], device=call["query"].device)
         band = (positions[:, None] - positions[None, :]).abs() <= self._windows[site]
-        windowed: Tensor = scaled_dot_product_attention(**(call | {"attn_mask": band}))
+        banded: dict[str, Any] = {**call, "attn_mask": band}
+        windowed: Tensor = scaled_dot_product_attention(**banded)
         return windowed
 
     def _conditional(self, item: Any, query: Tensor) -> Any:

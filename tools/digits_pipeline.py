@@ -93,7 +93,8 @@ class DigitsPipeline(DiffusionPipeline):
         # A stochastic scheduler must draw its noise from the caller's generator to be repeatable.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        progress: Any = self.progress_bar  # a method that diffusers does not annotate
+        for timestep in progress(self.scheduler.timesteps):
             lanes = torch.cat([latents, latents]) if guided else latents
             lanes = self.scheduler.scale_model_input(lanes, timestep)
             noise = self.transformer(

@@ -63,12 +63,14 @@ def image_grid(
     figure, axes, bar_axis = _tiles(len(dense), dense.shape[2] / dense.shape[3])
     for line, (label, images, colours, ceiling) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=True):
-            drawn = axis.imshow(image, colours, vmin=0.0, vmax=ceiling, interpolation="nearest")
+            axis.imshow(image, colours, vmin=0.0, vmax=ceiling, interpolation="nearest")
             axis.set_axis_off()
         line[0].text(
             -0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9
         )
-    bar = figure.colorbar(drawn, cax=bar_axis, extend="max", ticks=[0.0, limit / 2.0, limit])
+    bar = figure.colorbar(
+        axes[-1][-1].images[0], cax=bar_axis, extend="max", ticks=[0.0, limit / 2.0, limit]
+    )
     bar.ax.tick_params(labelsize=7)
     _write_png(figure, Path(path))
 

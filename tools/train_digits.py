@@ -89,8 +89,9 @@ def set_image_size(model: DiTTransformer2DModel, size: int) -> None:
         interpolation_scale=size / TARGET_SIZE,
         output_type="pt",
     )
-    model.pos_embed.pos_embed = embedding.float().unsqueeze(0)
-    model.pos_embed.height = model.pos_embed.width = patches
+    patch_embedding: Any = model.pos_embed
+    patch_embedding.pos_embed = embedding.float().unsqueeze(0)
+    patch_embedding.height = patch_embedding.width = patches
     model.height = model.width = patches
 
 
@@ -234,7 +235,7 @@ def save_pretrained(average: dict[str, Tensor], loss: float, out: Path) -> None:
     """Write the averaged weights (fp16), the sampler and the model card as a ``DigitsPipeline``."""
     model = build_model()
     model.load_state_dict(average)
-    scheduler = DPMSolverMultistepScheduler(**SAMPLER)
+    scheduler: Any = DPMSolverMultistepScheduler(**SAMPLER)
     model.half()  # type: ignore[no-untyped-call]  # diffusers has no annotation
     DigitsPipeline(model, scheduler).save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -80,9 +80,10 @@ class Attention(torch.nn.Module):
             q, k, v = self.table, self.table, self.table
         if self.case == "three-dimensional":
             q, k, v = (item.flatten(0, 1) for item in (q, k, v))
-        a = scaled_dot_product_attention(q, k, v, **extra)
+        a: Tensor = scaled_dot_product_attention(q, k, v, **extra)
         a = a.reshape(batch, 2, tokens, 8).transpose(1, 2).flatten(2)
-        return x + timestep.view(-1, 1, 1) * self.out(a)
+        projected: Tensor = self.out(a)
+        return x + timestep.view(-1, 1, 1) * projected
 
 
 def report(case: str, tokens: int = 16) -> SiteReport:

@@ -73,9 +73,8 @@ def test_inductor_lowers_a_window_and_its_residual() -> None:
     strategies = uniform_strategies(sites, Strategy.WINDOW)
     plan = make_plan(tiny, captured, sites, strategies)
     torch._dynamo.reset()
-    compiled = torch.compile(
-        tiny.model, backend="ditfastattn", fullgraph=True, options={"plan": plan}
-    )
+    options: dict[str, Any] = {"plan": plan}
+    compiled = torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
     assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
 
 
@@ -193,7 +192,7 @@ def test_gradients_are_refused() -> None:
 
 def test_two_models_that_share_a_graph_never_share_caches() -> None:
     first, second = tiny_dit(seed=0), tiny_dit(seed=1)
-    options = {**EAGER, "threshold": 0.2, "cfg_layout": CfgLayout.COND_FIRST}
+    options: dict[str, Any] = {**EAGER, "threshold": 0.2, "cfg_layout": CfgLayout.COND_FIRST}
     compiled = [
         torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
         for tiny in (first, second)

@@ -41,10 +41,10 @@ def algorithm_1(
 ) -> list[tuple[Strategy, ...]]:
     """Search as the paper writes it: a whole generation anew for every candidate."""
     windows = [site.window for site in sites]
-    full = (Strategy.FULL,) * len(sites)
-    rows = [full]
+    full: tuple[Strategy, ...] = (Strategy.FULL,) * len(sites)
+    rows: list[tuple[Strategy, ...]] = [full]
     for step in range(1, STEPS):
-        row = list(full)
+        row: list[Strategy] = list(full)
         reference = tiny.reference([*rows, full], windows, layout)[step]
         for index, site in enumerate(sites):
             allowed = (index + 1) / len(sites) * threshold

@@ -22,7 +22,7 @@ class Pipeline:
 
     def __init__(self, order: str, scheduler: Any = None) -> None:
         self.transformer = tiny_dit().model
-        self.scheduler = scheduler or DDIMScheduler(**SCHEDULE)
+        self.scheduler: Any = scheduler or DDIMScheduler(**SCHEDULE)
         self.order = order
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ def test_calibration_is_reproducible_and_restores_the_pipeline(calibrated: Plan)
 
 
 def test_the_plan_runs_in_the_pipeline_and_stays_close(calibrated: Plan) -> None:
-    pipeline = Pipeline("uncond-first")
+    pipeline: Any = Pipeline("uncond-first")
     call: dict[str, Any] = {"labels": [1, 2], "num_inference_steps": 4}
     dense = pipeline(**call, generator=torch.Generator().manual_seed(5))
     options: dict[str, Any] = {"plan": calibrated, "lowering": "eager"}

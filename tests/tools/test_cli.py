@@ -33,7 +33,8 @@ def tiny_pipeline() -> DigitsPipeline:
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
     )
-    pipeline: Any = DigitsPipeline(transformer.eval(), DDIMScheduler(clip_sample=False))
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    pipeline: Any = DigitsPipeline(transformer.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline  # type: ignore[no-any-return]  # diffusers' loading is untyped
 

@@ -23,7 +23,7 @@ from ditfastattn.tools.evaluate_digits import classifier_accuracy, evaluate
 
 SIZE = 16
 NULL_CLASS = 10
-TINY = train_digits.MODEL_CONFIG | {
+TINY: dict[str, Any] = train_digits.MODEL_CONFIG | {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
     "num_layers": 2,
@@ -36,7 +36,8 @@ def pipeline() -> DigitsPipeline:
     """Return an untrained 16x16 pipeline, the same one each time."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(**TINY).eval()
-    built = DigitsPipeline(transformer, DPMSolverMultistepScheduler(**train_digits.SAMPLER))
+    scheduler: Any = DPMSolverMultistepScheduler(**train_digits.SAMPLER)
+    built = DigitsPipeline(transformer, scheduler)
     built.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return built
 
@@ -161,8 +162,9 @@ def test_the_disabled_progress_bar_is_silent(
 def test_bad_arguments_are_named(
     pipeline: DigitsPipeline, arguments: dict[str, Any], message: str
 ) -> None:
+    call: dict[str, Any] = {"class_labels": [1, 2], **arguments}
     with pytest.raises(ConfigError, match=message):
-        pipeline(**({"class_labels": [1, 2]} | arguments))
+        pipeline(**call)
 
 
 def test_saved_pipeline_draws_the_same(pipeline: DigitsPipeline, tmp_path: Path) -> None:
