@@ -38,6 +38,11 @@ class StepProgram:
     slots: tuple[CacheSlot, ...]
 
     @property
+    def shares_cfg(self) -> bool:
+        """Tell whether some site, at some step, computes the conditional half alone."""
+        return any(action.strategy.shares_cfg for row in self.variants for action in row)
+
+    @property
     def peak_cache_bytes(self) -> int:
         """Return the most bytes that caches hold between any two steps."""
         steps = range(len(self.schedule))

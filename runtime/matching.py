@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError
@@ -24,6 +25,38 @@ def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
     for name in captured.dynamic_names:
         shapes[name] = tuple(value(captured.node(name)).shape[1:])
     return dict(sorted(shapes.items()))
+
+
+def latent_position(captured: CapturedGraph) -> int | None:
+    """Return which flat input is the latent: the first with the rank and size of the output."""
+    output = value(captured.module.graph.output_node().all_input_nodes[0])
+    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
+        found = value(node)
+        same_size = (
+            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
+        )
+        if not entry.static and found.is_floating_point() and same_size:
+            return index
+    return None
+
+
+def check_lanes(latent: Tensor, where: str) -> None:
+    """Raise ``ConfigError`` unless both halves of the batch hold the same latents.
+
+    A plan that shares guidance copies one half over the other. Were the halves different images,
+    generated without guidance, one would silently replace the other.
+    """
+    first, second = latent.tensor_split(2)
+    if not torch.equal(first, second):
+        raise ConfigError(
+            "the plan shares guidance, but the halves of the batch hold different latents",
+            where=where,
+            got=f"a batch of {len(latent)} different lanes",
+            expected="the same latents twice, for the conditional and the unconditional half",
+            remedy="run with the plan's guidance, or calibrate a plan without guidance",
+        )
 
 
 def check_model(

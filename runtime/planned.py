@@ -41,7 +41,13 @@ from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.lowering import RunnableGraph, lower
-from ditfastattn.runtime.matching import check_model, input_shapes, static_tensors
+from ditfastattn.runtime.matching import (
+    check_lanes,
+    check_model,
+    input_shapes,
+    latent_position,
+    static_tensors,
+)
 from ditfastattn.runtime.options import BackendOptions
 
 log = logging.getLogger(__name__)
@@ -157,6 +163,7 @@ class Specialization:
         self.options = options
         self.plans: dict[Fingerprint, Plan] = {}
         self.timestep = self._find_timestep()
+        self._latent = latent_position(captured)
         self._results = len(outputs(captured.module.graph))
         self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
@@ -333,6 +340,8 @@ class Specialization:
         caches = generation.caches
         if step == 0:
             caches.clear()
+            if program.shares_cfg and self._latent is not None:  # once a generation: it may wait
+                check_lanes(tensors[self._latent], self.captured.inputs[self._latent].name)
         layout = self.plans[generation.identity].sampler.cfg_layout
         actions = program.variants[program.schedule[step]]
         variant = self._variant(actions, layout, tensors, caches)

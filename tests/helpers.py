@@ -71,7 +71,7 @@ def tiny_dit(seed: int = 0) -> TinyModel:
 
     def call(step: int, batch: int) -> dict[str, Any]:
         return {
-            "hidden_states": noise(step, batch, 4, 8, 8),
+            "hidden_states": lanes(step, batch),
             "timestep": timestep(step, batch),
             "class_labels": torch.arange(batch),
             "return_dict": False,
@@ -100,7 +100,7 @@ def tiny_pixart(seed: int = 0) -> TinyModel:
         mask = torch.ones(batch, 5)
         mask[::2, 3:] = 0
         return {
-            "hidden_states": noise(step, batch, 4, 8, 8),
+            "hidden_states": lanes(step, batch),
             "encoder_hidden_states": noise(99, batch, 5, 12),
             "timestep": timestep(step, batch),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
@@ -131,7 +131,7 @@ def tiny_sd3(seed: int = 0) -> TinyModel:
 
     def call(step: int, batch: int) -> dict[str, Any]:
         return {
-            "hidden_states": noise(step, batch, 4, 8, 8),
+            "hidden_states": lanes(step, batch),
             "encoder_hidden_states": noise(99, batch, 5, 16),
             "pooled_projections": noise(98, batch, 16),
             "timestep": timestep(step, batch),
@@ -147,6 +147,13 @@ TINY_MODELS = {"dit": tiny_dit, "pixart": tiny_pixart, "sd3": tiny_sd3}
 def noise(seed: int, *shape: int) -> Tensor:
     """Return standard normal noise that ``seed`` fixes."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lanes(step: int, batch: int) -> Tensor:
+    """Return latents as batched guidance has them, twice the same; an odd batch has no guidance."""
+    if batch % 2:
+        return noise(step, batch, 4, 8, 8)
+    return noise(step, batch // 2, 4, 8, 8).repeat(2, 1, 1, 1)
 
 
 def timestep(step: int, batch: int) -> Tensor:

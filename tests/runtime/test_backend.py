@@ -129,6 +129,16 @@ def test_another_text_length_is_refused_by_name() -> None:
         compiled(**call)
 
 
+def test_images_without_guidance_are_refused_by_a_plan_that_shares_it() -> None:
+    tiny = tiny_dit()
+    captured, sites = capture_sites(tiny)
+    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.SHARE_CFG))
+    torch._dynamo.reset()
+    call = tiny.call(0, 4) | {"hidden_states": noise(5, 4, 4, 8, 8)}
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"hidden_states[\s\S]*different lanes"):
+        planned(tiny, plan=plan)(**call)
+
+
 def test_other_weights_are_refused() -> None:
     plan = plan_for(tiny_dit(seed=0))
     other = tiny_dit(seed=1)
