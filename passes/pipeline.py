@@ -11,11 +11,12 @@ from torch.fx import GraphModule
 
 from ditfastattn.env import Knobs, read_knobs
 from ditfastattn.errors import ConfigError
+from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.base import Pass
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.ir import clone, graph_text, outputs
-from ditfastattn.passes.plan import CfgLayout, Strategy, write_text_atomically
+from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
 from ditfastattn.passes.share_across_steps import ShareAcrossSteps
 from ditfastattn.passes.sink_batch_slices import SinkBatchSlices

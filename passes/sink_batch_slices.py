@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ditfastattn.passes.base import PassResult
+from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, insert, value
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
@@ -43,18 +44,17 @@ class SinkBatchSlices:
     def run(self, module: GraphModule) -> PassResult:
         """Sink until nothing moves."""
         graph = module.graph
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        EliminateDeadCode().run(module)
         changed = 0
         pending = [node for node in graph.nodes if _HALF in node.meta]
         while pending:
             node = pending.pop()
-            if node.graph is not graph or not node.users:
+            if not node.users:  # it has been merged or sunk already
                 continue
             moved = _sink(graph, node)
             if moved is not None:
                 changed += 1
                 pending.extend(moved)
-        _erase_unused_halves(graph)
         return PassResult(changed, tuple(_stopped(graph)))
 
 
@@ -314,9 +314,3 @@ def _stopped(graph: Graph) -> list[str]:
         for source in sources
         if source.op == "call_function" and len(source.users) == 1
     ]
-
-
-def _erase_unused_halves(graph: Graph) -> None:
-    for node in reversed(calls(graph, aten.slice.Tensor)):
-        if _HALF in node.meta and not node.users:
-            graph.erase_node(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ditfastattn.errors import VerifyError
 from ditfastattn.passes.caches import output_slot, residual_slot
@@ -59,9 +60,13 @@ class StepProgram:
 
     def dead_after(self, step: int) -> tuple[str, ...]:
         """Return the slots whose last reader is ``step``: their memory is free from then on."""
-        return tuple(
-            slot.name for slot in self.slots if any(read == step for _, read in slot.lives)
-        )
+        return self._ending.get(step, ())
+
+    @cached_property
+    def _ending(self) -> dict[int, tuple[str, ...]]:
+        """List the slots by their last readers, once: every step of every generation asks."""
+        ends = [(read, slot.name) for slot in self.slots for _, read in slot.lives]
+        return {step: tuple(name for read, name in ends if read == step) for step, _ in ends}
 
 
 def unroll(plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]) -> StepProgram:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from ditfastattn.errors import VerifyError
 from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.ir import aten, fake_mode, graph_text, outputs
+from ditfastattn.passes.ir import aten, evaluate, graph_text, outputs
 
 _CONTEXT_LINES = 3
 _VIEWS = (
@@ -91,11 +89,7 @@ def _check_call(module: GraphModule, node: Node, after: str) -> None:
     if "val" not in node.meta:
         raise _fault(module, node, after, "it carries no fake value")
     try:
-        with fake_mode(module.graph), torch.no_grad():
-            expected = node.target(  # type: ignore[operator]
-                *map_arg(node.args, lambda n: n.meta["val"]),
-                **map_arg(node.kwargs, lambda n: n.meta["val"]),
-            )
+        expected = evaluate(module.graph, node.target, node.args, node.kwargs)
     except Exception as error:
         raise _fault(module, node, after, f"it cannot run: {error}") from error
     for got, wanted in zip(_leaves(node.meta["val"]), _leaves(expected), strict=True):

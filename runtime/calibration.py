@@ -131,12 +131,11 @@ class GreedyCalibrator:
         allowed = (index + 1) / len(self.sites) * self.threshold
         position = self._runner.position[node]
         for strategy in candidates:
-            trial = dict(environment)
-            trial[node] = self._attend(index, strategy, environment)
-            output = self._finish(trial, position)[0]
+            attended = self._attend(index, strategy, environment)
+            output = self._finish(environment | {node: attended}, position)[0]
             self._report(began)
             if reference is not None and relative_error(reference, output) < allowed:
-                environment[node] = self._attend(index, strategy, environment)
+                environment[node] = attended
                 return strategy
         environment[node] = self._attend(index, Strategy.FULL, environment)
         return Strategy.FULL
@@ -146,11 +145,13 @@ class GreedyCalibrator:
         if strategy is Strategy.SHARE_STEP:
             return _required(memory.output)
         args, kwargs = self._call(index, environment)
-        half = self._half if strategy.shares_cfg else _unchanged
-        args = tuple(half(item, args[0]) for item in args)
-        kwargs = {key: half(item, self._query(index, environment)) for key, item in kwargs.items()}
-        if strategy.windowed:
-            residual = half(_required(memory.residual), self._query(index, environment))
+        residual = _required(memory.residual) if strategy.windowed else None
+        if strategy.shares_cfg:
+            batch = args[0].shape[0]
+            args = tuple(self._half(item, batch) for item in args)
+            kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
+            residual = self._half(residual, batch)
+        if residual is not None:
             output = self._window(index, args) + residual
         else:
             output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
@@ -168,20 +169,17 @@ class GreedyCalibrator:
         args = tuple(_resolve(item, environment) for item in node.args)
         return args, {key: _resolve(item, environment) for key, item in node.kwargs.items()}
 
-    def _query(self, index: int, environment: Environment) -> Tensor:
-        query: Tensor = environment[self._attention[index].all_input_nodes[0]]
-        return query
-
     def _window(self, index: int, args: Sequence[Any]) -> Tensor:
         scale = attention_scale(self._attention[index])
         output: Tensor = WINDOW_ATTENTION(*args[:3], self.sites[index].window, scale)
         return output
 
-    def _half(self, item: Any, query: Tensor) -> Any:
-        if not isinstance(item, Tensor) or item.shape[0] != query.shape[0]:
+    def _half(self, item: Any, batch: int) -> Any:
+        """Return the conditional half of what has the batch."""
+        if not isinstance(item, Tensor) or item.shape[0] != batch:
             return item
-        rows = item.shape[0]
-        return item[rows // 2 :] if self.layout is CfgLayout.UNCOND_FIRST else item[: rows // 2]
+        middle = batch // 2
+        return item[middle:] if self.layout is CfgLayout.UNCOND_FIRST else item[:middle]
 
     def _finish(self, environment: Environment, position: int) -> tuple[Any, ...]:
         self._run(environment, position, len(self._runner.nodes))
@@ -213,10 +211,6 @@ class GreedyCalibrator:
 
 def _resolve(item: Any, environment: Environment) -> Any:
     return environment[item] if isinstance(item, Node) else item
-
-
-def _unchanged(item: Any, _query: Tensor) -> Any:
-    return item
 
 
 def _required(tensor: Tensor | None) -> Tensor:

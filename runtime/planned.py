@@ -154,9 +154,8 @@ class Specialization:
 
     def __init__(self, captured: CapturedGraph, options: BackendOptions, identity: str) -> None:
         """Find the sites of ``captured``; programs and variants are made when first needed."""
-        verify(
-            captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
-        )
+        self._results = len(outputs(captured.module.graph))
+        verify(captured.module, len(captured.inputs), self._results, "capture")
         self.captured = captured
         self.identity = identity
         self.report: SiteReport = find_sites(captured)
@@ -164,7 +163,6 @@ class Specialization:
         self.plans: dict[Fingerprint, Plan] = {}
         self.timestep = self._find_timestep()
         self._latent = latent_position(captured)
-        self._results = len(outputs(captured.module.graph))
         self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
@@ -212,10 +210,8 @@ class Specialization:
 
     def reports(self) -> list[RunReport]:
         """Report each plan in force."""
-        return [self._report(plan, program) for plan, program in self._in_force()]
-
-    def _in_force(self) -> list[tuple[Plan, StepProgram]]:
-        return [(self.plans[model], program) for model, program in self._programs.items()]
+        programs = list(self._programs.items())
+        return [self._report(self.plans[model], program) for model, program in programs]
 
     def _report(self, plan: Plan, program: StepProgram) -> RunReport:
         layout, steps = plan.sampler.cfg_layout, plan.sampler.steps

@@ -22,8 +22,16 @@ from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strat
 from ditfastattn.passes.sites import AttentionSite, find_sites
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
+from ditfastattn.tools import train_digits
+from ditfastattn.tools.digits_pipeline import DigitsPipeline
 
 STEPS = 6
+TINY_DIGITS: dict[str, Any] = train_digits.MODEL_CONFIG | {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 16,
+}
 TIMESTEPS = tuple(float(900 - 150 * step) for step in range(STEPS))
 
 
@@ -229,25 +237,34 @@ def capture_sites(
 
 def make_plan(
     tiny: TinyModel,
-    captured: CapturedGraph,
-    sites: Sequence[AttentionSite],
     strategies: Sequence[Sequence[Strategy]],
     layout: CfgLayout = CfgLayout.COND_FIRST,
 ) -> Plan:
     """Return a plan for ``tiny`` with the strategies given."""
+    found = captured_once(tiny)
     return Plan(
-        model=fingerprint(sites, static_arguments(tiny)),
-        inputs=input_shapes(captured),
+        model=fingerprint(found.sites, found.static),
+        inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(strategies), timesteps=TIMESTEPS, cfg_layout=layout),
-        sites=tuple(site.planned() for site in sites),
+        sites=tuple(site.planned() for site in found.sites),
         strategies=tuple(tuple(row) for row in strategies),
         calibration=Calibration(method="manual"),
     )
 
 
-def static_arguments(tiny: TinyModel) -> list[Tensor]:
-    """Return the parameters and buffers that the model's graph uses, as the backend sees them."""
-    return captured_once(tiny).static
+def flat_inputs(tiny: TinyModel, step: int) -> list[Tensor]:
+    """Return the graph's inputs at ``step``, in its order, as the backend sees them."""
+    found, call = captured_once(tiny), tiny.call(step, 4)
+    static = iter(found.static)
+    return [next(static) if entry.static else call[entry.name] for entry in found.graph.inputs]
+
+
+def tiny_digits_pipeline(scheduler: Any) -> DigitsPipeline:
+    """Return an untrained 16x16 pipeline of two layers, the same one each time."""
+    torch.manual_seed(0)
+    pipeline = DigitsPipeline(DiTTransformer2DModel(**TINY_DIGITS).eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    return pipeline
 
 
 def mixed_strategies(

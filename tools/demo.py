@@ -18,7 +18,8 @@ from torchmetrics.functional.image import (
 )
 
 import ditfastattn
-from ditfastattn.passes.plan import Plan, write_text_atomically
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.planned import RunReport, summary
 from ditfastattn.tools.calibrate_command import calibrate_with_progress
 from ditfastattn.tools.digits_data import NUM_CLASSES, class_accuracy

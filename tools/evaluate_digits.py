@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import write_text_atomically
+from ditfastattn.files import write_text_atomically
 from ditfastattn.tools.digits_data import (
     NUM_CLASSES,
     classify,

@@ -6,7 +6,6 @@ their path whole or not at all.
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError
+from ditfastattn.files import replacing
 from ditfastattn.passes.plan import Plan, Strategy
 
 # Okabe and Ito's colours, dark to light with the work that is left, so that grey print reads too.
@@ -205,13 +205,6 @@ def _legend(plan: Plan) -> list[Patch]:
 
 
 def _write_png(figure: Figure, path: Path) -> None:
-    """Render ``figure`` to a temporary file beside ``path``, then rename it into place."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Render ``figure`` as a PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from ditfastattn.passes.plan import write_text_atomically
+from ditfastattn.files import replacing, write_text_atomically
 from ditfastattn.tools.digits_data import NUM_CLASSES, digit_images
 from ditfastattn.tools.digits_pipeline import TRAIN_COMMAND, DigitsPipeline
 
@@ -121,10 +120,9 @@ def training_loss(
 
 def write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     """Save ``tensors`` so that ``path`` holds either the old or the new file, never a part."""
-    temporary = path.with_suffix(".tmp")
     copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(copies, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(copies, temporary)
 
 
 class Checkpoint:
@@ -149,9 +147,7 @@ class Checkpoint:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
         write_atomically(self.tensors, tensors)
-        temporary = self.progress.with_suffix(".tmp")
-        temporary.write_text(json.dumps(progress, indent=2))
-        os.replace(temporary, self.progress)
+        write_text_atomically(self.progress, json.dumps(progress, indent=2))
 
     def load(
         self,
@@ -242,7 +238,7 @@ def save_pretrained(average: dict[str, Tensor], loss: float, out: Path) -> None:
     write_text_atomically(out / "README.md", model_card(parameters, loss))
     for file in out.rglob("*.*"):
         if file.is_file():
-            file.chmod(0o644)  # safetensors and temporary files are private; a package is not
+            file.chmod(0o644)  # safetensors makes private files; a package is not
 
 
 def model_card(parameters: int, loss: float) -> str:

@@ -18,7 +18,7 @@ def program(column: list[Strategy]) -> StepProgram:
     tiny = TINY_MODELS["dit"]()
     captured, sites = capture_sites(tiny)
     rows = [(strategy, F, F) for strategy in column]
-    return unroll(make_plan(tiny, captured, sites, rows), captured, sites)
+    return unroll(make_plan(tiny, rows), captured, sites)
 
 
 def test_caches_live_from_their_writer_to_their_last_reader() -> None:
@@ -73,5 +73,5 @@ def test_a_read_without_a_writer_is_our_bug() -> None:
 def test_every_slot_of_a_mixed_plan_is_written_before_it_is_read() -> None:
     tiny = TINY_MODELS["sd3"]()
     captured, sites = capture_sites(tiny)
-    result = unroll(make_plan(tiny, captured, sites, mixed_strategies(sites)), captured, sites)
+    result = unroll(make_plan(tiny, mixed_strategies(sites)), captured, sites)
     assert all(written < read for slot in result.slots for written, read in slot.lives)

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,17 @@ def planned(tiny: TinyModel, **options: Any) -> Any:
     )
 
 
-def plan_for(tiny: TinyModel, seed: int = 1) -> Plan:
-    captured, sites = capture_sites(tiny)
-    plan = make_plan(tiny, captured, sites, mixed_strategies(sites, seed))
+def plan_for(tiny: TinyModel, strategies: Sequence[Sequence[Strategy]] | None = None) -> Plan:
+    """Return a plan with ``strategies``, mixed ones by default; Dynamo forgets the capture."""
+    _, sites = capture_sites(tiny)
+    plan = make_plan(tiny, strategies or mixed_strategies(sites, seed=1))
     torch._dynamo.reset()
     return plan
+
+
+def uniform_plan(tiny: TinyModel, strategy: Strategy) -> Plan:
+    _, sites = capture_sites(tiny)
+    return plan_for(tiny, uniform_strategies(sites, strategy))
 
 
 def expected(tiny: TinyModel, plan: Plan) -> list[torch.Tensor]:
@@ -69,10 +76,7 @@ def test_dense_when_told_so() -> None:
 
 def test_inductor_lowers_a_window_and_its_residual() -> None:
     tiny = tiny_dit()
-    captured, sites = capture_sites(tiny)
-    strategies = uniform_strategies(sites, Strategy.WINDOW)
-    plan = make_plan(tiny, captured, sites, strategies)
-    torch._dynamo.reset()
+    plan = uniform_plan(tiny, Strategy.WINDOW)
     options: dict[str, Any] = {"plan": plan}
     compiled = torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
     assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
@@ -99,9 +103,7 @@ def test_without_a_plan_the_first_generation_calibrates_and_says_so(
 
 def test_a_plan_that_changes_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
     tiny = tiny_dit()
-    captured, sites = capture_sites(tiny)
-    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.FULL))
-    torch._dynamo.reset()
+    plan = uniform_plan(tiny, Strategy.FULL)
     tiny.run(planned(tiny, plan=plan), steps=1)
     assert "the plan changes nothing" in caplog.text
 
@@ -131,9 +133,7 @@ def test_another_text_length_is_refused_by_name() -> None:
 
 def test_images_without_guidance_are_refused_by_a_plan_that_shares_it() -> None:
     tiny = tiny_dit()
-    captured, sites = capture_sites(tiny)
-    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.SHARE_CFG))
-    torch._dynamo.reset()
+    plan = uniform_plan(tiny, Strategy.SHARE_CFG)
     call = tiny.call(0, 4) | {"hidden_states": noise(5, 4, 4, 8, 8)}
     with torch.no_grad(), pytest.raises(ConfigError, match=r"hidden_states[\s\S]*different lanes"):
         planned(tiny, plan=plan)(**call)
@@ -249,10 +249,8 @@ def test_two_threads_never_share_caches() -> None:
 
 def test_caches_are_freed_after_their_last_reader() -> None:
     tiny = tiny_dit()
-    captured, sites = capture_sites(tiny)
     rows = [(Strategy.FULL,) * 3, (Strategy.SHARE_STEP,) * 3, *[(Strategy.FULL,) * 3] * 4]
-    plan = make_plan(tiny, captured, sites, rows)
-    torch._dynamo.reset()
+    plan = plan_for(tiny, rows)
     compiled = planned(tiny, plan=plan)
     tiny.run(compiled, steps=1)
     gc.collect()

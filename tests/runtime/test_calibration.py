@@ -12,8 +12,8 @@ from tests.helpers import (
     TINY_MODELS,
     TinyModel,
     capture_sites,
+    flat_inputs,
     largest_difference,
-    static_arguments,
 )
 
 STEPS = 4
@@ -25,14 +25,7 @@ def search(
     tiny = TINY_MODELS[name]()
     captured, sites = capture_sites(tiny)
     calibrator = GreedyCalibrator(captured, sites, layout, threshold, steps=STEPS)
-    static = static_arguments(tiny)
-    outputs = []
-    for step in range(STEPS):
-        call = tiny.call(step, 4)
-        dynamic = {name: call[name] for name in captured.dynamic_names}
-        values = iter(static)
-        args = [next(values) if e.static else dynamic[e.name] for e in captured.inputs]
-        outputs.append(calibrator.step(args)[0])
+    outputs = [calibrator.step(flat_inputs(tiny, step))[0] for step in range(STEPS)]
     return calibrator, tiny, sites, outputs
 
 
@@ -110,11 +103,8 @@ def test_progress_tells_the_cost_before_the_search_and_never_exceeds_it() -> Non
     calibrator = GreedyCalibrator(
         captured, sites, CfgLayout.COND_FIRST, 1e-9, steps=STEPS, on_progress=seen.append
     )
-    static = static_arguments(tiny)
     for step in range(STEPS):
-        call, values = tiny.call(step, 4), iter(static)
-        args = [next(values) if e.static else call[e.name] for e in captured.inputs]
-        calibrator.step(args)
+        calibrator.step(flat_inputs(tiny, step))
     assert seen[0].step == 0
     assert seen[0].done <= 1.01
     assert seen[0].at_most == pytest.approx(seen[-1].at_most)

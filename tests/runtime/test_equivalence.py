@@ -40,10 +40,10 @@ def test_each_strategy_equals_the_reference(
     name: str, strategy: Strategy, layout: CfgLayout
 ) -> None:
     tiny = TINY_MODELS[name]()
-    captured, sites = capture_sites(tiny)
+    _, sites = capture_sites(tiny)
     strategies = uniform_strategies(sites, strategy)
     expected = tiny.reference(strategies, [site.window for site in sites], layout)
-    got = run_plan(tiny, make_plan(tiny, captured, sites, strategies, layout))
+    got = run_plan(tiny, make_plan(tiny, strategies, layout))
     assert largest_difference(got, expected) < 1e-5
     changed = any(item is not Strategy.FULL for item in strategies[1])
     dense = tiny.run(tiny.model)
@@ -55,25 +55,25 @@ def test_each_strategy_equals_the_reference(
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_mixed_plans_equal_the_reference(name: str, seed: int, layout: CfgLayout) -> None:
     tiny = TINY_MODELS[name](seed)
-    captured, sites = capture_sites(tiny)
+    _, sites = capture_sites(tiny)
     strategies = mixed_strategies(sites, seed)
     expected = tiny.reference(strategies, [site.window for site in sites], layout)
-    got = run_plan(tiny, make_plan(tiny, captured, sites, strategies, layout))
+    got = run_plan(tiny, make_plan(tiny, strategies, layout))
     assert largest_difference(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_an_all_full_plan_is_bitwise_dense(name: str) -> None:
     tiny = TINY_MODELS[name]()
-    captured, sites = capture_sites(tiny)
-    plan = make_plan(tiny, captured, sites, uniform_strategies(sites, Strategy.FULL))
+    _, sites = capture_sites(tiny)
+    plan = make_plan(tiny, uniform_strategies(sites, Strategy.FULL))
     assert largest_difference(run_plan(tiny, plan), tiny.run(tiny.model)) == 0.0
 
 
 def test_compiled_variants_equal_the_reference() -> None:
     tiny = TINY_MODELS["dit"]()
-    captured, sites = capture_sites(tiny)
+    _, sites = capture_sites(tiny)
     strategies = mixed_strategies(sites, seed=3)
     expected = tiny.reference(strategies, [s.window for s in sites], CfgLayout.COND_FIRST)
-    plan = make_plan(tiny, captured, sites, strategies)
+    plan = make_plan(tiny, strategies)
     assert largest_difference(run_plan(tiny, plan, Lowering.INDUCTOR), expected) < 1e-5

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from typer.testing import CliRunner
 
@@ -16,27 +15,11 @@ from ditfastattn import ConfigError, Plan
 from ditfastattn.tools import cli, demo
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import measure_pairs, summarize
+from tests.helpers import tiny_digits_pipeline
 
 
 def tiny_pipeline() -> DigitsPipeline:
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=2,
-        sample_size=16,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
-    scheduler: Any = DDIMScheduler(clip_sample=False)
-    pipeline: Any = DigitsPipeline(transformer.eval(), scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline  # type: ignore[no-any-return]  # diffusers' loading is untyped
+    return tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
 
 
 @pytest.fixture

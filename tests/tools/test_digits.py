@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
@@ -20,26 +19,16 @@ from ditfastattn.tools import digits_pipeline, evaluate_digits, train_digits
 from ditfastattn.tools.digits_data import class_accuracy, digit_images
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline
 from ditfastattn.tools.evaluate_digits import classifier_accuracy, evaluate
+from tests.helpers import TINY_DIGITS, tiny_digits_pipeline
 
-SIZE = 16
+SIZE = TINY_DIGITS["sample_size"]
 NULL_CLASS = 10
-TINY: dict[str, Any] = train_digits.MODEL_CONFIG | {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "sample_size": SIZE,
-}
 
 
 @pytest.fixture
 def pipeline() -> DigitsPipeline:
     """Return an untrained 16x16 pipeline, the same one each time."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(**TINY).eval()
-    scheduler: Any = DPMSolverMultistepScheduler(**train_digits.SAMPLER)
-    built = DigitsPipeline(transformer, scheduler)
-    built.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-    return built
+    return tiny_digits_pipeline(DPMSolverMultistepScheduler(**train_digits.SAMPLER))
 
 
 def draw(pipeline: DigitsPipeline, labels: list[int], seed: int = 0, **arguments: Any) -> Tensor:
@@ -250,7 +239,7 @@ def test_finished_training_only_exports_again(
     )
     out = tmp_path / "model"
     monkeypatch.setattr(train_digits, "TARGET_SIZE", SIZE)
-    monkeypatch.setattr(train_digits, "MODEL_CONFIG", TINY)
+    monkeypatch.setattr(train_digits, "MODEL_CONFIG", TINY_DIGITS)
     monkeypatch.setattr(train_digits, "STAGES", stages)
     monkeypatch.setattr("sys.argv", ["train", "--work", str(tmp_path / "work"), "--out", str(out)])
     train_digits.main()
