@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.ir import aten, value
+from ditfastattn.passes.ir import SCALINGS, aten, value
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-_SCALINGS = (aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar)
 
 
 def canonicalize(module: GraphModule) -> int:
@@ -43,7 +42,7 @@ def _is_no_op(node: Node) -> bool:
         return node.args[2] is False
     if node.target in _ALIASES:
         return True
-    if node.target in _SCALINGS:
+    if node.target in SCALINGS:
         return _is_one(node.args[1]) and _same_kind(node)
     return node.target in _CASTS and _same_kind(node)
 

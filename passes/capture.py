@@ -22,13 +22,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.canonicalize import canonicalize
 
+_PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
+
 
 @dataclass(frozen=True)
 class GraphInput:
-    """Describe one input of a captured graph: its Python name, and whether it is static."""
+    """Describe one input of a captured graph: its Python name, and whether it is static.
+
+    A ``number`` is a Python float that Dynamo passes as a tensor, for the graph to call ``item()``.
+    """
 
     name: str
     static: bool
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,22 @@ def _describe(node: Node) -> GraphInput:
     name: Any = source.name  # a method in older releases of torch, a property now
     path = readable_path(str(name() if callable(name) else name))
     # A decorated forward takes its arguments as L['kwargs']['timestep'].
-    return GraphInput(path.removeprefix("kwargs."), static)
+    return GraphInput(path.removeprefix("kwargs."), static, _is_number(node))
+
+
+def _is_number(node: Node) -> bool:
+    uses = {(user.op, user.target) for user in node.users}
+    return uses == {("call_method", "item")}
+
+
+def plain_numbers(inputs: Sequence[GraphInput], args: Sequence[Any]) -> list[Any]:
+    """Return ``args`` with each number that came as a tensor turned into a number again.
+
+    Dynamo wraps a float once it has changed between calls, as the scale of a LoRA adapter does.
+    NumPy's floats still answer the ``item()`` of the graph.
+    """
+    pairs = zip(inputs, args, strict=True)
+    return [argument.numpy()[()] if entry.number else argument for entry, argument in pairs]
 
 
 def readable_path(source: str) -> str:
@@ -75,7 +96,8 @@ def readable_path(source: str) -> str:
     path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", source)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part]
-    return ".".join(part for part in parts[1:] if part != "self") or source
+    readable = ".".join(part for part in parts[1:] if part != "self")
+    return readable.removeprefix(_PEFT_WRAPPER) or source
 
 
 def capture(

@@ -1,22 +1,28 @@
-"""Identify a model by its attention structure and its weights."""
+"""Identify a model by its attention structure, its weights and its LoRA adapters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.ir import SCALINGS, aten
 from ditfastattn.passes.plan import Fingerprint
 from ditfastattn.passes.sites import AttentionSite
 
 _SAMPLES = 4096
+_ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
 
 
-def fingerprint(sites: Sequence[AttentionSite], static: Sequence[Tensor]) -> Fingerprint:
-    """Return the fingerprint of a graph with ``sites`` over the ``static`` inputs.
+def fingerprint(
+    captured: CapturedGraph, sites: Sequence[AttentionSite], static: Sequence[Tensor]
+) -> Fingerprint:
+    """Return the fingerprint of ``captured`` with ``sites`` over its ``static`` inputs, in order.
 
     Of each parameter and buffer at most 4096 evenly spaced elements are hashed, with its shape, so
     that a model of any size takes seconds; a change to fewer elements may pass unseen.
@@ -24,13 +30,60 @@ def fingerprint(sites: Sequence[AttentionSite], static: Sequence[Tensor]) -> Fin
     structure = [
         (site.name, site.kind, site.heads, site.head_dim, len(site.frontier)) for site in sites
     ]
-    digests = sorted(_digest(tensor) for tensor in static)
-    dtypes = [tensor.dtype for tensor in static if tensor.is_floating_point() and tensor.dim() > 1]
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    inputs = zip(captured.inputs, placeholders, strict=True)
+    named = [(entry.name, node) for entry, node in inputs if entry.static]
+    weights: list[Tensor] = []
+    adapters: list[str] = []
+    for (name, node), tensor in zip(named, static, strict=True):
+        if _ADAPTER in name:
+            adapters.append(f"{_digest(tensor)} {_scaling(node)}")
+        else:
+            weights.append(tensor)
+    dtypes = [tensor.dtype for tensor in weights if tensor.is_floating_point() and tensor.dim() > 1]
     return Fingerprint(
         structure=_sha256(json.dumps(structure).encode()),
-        weights=_sha256("".join(digests).encode()),
+        weights=hash_tensors(weights),
         dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "none",
+        lora=_join(adapters) if adapters else "",
     )
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a hash of ``tensors``, whatever their order."""
+    return _join(_digest(tensor) for tensor in tensors)
+
+
+def _scaling(adapter: Node) -> list[str]:
+    """Return the numbers that scale an adapter's branch before it is added to the base's output.
+
+    Before::
+
+        %3 = aten.linear.default(%x, %lora_A)
+        %4 = aten.linear.default(%3, %lora_B)
+        %5 = aten.mul.Tensor(%4, 2.0)
+        %6 = aten.add.Tensor(%base, %5)
+
+    After::
+
+        ["aten.mul.Tensor 2.0"]
+    """
+    branch, pending = {adapter}, [adapter]
+    scalings: list[str] = []
+    while pending:
+        for user in pending.pop().users:
+            if user in branch or user.target is aten.add.Tensor:
+                continue
+            branch.add(user)
+            pending.append(user)
+            if user.target in SCALINGS:
+                factors = (factor for factor in user.args if isinstance(factor, (int, float)))
+                scalings += [f"{user.target} {float(factor)}" for factor in factors]
+    return scalings
+
+
+def _join(digests: Iterable[str]) -> str:
+    return _sha256("".join(sorted(digests)).encode())
 
 
 def _digest(tensor: Tensor) -> str:

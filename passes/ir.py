@@ -19,6 +19,7 @@ from torch.fx.node import Argument, map_arg
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
+SCALINGS = (aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar)
 
 _KEPT_META = ("stack_trace", "nn_module_stack")
 

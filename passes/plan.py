@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Strategy(StrEnum):
@@ -57,7 +57,8 @@ class SiteKind(StrEnum):
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An infinite PSNR is written as "Infinity": JSON has no such number.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class PlannedSite(_Record):
@@ -87,20 +88,60 @@ class Sampler(_Record):
 
 
 class Fingerprint(_Record):
-    """Identify a model: hashes of its attention structure and of its weights, and its dtype."""
+    """Identify a model: its dtype, hashes of its attention structure and of its weights.
+
+    ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
+    """
 
     structure: str
     weights: str
     dtype: str
+    lora: str = ""
+
+
+class PlannedTarget(_Record):
+    """Record what a plan was searched for; ``model`` names the one that measures a CLIP score."""
+
+    name: str
+    bound: float
+    at_least: bool
+    model: str = ""
+
+
+class Measured(_Record):
+    """Record what prompts measured: one value per image, ``worst`` in the target's sense."""
+
+    prompts: int
+    mean: float
+    worst: float
+
+
+SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
 
 
 class Calibration(_Record):
-    """Record how a plan came to be."""
+    """Record how a plan came to be.
 
-    method: Literal["greedy", "manual"]
-    threshold: float = 0.0
+    ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
+    delta), the budget of relative squared error per step of ``per-step``, the budget of drift of
+    the final image of ``global``. ``batch`` counts the lanes of a call, ``forwards`` whole
+    evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
+    alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
+    compiled plan, paired with the compiled dense model, where a speed was the target.
+    """
+
+    method: SearchMethod
+    target: PlannedTarget | None = None
+    strength: float = 0.0
     seed: int | None = None
     batch: int = 0
+    calibrated: Measured | None = None
+    held_out: Measured | None = None
+    predicted_speedup: float | None = None
+    measured_speedup: float | None = None
+    measured_seconds: float | None = None
+    device: str = ""
+    rounds: int = 0
     forwards: float = 0.0
     seconds: float = 0.0
     versions: dict[str, str] = Field(default_factory=dict)
@@ -110,15 +151,17 @@ class Plan(_Record):
     """Say, per step and attention site, which strategy runs: ``strategies[step][site]``.
 
     ``inputs`` holds the shape of each tensor input of the model without its batch dimension; the
-    latent is among them. The batch size itself is free.
+    latent is among them. The batch size itself is free. With ``merge_variants`` steps of the same
+    strategies are one compiled variant, even where they differ in the caches they must store.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: Fingerprint
     inputs: dict[str, tuple[int, ...]]
     sampler: Sampler
     sites: tuple[PlannedSite, ...]
     strategies: tuple[tuple[Strategy, ...], ...]
+    merge_variants: bool = False
     calibration: Calibration
 
     @model_validator(mode="after")

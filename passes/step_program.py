@@ -12,7 +12,7 @@ from ditfastattn.passes.caches import output_slot, residual_slot
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find, value
 from ditfastattn.passes.pipeline import SiteAction
-from ditfastattn.passes.plan import Plan, Strategy
+from ditfastattn.passes.plan import Strategy
 from ditfastattn.passes.sites import AttentionSite
 
 
@@ -58,23 +58,40 @@ class StepProgram:
         )
         return sum(live)
 
-    def dead_after(self, step: int) -> tuple[str, ...]:
-        """Return the slots whose last reader is ``step``: their memory is free from then on."""
-        return self._ending.get(step, ())
+    def live_after(self, step: int) -> frozenset[str]:
+        """Return the slots that a later step reads: after ``step`` all other memory is free."""
+        return self._live[step]
 
     @cached_property
-    def _ending(self) -> dict[int, tuple[str, ...]]:
-        """List the slots by their last readers, once: every step of every generation asks."""
-        ends = [(read, slot.name) for slot in self.slots for _, read in slot.lives]
-        return {step: tuple(name for read, name in ends if read == step) for step, _ in ends}
+    def _live(self) -> list[frozenset[str]]:
+        """List the live slots by step, once: every step of every generation asks."""
+        return [
+            frozenset(
+                slot.name
+                for slot in self.slots
+                if any(written <= step < read for written, read in slot.lives)
+            )
+            for step in range(len(self.schedule))
+        ]
 
 
-def unroll(plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]) -> StepProgram:
-    """Return the step program of ``plan`` for a graph whose sites are ``sites``."""
-    columns = [
-        _site_actions([row[index] for row in plan.strategies]) for index in range(len(sites))
-    ]
-    rows = list(zip(*columns, strict=True)) if columns else [()] * plan.sampler.steps
+def unroll(
+    strategies: Sequence[Sequence[Strategy]],
+    captured: CapturedGraph,
+    sites: Sequence[AttentionSite],
+    merge_variants: bool = False,
+) -> StepProgram:
+    """Return the step program of ``strategies[step][site]`` for a graph whose sites are ``sites``.
+
+    Steps alike in strategies may still differ in what they must store for later steps. With
+    ``merge_variants`` they become one variant that stores what any of them must: fewer variants,
+    at the price of some caches that nobody reads.
+    """
+    columns = [_site_actions([row[index] for row in strategies]) for index in range(len(sites))]
+    rows = list(zip(*columns, strict=True)) if columns else [()] * len(strategies)
+    if merge_variants:
+        rows = _merged(rows)
+    columns = [list(column) for column in zip(*rows, strict=True)]
     variants = tuple(dict.fromkeys(rows))
     program = StepProgram(
         variants=variants,
@@ -87,6 +104,25 @@ def unroll(plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]) 
     )
     _check_writers(program)
     return program
+
+
+def _merged(rows: Sequence[tuple[SiteAction, ...]]) -> list[tuple[SiteAction, ...]]:
+    """Give rows of the same strategies the union of their writes."""
+    alike: dict[tuple[Strategy, ...], list[tuple[SiteAction, ...]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(action.strategy for action in row), []).append(row)
+    merged = {
+        key: tuple(
+            SiteAction(
+                strategy,
+                writes_output=any(action.writes_output for action in actions),
+                writes_residual=any(action.writes_residual for action in actions),
+            )
+            for strategy, actions in zip(key, zip(*group, strict=True), strict=True)
+        )
+        for key, group in alike.items()
+    }
+    return [merged[tuple(action.strategy for action in row)] for row in rows]
 
 
 def _site_actions(strategies: Sequence[Strategy]) -> list[SiteAction]:
@@ -125,11 +161,12 @@ def _slots(
 
 
 def _lives(written: Sequence[int], read: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    ends = [*written, math.inf][1:]
-    return tuple(
-        (start, max(step for step in read if start < step < end))
-        for start, end in zip(written, ends, strict=True)
-    )
+    lives: list[tuple[int, int]] = []
+    for start, end in zip(written, [*written, math.inf][1:], strict=True):
+        readers = [step for step in read if start < step < end]
+        if readers:  # a merged variant may write what this step's successors do not read
+            lives.append((start, max(readers)))
+    return tuple(lives)
 
 
 def _slot(

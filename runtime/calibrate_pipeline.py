@@ -1,136 +1,243 @@
-"""Calibrate a plan for a diffusers pipeline by running one generation of it."""
+"""Calibrate a plan for a diffusers pipeline: the public entry to the searches."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import CfgLayout, Plan, Sampler
-from ditfastattn.runtime.calibration import Progress
-from ditfastattn.runtime.guidance import detect_cfg_layout
-from ditfastattn.runtime.matching import scheduler_config
-from ditfastattn.runtime.options import DEFAULT_THRESHOLD, BackendOptions
-from ditfastattn.runtime.planned import PlannedFunction
+from ditfastattn.passes.plan import CfgLayout, Plan
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.lane import measure_speed
+from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.methods import (
+    Chooser,
+    Method,
+    PassChooser,
+    make_global,
+    measured_costs,
+)
+from ditfastattn.runtime.search.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.search.search import MAX_ROUNDS, Search, SearchOptions
+from ditfastattn.runtime.search.sensitivity import probe_steps
+from ditfastattn.runtime.search.session import Session, open_session
+from ditfastattn.runtime.search.targets import Target, TargetKind
+from ditfastattn.runtime.search.work import SearchProgress, Work
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TARGET = Target.min_ssim(0.9)
+NOTHING_GAINED = 1.02  # a speedup below this is none
+_FIRST_BUDGET = {Method.GREEDY: 0.05, Method.PER_STEP: 0.05}
+_REPETITIONS = 10
 
 
 def calibrate(
     pipeline: Any,
     call: Mapping[str, Any],
     *,
-    threshold: float = DEFAULT_THRESHOLD,
+    target: Target = DEFAULT_TARGET,
+    held_out: Mapping[str, Any] | None = None,
+    method: Method | str = Method.AUTO,
+    objective: Objective | str = Objective.LATENCY,
+    max_variants: int = 0,
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
     timestep: str = "timestep",
-    on_progress: Callable[[Progress], None] | None = None,
+    lowering: Lowering | str = Lowering.INDUCTOR,
+    out: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    on_progress: Callable[[SearchProgress], None] | None = None,
 ) -> Plan:
-    """Run one generation of ``pipeline`` and return the plan found (DiTFastAttn, Algorithm 1).
+    """Search the fastest plan that meets ``target``, and return it.
 
     Args:
         pipeline: a diffusers pipeline whose denoiser is ``pipeline.transformer``.
-        call: the keyword arguments of the generation: prompts or classes, ``num_inference_steps``,
-            ``guidance_scale``. They fix what the plan holds for.
-        threshold: how much the model's output may change; the paper uses 0.025 (D1) to 0.15 (D6).
+        call: the keyword arguments of a generation. Lists (prompts, classes) hold one entry per
+            image: each is a calibration prompt. Steps, guidance and sizes fix what the plan is for.
+        target: what to reach, on the worst prompt.
+        held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
+        method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
+            program), ``greedy`` (DiTFastAttn, Algorithm 1); ``auto`` is greedy for a threshold,
+            else global.
+        objective: save measured ``latency``, or ``attention-flops``, which need no measurement.
+        max_variants: the most distinct step variants; 0 is no cap.
         cfg_layout: the order of the guidance halves; found by observation where None.
-        seed: seeds the generation; the same seed gives the same plan, bit for bit.
+        seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
-        on_progress: told after each candidate how far the search is.
+        lowering: what runs the plan when a speed is measured.
+        out: the plan's file. Given, the search keeps its state beside it, goes on where a killed
+            one stopped, and writes the plan at the end.
+        restart: forget an unfinished search.
+        on_progress: told what the search does and how long it may take.
 
     Raises:
-        ConfigError: the pipeline has no transformer, or calls it in a way no plan can describe.
+        ConfigError: the pipeline, the call or the target are not ones that a plan can serve.
+        TargetMissedError: no plan reaches the target.
     """
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, torch.nn.Module):
-        raise ConfigError(
-            "the pipeline has no transformer to calibrate",
-            where="calibrate(pipeline)",
-            got=type(pipeline).__name__,
-            expected="a diffusers pipeline with a `transformer` module",
-        )
-    if threshold <= 0:
-        raise ConfigError(
-            "the threshold must be positive", where="calibrate(threshold)", got=threshold
-        )
-    layout = detect_cfg_layout(pipeline, call) if cfg_layout is None else cfg_layout
-    steps = int(_argument(pipeline, call, "num_inference_steps") or 0)
-    options = BackendOptions(
-        threshold=threshold,
-        cfg_layout=layout,
-        steps=steps,
-        timestep=timestep,
-        on_progress=on_progress or _ignore,
+    prompts = split_prompts(call, seed)
+    unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
+    options = SearchOptions(
+        target=target,
+        method=_resolve(Method(method), target),
+        objective=Objective(objective),
+        max_variants=_checked_cap(max_variants, method, target),
+        lowering=Lowering(lowering),
+        seed=seed,
     )
-    functions = _run(pipeline, transformer, {**call, "generator": _seeded(seed)}, options)
-    return _finish(functions, pipeline, call, layout, seed)
+    target.prepare(prompts[0].call)
+    path = None if out is None else Path(out)
+    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
+    with holding as checkpoint, open_session(pipeline, prompts[0], cfg_layout, timestep) as session:
+        work = Work(session, checkpoint, 0.0, on_progress or _ignore)
+        resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
+        if resumed:
+            log.warning("ditfastattn: going on with the unfinished search beside %s", path)
+        work.at_most = _estimate(session, options, len(prompts), len(unseen))
+        plan = _search(work, options, Prompt(call, seed), prompts, unseen)
+        if path is not None:
+            plan.save(path)
+        checkpoint.discard()
+    _say_gain(plan)
+    return plan
 
 
-@contextmanager
-def _compiled(pipeline: Any, transformer: torch.nn.Module, backend: Any) -> Generator[None]:
-    plain = getattr(transformer, "_orig_mod", transformer)  # it may be compiled already
-    pipeline.transformer = torch.compile(plain, backend=backend, fullgraph=True, dynamic=False)
-    try:
-        yield
-    finally:
-        pipeline.transformer = transformer
-
-
-def _run(
-    pipeline: Any, transformer: torch.nn.Module, call: dict[str, Any], options: BackendOptions
-) -> list[PlannedFunction]:
-    functions: list[PlannedFunction] = []
-
-    def backend(module: GraphModule, _inputs: Sequence[Any]) -> PlannedFunction:
-        functions.append(PlannedFunction(module, options))
-        return functions[-1]
-
-    with _compiled(pipeline, transformer, backend), torch.no_grad():
-        pipeline(**call)
-    return functions
-
-
-def _finish(
-    functions: Sequence[PlannedFunction],
-    pipeline: Any,
-    call: Mapping[str, Any],
-    layout: CfgLayout,
-    seed: int,
+def _search(
+    work: Work,
+    options: SearchOptions,
+    batch: Prompt,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
 ) -> Plan:
-    found = [item for function in functions for item in function.specializations]
-    if len(found) != 1:
+    began = time.monotonic()
+    search = Search(work, _chooser(work, options, batch, prompts), options, prompts, held_out)
+    if options.target.kind is TargetKind.QUALITY:
+        found, timing = search.quality(), None
+    elif options.target.kind is TargetKind.THRESHOLD:
+        found, timing = search.threshold(), None
+    else:
+        session = work.session
+
+        def measure(plan: Plan) -> Any:
+            session.release()
+            try:
+                return measure_speed(
+                    session.pipeline,
+                    plan,
+                    held_out,
+                    options.lowering,
+                    _REPETITIONS,
+                    session.timestep,
+                )
+            finally:
+                session.hold()
+
+        found, timing = search.speed(measure)
+    return search.plan(found, time.monotonic() - began, timing)
+
+
+def _chooser(
+    work: Work, options: SearchOptions, batch: Prompt, prompts: Sequence[Prompt]
+) -> Chooser:
+    if options.method is Method.GLOBAL:
+        judge = options.target
+        if judge.kind is not TargetKind.QUALITY:
+            judge = Target.min_ssim(0.9)  # a speed says nothing of what damage is
+        return make_global(work, prompts, judge, options.objective, options.max_variants)
+    costs = measured_costs(work, options.objective)
+    return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
+
+
+def _resolve(method: Method, target: Target) -> Method:
+    threshold = target.kind is TargetKind.THRESHOLD
+    if method is Method.AUTO:
+        return Method.GREEDY if threshold else Method.GLOBAL
+    if method is Method.GLOBAL and threshold:
         raise ConfigError(
-            "a generation must call one graph of the transformer, at one shape",
-            where="calibrate(pipeline)",
-            got=f"{len(found)} graphs",
-            remedy="keep batch, resolution and prompt length fixed during a generation",
+            "a threshold bounds the model's output at each step; the global search has none",
+            where="calibrate(method)",
+            got=method,
+            expected="greedy or per-step",
+            remedy="ask for a quality or a speed, or choose another method",
         )
-    generation = found[0].calibrating()
-    sampler = Sampler(
-        scheduler=type(pipeline.scheduler).__name__,
-        config=scheduler_config(pipeline.scheduler),
-        steps=len(generation.timesteps),
-        timesteps=tuple(generation.timesteps),
-        guidance_scale=_argument(pipeline, call, "guidance_scale"),
-        cfg_layout=layout,
+    return method
+
+
+def _checked_cap(most: int, method: Method | str, target: Target) -> int:
+    if most < 0 or (most and _resolve(Method(method), target) is not Method.GLOBAL):
+        raise ConfigError(
+            "the number of variants cannot be capped like this",
+            where="calibrate(max_variants)",
+            got=f"{most} with method {method}",
+            expected="1 or more with the global method, or 0 for no cap",
+        )
+    return most
+
+
+def _request(
+    session: Session,
+    call: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    options: SearchOptions,
+) -> dict[str, Any]:
+    """Describe a search, for another process to tell whether it is the same."""
+    target = options.target
+    return {
+        "model": session.identity.model_dump(),
+        "layout": session.layout,
+        "call": {name: repr(item) for name, item in sorted(call.items())},
+        "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
+        "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),
+        "target": f"{target.name} {'>=' if target.at_least else '<='} {target.bound:.12g}",
+        "method": options.method,
+        "objective": options.objective,
+        "max_variants": options.max_variants,
+        "seed": options.seed,
+        "torch": torch.__version__,
+    }
+
+
+def _estimate(session: Session, options: SearchOptions, prompts: int, held_out: int) -> float:
+    """Return the most dense forward passes, of one image, that the search can take."""
+    steps, sites = session.steps, len(session.sites)
+    costs = 30.0
+    evaluation = float(prompts * steps)
+    validation = 3.0 * held_out * steps
+    if options.method is Method.GLOBAL:
+        probes = probe_steps(steps)
+        profiling = 1.25 * prompts * steps + len(probes) * sites / 2
+        probing = sum(steps - step + 1 for step in probes)
+        fixed, passes = profiling + probing, 0.0
+    else:
+        per_site = 2.0 if options.method is Method.GREEDY else 0.0
+        fixed, passes = evaluation, prompts * steps * (2.0 + per_site * sites)
+    if options.target.kind is TargetKind.QUALITY:
+        return fixed + costs + MAX_ROUNDS * (passes + evaluation) + validation
+    return fixed + costs + passes
+
+
+def _say_gain(plan: Plan) -> None:
+    speedup = plan.calibration.measured_speedup or plan.calibration.predicted_speedup or 1.0
+    if speedup >= NOTHING_GAINED:
+        return
+    entries = len(plan.sites) * plan.sampler.steps
+    log.warning(
+        "ditfastattn: there was nothing to gain: %d of %d entries of the plan take a shortcut, "
+        "for a predicted speedup of %.2fx: at this target the model's attention is not redundant",
+        plan.changed,
+        entries,
+        speedup,
     )
-    return found[0].finish(generation, sampler, seed)
 
 
-def _argument(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
-    """Return what the pipeline takes for ``name``: the caller's value or its default."""
-    if name in call:
-        return call[name]
-    parameter = inspect.signature(pipeline.__call__).parameters.get(name)
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _ignore(_progress: Progress) -> None:
+def _ignore(_progress: SearchProgress) -> None:
     pass

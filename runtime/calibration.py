@@ -18,23 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from ditfastattn.passes.capture import CapturedGraph
-from ditfastattn.passes.ir import find
 from ditfastattn.passes.plan import CfgLayout, Strategy
-from ditfastattn.passes.sites import AttentionSite, attention_scale
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION
-from ditfastattn.runtime.graph_runner import Environment, GraphRunner
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.graph_runner import Environment
+from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates
 
-CANDIDATES = (
-    Strategy.SHARE_STEP,
-    Strategy.WINDOW_SHARE_CFG,
-    Strategy.WINDOW,
-    Strategy.SHARE_CFG,
-)
 _ERROR_CLIP = 10.0
 _EPSILON = 1e-6
+
+Row = tuple[Strategy, ...]
 
 
 @dataclass(frozen=True)
@@ -60,16 +54,13 @@ def relative_error(reference: Tensor, candidate: Tensor) -> float:
 
 
 @dataclass
-class _SiteMemory:
-    output: Tensor | None = None
-    residual: Tensor | None = None
-
-
-@dataclass
 class GreedyCalibrator:
     """Choose strategies step by step while a generation runs.
 
     ``steps`` is the length of the generation where it is known (for the estimate), else 0.
+    ``known`` holds the rows of an interrupted search over the same generation: those steps are
+    followed, not searched. ``literal_forwards`` counts what the algorithm as printed would run:
+    one whole forward pass per candidate tried, and one for the reference.
     """
 
     captured: CapturedGraph
@@ -78,116 +69,66 @@ class GreedyCalibrator:
     threshold: float
     steps: int = 0
     on_progress: Callable[[Progress], None] | None = None
-    strategies: list[tuple[Strategy, ...]] = field(default_factory=list)
-    forwards: float = 0.0
+    known: Sequence[Row] = ()
+    on_row: Callable[[Row], None] | None = None
+    strategies: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    literal_forwards: int = 0
 
     def __post_init__(self) -> None:
         """Prepare the interpreter."""
-        self._runner = GraphRunner(self.captured.module)
-        graph = self.captured.module.graph
-        self._attention = [find(graph, site.node) for site in self.sites]
-        self._memory = [_SiteMemory() for _ in self.sites]
+        self._evaluator = SiteEvaluator(self.captured, self.sites, self.layout)
+
+    @property
+    def forwards(self) -> float:
+        """Return how many whole evaluations of the model the search has run."""
+        return self._evaluator.forwards
 
     def step(self, args: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run the next step on flat inputs ``args``, choose its strategies, return its outputs."""
         began = time.monotonic()
-        environment = self._runner.begin(args)
-        first = not self.strategies
-        reference = None if first else self._finish(dict(environment), 0)[0]
+        at = len(self.strategies)
+        given = self.known[at] if at < len(self.known) else None
+        environment = self._evaluator.begin(args)
+        searched = at > 0 and given is None
+        reference = self._evaluator.finish(dict(environment))[0] if searched else None
+        self.literal_forwards += reference is not None
         row: list[Strategy] = []
-        position = 0
-        for index, node in enumerate(self._attention):
-            self._run(environment, position, self._runner.position[node])
-            position = self._runner.position[node]
-            candidates = () if reference is None else self._candidates(index)
-            row.append(self._choose(index, candidates, environment, reference, began))
-            self._remember(index, row[-1], environment)
-        outputs = self._finish(environment, position)
+        for index in range(len(self.sites)):
+            self._evaluator.advance(environment, index)
+            if reference is None:
+                row.append(Strategy.FULL if given is None else given[index])
+                self._put(environment, index, row[-1])
+            else:
+                row.append(self._choose(index, environment, reference, began))
+            self._evaluator.remember(environment, index, row[-1])
+        outputs = self._evaluator.finish(environment, len(self.sites) - 1)
         self._report(began)  # at step 0 this is the estimate, before any candidate is tried
         self.strategies.append(tuple(row))
         self.seconds += time.monotonic() - began
+        if self.on_row is not None and given is None:
+            self.on_row(self.strategies[-1])
         return outputs
 
-    def _candidates(self, index: int) -> tuple[Strategy, ...]:
-        site = self.sites[index]
-        return tuple(
-            strategy
-            for strategy in CANDIDATES
-            if strategy not in site.declined
-            and not (strategy.shares_cfg and self.layout is CfgLayout.NONE)
-        )
-
     def _choose(
-        self,
-        index: int,
-        candidates: Sequence[Strategy],
-        environment: Environment,
-        reference: Tensor | None,
-        began: float,
+        self, index: int, environment: Environment, reference: Tensor, began: float
     ) -> Strategy:
         """Put the output of the chosen strategy into ``environment`` and return the strategy."""
-        node = self._attention[index]
         allowed = (index + 1) / len(self.sites) * self.threshold
-        position = self._runner.position[node]
-        for strategy in candidates:
-            attended = self._attend(index, strategy, environment)
-            output = self._finish(environment | {node: attended}, position)[0]
+        for strategy in legal_candidates(self.sites[index], self.layout):
+            attended = self._evaluator.attend(environment, index, strategy)
+            output = self._evaluator.trial(environment, index, attended)[0]
+            self.literal_forwards += 1
             self._report(began)
-            if reference is not None and relative_error(reference, output) < allowed:
-                environment[node] = attended
+            if relative_error(reference, output) < allowed:
+                self._evaluator.put(environment, index, attended)
                 return strategy
-        environment[node] = self._attend(index, Strategy.FULL, environment)
+        self._put(environment, index, Strategy.FULL)
         return Strategy.FULL
 
-    def _attend(self, index: int, strategy: Strategy, environment: Environment) -> Tensor:
-        memory = self._memory[index]
-        if strategy is Strategy.SHARE_STEP:
-            return _required(memory.output)
-        args, kwargs = self._call(index, environment)
-        residual = _required(memory.residual) if strategy.windowed else None
-        if strategy.shares_cfg:
-            batch = args[0].shape[0]
-            args = tuple(self._half(item, batch) for item in args)
-            kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
-            residual = self._half(residual, batch)
-        if residual is not None:
-            output = self._window(index, args) + residual
-        else:
-            output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
-        return torch.cat([output, output]) if strategy.shares_cfg else output
-
-    def _remember(self, index: int, strategy: Strategy, environment: Environment) -> None:
-        memory = self._memory[index]
-        memory.output = environment[self._attention[index]]
-        if strategy is Strategy.FULL and self.sites[index].window:
-            args, _ = self._call(index, environment)
-            memory.residual = _required(memory.output) - self._window(index, args)
-
-    def _call(self, index: int, environment: Environment) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        node = self._attention[index]
-        args = tuple(_resolve(item, environment) for item in node.args)
-        return args, {key: _resolve(item, environment) for key, item in node.kwargs.items()}
-
-    def _window(self, index: int, args: Sequence[Any]) -> Tensor:
-        scale = attention_scale(self._attention[index])
-        output: Tensor = WINDOW_ATTENTION(*args[:3], self.sites[index].window, scale)
-        return output
-
-    def _half(self, item: Any, batch: int) -> Any:
-        """Return the conditional half of what has the batch."""
-        if not isinstance(item, Tensor) or item.shape[0] != batch:
-            return item
-        middle = batch // 2
-        return item[middle:] if self.layout is CfgLayout.UNCOND_FIRST else item[:middle]
-
-    def _finish(self, environment: Environment, position: int) -> tuple[Any, ...]:
-        self._run(environment, position, len(self._runner.nodes))
-        return self._runner.results(environment)
-
-    def _run(self, environment: Environment, start: int, stop: int) -> None:
-        self._runner.run(environment, start, stop)
-        self.forwards += (stop - start) / len(self._runner.nodes)
+    def _put(self, environment: Environment, index: int, strategy: Strategy) -> None:
+        attended = self._evaluator.attend(environment, index, strategy)
+        self._evaluator.put(environment, index, attended)
 
     def _report(self, began: float) -> None:
         if self.on_progress is None:
@@ -200,20 +141,9 @@ class GreedyCalibrator:
 
     def at_most(self) -> float:
         """Return how many forward passes the whole search can take, every candidate refused."""
-        nodes = len(self._runner.nodes)
         suffixes = sum(
-            len(self._candidates(index)) * (1.0 - self._runner.position[node] / nodes)
-            for index, node in enumerate(self._attention)
+            len(legal_candidates(site, self.layout)) * self._evaluator.left_after(index)
+            for index, site in enumerate(self.sites)
         )
         steps = max(self.steps, len(self.strategies) + 1)
         return 1.0 + (steps - 1) * (2.0 + suffixes)
-
-
-def _resolve(item: Any, environment: Environment) -> Any:
-    return environment[item] if isinstance(item, Node) else item
-
-
-def _required(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise LookupError("a cache is read before any step has written it")
-    return tensor

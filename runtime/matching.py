@@ -42,6 +42,24 @@ def latent_position(captured: CapturedGraph) -> int | None:
     return None
 
 
+def timestep_position(captured: CapturedGraph, name: str) -> int:
+    """Return which flat input is the timestep.
+
+    Raises:
+        ConfigError: the model has no tensor argument of that name.
+    """
+    for index, entry in enumerate(captured.inputs):
+        if entry.name == name and not entry.static:
+            return index
+    raise ConfigError(
+        "the model has no tensor argument for the timestep",
+        where="torch.compile(options={'timestep': ...})",
+        got=name,
+        expected=" or ".join(captured.dynamic_names),
+        remedy="name the argument, and pass the timestep as a tensor",
+    )
+
+
 def check_lanes(latent: Tensor, where: str) -> None:
     """Raise ``ConfigError`` unless both halves of the batch hold the same latents.
 
@@ -71,14 +89,43 @@ def check_model(
     found = [(site.name, site.kind, site.tokens) for site in sites]
     if recorded != found:
         raise _mismatch("sites", _names(found), _names(recorded))
-    for name in ("structure", "dtype", "weights"):
-        got, expected = getattr(fingerprint, name), getattr(plan.model, name)
-        if got != expected:
-            raise _mismatch(f"model.{name}", got, expected)
+    check_fingerprint(fingerprint, plan.model)
     for row in plan.strategies:
         for site, strategy in zip(sites, row, strict=True):
             if strategy in site.declined:
                 raise _mismatch(f"strategies ({site.name})", strategy, site.declined[strategy])
+
+
+def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:
+    """Raise ``ConfigError`` unless both are of the same model, dtype, weights and adapters."""
+    if got.structure != expected.structure:
+        raise _mismatch("model.structure", got.structure, expected.structure)
+    if got.dtype != expected.dtype:
+        raise _mismatch("model.dtype", got.dtype, expected.dtype)
+    if got.lora != expected.lora:
+        raise _other_lora(got.lora, expected.lora)
+    if got.weights != expected.weights:
+        remedy = f"{_RECALIBRATE}; LoRA adapters fused into the weights make new weights"
+        raise _mismatch("model.weights", got.weights, expected.weights, remedy)
+
+
+def _other_lora(got: str, expected: str) -> ConfigError:
+    if not expected:
+        what = "the model has LoRA adapters that the plan was not calibrated with"
+        remedy = "unload the adapters, or calibrate a plan with them"
+    elif not got:
+        what = "the plan was calibrated with LoRA adapters; the model has none"
+        remedy = "load, or unfuse, the plan's adapters, or calibrate a plan without them"
+    else:
+        what = "the model has other LoRA adapters, or another scale, than the plan's"
+        remedy = "load the plan's adapters at the plan's scale, or calibrate a plan with these"
+    return ConfigError(
+        what,
+        where="plan.model.lora",
+        got=got or "no adapters",
+        expected=expected or "no adapters",
+        remedy=remedy,
+    )
 
 
 def _check_inputs(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -131,11 +178,11 @@ def _names(sites: Sequence[tuple[str, str, int]]) -> str:
     return "; ".join(f"{name} ({kind}, {tokens} tokens)" for name, kind, tokens in sites)
 
 
-def _mismatch(field: str, got: object, expected: object) -> ConfigError:
+def _mismatch(field: str, got: object, expected: object, remedy: str = _RECALIBRATE) -> ConfigError:
     return ConfigError(
         "the plan is for something else",
         where=f"plan.{field}",
         got=got,
         expected=expected,
-        remedy=_RECALIBRATE,
+        remedy=remedy,
     )

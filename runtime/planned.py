@@ -22,8 +22,14 @@ from torch.fx import GraphModule
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
-from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.capture import (
+    CapturedGraph,
+    GraphInput,
+    capture,
+    describe_inputs,
+    plain_numbers,
+)
+from ditfastattn.passes.fingerprint import fingerprint, hash_tensors
 from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.ir import constant_tensors, graph_text, outputs, value
 from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
@@ -47,6 +53,7 @@ from ditfastattn.runtime.matching import (
     input_shapes,
     latent_position,
     static_tensors,
+    timestep_position,
 )
 from ditfastattn.runtime.options import BackendOptions
 
@@ -111,20 +118,22 @@ class PlannedFunction:
         self._module = module
         self._inputs: tuple[GraphInput, ...] = describe_inputs(module)
         self._dynamic = tuple(i for i, entry in enumerate(self._inputs) if not entry.static)
+        self._numbers = any(entry.number for entry in self._inputs)
         self._options = options
         self._lock = threading.RLock()
         self._specializations: dict[tuple[Any, ...], Specialization] = {}
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run one step on the flat inputs of the graph."""
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        plain = plain_numbers(self._inputs, args) if self._numbers else args
+        tensors = [argument for argument in plain if isinstance(argument, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise ConfigError(
                 "the ditfastattn backend runs inference only",
                 where="a call with gradients enabled",
                 remedy="call the model under torch.no_grad()",
             )
-        return self._specialize(args).step(tensors)
+        return self._specialize(plain).step(tensors)
 
     @property
     def specializations(self) -> tuple[Specialization, ...]:
@@ -161,7 +170,8 @@ class Specialization:
         self.report: SiteReport = find_sites(captured)
         self.options = options
         self.plans: dict[Fingerprint, Plan] = {}
-        self.timestep = self._find_timestep()
+        # A dense run needs no clock.
+        self.timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latent = latent_position(captured)
         self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
@@ -191,7 +201,8 @@ class Specialization:
         found = known.get(id(owner))
         if found is not None and (found.owner is None or found.owner() is owner):
             return found
-        identity = fingerprint(self.report.sites, static_tensors(self.captured, tensors))
+        static = static_tensors(self.captured, tensors)
+        identity = fingerprint(self.captured, self.report.sites, static)
         made = Generation(None if owner is None else weakref.ref(owner), identity)
         plan = self.options.plan or self.plans.get(identity)
         if plan is not None:
@@ -253,7 +264,7 @@ class Specialization:
             strategies=tuple(calibrator.strategies),
             calibration=Calibration(
                 method="greedy",
-                threshold=self.options.threshold,
+                strength=self.options.threshold,
                 seed=seed,
                 batch=value(outputs(self.captured.module.graph)[0]).shape[0],
                 forwards=round(calibrator.forwards, 1),
@@ -321,7 +332,9 @@ class Specialization:
             program = self._programs.get(generation.identity)
             if program is None:
                 check_model(plan, self.captured, self.report.sites, generation.identity)
-                program = unroll(plan, self.captured, self.report.sites)
+                program = unroll(
+                    plan.strategies, self.captured, self.report.sites, plan.merge_variants
+                )
                 self._programs[generation.identity] = program
                 self._log_program(plan, program)
         generation.program = program
@@ -342,9 +355,9 @@ class Specialization:
         actions = program.variants[program.schedule[step]]
         variant = self._variant(actions, layout, tensors, caches)
         returned = variant.run([*tensors, *(caches[slot] for slot in variant.reads)])
-        for slot in program.dead_after(step):
-            caches.pop(slot, None)
         caches.update(zip(variant.writes, returned[self._results :], strict=True))
+        for slot in caches.keys() - program.live_after(step):
+            del caches[slot]
         return tuple(returned[: self._results])
 
     def _variant(
@@ -368,20 +381,6 @@ class Specialization:
                 run = lower(module, example, self.options.lowering, self.options.inductor)
                 self._variants[key] = CompiledVariant(run, reads, writes, flops)
             return self._variants[key]
-
-    def _find_timestep(self) -> int:
-        for index, entry in enumerate(self.captured.inputs):
-            if entry.name == self.options.timestep and not entry.static:
-                return index
-        if self.options.dense:
-            return -1
-        raise ConfigError(
-            "the model has no tensor argument for the timestep",
-            where="torch.compile(options={'timestep': ...})",
-            got=self.options.timestep,
-            expected=" or ".join(self.captured.dynamic_names),
-            remedy="name the argument, and pass the timestep as a tensor",
-        )
 
     def _log_sites(self) -> None:
         log.info(
@@ -414,7 +413,7 @@ def _shared(captured: CapturedGraph, options: BackendOptions) -> Specialization:
     Dynamo makes another graph when a batch size changes; at equal shapes both are the same, and a
     generation may be handed from one to the other.
     """
-    constants = fingerprint((), constant_tensors(captured.module)).weights
+    constants = hash_tensors(constant_tensors(captured.module))
     identity = f"{captured.inputs}\n{constants}\n{graph_text(captured.module.graph)}"
     with _registry_lock:
         for found in list(_registry):

@@ -243,7 +243,7 @@ def make_plan(
     """Return a plan for ``tiny`` with the strategies given."""
     found = captured_once(tiny)
     return Plan(
-        model=fingerprint(found.sites, found.static),
+        model=fingerprint(found.graph, found.sites, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(strategies), timesteps=TIMESTEPS, cfg_layout=layout),
         sites=tuple(site.planned() for site in found.sites),

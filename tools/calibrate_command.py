@@ -1,49 +1,76 @@
-"""Calibrate with a progress bar, and say beforehand what it will cost at most."""
+"""Search with a progress bar, say beforehand what it will cost, and afterwards what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import ditfastattn
-from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime import calibration
+from ditfastattn.passes.plan import Measured, Plan
+from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.search.work import SearchProgress
 
 
-def calibrate_with_progress(
-    console: Console, pipeline: Any, call: Mapping[str, Any], threshold: float, seed: int
-) -> Plan:
-    """Return the plan that ``ditfastattn.calibrate`` finds, showing how far it is."""
+@contextmanager
+def search_progress(console: Console) -> Generator[Callable[[SearchProgress], None]]:
+    """Show a search's progress; yield what to hand it as ``on_progress``.
+
+    The estimate printed first is an upper one: every round used.
+    """
     columns = (
-        TextColumn("calibrating, step {task.fields[step]}"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}% of the longest search"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("calibrate", total=1.0, step="0")
+        task = bar.add_task("searching", total=1.0)
+        announced: list[str] = []
 
-        def show(progress: calibration.Progress) -> None:
-            if progress.step == 0:
+        def show(progress: SearchProgress) -> None:
+            if not announced:
                 bar.console.print(
-                    f"calibration at threshold {threshold:g}: at most {progress.at_most:.0f} "
-                    f"evaluations of the model, {progress.seconds_left / 60:.1f} minutes"
+                    f"the search takes at most {progress.at_most:.0f} evaluations of the model, "
+                    f"about {progress.seconds_left / 60:.1f} minutes"
                 )
+                announced.append(progress.phase)
             bar.update(
                 task,
-                completed=progress.done / progress.at_most,
-                step=f"{progress.step + 1}/{progress.steps}",
+                completed=progress.done / max(progress.at_most, 1.0),
+                description=progress.phase,
             )
 
-        plan = ditfastattn.calibrate(
-            pipeline, call, threshold=threshold, seed=seed, on_progress=show
+        yield show
+        bar.update(task, completed=1.0, description="done")
+
+
+def print_outcome(console: Console, plan: Plan) -> None:
+    """Print what a search found, and what it measured of it."""
+    found = plan.calibration
+    console.print(f"plan: {summary(plan)}", soft_wrap=True)
+    if found.target is not None:
+        sign = ">=" if found.target.at_least else "<="
+        console.print(f"target: {found.target.name} {sign} {found.target.bound:g}")
+    for label, measured in (("calibration", found.calibrated), ("held-out", found.held_out)):
+        if measured is not None:
+            console.print(f"{label} prompts: {_described(measured)}")
+    if found.measured_speedup is not None:
+        console.print(
+            f"speedup, both compiled: {found.measured_speedup:.2f}x, "
+            f"{found.measured_seconds:.3g} s per generation"
         )
-        bar.update(task, completed=1.0)
+    elif found.predicted_speedup is not None:
+        console.print(
+            f"speedup predicted from the strategies' latencies: {found.predicted_speedup:.2f}x "
+            "(`ditfastattn validate` measures it)"
+        )
     console.print(
-        f"calibrated in {plan.calibration.seconds:.0f} s, "
-        f"{plan.calibration.forwards:.0f} evaluations of the model"
+        f"search: {found.method}, {found.rounds} rounds, {found.forwards:.0f} evaluations of the "
+        f"model, {found.seconds:.0f} s"
     )
-    return plan
+
+
+def _described(measured: Measured) -> str:
+    return f"worst of {measured.prompts} {measured.worst:.4g}, mean {measured.mean:.4g}"

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ditfastattn.errors import ConfigError
+import ditfastattn
+from ditfastattn.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.options import DEFAULT_THRESHOLD
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.tools.target_options import (
+    LowerBound,
+    MaxLatency,
+    MaxLpips,
+    MetricOption,
+    MinClipScore,
+    MinPsnr,
+    MinSpeedup,
+    MinSsim,
+    Threshold,
+    UpperBound,
+    chosen_target,
+)
 
 app = typer.Typer(
     help="Make diffusion transformers fast by calibrated attention shortcuts.",
@@ -20,9 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Threshold = Annotated[
-    float, typer.Option(help="Error allowed at the model's output; the paper uses 0.025 to 0.15.")
-]
+Classes = Annotated[str, typer.Option(help="Classes to calibrate on, with commas.")]
 Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration's generation.")]
@@ -48,14 +62,16 @@ def demo(
     ),
     steps: Steps = 20,
     guidance: Guidance = 2.0,
-    threshold: Threshold = DEFAULT_THRESHOLD,
+    min_ssim: Annotated[
+        float, typer.Option(help="SSIM to dense that the worst prompt must keep.")
+    ] = 0.9,
     repetitions: Annotated[int, typer.Option(min=10, help="Timed generations of each.")] = 20,
     seed: Seed = 0,
 ) -> None:
     """Calibrate the embedded model, compile it dense and planned, and compare both."""
     from ditfastattn.tools.demo import run_demo
 
-    run_demo(out, steps, guidance, threshold, repetitions, seed)
+    run_demo(out, steps, guidance, min_ssim, repetitions, seed)
 
 
 @app.command()
@@ -64,26 +80,88 @@ def calibrate(
     pipeline: Annotated[
         Path | None, typer.Option(help="A folder with a digits pipeline; default: the embedded.")
     ] = None,
-    classes: Annotated[str, typer.Option(help="Classes to calibrate on, with commas.")] = "0,3,5,8",
+    classes: Classes = "0,3,5,8",
+    held_out: Annotated[str, typer.Option(help="Classes to validate the plan on.")] = "1,4,6,9",
     steps: Steps = 20,
     guidance: Guidance = 2.0,
-    threshold: Threshold = DEFAULT_THRESHOLD,
+    min_ssim: MinSsim = None,
+    min_psnr: MinPsnr = None,
+    max_lpips: MaxLpips = None,
+    min_clip_score: MinClipScore = None,
+    min_speedup: MinSpeedup = None,
+    max_latency: MaxLatency = None,
+    threshold: Threshold = None,
+    metric: MetricOption = "",
+    at_least: LowerBound = None,
+    at_most: UpperBound = None,
+    method: Annotated[Method, typer.Option(help="How strategies are chosen.")] = Method.AUTO,
+    objective: Annotated[Objective, typer.Option(help="What is saved.")] = Objective.LATENCY,
+    max_variants: Annotated[
+        int, typer.Option(min=0, help="Most distinct step variants; 0: no cap.")
+    ] = 0,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What runs the plan when a speed is measured.")
+    ] = Lowering.INDUCTOR,
     seed: Seed = 0,
+    restart: Annotated[bool, typer.Option(help="Forget an unfinished search.")] = False,
+    retarget: Annotated[
+        Path | None,
+        typer.Option(help="Adapt this plan to the steps or resolution given, and validate it."),
+    ] = None,
 ) -> None:
-    """Search a plan and write it as JSON."""
-    from ditfastattn.tools.calibrate_command import calibrate_with_progress
-    from ditfastattn.tools.digits_pipeline import embedded_pipeline, load_pipeline
+    """Search the fastest plan that meets a target, and write it as JSON.
 
-    loaded = embedded_pipeline() if pipeline is None else load_pipeline(pipeline)
-    loaded.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-    call = {
-        "class_labels": _integers(classes),
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-    }
-    plan = calibrate_with_progress(Console(), loaded, call, threshold, seed)
-    plan.save(out)
-    typer.echo(f"wrote {out}")
+    A search that was killed goes on where it was when it is started again.
+    """
+    from ditfastattn.runtime import calibrate_pipeline
+    from ditfastattn.tools.calibrate_command import print_outcome, search_progress
+
+    target = chosen_target(
+        min_ssim,
+        min_psnr,
+        max_lpips,
+        min_clip_score,
+        min_speedup,
+        max_latency,
+        threshold,
+        metric,
+        at_least,
+        at_most,
+    )
+    loaded = _loaded(pipeline)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance}
+    seen = {"class_labels": _integers(classes, "--classes"), **call}
+    unseen = {"class_labels": _integers(held_out, "--held-out"), **call}
+    console = Console()
+    with search_progress(console) as show:
+        if retarget is None:
+            plan = calibrate_pipeline.calibrate(
+                loaded,
+                seen,
+                target=target or calibrate_pipeline.DEFAULT_TARGET,
+                held_out=unseen,
+                method=method,
+                objective=objective,
+                max_variants=max_variants,
+                lowering=lowering,
+                seed=seed,
+                out=out,
+                restart=restart,
+                on_progress=show,
+            )
+        else:
+            plan = ditfastattn.retarget(
+                loaded,
+                _source(retarget, out),
+                seen,
+                target=target,
+                held_out=unseen,
+                seed=seed,
+                out=out,
+                on_progress=show,
+            )
+    print_outcome(console, plan)
+    console.print(f"wrote {out}")
 
 
 @app.command()
@@ -94,22 +172,107 @@ def inspect(plan: Annotated[Path, typer.Argument(help="The plan's file.")]) -> N
     show_plan(Console(), Plan.load(plan), str(plan))
 
 
-def _integers(text: str) -> list[int]:
+@app.command()
+def validate(
+    plan: Annotated[Path, typer.Argument(help="The plan's file.")],
+    pipeline: Annotated[
+        Path | None, typer.Option(help="A folder with a digits pipeline; default: the embedded.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(help="Classes to measure on, with commas.")
+    ] = "0,1,2,3,4,5,6,7,8,9",
+    min_ssim: MinSsim = None,
+    min_psnr: MinPsnr = None,
+    max_lpips: MaxLpips = None,
+    min_clip_score: MinClipScore = None,
+    min_speedup: MinSpeedup = None,
+    max_latency: MaxLatency = None,
+    metric: MetricOption = "",
+    at_least: LowerBound = None,
+    at_most: UpperBound = None,
+    speed: Annotated[bool, typer.Option(help="Compile, and time, generations too.")] = True,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What runs the generations that are timed.")
+    ] = Lowering.INDUCTOR,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Timed generations of each; at least one per class.")
+    ] = 10,
+    seed: Annotated[
+        int, typer.Option(help="First seed of the noise; the default is none of a search's.")
+    ] = 2000,
+    out: Annotated[Path | None, typer.Option(help="Write what was measured as JSON.")] = None,
+) -> None:
+    """Measure a plan's quality and speed on new prompts; exit with 1 where it misses its target.
+
+    The target is the plan's own, unless one is given.
+    """
+    from ditfastattn.runtime.search.planned_target import metric_bound
+    from ditfastattn.tools.validate_command import validate_plan
+
+    loaded_plan = Plan.load(plan)
+    if metric and at_least is None and at_most is None:
+        at_least, at_most = metric_bound(loaded_plan)
+    target = chosen_target(
+        min_ssim,
+        min_psnr,
+        max_lpips,
+        min_clip_score,
+        min_speedup,
+        max_latency,
+        None,
+        metric,
+        at_least,
+        at_most,
+    )
+    validate_plan(
+        Console(),
+        _loaded(pipeline),
+        loaded_plan,
+        {"class_labels": _integers(classes, "--classes")},
+        target=target,
+        speed=speed,
+        lowering=lowering,
+        repetitions=repetitions,
+        seed=seed,
+        out=out,
+    )
+
+
+def _source(plan: Path, out: Path) -> Plan:
+    if plan.resolve() == out.resolve():
+        raise ConfigError(
+            "the plan to adapt would be overwritten",
+            where="--retarget and --out",
+            got=plan,
+            remedy="write the adapted plan to another file",
+        )
+    return Plan.load(plan)
+
+
+def _loaded(folder: Path | None) -> Any:
+    from ditfastattn.tools.digits_pipeline import embedded_pipeline, load_pipeline
+
+    loaded = embedded_pipeline() if folder is None else load_pipeline(folder)
+    loaded.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    return loaded
+
+
+def _integers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            "classes are whole numbers", where="--classes", got=text, expected="for example 0,3,5"
+            "classes are whole numbers", where=option, got=text, expected="for example 0,3,5"
         ) from error
 
 
 def run() -> None:
-    """Run the command; a user's error is printed without a traceback."""
+    """Run the command; a missed target (exit 1) or user's error (2) has no traceback."""
     try:
         app()
     except ConfigError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, TargetMissedError) else 2) from error
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 import ditfastattn
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.plan import Plan
+from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.planned import RunReport, summary
-from ditfastattn.tools.calibrate_command import calibrate_with_progress
+from ditfastattn.runtime.search.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.timing import PairedTiming, measure_pairs
+from ditfastattn.tools.calibrate_command import print_outcome, search_progress
 from ditfastattn.tools.digits_data import NUM_CLASSES, class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from ditfastattn.tools.figures import image_grid, plan_map
-from ditfastattn.tools.measure import PairedTiming, machine, measure_pairs
+from ditfastattn.tools.measure import machine
 
 CALIBRATION_CLASSES = (0, 3, 5, 8)
-FIRST_TEST_SEED = 1000  # calibration uses seed 0: no image is judged that the search has seen
+HELD_OUT_CLASSES = (1, 4, 6, 9)
+FIRST_TEST_SEED = 1000  # the search uses seeds from 0 and 500: no image is judged that it has seen
 GRID_IMAGES = 10
 
 
@@ -68,7 +69,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, steps: int, guidance_scale: float, threshold: float, repetitions: int, seed: int
+    out: Path, steps: int, guidance_scale: float, min_ssim: float, repetitions: int, seed: int
 ) -> DemoResult:
     """Run the demo, print its table, and write plan, pictures and figures to ``out``."""
     console = Console()
@@ -76,12 +77,17 @@ def run_demo(
     call = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     pipeline = embedded_pipeline()
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-    labels = list(CALIBRATION_CLASSES)
-    plan = calibrate_with_progress(
-        console, pipeline, {"class_labels": labels, **call}, threshold, seed
-    )
+    with search_progress(console) as show:
+        plan = ditfastattn.calibrate(
+            pipeline,
+            {"class_labels": list(CALIBRATION_CLASSES), **call},
+            target=ditfastattn.Target.min_ssim(min_ssim),
+            held_out={"class_labels": list(HELD_OUT_CLASSES), **call},
+            seed=seed,
+            on_progress=show,
+        )
     plan.save(out / "plan.json")
-    console.print(f"plan: {summary(plan)}")
+    print_outcome(console, plan)
     result, dense, planned = _compare(console, pipeline, plan, call, repetitions)
     image_grid(dense[:GRID_IMAGES], planned[:GRID_IMAGES], out / "images.png")
     plan_map(plan, out / "plan.png", result.attention_kept)
@@ -95,13 +101,14 @@ def _compare(
     console: Console, pipeline: DigitsPipeline, plan: Plan, call: dict[str, Any], repetitions: int
 ) -> tuple[DemoResult, Tensor, Tensor]:
     """Generate the same seeds dense and planned, both compiled, while timing them in pairs."""
-    model = pipeline.transformer
     ditfastattn.check_sampler(plan, pipeline.scheduler, call["guidance_scale"])
-    dense = _Lane(pipeline, torch.compile(model, dynamic=False), call)
-    options: dict[str, Any] = {"plan": plan}
-    planned = _Lane(
-        pipeline, torch.compile(model, backend="ditfastattn", options=options, dynamic=False), call
-    )
+    labels = torch.arange(repetitions) % NUM_CLASSES
+    prompts = [
+        Prompt({"class_labels": [int(label)], **call}, FIRST_TEST_SEED + number)
+        for number, label in enumerate(labels)
+    ]
+    dense = dense_lane(pipeline, prompts, Lowering.INDUCTOR)
+    planned = planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR)
     with console.status("compiling the dense model"):
         dense_seconds = dense.warm_up()
     console.print(f"compiled dense in {dense_seconds:.0f} s")
@@ -112,43 +119,9 @@ def _compare(
     with console.status(f"generating {repetitions} images with each, timed in pairs"):
         timing = measure_pairs(dense.generate, planned.generate, repetitions)
     pictures, shortcuts = dense.stacked(), planned.stacked()
-    quality = compare_images(pictures, shortcuts, torch.arange(repetitions) % NUM_CLASSES)
+    quality = compare_images(pictures, shortcuts, labels)
     compiled = (dense_seconds, planned_seconds)
     return DemoResult(plan, report, timing, quality, compiled), pictures, shortcuts
-
-
-class _Lane:
-    """Generate with one compiled form of the model and keep the images by repetition."""
-
-    def __init__(self, pipeline: DigitsPipeline, compiled: Any, call: dict[str, Any]) -> None:
-        self._pipeline, self._compiled, self._call = pipeline, compiled, call
-        self._original = pipeline.transformer
-        self.images: dict[int, Tensor] = {}
-
-    def warm_up(self) -> float:
-        """Compile; return the seconds it took, a first generation included."""
-        began = time.perf_counter()
-        self.generate(-1)
-        self.generate(-1)
-        return time.perf_counter() - began
-
-    def generate(self, repetition: int) -> None:
-        """Draw one digit; the repetition fixes class and seed."""
-        self._pipeline.transformer = self._compiled
-        try:
-            self.images[repetition] = self._pipeline(
-                [repetition % NUM_CLASSES],
-                generator=torch.Generator().manual_seed(FIRST_TEST_SEED + repetition),
-                output_type="pt",
-                return_dict=False,
-                **self._call,
-            )[0]
-        finally:
-            self._pipeline.transformer = self._original
-
-    def stacked(self) -> Tensor:
-        """Return the images of repetitions 0, 1, ... as ``[B, 1, H, W]``."""
-        return torch.cat([self.images[key] for key in sorted(self.images) if key >= 0])
 
 
 def _report_of(plan: Plan) -> RunReport:
@@ -157,9 +130,7 @@ def _report_of(plan: Plan) -> RunReport:
 
 def compare_images(dense: Tensor, planned: Tensor, labels: Tensor) -> Quality:
     """Return how close ``planned`` is to ``dense``; both ``[B, 1, H, W]`` in [0, 1]."""
-    ssim = structural_similarity_index_measure(planned, dense, data_range=1.0, reduction="none")
-    psnr = peak_signal_noise_ratio(planned, dense, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    assert isinstance(ssim, Tensor)
+    ssim, psnr = image_ssim(dense, planned), image_psnr(dense, planned)
     return Quality(
         images=len(dense),
         psnr=float(psnr.mean()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,42 @@ def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) ->
     figure.legend(
         handles=_legend(plan), loc="outside lower center", ncols=3, fontsize=7.5, frameon=False
     )
+    _write_png(figure, Path(path))
+
+
+_LINES = ("#0072b2", "#e69f00", "#26323f", "#009e73")
+_MARKERS = ("o", "s", "^", "D")
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str],
+    across: str,
+    up: str,
+    labels: Sequence[str] = (),
+) -> None:
+    """Draw a line of points per series; ``labels`` annotate the points of the first one."""
+    figure = Figure(figsize=(6.4, 4.0), dpi=_DOTS_PER_INCH, layout="constrained")
+    axis = figure.subplots()
+    for (name, points), colour, marker in zip(series.items(), _LINES, _MARKERS, strict=False):
+        ordered = sorted(points)
+        axis.plot(
+            [x for x, _ in ordered],
+            [y for _, y in ordered],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=name,
+        )
+    for label, (x, y) in zip(labels, next(iter(series.values()), ()), strict=False):
+        axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=7.5)
+    axis.set_xlabel(across, fontsize=9)
+    axis.set_ylabel(up, fontsize=9)
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
     _write_png(figure, Path(path))
 
 

@@ -41,10 +41,24 @@ def facts(plan: Plan, name: str) -> Table:
     table.add_row("inputs", ", ".join(f"{key} {list(size)}" for key, size in plan.inputs.items()))
     table.add_row("model", f"structure {plan.model.structure}")
     table.add_row("", f"weights {plan.model.weights}, {plan.model.dtype}")
-    table.add_row("calibration", f"{calibration.method}, threshold {calibration.threshold:g}")
+    if plan.model.lora:
+        table.add_row("", f"LoRA {plan.model.lora}")
+    table.add_row("calibration", f"{calibration.method}, strength {calibration.strength:.3g}")
     table.add_row(
         "", f"seed {calibration.seed}, batch {calibration.batch}, {calibration.seconds:.0f} s"
     )
+    if calibration.target is not None:
+        sign = ">=" if calibration.target.at_least else "<="
+        table.add_row("target", f"{calibration.target.name} {sign} {calibration.target.bound:g}")
+    for name, measured in (("", calibration.calibrated), ("held out", calibration.held_out)):
+        if measured is not None:
+            table.add_row(
+                name, f"worst of {measured.prompts}: {measured.worst:.4g}, mean {measured.mean:.4g}"
+            )
+    if calibration.predicted_speedup is not None:
+        table.add_row("speedup", f"{calibration.predicted_speedup:.2f}x predicted")
+    if calibration.measured_speedup is not None:
+        table.add_row("", f"{calibration.measured_speedup:.2f}x measured on {calibration.device}")
     return table
 
 

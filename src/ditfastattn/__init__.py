@@ -2,8 +2,12 @@
 
 The main names::
 
-    plan = ditfastattn.calibrate(pipeline, {"class_labels": [1, 7], "num_inference_steps": 20})
-    plan.save("plan.json")
+    plan = ditfastattn.calibrate(
+        pipeline,
+        {"class_labels": [1, 7], "num_inference_steps": 20},
+        target=ditfastattn.Target.min_ssim(0.95),
+        out="plan.json",
+    )
     pipeline.transformer = torch.compile(
         pipeline.transformer, backend="ditfastattn", options={"plan": "plan.json"}
     )
@@ -11,11 +15,14 @@ The main names::
 
 from __future__ import annotations
 
-from ditfastattn.errors import ConfigError, VerifyError
+from ditfastattn.errors import ConfigError, TargetMissedError, VerifyError
 from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.planned import reports, reset
+from ditfastattn.runtime.search.retarget import retarget
+from ditfastattn.runtime.search.targets import Target
+from ditfastattn.runtime.search.validate import Validation, validate
 
 __version__ = "0.1.0"
 
@@ -24,9 +31,14 @@ __all__ = [
     "ConfigError",
     "Plan",
     "Strategy",
+    "Target",
+    "TargetMissedError",
+    "Validation",
     "VerifyError",
     "calibrate",
     "check_sampler",
     "reports",
     "reset",
+    "retarget",
+    "validate",
 ]

@@ -1,4 +1,4 @@
-"""Name the two kinds of failure: the user's input, and our own bugs."""
+"""Name the kinds of failure: the user's input, targets out of reach, and our own bugs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class ConfigError(ValueError):
         if remedy:
             parts.append(f"  remedy:   {remedy}")
         super().__init__("\n".join(parts))
+
+
+class TargetMissedError(ConfigError):
+    """Report a target that no plan reaches, or that a plan misses on the prompts measured."""
 
 
 class VerifyError(RuntimeError):

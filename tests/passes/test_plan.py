@@ -17,7 +17,7 @@ FULL, SHARE = "full", "share-step"
 
 def plan_data(**changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": {"structure": "a", "weights": "b", "dtype": "float32"},
         "inputs": {"hidden_states": [4, 8, 8], "timestep": []},
         "sampler": {
@@ -39,7 +39,7 @@ def plan_data(**changes: Any) -> dict[str, Any]:
             }
         ],
         "strategies": [[FULL], ["window"], [SHARE]],
-        "calibration": {"method": "greedy", "threshold": 0.1, "seed": 0},
+        "calibration": {"method": "greedy", "strength": 0.1, "seed": 0},
     }
     return data | changes
 
@@ -74,7 +74,7 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, r"schema_version.*another schema version[\s\S]*got: +2"),
+        ({"schema_version": 1}, r"schema_version.*another schema version[\s\S]*got: +1"),
         ({"schema_version": None}, "another schema version"),
         ({"surprise": 1}, r"plan.json: surprise: Extra inputs are not permitted"),
         ({"strategies": [[FULL]]}, "1 rows for 3 steps"),

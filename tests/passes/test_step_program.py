@@ -8,7 +8,7 @@ import pytest
 
 from ditfastattn import Strategy, VerifyError
 from ditfastattn.passes.step_program import StepProgram, _check_writers, unroll
-from tests.helpers import TINY_MODELS, capture_sites, make_plan, mixed_strategies
+from tests.helpers import TINY_MODELS, capture_sites, mixed_strategies
 
 F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
 
@@ -18,7 +18,7 @@ def program(column: list[Strategy]) -> StepProgram:
     tiny = TINY_MODELS["dit"]()
     captured, sites = capture_sites(tiny)
     rows = [(strategy, F, F) for strategy in column]
-    return unroll(make_plan(tiny, rows), captured, sites)
+    return unroll(rows, captured, sites)
 
 
 def test_caches_live_from_their_writer_to_their_last_reader() -> None:
@@ -28,8 +28,10 @@ def test_caches_live_from_their_writer_to_their_last_reader() -> None:
     first_site = [result.variants[variant][0] for variant in result.schedule]
     assert [action.writes_output for action in first_site] == [False, True] + [False] * 4
     assert [action.writes_residual for action in first_site] == [True] + [False] * 5
-    assert result.dead_after(1) == ("transformer_blocks.0.attn1/residual",)
-    assert result.dead_after(3) == ("transformer_blocks.0.attn1/output.0",)
+    site = "transformer_blocks.0.attn1"
+    live = [set(result.live_after(step)) for step in range(6)]
+    output = {f"{site}/output.0"}
+    assert live == [{f"{site}/residual"}, output, output, set(), set(), set()]
 
 
 def test_a_residual_is_computed_only_where_the_next_window_reads_it() -> None:
@@ -42,6 +44,21 @@ def test_equal_steps_share_a_variant() -> None:
     result = program([F, S, S, S, S, F])
     assert result.schedule[1:5] == (1, 1, 1, 1)
     assert len(result.variants) == 3  # the first full step writes what the last need not
+
+
+def test_merged_variants_store_what_any_of_their_steps_must() -> None:
+    tiny = TINY_MODELS["dit"]()
+    captured, sites = capture_sites(tiny)
+    column = [F, S, F, W, F, F]
+    rows = [(strategy, F, F) for strategy in column]
+    merged = unroll(rows, captured, sites, merge_variants=True)
+    assert len(unroll(rows, captured, sites).variants) == 5
+    assert len(merged.variants) == 3  # full, shared, window
+    (full,) = {merged.variants[merged.schedule[step]][0] for step in (0, 2, 4, 5)}
+    assert full.writes_output
+    assert full.writes_residual
+    lives = {slot.name.split("/")[1]: slot.lives for slot in merged.slots}
+    assert lives == {"output.0": ((0, 1),), "residual": ((2, 3),)}  # nobody reads the other writes
 
 
 def test_peak_bytes_count_what_is_held_between_steps() -> None:
@@ -73,5 +90,5 @@ def test_a_read_without_a_writer_is_our_bug() -> None:
 def test_every_slot_of_a_mixed_plan_is_written_before_it_is_read() -> None:
     tiny = TINY_MODELS["sd3"]()
     captured, sites = capture_sites(tiny)
-    result = unroll(make_plan(tiny, mixed_strategies(sites)), captured, sites)
+    result = unroll(mixed_strategies(sites), captured, sites)
     assert all(written < read for slot in result.slots for written, read in slot.lives)

@@ -7,7 +7,8 @@ import torch
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.runtime.calibration import CANDIDATES, GreedyCalibrator, Progress, relative_error
+from ditfastattn.runtime.calibration import GreedyCalibrator, Progress, relative_error
+from ditfastattn.runtime.site_evaluator import CANDIDATES
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from ditfastattn import CfgLayout, ConfigError, Plan, calibrate, check_sampler
+from ditfastattn import CfgLayout, ConfigError, Plan, Target, calibrate, check_sampler
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from tests.helpers import tiny_dit
 
@@ -67,7 +67,7 @@ def test_without_guidance_there_is_no_layout() -> None:
 @pytest.fixture(scope="module")
 def calibrated() -> Plan:
     call = {"labels": [1, 2], "num_inference_steps": 4}
-    return calibrate(Pipeline("uncond-first"), call, threshold=0.2)
+    return calibrate(Pipeline("uncond-first"), call, target=Target.threshold(0.2))
 
 
 def test_a_plan_records_what_it_holds_for(calibrated: Plan) -> None:
@@ -85,7 +85,9 @@ def test_a_plan_records_what_it_holds_for(calibrated: Plan) -> None:
 def test_calibration_is_reproducible_and_restores_the_pipeline(calibrated: Plan) -> None:
     pipeline = Pipeline("uncond-first")
     original = pipeline.transformer
-    again = calibrate(pipeline, {"labels": [1, 2], "num_inference_steps": 4}, threshold=0.2)
+    again = calibrate(
+        pipeline, {"labels": [1, 2], "num_inference_steps": 4}, target=Target.threshold(0.2)
+    )
     assert pipeline.transformer is original
     assert again.strategies == calibrated.strategies
     assert again.model == calibrated.model
@@ -120,12 +122,14 @@ def test_another_sampler_is_refused_by_field(calibrated: Plan) -> None:
 def test_a_sampler_with_an_infinite_setting_survives_the_file() -> None:
     scheduler = DPMSolverMultistepScheduler(**SCHEDULE)  # lambda_min_clipped is -inf
     pipeline = Pipeline("cond-first", scheduler)
-    plan = calibrate(pipeline, {"labels": [1, 2], "num_inference_steps": 2}, threshold=0.1)
+    plan = calibrate(
+        pipeline, {"labels": [1, 2], "num_inference_steps": 2}, target=Target.threshold(0.1)
+    )
     check_sampler(Plan.parse(plan.model_dump_json()), DPMSolverMultistepScheduler(**SCHEDULE))
 
 
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="no transformer to calibrate"):
         calibrate(object(), {})
-    with pytest.raises(ConfigError, match="threshold must be positive"):
-        calibrate(Pipeline("cond-first"), {"labels": [1]}, threshold=0.0)
+    with pytest.raises(ConfigError, match="bound is out of range"):
+        calibrate(Pipeline("cond-first"), {"labels": [1]}, target=Target.threshold(0.0))

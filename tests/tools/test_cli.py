@@ -12,9 +12,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from typer.testing import CliRunner
 
 from ditfastattn import ConfigError, Plan
+from ditfastattn.runtime.search.timing import measure_pairs, summarize
 from ditfastattn.tools import cli, demo
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
-from ditfastattn.tools.measure import measure_pairs, summarize
 from tests.helpers import tiny_digits_pipeline
 
 
@@ -39,7 +39,7 @@ def test_calibrate_writes_a_plan_that_inspect_shows(saved: Path, tmp_path: Path)
     shown = runner.invoke(cli.app, ["inspect", str(plan)])
     assert shown.exit_code == 0
     assert "transformer_blocks.1.attn1" in shown.output
-    assert "threshold 0.3" in shown.output
+    assert "greedy, strength 0.3" in shown.output
 
 
 def test_a_users_error_is_one_message_and_exit_code_2(
@@ -63,7 +63,7 @@ def test_the_demo_compiles_measures_and_writes_everything(
     monkeypatch.setattr(demo, "embedded_pipeline", tiny_pipeline)
     torch._dynamo.reset()
     result = demo.run_demo(
-        tmp_path, steps=3, guidance_scale=2.0, threshold=0.5, repetitions=10, seed=0
+        tmp_path, steps=3, guidance_scale=2.0, min_ssim=0.2, repetitions=10, seed=0
     )
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["images.png", "plan.json", "plan.png", "result.json"]

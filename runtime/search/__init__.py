@@ -1,0 +1,1 @@
+"""Search a plan for a target that a user states."""

@@ -1,0 +1,168 @@
+"""Measure what each strategy costs at each kind of site, on this device.
+
+The unit is the whole step: all sites of a kind take the strategy at once and the step's time is
+compared with the dense one's, so that what dies with an attention (norms, projections) and what a
+shortcut adds (residual bookkeeping) are in the price.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.pipeline import DENSE, SiteAction
+from ditfastattn.passes.plan import Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.steppers import EagerVariant, Variants
+from ditfastattn.runtime.site_evaluator import legal_candidates
+
+_REPETITIONS = 5
+_STORING = "storing a residual"
+
+
+class Objective(StrEnum):
+    """Name what a search saves."""
+
+    LATENCY = "latency"  # measured seconds
+    ATTENTION_FLOPS = "attention-flops"  # counted; the same on every machine
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Hold prices, in seconds or in operations.
+
+    ``step`` is a dense step's; ``sites[i][strategy]`` what site ``i`` adds to a step in which it
+    is shared, and ``residual[i]`` what storing a residual at a full step adds.
+    """
+
+    step: float
+    sites: tuple[dict[Strategy, float], ...]
+    residual: tuple[float, ...]
+
+    def row(self, strategies: Sequence[Strategy], stores: Sequence[bool]) -> float:
+        """Return the price of one step; ``stores`` tells which sites store a residual."""
+        total = self.step
+        for index, strategy in enumerate(strategies):
+            prices = self.sites[index]
+            total += prices[strategy] - prices[Strategy.FULL]
+            total += self.residual[index] if stores[index] else 0.0
+        return total
+
+    def plan(self, rows: Sequence[Sequence[Strategy]], merge_variants: bool = False) -> float:
+        """Return the price of a generation; merged variants store what any of their steps must."""
+        stores = list(zip(*(_stores(column) for column in zip(*rows, strict=True)), strict=True))
+        if merge_variants:
+            union: dict[tuple[Strategy, ...], tuple[bool, ...]] = {}
+            for row, kept in zip(rows, stores, strict=True):
+                before = union.get(tuple(row), kept)
+                union[tuple(row)] = tuple(map(any, zip(before, kept, strict=True)))
+            stores = [union[tuple(row)] for row in rows]
+        return sum(self.row(row, kept) for row, kept in zip(rows, stores, strict=True))
+
+
+def _stores(column: Sequence[Strategy]) -> list[bool]:
+    """Tell at which steps a site must store the residual that later windows read."""
+    stores: list[bool] = []
+    wanted = False
+    for strategy in reversed(column):
+        stores.append(wanted and strategy is Strategy.FULL)
+        wanted = strategy.windowed or (wanted and strategy is not Strategy.FULL)
+    return stores[::-1]
+
+
+def measure_costs(
+    variants: Variants, objective: Objective, repetitions: int = _REPETITIONS
+) -> CostTable:
+    """Price each strategy; sites of equal shape share their prices."""
+    session = variants.session
+    groups: dict[Any, list[int]] = {}
+    for index, site in enumerate(session.sites):
+        legal = legal_candidates(site, session.layout)
+        key = (site.kind, site.tokens, site.heads, site.head_dim, site.window, legal)
+        groups.setdefault(key, []).append(index)
+    prices: dict[int, dict[str, float]] = {}
+    dense = 0.0
+    for members in groups.values():
+        found, dense = _price_group(variants, members, objective, repetitions)
+        prices |= dict.fromkeys(members, found)
+    order = range(len(session.sites))
+    return CostTable(
+        step=dense,
+        sites=tuple(
+            {strategy: prices[index].get(strategy, float("inf")) for strategy in Strategy}
+            for index in order
+        ),
+        residual=tuple(prices[index].get(_STORING, 0.0) for index in order),
+    )
+
+
+def _price_group(
+    variants: Variants, members: Sequence[int], objective: Objective, repetitions: int
+) -> tuple[dict[str, float], float]:
+    """Return the prices per site of one group, and a dense step's price."""
+    session = variants.session
+    site = session.sites[members[0]]
+    actions: dict[str, tuple[SiteAction, ...]] = {}
+    for strategy in (Strategy.FULL, *legal_candidates(site, session.layout)):
+        writes = strategy is Strategy.FULL
+        actions[strategy] = _acting(
+            session.sites, members, SiteAction(strategy, writes_output=writes)
+        )
+    if site.window:
+        storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
+        actions[_STORING] = _acting(session.sites, members, storing)
+    built = {name: variants.get(row) for name, row in actions.items()}
+    whole = (
+        _count(built)
+        if objective is Objective.ATTENTION_FLOPS
+        else _time(built, session.example, variants.results, repetitions)
+    )
+    stored = whole.pop(_STORING, whole[Strategy.FULL])
+    cheapest = min(whole.values())
+    each = {name: (total - cheapest) / len(members) for name, total in whole.items()}
+    each[_STORING] = max(0.0, stored - whole[Strategy.FULL]) / len(members)
+    return each, whole[Strategy.FULL]
+
+
+def _acting(
+    sites: Sequence[AttentionSite], members: Sequence[int], action: SiteAction
+) -> tuple[SiteAction, ...]:
+    return tuple(action if index in members else DENSE for index in range(len(sites)))
+
+
+def _count(built: dict[str, EagerVariant]) -> dict[str, float]:
+    return {name: float(variant.flops.attention) for name, variant in built.items()}
+
+
+def _time(
+    built: dict[str, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
+) -> dict[str, float]:
+    """Return the median seconds of each variant; they take turns, so that drift hits all alike."""
+    caches: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for variant in built.values():
+            if not variant.reads:
+                returned = variant.module(*example)
+                caches |= dict(zip(variant.writes, returned[results:], strict=True))
+        samples: dict[str, list[float]] = {name: [] for name in built}
+        for _ in range(repetitions + 1):
+            for name, variant in built.items():
+                inputs = [*example, *(caches[slot] for slot in variant.reads)]
+                samples[name].append(_seconds(partial(variant.module, *inputs)))
+    return {name: statistics.median(taken[1:]) for name, taken in samples.items()}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

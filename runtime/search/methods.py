@@ -1,0 +1,266 @@
+"""Turn a strength into a plan: the three ways to choose strategies.
+
+``global`` measures once and then makes any plan at no cost; ``per-step`` and ``greedy`` run a
+generation for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.plan import Strategy
+from ditfastattn.runtime.calibration import GreedyCalibrator, Progress
+from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
+from ditfastattn.runtime.search.per_step import PerStepCalibrator
+from ditfastattn.runtime.search.profile import ErrorTable, Profiler, Sketch, error_table
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
+from ditfastattn.runtime.search.session import open_session
+from ditfastattn.runtime.search.solve import Problem, Row, within_budget
+from ditfastattn.runtime.search.steppers import PlanStepper
+from ditfastattn.runtime.search.targets import Target
+from ditfastattn.runtime.search.variants import cap_variants
+from ditfastattn.runtime.search.work import Work
+
+PROFILED = 2  # prompts whose errors are measured; the others only judge
+# The worst prompt's damage at a drift of 1, to begin with. On the demo model the mean prompt's was
+# 0.16 to 0.22 and the worst of eight's 0.31 to 0.56, over plans of 1.6x to 2x.
+_WORST_DAMAGE = 0.5
+
+
+class Method(StrEnum):
+    """Name how strategies are chosen."""
+
+    AUTO = "auto"  # greedy for a threshold, else global
+    GLOBAL = "global"
+    PER_STEP = "per-step"
+    GREEDY = "greedy"
+
+
+class Chooser(Protocol):
+    """Make plans of any strength; stronger is faster and worse."""
+
+    @property
+    def costs(self) -> CostTable:
+        """Return the price of each strategy at each site."""
+        ...
+
+    @property
+    def first(self) -> float:
+        """Return the strength to begin with."""
+        ...
+
+    @property
+    def order(self) -> float:
+        """Return the power of the strength that damage goes with, roughly."""
+        ...
+
+    @property
+    def tries(self) -> int:
+        """Return how many plans may be made in looking for one."""
+        ...
+
+    def rows(self, strength: float) -> list[Row]:
+        """Return the plan of this strength."""
+        ...
+
+
+def measured_costs(work: Work, objective: Objective) -> CostTable:
+    """Return the price of each strategy at each site."""
+    work.begin("measuring the latency of each strategy")
+
+    def make() -> dict[str, Any]:
+        found = measure_costs(work.variants, objective)
+        work.spend(6.0 * len(Strategy))
+        return {
+            "step": found.step,
+            "sites": [dict(prices) for prices in found.sites],
+            "residual": found.residual,
+        }
+
+    data = work.checkpoint.data("costs", make)
+    return CostTable(
+        step=data["step"],
+        sites=tuple({Strategy(k): float(v) for k, v in site.items()} for site in data["sites"]),
+        residual=tuple(data["residual"]),
+    )
+
+
+@dataclass
+class GlobalChooser:
+    """Choose all strategies under one budget of drift of the image."""
+
+    problem: Problem
+    first: float
+    most: int
+    tries: int = 60
+    order: float = 2.0
+
+    @property
+    def costs(self) -> CostTable:
+        """Return the prices."""
+        return self.problem.costs
+
+    def rows(self, strength: float) -> list[Row]:
+        """Return the cheapest plan of at most ``strength`` drift."""
+        rows = within_budget(self.problem, strength)
+        if 0 < self.most < len(set(rows)):
+            dense = self.costs.step * len(rows)
+            rows = cap_variants(self.problem, rows, self.most, dense / strength)
+        return rows
+
+
+def make_global(
+    work: Work, prompts: Sequence[Prompt], target: Target, objective: Objective, most: int
+) -> GlobalChooser:
+    """Profile the first prompts, and probe one for how much errors matter."""
+    session = work.session
+    probes = probe_steps(session.steps)
+    sketches: list[Sketch] = []
+    effects: dict[int, list[float]] = {}
+    known: Tensor | None = None
+    for index, prompt in enumerate(prompts[:PROFILED]):
+        work.begin(f"profiling prompt {index + 1}")
+        found = _profile(work, index, prompt, probes if index == 0 else ())
+        work.keep_dense("calibration", index, found["images"])
+        sketches.append(Sketch(found["outputs"], found["residuals"]))
+        if index == 0:
+            known = found["known"]
+            pairs = zip(probes, found["effects"].tolist(), strict=True)
+            effects = dict(pairs)
+    assert known is not None
+    errors = error_table(sketches, session.sites, session.layout)
+    costs = measured_costs(work, objective)
+    damages = _damages(work, prompts[0], target, known, probes)
+    weights = site_weights(errors, effects, damages)
+    allowed = _allowed(work, prompts, target)
+    problem = Problem(errors, weights, costs)
+    first = math.sqrt(allowed / _WORST_DAMAGE) if allowed else _gentle(errors, weights)
+    return GlobalChooser(problem, first, most)
+
+
+def _profile(work: Work, index: int, prompt: Prompt, probes: Sequence[int]) -> dict[str, Tensor]:
+    def make() -> dict[str, Tensor]:
+        profiler = Profiler(work.session, probes)
+        steps = work.session.steps
+        images = work.run(
+            profiler, prompt, 1.25 * steps + len(probes) * len(work.session.sites) / 2
+        )
+        sketch = profiler.sketch()
+        found = {"images": images, "outputs": sketch.outputs, "residuals": sketch.residuals}
+        if probes:
+            found["known"] = torch.stack(profiler.results)
+            found["effects"] = torch.tensor([profiler.effects[step] for step in probes])
+        return found
+
+    return work.checkpoint.tensors(f"profile-{index}", make)
+
+
+def _damages(
+    work: Work, prompt: Prompt, target: Target, known: Tensor, probes: Sequence[int]
+) -> dict[int, float]:
+    """Return the damage to the image when all sites are shared at one probe step alone."""
+    session = work.session
+    work.begin("probing how much each step matters")
+    found: dict[int, float] = {}
+    for step in probes:
+
+        def make(step: int = step) -> float:
+            stepper = PlanStepper(
+                work.variants, probe_rows(session, session.steps, step), list(known[:step])
+            )
+            images = work.run(stepper, prompt, float(session.steps - step + 1))
+            dense = work.dense("calibration", 0, prompt)
+            return float(np.mean([j.damage for j in target.judge(dense, images, prompt.call)]))
+
+        found[step] = work.checkpoint.data(f"damage-{step}", make)
+    return found
+
+
+def _allowed(work: Work, prompts: Sequence[Prompt], target: Target) -> float:
+    """Return the least damage that the target allows on a prompt, 0 where it cannot tell."""
+    found = [
+        allowed
+        for index, prompt in enumerate(prompts)
+        for allowed in target.allowed_damages(work.dense("calibration", index, prompt), prompt.call)
+    ]
+    known = [allowed for allowed in found if allowed is not None]
+    return max(0.0, min(known)) if len(known) == len(found) and known else 0.0
+
+
+def _gentle(errors: ErrorTable, weights: Any) -> float:
+    """Return the drift of sharing everything every other step."""
+    steps = range(1, errors.steps, 2)
+    shared = [errors.share_step[step, step - 1] * weights[step] for step in steps]
+    return float(np.sum(np.where(np.isfinite(shared), shared, 0.0)))
+
+
+@dataclass
+class PassChooser:
+    """Choose strategies by a progressive pass: ``greedy`` (V1) or ``per-step`` (V2).
+
+    The pass runs all calibration prompts as the one batch ``batch``.
+    """
+
+    work: Work
+    batch: Prompt
+    costs: CostTable
+    method: Method
+    first: float
+    tries: int = 6
+    order: float = 1.0
+
+    def rows(self, strength: float) -> list[Row]:
+        """Run a pass at this threshold or budget."""
+        checkpoint = self.work.checkpoint
+        name = f"{self.method}-pass-{strength:.9g}"
+        rows: list[Row] = [tuple(map(Strategy, row)) for row in checkpoint.peek(name) or ()]
+        session = self.work.session
+        if len(rows) == session.steps:
+            return rows
+        known = list(rows)
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            checkpoint.put(name, rows)
+
+        self.work.begin(f"a {self.method} pass at strength {strength:.3g}")
+        before, layout, timestep = self.work.forwards, session.layout, session.timestep
+        images = _image_count(self.batch)
+        with open_session(session.pipeline, self.batch, layout, timestep) as batched:
+            if self.method is Method.GREEDY:
+
+                def report(progress: Progress) -> None:
+                    self.work.spend(before + images * progress.done - self.work.forwards)
+
+                greedy = GreedyCalibrator(
+                    batched.captured,
+                    batched.sites,
+                    layout,
+                    strength,
+                    session.steps,
+                    report,
+                    known,
+                    keep,
+                )
+                batched.run(greedy, self.batch)
+                self.work.note(batched.timesteps)
+            else:
+                per_step = PerStepCalibrator(batched, self.costs, strength, known, keep)
+                batched.run(per_step, self.batch)
+                self.work.note(batched.timesteps)
+                self.work.spend(2.0 * session.steps * images)
+        return rows
+
+
+def _image_count(prompt: Prompt) -> int:
+    lists = [len(item) for item in prompt.call.values() if isinstance(item, (list, tuple))]
+    return max(lists, default=1)

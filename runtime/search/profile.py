@@ -1,0 +1,223 @@
+"""Measure, in one dense generation, the local error of every shortcut at every site and step.
+
+What a shortcut changes at a site follows from a few tensors: the attention's output ``o[t]`` and
+its residual ``r[t]`` (full minus window) at each step, per guidance half. With a cache of step
+``s``:
+
+==================  ==============================================================
+share-step          ``o[t] - o[s]``
+window              ``r[t] - r[s]``
+share-cfg           ``d[t]`` at the copied half, where ``d = o_cond - o_uncond``
+window+share-cfg    ``r_c[t] - r_c[s]``, and ``d[t] - (r_c[t] - r_c[s])`` at the copied half
+==================  ==============================================================
+
+So a sample of their elements, the same ones at every step, gives the error for *every* pair of
+steps at once, where the progressive pass of DiTFastAttnV2 knows only the cache it happens to have.
+An error is the root of its energy relative to the output's own (DiTFastAttnV2, section 3.3, takes
+the energies): what shortcuts add to the image mostly points the same way, so amplitudes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.session import Outputs, Session
+from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates
+
+Array = NDArray[np.float64]
+_SAMPLES = 2048  # elements per site, step and half
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Hold sampled elements of outputs and residuals, ``[T, M, L, samples]``.
+
+    ``L`` is 2, the conditional half first, where guidance is batched, else 1. Residuals are zero
+    where a window is not legal.
+    """
+
+    outputs: Tensor
+    residuals: Tensor
+
+
+class Profiler:
+    """Run a generation dense and sketch each site at each step.
+
+    At the steps ``probes`` it also measures each site's effect on the model's output, were its last
+    output shared: ``effects[step][site]``, the mean square of the guided difference.
+    """
+
+    def __init__(self, session: Session, probes: Sequence[int] = ()) -> None:
+        """Take the session."""
+        self._session = session
+        self._probes = probes
+        self._evaluator = SiteEvaluator(session.captured, session.sites, session.layout)
+        self._sites = session.sites
+        self._layout = session.layout
+        self._outputs: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+        self.results: list[Tensor] = []
+        self.effects: dict[int, list[float]] = {}
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one step."""
+        evaluator = self._evaluator
+        environment = evaluator.begin(args)
+        outputs, residuals = [], []
+        trials: list[Tensor] = []
+        at = len(self.results)
+        for index in range(len(self._sites)):
+            evaluator.advance(environment, index)
+            output = evaluator.attend(environment, index, Strategy.FULL)
+            residual = evaluator.residual(environment, index, output)
+            outputs.append(_sample(output, self._layout))
+            kept = outputs[-1].new_zeros(outputs[-1].shape)
+            residuals.append(kept if residual is None else _sample(residual, self._layout))
+            if at in self._probes:
+                shared = evaluator.memory[index].output
+                assert shared is not None  # step 0 is no probe
+                trials.append(evaluator.trial(environment, index, shared)[0])
+            evaluator.memory[index].output = output
+            evaluator.put(environment, index, output)
+        self._outputs.append(torch.stack(outputs))
+        self._residuals.append(torch.stack(residuals))
+        results = evaluator.finish(environment, len(self._sites) - 1)
+        self.results.append(results[0].clone())
+        if trials:
+            self.effects[at] = [self._effect(trial - results[0]) for trial in trials]
+        return results
+
+    def _effect(self, difference: Tensor) -> float:
+        return _guided_energy(difference, self._layout, self._session.guidance_scale)
+
+    def sketch(self) -> Sketch:
+        """Return what was sketched."""
+        return Sketch(torch.stack(self._outputs), torch.stack(self._residuals))
+
+
+def _guided_energy(difference: Tensor, layout: CfgLayout, guidance_scale: float | None) -> float:
+    """Return the mean square of a difference of model outputs, as guidance weighs its halves."""
+    if layout is CfgLayout.NONE or guidance_scale is None:
+        return float(difference.float().square().mean())
+    first, second = difference.float().chunk(2)
+    conditional, unconditional = (
+        (second, first) if layout is CfgLayout.UNCOND_FIRST else (first, second)
+    )
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return float(guided.square().mean())
+
+
+def _sample(tensor: Tensor, layout: CfgLayout) -> Tensor:
+    """Return the same random elements of each guidance half of ``[B, H, N, D]``, fp32."""
+    lanes = 1 if layout is CfgLayout.NONE else 2
+    flat = tensor.reshape(lanes, -1)
+    generator = torch.Generator().manual_seed(_SEED)
+    count = min(_SAMPLES, flat.shape[1])
+    chosen = torch.randint(flat.shape[1], (count,), generator=generator).to(tensor.device)
+    sample = flat[:, chosen].float().cpu()
+    return sample.flip(0) if layout is CfgLayout.UNCOND_FIRST else sample
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Hold relative errors, infinite where a strategy is not legal.
+
+    Those that read a cache are ``[T, T, M]``: at step ``t`` with the cache of step ``s < t``.
+    ``share_cfg`` is ``[T, M]``.
+    """
+
+    share_step: Array
+    window: Array
+    window_share_cfg: Array
+    share_cfg: Array
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps."""
+        return len(self.share_cfg)
+
+    @property
+    def sites(self) -> int:
+        """Return the number of sites."""
+        return int(self.share_cfg.shape[1])
+
+    def of(self, strategy: Strategy, step: int, source: int, site: int) -> float:
+        """Return the error of ``strategy`` at ``step`` with the cache of step ``source``."""
+        match strategy:
+            case Strategy.SHARE_STEP:
+                return float(self.share_step[step, source, site])
+            case Strategy.WINDOW:
+                return float(self.window[step, source, site])
+            case Strategy.WINDOW_SHARE_CFG:
+                return float(self.window_share_cfg[step, source, site])
+            case Strategy.SHARE_CFG:
+                return float(self.share_cfg[step, site])
+            case Strategy.FULL:
+                return 0.0
+
+
+def error_table(
+    sketches: Sequence[Sketch], sites: Sequence[AttentionSite], layout: CfgLayout
+) -> ErrorTable:
+    """Return the errors; their energies are averaged over the prompts' sketches."""
+    per_site = []
+    for index in range(len(sites)):
+        energies = zip(*(_energies(sketch, index) for sketch in sketches), strict=True)
+        per_site.append([np.sqrt(np.mean(found, axis=0)) for found in energies])
+    legal = [{*legal_candidates(site, layout)} for site in sites]
+    order = (
+        Strategy.SHARE_STEP,
+        Strategy.WINDOW,
+        Strategy.WINDOW_SHARE_CFG,
+        Strategy.SHARE_CFG,
+    )
+    tables = [
+        np.stack(
+            [
+                found[k] if strategy in allowed else np.full_like(found[k], np.inf)
+                for found, allowed in zip(per_site, legal, strict=True)
+            ],
+            axis=-1,
+        )
+        for k, strategy in enumerate(order)
+    ]
+    future = np.triu(np.ones(tables[0].shape[:2], dtype=bool))  # a cache is of an earlier step
+    for table in tables[:3]:
+        table[future] = np.inf
+    return ErrorTable(*tables)
+
+
+def _energies(sketch: Sketch, site: int) -> tuple[Array, Array, Array, Array]:
+    """Return one site's: share-step, window, window+share-cfg ``[T, T]`` and share-cfg ``[T]``."""
+    outputs = sketch.outputs[:, site].double().numpy()
+    residuals = sketch.residuals[:, site].double().numpy()
+    energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
+    steps = len(outputs)
+    share = _distances(outputs.reshape(steps, -1)) / energy
+    window = _distances(residuals.reshape(steps, -1)) / energy
+    if outputs.shape[1] == 1:
+        nothing = np.full_like(share, np.inf)
+        return share, window, nothing, nothing[:, 0]
+    between = outputs[:, 0] - outputs[:, 1]
+    conditional = residuals[:, 0]
+    drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
+    along = (conditional * between).sum(1)[:, None] - between @ conditional.T
+    gap = (between**2).sum(1)[:, None]
+    both = (2.0 * drift + gap - 2.0 * along) / energy
+    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0]
+
+
+def _distances(rows: Array) -> Array:
+    """Return squared distances between all pairs of ``rows``, ``[T, n] -> [T, T]``."""
+    squared = (rows**2).sum(1)
+    distances: Array = squared[:, None] + squared[None, :] - 2.0 * rows @ rows.T
+    return distances.clip(min=0.0)

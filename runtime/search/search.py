@@ -1,0 +1,308 @@
+"""Search the fastest plan that meets a target, and check it on prompts it has not seen.
+
+The outer search turns one number, the strength of a plan. For a quality it starts where the
+damage is expected to be the allowed one and goes on by the ratio of what was measured; a plan is
+taken when the *worst* calibration prompt meets the target, and then the worst held-out prompt. For
+a speed it takes the gentlest plan predicted fast enough, compiles it, and measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from ditfastattn.errors import TargetMissedError
+from ditfastattn.passes.ir import outputs, value
+from ditfastattn.passes.plan import Calibration, Measured, Plan, SearchMethod, Strategy
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE, Bracket
+from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.methods import Chooser, Method
+from ditfastattn.runtime.search.planned_target import record_target, record_values
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.solve import Row
+from ditfastattn.runtime.search.targets import Judgement, Target, TargetKind
+from ditfastattn.runtime.search.timing import PairedTiming, device_name
+from ditfastattn.runtime.search.work import Work
+
+MAX_ROUNDS = 6
+MAX_SPEED_ROUNDS = 3  # each compiles a plan
+_CLOSE = 0.5  # the part of the allowed damage that a plan should use, at the worst prompt
+_MOST_MOVES = 40
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Hold what a search is to do; ``max_variants`` 0 is no cap."""
+
+    target: Target
+    method: Method = Method.GLOBAL
+    objective: Objective = Objective.LATENCY
+    max_variants: int = 0
+    max_rounds: int = MAX_ROUNDS
+    lowering: Lowering = Lowering.INDUCTOR
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hold a plan's rows and what was measured of them."""
+
+    rows: list[Row]
+    strength: float
+    calibrated: Sequence[float] = ()
+    held_out: Sequence[float] = ()
+    rounds: int = 0
+
+
+class Search:
+    """Search one plan."""
+
+    def __init__(
+        self,
+        work: Work,
+        chooser: Chooser,
+        options: SearchOptions,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+    ) -> None:
+        """Take what the search works with."""
+        self._work = work
+        self._chooser = chooser
+        self._options = options
+        self._target = options.target
+        self._prompts = prompts
+        self._held_out = held_out
+        self._judged: dict[tuple[str, str], list[Judgement]] = {}
+
+    def quality(self) -> Found:
+        """Return the strongest plan whose worst calibration and held-out prompts meet the target.
+
+        Where none does within the rounds, the dense plan. A plan that comes up again costs nothing.
+
+        Raises:
+            TargetMissedError: even the dense images miss the target.
+        """
+        bracket = Bracket(self._chooser.first, self._chooser.order)
+        best: Found | None = None
+        goal, rounds, seen = 1.0, 0, set[str]()
+        for _ in range(_MOST_MOVES):
+            strength, rows = bracket.strength, self._chooser.rows(bracket.strength)
+            rounds += _digest(rows) not in seen
+            if rounds > self._options.max_rounds:
+                break
+            seen.add(_digest(rows))
+            self._work.begin(f"round {rounds}: the calibration prompts")
+            judged = self._judge("calibration", rows, self._prompts)
+            met = self._met(judged)
+            ratio = _ratio(judged, met) / goal
+            met = met and ratio <= 1.0
+            last = bracket.closing(met) or rounds == self._options.max_rounds
+            enough = ratio >= _CLOSE or self._strongest(rows) or last
+            if met and enough:
+                self._work.begin(f"round {rounds}: the held-out prompts")
+                checked = self._judge("held-out", rows, self._held_out)
+                if self._met(checked):
+                    best = self._found(rows, strength, judged, checked, rounds)
+                    break
+                met = False
+                bracket.low = 0.0  # what meets the target here may miss it on unseen prompts
+                if all(item.allowed for item in judged):
+                    # Unseen prompts are harder by this much: aim for so much less.
+                    goal = min(goal, _ratio(judged, True) / _ratio(checked, False))
+                ratio = _ratio(judged, met) / goal
+            bracket.record(met)
+            if bracket.closed:
+                break
+            bracket.move(ratio)
+        return best or self._fall_back(bracket.low, rounds)
+
+    def _fall_back(self, strength: float, rounds: int) -> Found:
+        """Return the strongest plan that met its goal, if unseen prompts agree, else dense."""
+        rounds = min(rounds, self._options.max_rounds)
+        for rows in (
+            self._chooser.rows(strength) if strength else self._dense_rows(),
+            self._dense_rows(),
+        ):
+            judged = self._judge("calibration", rows, self._prompts)
+            checked = self._judge("held-out", rows, self._held_out)
+            if self._met(judged) and self._met(checked):
+                changed = any(map(_changed, rows))
+                return self._found(rows, strength if changed else 0.0, judged, checked, rounds)
+        worst = self._target.worst([item.value for item in (*judged, *checked)])
+        raise TargetMissedError(
+            "even the dense model misses the target",
+            where=self._target.describe(),
+            got=f"{worst:g} on the worst prompt",
+            expected=self._target.bound,
+            remedy="choose a bound that the dense images meet",
+        )
+
+    def threshold(self) -> Found:
+        """Return the plan of the target's own strength."""
+        return Found(self._chooser.rows(self._target.bound), self._target.bound, rounds=1)
+
+    def speed(self, measure: Callable[[Plan], PairedTiming]) -> tuple[Found, PairedTiming]:
+        """Return the gentlest plan that is measured fast enough.
+
+        Raises:
+            TargetMissedError: the fastest plan is not fast enough.
+        """
+        wanted = self._target.bound if self._target.kind is TargetKind.SPEEDUP else 1.0
+        correction, rounds = 1.0, 0
+        while True:
+            rounds += 1
+            found = self._fast_enough(wanted * correction, rounds)
+            self._work.begin(f"round {rounds}: compiling and timing the plan")
+            timing = measure(self.plan(found, 0.0))
+            if self._fast(timing):
+                return found, timing
+            fastest = self._speedup(found.rows) < wanted * correction
+            if rounds == MAX_SPEED_ROUNDS or fastest:
+                raise self._too_slow(timing.speedup.median, timing.candidate.median)
+            if self._target.kind is TargetKind.LATENCY:
+                wanted = timing.baseline.median / self._target.bound
+            predicted = self._speedup(found.rows)
+            correction = max(1.0, 1.01 * predicted / timing.speedup.median)
+
+    def _fast(self, timing: PairedTiming) -> bool:
+        speedup = self._target.kind is TargetKind.SPEEDUP
+        return self._target.met_by(timing.speedup.median if speedup else timing.candidate.median)
+
+    def _fast_enough(self, speedup: float, rounds: int) -> Found:
+        """Return the gentlest plan of a predicted ``speedup``, or the fastest there is."""
+        if speedup <= 1.0:
+            return Found(self._dense_rows(), 0.0, rounds=rounds)
+        bracket = Bracket(self._chooser.first)
+        best: Found | None = None
+        rows = self._dense_rows()
+        for _ in range(self._chooser.tries):
+            self._work.begin(f"choosing a plan of {speedup:.2f}x")
+            rows = self._chooser.rows(bracket.strength)
+            fast = self._speedup(rows) >= speedup
+            if fast and (best is None or bracket.strength < best.strength):
+                best = Found(rows, bracket.strength, rounds=rounds)
+            bracket.record(not fast)
+            if bracket.closed:
+                break
+            bracket.move(LARGEST_MOVE if fast else 1.0 / LARGEST_MOVE)
+        return best or Found(rows, bracket.strength, rounds=rounds)
+
+    def _too_slow(self, speedup: float, seconds: float) -> TargetMissedError:
+        return TargetMissedError(
+            "no plan is fast enough",
+            where=self._target.describe(),
+            got=f"{speedup:.2f}x, {seconds:.3g} s per generation",
+            expected=self._target.bound,
+            remedy="ask for less, or for fewer sampler steps",
+        )
+
+    def plan(self, found: Found, seconds: float, timing: PairedTiming | None = None) -> Plan:
+        """Return the plan with its record."""
+        session, options, target = self._work.session, self._options, self._target
+        merge = options.max_variants > 0
+        return Plan(
+            model=session.identity,
+            inputs=input_shapes(session.captured),
+            sampler=session.sampler(self._work.timesteps),
+            sites=tuple(site.planned() for site in session.sites),
+            strategies=tuple(found.rows),
+            merge_variants=merge,
+            calibration=Calibration(
+                method=cast(SearchMethod, options.method.value),  # auto has been resolved
+                target=record_target(target),
+                strength=found.strength,
+                seed=options.seed,
+                batch=value(outputs(session.captured.module.graph)[0]).shape[0],
+                calibrated=self._recorded(found.calibrated),
+                held_out=self._recorded(found.held_out),
+                predicted_speedup=round(self._speedup(found.rows), 3),
+                measured_speedup=timing and round(timing.speedup.median, 3),
+                measured_seconds=timing and round(timing.candidate.median, 4),
+                device=device_name(),
+                rounds=found.rounds,
+                forwards=round(self._work.forwards, 1),
+                seconds=round(seconds, 1),
+                versions={"torch": torch.__version__},
+            ),
+        )
+
+    def _recorded(self, values: Sequence[float]) -> Measured | None:
+        return record_values(self._target, values) if values else None
+
+    def _judge(self, group: str, rows: list[Row], prompts: Sequence[Prompt]) -> list[Judgement]:
+        """Compare the plan's images with dense ones, once per plan, kept in the checkpoint."""
+        work = self._work
+        if not any(map(_changed, rows)):
+            pairs = [(work.dense(group, k, prompt), prompt) for k, prompt in enumerate(prompts)]
+            return [item for d, p in pairs for item in self._target.judge(d, d, p.call)]
+
+        def make() -> list[tuple[float, float, float | None]]:
+            judged = work.judge(group, rows, prompts, self._target)
+            return [(item.value, item.damage, item.allowed) for item in judged]
+
+        key = (group, _digest(rows))
+        if key not in self._judged:
+            kept = work.checkpoint.data("-".join(key), make)
+            self._judged[key] = [Judgement(*item) for item in kept]
+        return self._judged[key]
+
+    def _met(self, judged: Sequence[Judgement]) -> bool:
+        return all(self._target.met_by(item.value) for item in judged)
+
+    def _found(
+        self,
+        rows: list[Row],
+        strength: float,
+        judged: Sequence[Judgement],
+        checked: Sequence[Judgement],
+        rounds: int,
+    ) -> Found:
+        calibrated = [item.value for item in judged]
+        return Found(rows, strength, calibrated, [item.value for item in checked], rounds)
+
+    def _speedup(self, rows: list[Row]) -> float:
+        costs = self._chooser.costs
+        return costs.step * len(rows) / costs.plan(rows, self._options.max_variants > 0)
+
+    def _dense_rows(self) -> list[Row]:
+        session = self._work.session
+        return [(Strategy.FULL,) * len(session.sites)] * session.steps
+
+    def _strongest(self, rows: list[Row]) -> bool:
+        """Tell whether every step but the first already takes the cheapest strategy everywhere."""
+        costs = self._chooser.costs
+        cheapest = [min(prices.values()) for prices in costs.sites]
+        return all(
+            costs.sites[index][strategy] <= cheapest[index]
+            for row in rows[1:]
+            for index, strategy in enumerate(row)
+        )
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _changed(row: Row) -> bool:
+    return any(strategy is not Strategy.FULL for strategy in row)
+
+
+def _ratio(judged: Sequence[Judgement], met: bool) -> float:
+    """Return the worst ratio of actual to allowed damage."""
+    return max(_ratio_of(item, met) for item in judged)
+
+
+def _ratio_of(item: Judgement, met: bool) -> float:
+    if item.allowed is None:  # nothing tells how far it is: go far, then halve the bracket
+        return AIM / LARGEST_MOVE if met else AIM * LARGEST_MOVE
+    if item.allowed <= 0.0:
+        return 0.0 if item.damage <= 0.0 else math.inf
+    return max(item.damage, 0.0) / item.allowed

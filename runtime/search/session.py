@@ -1,0 +1,251 @@
+"""Hold a pipeline's transformer as one captured graph, and step it as a search pleases.
+
+A generation is an ordinary call of the pipeline; only what happens inside a call of its transformer
+is exchanged, so schedulers, guidance and decoding are the user's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.ir import outputs
+from ditfastattn.passes.plan import CfgLayout, Fingerprint, Sampler
+from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.passes.verify import verify
+from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.guidance import detect_cfg_layout
+from ditfastattn.runtime.matching import scheduler_config, static_tensors, timestep_position
+from ditfastattn.runtime.search.prompts import Prompt, argument_of, images_as_tensors
+
+Outputs = tuple[Any, ...]
+
+
+class Stepper(Protocol):
+    """Run one call of the transformer after another, over one generation."""
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Take the graph's flat inputs, return its outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Model:
+    captured: CapturedGraph
+    sites: tuple[AttentionSite, ...]
+    declined: int
+    identity: Fingerprint
+    timestep: int
+    example: tuple[Tensor, ...]
+
+
+_active: ContextVar[Session] = ContextVar("ditfastattn_search_session")
+
+
+def _backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Outputs]:
+    """Hand the graph's calls to the session under way: one backend, whatever the session."""
+    inputs = describe_inputs(module)
+
+    def run(*args: Any) -> Outputs:
+        return _active.get().take(module, inputs, args)
+
+    return run
+
+
+class Session:
+    """Run generations of a pipeline whose transformer is one captured graph."""
+
+    def __init__(self, pipeline: Any, layout: CfgLayout, timestep: str) -> None:
+        """Prepare; use ``open_session``."""
+        self.pipeline = pipeline
+        self._original = pipeline.transformer
+        self.layout = layout
+        self.guidance_scale: float | None = None
+        self.timesteps: tuple[float, ...] = ()
+        self.steps = 0
+        self.forward_seconds = 0.0
+        self.timestep = timestep
+        self._model: _Model | None = None
+        self._stepper: Stepper | None = None
+        self._seen: list[float] = []
+
+    @property
+    def captured(self) -> CapturedGraph:
+        """Return the graph of one step."""
+        return self._known.captured
+
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Return its attention sites."""
+        return self._known.sites
+
+    @property
+    def identity(self) -> Fingerprint:
+        """Return the model's fingerprint."""
+        return self._known.identity
+
+    @property
+    def example(self) -> tuple[Tensor, ...]:
+        """Return flat inputs as the first call gave them."""
+        return self._known.example
+
+    @property
+    def _known(self) -> _Model:
+        if self._model is None:
+            raise LookupError("the session has not captured its model")
+        return self._model
+
+    def hold(self) -> None:
+        """Put the captured transformer into the pipeline."""
+        plain = getattr(self._original, "_orig_mod", self._original)  # it may be compiled already
+        compiled = torch.compile(plain, backend=_backend, fullgraph=True, dynamic=False)
+        self.pipeline.transformer = compiled
+
+    def release(self) -> None:
+        """Give the pipeline its own transformer back."""
+        self.pipeline.transformer = self._original
+
+    def sampler(self, timesteps: Sequence[float]) -> Sampler:
+        """Describe the sampler, whose generations have ``timesteps``."""
+        scheduler = self.pipeline.scheduler
+        return Sampler(
+            scheduler=type(scheduler).__name__,
+            config=scheduler_config(scheduler),
+            steps=len(timesteps),
+            timesteps=tuple(timesteps),
+            guidance_scale=self.guidance_scale,
+            cfg_layout=self.layout,
+        )
+
+    def capture(self, prompt: Prompt) -> None:
+        """Capture the model by one step of a generation, and time a warm forward pass."""
+        self.guidance_scale = argument_of(self.pipeline, prompt.call, "guidance_scale")
+        stepper = _TimingStepper(self)
+        self.steps = 1
+        self.run(stepper, Prompt({**prompt.call, "num_inference_steps": 1}, prompt.seed))
+        self.steps = int(argument_of(self.pipeline, prompt.call, "num_inference_steps"))
+        self.forward_seconds = stepper.seconds
+
+    def run(self, stepper: Stepper, prompt: Prompt) -> Any:
+        """Generate with ``stepper``; return what the pipeline returns first: the images.
+
+        Raises:
+            ConfigError: the generation did not call the transformer once a step.
+        """
+        self._stepper, self._seen = stepper, []
+        token = _active.set(self)
+        try:
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(prompt.seed)
+                call = images_as_tensors(self.pipeline, prompt.call)
+                result = self.pipeline(**call, generator=generator)
+        finally:
+            _active.reset(token)
+        self.timesteps = tuple(self._seen)
+        if len(self.timesteps) != self.steps:
+            raise ConfigError(
+                "a generation must call the transformer once a step",
+                where=f"a generation of {self.steps} steps",
+                got=f"{len(self.timesteps)} calls",
+                remedy="batch the guidance in one call; use a scheduler of one call per step",
+            )
+        return result if isinstance(result, Tensor) else result[0]
+
+    def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
+        """Run one call of the transformer, which Dynamo hands over."""
+        if self._model is None:
+            self._model = self._capture(module, inputs, args)
+        tensors = [item for item in args if isinstance(item, Tensor)]
+        self._check_shapes(tensors)
+        self._seen.append(read_timestep(tensors[self._known.timestep]).value())
+        assert self._stepper is not None
+        return self._stepper.step(tensors)
+
+    def _capture(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> _Model:
+        captured = capture(module, inputs, args)
+        verify(
+            captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
+        )
+        report = find_sites(captured)
+        if not report.sites:
+            raise ConfigError(
+                "there is no attention to plan",
+                where="the transformer's graph",
+                got=f"{len(report.declined)} attention nodes, each declined",
+                remedy="; ".join(f"{item.name}: {item.reason}" for item in report.declined)
+                or "the model must call scaled_dot_product_attention",
+            )
+        tensors = tuple(item for item in args if isinstance(item, Tensor))
+        identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
+        position = timestep_position(captured, self.timestep)
+        return _Model(captured, report.sites, len(report.declined), identity, position, tensors)
+
+    def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
+        pairs = zip(self._known.captured.inputs, self._known.example, tensors, strict=True)
+        for entry, expected, got in pairs:
+            if got.shape != expected.shape or got.dtype != expected.dtype:
+                raise ConfigError(
+                    "a search must call one graph of the transformer, at one shape",
+                    where=f"argument {entry.name!r}",
+                    got=f"{list(got.shape)} {got.dtype}",
+                    expected=f"{list(expected.shape)} {expected.dtype}",
+                    remedy="give every prompt the same number of images, resolution and length",
+                )
+
+
+class _TimingStepper:
+    """Run dense, twice where it comes first: the second time is a warm one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.seconds = 0.0
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        module = self._session.captured.module
+        module(*args)
+        began = time.perf_counter()
+        results = tuple(module(*args))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - began
+        return results
+
+
+@contextmanager
+def open_session(
+    pipeline: Any, prompt: Prompt, cfg_layout: CfgLayout | None = None, timestep: str = "timestep"
+) -> Generator[Session]:
+    """Capture the transformer of ``pipeline`` while ``prompt`` runs; give it back at the end.
+
+    ``cfg_layout`` is found by observation where None.
+
+    Raises:
+        ConfigError: the pipeline has no transformer, or one without attention sites.
+    """
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, torch.nn.Module):
+        raise ConfigError(
+            "the pipeline has no transformer to calibrate",
+            where="calibrate(pipeline)",
+            got=type(pipeline).__name__,
+            expected="a diffusers pipeline with a `transformer` module",
+        )
+    layout = detect_cfg_layout(pipeline, prompt.call) if cfg_layout is None else cfg_layout
+    session = Session(pipeline, layout, timestep)
+    session.hold()
+    try:
+        session.capture(prompt)
+        yield session
+    finally:
+        session.release()

@@ -1,0 +1,106 @@
+"""Step a generation dense, or by a plan, with graphs run as they are: nothing to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.passes.caches import read_slots, written_slots
+from ditfastattn.passes.flops import Flops, count_flops
+from ditfastattn.passes.ir import outputs
+from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
+from ditfastattn.passes.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan import Strategy
+from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.runtime.search.session import Outputs, Session
+
+Rows = Sequence[Sequence[Strategy]]
+
+
+@dataclass(frozen=True)
+class EagerVariant:
+    """Hold a rewritten step variant, its cache slots in order, and its operations."""
+
+    module: GraphModule
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    flops: Flops
+
+
+class Variants:
+    """Rewrite each step variant once, for all plans that a search tries."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session whose graph is rewritten."""
+        self.session = session
+        self.results = len(outputs(session.captured.module.graph))
+        self._known: dict[tuple[SiteAction, ...], EagerVariant] = {}
+
+    def get(self, actions: tuple[SiteAction, ...]) -> EagerVariant:
+        """Return the variant that does ``actions``, one per site."""
+        if actions not in self._known:
+            captured, sites = self.session.captured, self.session.sites
+            module = rewrite(captured, sites, actions, self.session.layout, "search")
+            reads, writes = read_slots(module.graph), written_slots(module.graph)
+            flops = count_flops(module.graph)  # before windows are lowered to plain products
+            lower_window_attention(module, WindowKernel.BLOCKS)  # FlexAttention needs compiling
+            module.recompile()
+            self._known[actions] = EagerVariant(module, reads, writes, flops)
+        return self._known[actions]
+
+    def program(self, rows: Rows, merge_variants: bool = False) -> StepProgram:
+        """Unroll the plan ``rows``."""
+        return unroll(rows, self.session.captured, self.session.sites, merge_variants)
+
+    def flops(self, rows: Rows) -> Flops:
+        """Count a whole generation by the plan ``rows``."""
+        program = self.program(rows)
+        counts = [self.get(program.variants[variant]).flops for variant in program.schedule]
+        return sum(counts, Flops(0, 0))
+
+
+class DenseStepper:
+    """Run every step dense; keep the model's outputs."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session."""
+        self._module = session.captured.module
+        self.outputs: list[Tensor] = []
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one step."""
+        results: tuple[Any, ...] = tuple(self._module(*args))
+        self.outputs.append(results[0].clone())
+        return results
+
+
+class PlanStepper:
+    """Run a plan.
+
+    ``known`` holds the model's outputs of first steps that are the dense ones: they are returned,
+    not computed, except what later steps' caches need.
+    """
+
+    def __init__(self, variants: Variants, rows: Rows, known: Sequence[Tensor] = ()) -> None:
+        """Unroll ``rows``."""
+        self._variants = variants
+        self._program = variants.program(rows)
+        self._known = known
+        self._caches: dict[str, Tensor] = {}
+        self._step = 0
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one step."""
+        at, self._step = self._step, self._step + 1
+        live = self._program.live_after(at)
+        if at < len(self._known) and not live:
+            return (self._known[at],)
+        variant = self._variants.get(self._program.variants[self._program.schedule[at]])
+        returned = variant.module(*args, *(self._caches[slot] for slot in variant.reads))
+        self._caches.update(zip(variant.writes, returned[self._variants.results :], strict=True))
+        self._caches = {slot: item for slot, item in self._caches.items() if slot in live}
+        return tuple(returned[: self._variants.results])

@@ -1,0 +1,353 @@
+"""Searches on tiny models: every target, every method, every refusal."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.runtime import calibrate_pipeline
+from ditfastattn.runtime.search.checkpoint import open_checkpoint
+from ditfastattn.runtime.search.prompts import split_prompts
+from ditfastattn.runtime.search.session import open_session
+from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
+from ditfastattn.runtime.search.timing import PairedTiming, summarize
+from ditfastattn.runtime.search.work import SearchProgress
+from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from tests.helpers import randomize, tiny_digits_pipeline
+
+CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}
+HELD_OUT: dict[str, Any] = {**CALL, "class_labels": [3, 4, 5]}
+
+
+def pipeline() -> DigitsPipeline:
+    """Return a tiny model whose attention matters."""
+    made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    randomize(made.transformer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.transformer.named_parameters():
+            if ".attn1." in name and parameter.dim() == 2:
+                parameter.normal_()
+    return made
+
+
+def search(target: Target, **options: Any) -> Plan:
+    """Search by counted operations, so that two searches find the same plan."""
+    given = {"objective": "attention-flops", "held_out": HELD_OUT, "lowering": "eager", **options}
+    return calibrate(pipeline(), CALL, target=target, **given)
+
+
+def images(plan: Plan, call: dict[str, Any], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Return dense and planned images of the prompts of ``call``, run anew."""
+    prompts = split_prompts(call, seed)
+    with open_session(pipeline(), prompts[0]) as session:
+        variants = Variants(session)
+        return [
+            (
+                session.run(DenseStepper(session), prompt),
+                session.run(PlanStepper(variants, plan.strategies), prompt),
+            )
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture(scope="module")
+def by_ssim() -> Plan:
+    return search(Target.min_ssim(0.99))
+
+
+def test_the_worst_prompt_meets_the_target_when_run_anew(by_ssim: Plan) -> None:
+    target = Target.min_ssim(0.99)
+    found = by_ssim.calibration
+    assert by_ssim.changed > 0
+    assert found.method == "global"
+    assert found.predicted_speedup is not None
+    assert found.predicted_speedup > 1.05
+    for measured, call, seed in ((found.calibrated, CALL, 0), (found.held_out, HELD_OUT, 500)):
+        values = [target.values(d, p, call)[0] for d, p in images(by_ssim, call, seed)]
+        assert measured is not None
+        assert measured.worst == pytest.approx(min(values), abs=1e-4)
+        assert measured.mean == pytest.approx(sum(values) / len(values), abs=1e-4)
+        assert min(values) >= 0.99
+
+
+def test_the_record_names_target_prompts_and_sampler(by_ssim: Plan) -> None:
+    found = by_ssim.calibration
+    assert found.target is not None
+    assert (found.target.name, found.target.bound, found.target.at_least) == ("ssim", 0.99, True)
+    assert (found.seed, found.batch) == (0, 2)
+    assert found.held_out is not None
+    assert found.held_out.prompts == 3
+    assert found.rounds <= 6
+    assert found.device
+    assert by_ssim.sampler.cfg_layout is CfgLayout.COND_FIRST
+    assert len(by_ssim.sampler.timesteps) == 6
+    assert Plan.parse(by_ssim.model_dump_json()) == by_ssim
+
+
+def test_a_search_is_reproducible(by_ssim: Plan) -> None:
+    again = search(Target.min_ssim(0.99))
+    assert again.strategies == by_ssim.strategies
+    assert again.calibration.calibrated == by_ssim.calibration.calibrated
+
+
+def test_a_stricter_target_saves_less(by_ssim: Plan) -> None:
+    strict = search(Target.min_ssim(0.999)).calibration.predicted_speedup
+    loose = by_ssim.calibration.predicted_speedup
+    assert strict is not None
+    assert loose is not None
+    assert 1.0 <= strict < loose
+
+
+def mean_difference(dense: Tensor, planned: Tensor) -> Tensor:
+    return (dense - planned).abs().flatten(1).mean(1)
+
+
+def minus_difference(dense: Tensor, planned: Tensor) -> Tensor:
+    error = mean_difference(dense, planned)
+    return torch.where(error > 0, -error.log(), torch.inf)  # not finite for equal images
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target.min_psnr(30.0),
+        Target.quality(mean_difference, at_most=0.01),
+        Target.quality(minus_difference, at_least=4.6, name="closeness"),
+    ],
+    ids=lambda target: target.name,
+)
+def test_other_qualities_are_reached(target: Target) -> None:
+    plan = search(target)
+    assert plan.changed > 0
+    assert plan.calibration.held_out is not None
+    assert target.met_by(plan.calibration.held_out.worst)
+    values = [target.values(d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
+    assert target.met_by(target.worst(values))
+
+
+@pytest.mark.parametrize("method", ["per-step", "greedy"])
+def test_the_other_methods_reach_a_quality_too(method: str) -> None:
+    plan = search(Target.min_ssim(0.99), method=method)
+    assert plan.calibration.method == method
+    assert plan.calibration.held_out is not None
+    assert plan.calibration.held_out.worst >= 0.99
+    assert plan.changed > 0
+
+
+def test_a_threshold_is_the_papers_search_unless_told_otherwise() -> None:
+    greedy = search(Target.threshold(0.2))
+    assert (greedy.calibration.method, greedy.calibration.strength) == ("greedy", 0.2)
+    per_step = search(Target.threshold(0.05), method="per-step")
+    assert per_step.calibration.method == "per-step"
+    with pytest.raises(ConfigError, match="the global search has none"):
+        search(Target.threshold(0.2), method="global")
+
+
+def timing(dense: float, planned: float) -> PairedTiming:
+    one = summarize([dense, dense]), summarize([planned, planned])
+    return PairedTiming(*one, summarize([dense / planned] * 2))
+
+
+def test_a_speed_is_measured_and_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def slow(_pipeline: Any, plan: Plan, *_args: Any) -> PairedTiming:
+        predicted = plan.calibration.predicted_speedup
+        assert predicted is not None
+        seen.append(predicted)
+        return timing(1.0, 1.0 / (1.0 + 0.7 * (predicted - 1.0)))  # less than predicted
+
+    monkeypatch.setattr(calibrate_pipeline, "measure_speed", slow)
+    plan = search(Target.min_speedup(1.3))
+    assert len(seen) >= 2
+    assert seen[0] == pytest.approx(1.3, rel=0.25)
+    assert plan.calibration.measured_speedup is not None
+    assert plan.calibration.measured_speedup >= 1.3
+    assert plan.calibration.predicted_speedup == seen[-1] > seen[0]
+
+
+def test_a_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exact(_pipeline: Any, plan: Plan, *_args: Any) -> PairedTiming:
+        assert plan.calibration.predicted_speedup is not None
+        return timing(2.0, 2.0 / plan.calibration.predicted_speedup)
+
+    monkeypatch.setattr(calibrate_pipeline, "measure_speed", exact)
+    plan = search(Target.max_latency(1.5))
+    assert plan.calibration.measured_seconds is not None
+    assert plan.calibration.measured_seconds <= 1.5
+    already = search(Target.max_latency(5.0))
+    assert already.changed == 0
+
+
+def test_a_speed_out_of_reach_is_a_missed_target(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibrate_pipeline, "measure_speed", lambda *_: timing(1.0, 0.9))
+    with pytest.raises(TargetMissedError, match=r"no plan is fast enough[\s\S]*1\.11x"):
+        search(Target.min_speedup(3.0), out=tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_speed_is_really_measured_on_the_compiled_plan() -> None:
+    plan = search(Target.max_latency(60.0))
+    assert plan.calibration.measured_seconds is not None
+    assert 0.0 < plan.calibration.measured_seconds < 60.0
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_variants_are_capped(by_ssim: Plan, most: int) -> None:
+    plan = search(Target.min_ssim(0.99), max_variants=most)
+    prompts = split_prompts(CALL, 0)
+    with open_session(pipeline(), prompts[0]) as session:
+        program = Variants(session).program(plan.strategies, plan.merge_variants)
+        free = Variants(session).program(by_ssim.strategies, False)
+    assert len(program.variants) <= most < len(free.variants)
+    assert plan.calibration.predicted_speedup is not None
+    assert by_ssim.calibration.predicted_speedup is not None
+    assert plan.calibration.predicted_speedup <= by_ssim.calibration.predicted_speedup + 1e-9
+    assert (plan.changed > 0) == (most > 1)  # a single variant can only be dense
+    assert plan.calibration.held_out is not None
+    assert plan.calibration.held_out.worst >= 0.99
+
+
+class Attention:
+    """Attend uniformly, or sharply by scores that any change of the input throws over."""
+
+    def __init__(self, random: bool) -> None:
+        self.sharpness = 3.0 if random else 0.0
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+        def heads(tokens: Tensor) -> Tensor:
+            batch, count, _ = tokens.shape
+            return tokens.view(batch, count, attn.heads, -1).transpose(1, 2)
+
+        query = self.sharpness * torch.sin(1e4 * attn.to_q(hidden_states))
+        key = self.sharpness * torch.sin(1e4 * attn.to_k(hidden_states))
+        value = heads(5.0 * attn.to_v(hidden_states))
+        output = scaled_dot_product_attention(heads(query), heads(key), value)
+        projected: Tensor = attn.to_out[0](output.transpose(1, 2).flatten(2))
+        return projected
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_non_redundant_attention_stays_full_and_that_is_said(
+    random: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = pipeline()
+    blocks: Any = made.transformer.transformer_blocks
+    for block in blocks:
+        block.attn1.set_processor(Attention(random))
+    target = Target.min_psnr(60.0)
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        plan = calibrate(made, CALL, target=target, objective="attention-flops", held_out=HELD_OUT)
+    if random:
+        assert plan.changed <= 0.1 * len(plan.sites) * plan.sampler.steps
+    else:  # the same model with attention that hardly changes
+        assert plan.changed >= 0.2 * len(plan.sites) * plan.sampler.steps
+    assert ("there was nothing to gain" in caplog.text) == random
+    assert Plan.parse(plan.model_dump_json()) == plan  # an infinite PSNR too
+
+
+def test_progress_estimates_beforehand_and_stays_within() -> None:
+    seen: list[SearchProgress] = []
+    search(Target.min_ssim(0.99), on_progress=seen.append)
+    assert seen[0].done == 0.0
+    assert seen[0].seconds_left > 0.0
+    assert seen[-1].done <= seen[0].at_most
+    assert [item.done for item in seen] == sorted(item.done for item in seen)
+    assert {"probing how much each step matters", "round 1: the held-out prompts"} <= {
+        item.phase for item in seen
+    }
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    with (
+        open_checkpoint(out),
+        pytest.raises(ConfigError, match="another search is writing this plan"),
+    ):
+        search(Target.min_ssim(0.99), out=out)
+    assert not out.exists()
+
+
+def test_an_unfinished_search_for_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+
+    def stop(progress: SearchProgress) -> None:
+        if progress.phase.startswith("round 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Target.min_ssim(0.99), out=out, on_progress=stop)
+    kept = sorted(path.name for path in (tmp_path / "plan.json.search").iterdir())
+    assert "profile-0.safetensors" in kept
+    with pytest.raises(ConfigError, match=r"target: an unfinished search[\s\S]*--restart"):
+        search(Target.min_ssim(0.9), out=out)
+    plan = search(Target.min_ssim(0.9), out=out, restart=True)
+    assert Plan.load(out) == plan
+    assert not (tmp_path / "plan.json.search").exists()
+
+
+def test_a_resumed_search_reads_what_was_done(tmp_path: Path, by_ssim: Plan) -> None:
+    out = tmp_path / "plan.json"
+
+    def stop(progress: SearchProgress) -> None:
+        if progress.phase.startswith("round 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Target.min_ssim(0.99), out=out, on_progress=stop)
+    damaged = tmp_path / "plan.json.search" / "profile-0.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])  # it is measured again
+    phases: list[SearchProgress] = []
+    plan = search(Target.min_ssim(0.99), out=out, on_progress=phases.append)
+    assert plan.strategies == by_ssim.strategies
+    assert plan.sampler == by_ssim.sampler
+    assert plan.calibration.forwards < by_ssim.calibration.forwards
+
+
+def test_a_dense_model_below_the_bound_is_said() -> None:
+    def brightness(_dense: Tensor, planned: Tensor) -> Tensor:
+        return planned.flatten(1).mean(1)
+
+    with pytest.raises(TargetMissedError, match="even the dense model misses the target"):
+        search(Target.quality(brightness, at_least=0.999))
+
+
+def test_lpips_without_its_weights_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"(?i)lpips|torchvision"):
+        search(Target.max_lpips(0.1))
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "message"),
+    [
+        ({"class_labels": [1, 2], "num_inference_steps": 6}, {"max_variants": -1}, "capped"),
+        ({**CALL}, {"max_variants": 2, "method": "greedy"}, "capped"),
+        ({**CALL, "other": [1]}, {}, "one entry per image"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    call: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        calibrate(pipeline(), call, target=Target.min_ssim(0.9), **options)
+
+
+def test_full_rows_are_dense_to_the_bit() -> None:
+    prompts = split_prompts(CALL, 0)
+    with open_session(pipeline(), prompts[0]) as session:
+        rows = [(Strategy.FULL,) * len(session.sites)] * 6
+        dense = session.run(DenseStepper(session), prompts[0])
+        planned = session.run(PlanStepper(Variants(session), rows), prompts[0])
+    assert torch.equal(dense, planned)

@@ -1,0 +1,105 @@
+"""The solver finds what trying every plan finds."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ditfastattn import Strategy
+from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.profile import ErrorTable
+from ditfastattn.runtime.search.solve import Problem, solve, within_budget
+
+STEPS = 5
+
+
+def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) -> Problem:
+    """Return random errors, weights and prices, in the order that real ones have."""
+    random = np.random.default_rng(seed)
+    future = np.triu(np.ones((steps, steps), dtype=bool))
+
+    def cached(scale: float) -> np.ndarray:
+        errors = scale * random.random((steps, steps, sites))
+        errors[future] = np.inf
+        return errors
+
+    share_cfg = random.random((steps, sites)) if guided else np.full((steps, sites), np.inf)
+    window_share_cfg = cached(1.2) if guided else np.full((steps, steps, sites), np.inf)
+    errors = ErrorTable(cached(1.0), cached(0.3), window_share_cfg, share_cfg)
+    prices = tuple(
+        {
+            Strategy.FULL: 3.0 + random.random(),
+            Strategy.WINDOW: 1.5 + random.random(),
+            Strategy.SHARE_STEP: 0.0,
+            Strategy.SHARE_CFG: 1.5 + random.random() if guided else np.inf,
+            Strategy.WINDOW_SHARE_CFG: 0.7 + random.random() if guided else np.inf,
+        }
+        for _ in range(sites)
+    )
+    costs = CostTable(10.0 * sites, prices, tuple(random.random(sites)))
+    return Problem(errors, random.random((steps, sites)), costs)
+
+
+def best_by_trying(case: Problem, multiplier: float, site: int) -> float:
+    """Return the least value of any column of one site."""
+    full = (Strategy.FULL,) * case.errors.steps
+    others = [full] * case.errors.sites
+    found = np.inf
+    for tail in itertools.product(Strategy, repeat=case.errors.steps - 1):
+        column = (Strategy.FULL, *tail)
+        rows = list(zip(*[*others[:site], column, *others[site + 1 :]], strict=True))
+        drift = case.column_drift(site, column)
+        if np.isfinite(drift):
+            found = min(found, case.costs.plan(rows) + multiplier * drift)
+    return found
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("multiplier", [0.0, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_plan_is_better(seed: int, multiplier: float, guided: bool) -> None:
+    case = problem(seed, guided=guided)
+    rows = solve(case, multiplier)
+    dense = case.costs.step * STEPS
+    value = case.costs.plan(rows) + multiplier * case.drift(rows)
+    expected = sum(best_by_trying(case, multiplier, site) - dense for site in range(2)) + dense
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_budget_is_kept_and_used() -> None:
+    case = problem(3, sites=6, steps=12)
+    cheapest = case.drift(solve(case, 0.0))
+    speedups = []
+    for share in (0.0, 0.05, 0.2, 0.5, 1.0):
+        rows = within_budget(case, share * cheapest)
+        assert case.drift(rows) <= share * cheapest
+        speedups.append(case.speedup(rows))
+    assert speedups == sorted(speedups)
+    assert speedups[0] == 1.0
+    assert speedups[-1] == pytest.approx(case.speedup(solve(case, 0.0)))
+    assert case.drift(within_budget(case, 0.2 * cheapest)) > 0.15 * cheapest
+
+
+def test_step_zero_is_full_and_errors_early_or_late_weigh_as_given() -> None:
+    case = problem(4, sites=3, steps=10)
+    weights = np.ones((10, 3))
+    weights[7:] = 1e6  # the last steps must not be touched
+    late = Problem(case.errors, weights, case.costs)
+    rows = within_budget(late, 1.0)
+    assert set(rows[0]) == {Strategy.FULL}
+    assert {entry for row in rows[7:] for entry in row} == {Strategy.FULL}
+    assert {entry for row in rows[:7] for entry in row} != {Strategy.FULL}
+
+
+def test_a_shared_output_carries_the_error_of_the_step_that_computed_it() -> None:
+    case = problem(5, sites=1, steps=3)
+    window, share = Strategy.WINDOW, Strategy.SHARE_STEP
+    errors = case.errors
+    expected = (
+        errors.window[1, 0, 0] * case.weights[1, 0]
+        + (errors.share_step[2, 1, 0] + errors.window[1, 0, 0]) * case.weights[2, 0]
+    )
+    assert case.column_drift(0, (Strategy.FULL, window, share)) == pytest.approx(expected)
+    assert case.column_drift(0, (share, window, share)) == np.inf

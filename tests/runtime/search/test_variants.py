@@ -1,0 +1,59 @@
+"""A cap on step variants is kept, and costs as little as it must."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from ditfastattn import Strategy
+from ditfastattn.runtime.search.solve import Row, solve
+from ditfastattn.runtime.search.variants import cap_variants
+from tests.runtime.search.test_solve import problem
+
+MULTIPLIER = 4.0
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_cap_is_kept_and_a_looser_one_is_no_worse(seed: int, most: int) -> None:
+    case = problem(seed, sites=4, steps=10)
+    free = solve(case, MULTIPLIER)
+
+    def value(rows: list[Row]) -> float:
+        return case.costs.plan(rows, merge_variants=True) + MULTIPLIER * case.drift(rows)
+
+    capped = cap_variants(case, free, most, MULTIPLIER)
+    looser = cap_variants(case, free, most + 3, MULTIPLIER)
+    assert len(set(capped)) <= most < len(set(free))
+    assert set(capped[0]) == {Strategy.FULL}
+    assert value(capped) >= value(looser) - 1e-9
+    dense: list[Row] = [(Strategy.FULL,) * 4] * 10
+    assert value(capped) <= value(dense) + 1e-9
+    if most == 1:
+        assert capped == dense
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_variants_are_near_the_best_two(seed: int) -> None:
+    case = problem(seed, sites=1, steps=6)
+
+    def value(rows: list[Row]) -> float:
+        return case.costs.plan(rows, merge_variants=True) + MULTIPLIER * case.drift(rows)
+
+    full: Row = (Strategy.FULL,)
+    best = min(
+        value([full, *rest])
+        for other in Strategy
+        for rest in itertools.product([full, (other,)], repeat=5)
+    )
+    found = value(cap_variants(case, solve(case, MULTIPLIER), 2, MULTIPLIER))
+    dense = value([full] * 6)
+    assert found <= dense
+    assert dense - found >= 0.7 * (dense - best)
+
+
+def test_a_plan_within_the_cap_is_left_alone() -> None:
+    case = problem(0, sites=2, steps=6)
+    free = solve(case, MULTIPLIER)
+    assert cap_variants(case, free, len(set(free)), MULTIPLIER) == free

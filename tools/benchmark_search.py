@@ -1,0 +1,346 @@
+"""Compare the searches on the embedded model.
+
+    python -m ditfastattn.tools.benchmark_search curve --out benchmarks/search
+
+Each command writes a JSON file with the machine and its arguments, and a figure. What has been
+measured is kept beside the JSON until the end, so that a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.plan import Strategy
+from ditfastattn.runtime.calibrate_pipeline import DEFAULT_TARGET, calibrate
+from ditfastattn.runtime.calibration import GreedyCalibrator
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.methods import (
+    PROFILED,
+    GlobalChooser,
+    Method,
+    PassChooser,
+    make_global,
+)
+from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.session import Session, open_session
+from ditfastattn.runtime.search.solve import Row
+from ditfastattn.runtime.search.steppers import PlanStepper
+from ditfastattn.runtime.search.targets import Target
+from ditfastattn.runtime.search.validate import validate
+from ditfastattn.runtime.search.work import SearchProgress, Work
+from ditfastattn.tools.digits_pipeline import embedded_pipeline
+from ditfastattn.tools.figures import curves
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+CALIBRATION_CLASSES = (0, 3, 5, 8)
+FIRST_TEST_SEED = 1000  # the searches use seeds from 0 and 500
+GREEDY_THRESHOLDS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15)  # the paper's D1 to D6
+PER_STEP_BUDGETS = (0.004, 0.01, 0.02, 0.04, 0.08, 0.15)
+
+Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figure.")]
+Steps = Annotated[int, typer.Option(min=2, help="Sampler steps.")]
+Images = Annotated[int, typer.Option(min=2, help="Images per point, the same seeds at each.")]
+OUT = Path("benchmarks/search")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold one plan's quality over images drawn with the same seeds; PSNR in dB.
+
+    The kept FLOPs are fractions of dense.
+    """
+
+    method: str
+    strength: float
+    attention_flops: float
+    matrix_flops: float
+    predicted_speedup: float
+    variants: int
+    ssim: float
+    worst_ssim: float
+    psnr: float
+    images: int
+    ssims: tuple[float, ...]
+
+
+class _Bench:
+    """Hold a session on the embedded model, and judge plans over the test images."""
+
+    def __init__(self, session: Session, checkpoint: Checkpoint, images: int, steps: int) -> None:
+        self.work = Work(session, checkpoint, 0.0, lambda _: None)
+        self.steps = steps
+        test = [
+            Prompt(_call([index % 10], steps), FIRST_TEST_SEED + index) for index in range(images)
+        ]
+        self.test = test
+        self.calibration = split_prompts(_call(CALIBRATION_CLASSES, steps), 0)
+        self.console = Console()
+
+    def make_global(self, objective: Objective, most: int = 0) -> GlobalChooser:
+        return make_global(self.work, self.calibration, Target.min_ssim(0.9), objective, most)
+
+    def point(self, method: str, strength: float, rows: list[Row], predicted: float) -> Point:
+        """Judge a plan, or read what has been judged before."""
+
+        def make() -> dict[str, Any]:
+            pairs = [self._images(index, rows) for index in range(len(self.test))]
+            ssims = [float(image_ssim(dense, planned)[0]) for dense, planned in pairs]
+            psnrs = [float(image_psnr(dense, planned)[0]) for dense, planned in pairs]
+            return {"ssims": ssims, "psnrs": [min(psnr, 99.0) for psnr in psnrs]}
+
+        name = f"point-{method}-{strength:.9g}"
+        data = self.work.checkpoint.data(name, make)
+        kept = self.work.variants.flops(rows)
+        dense = self.work.variants.flops([(Strategy.FULL,) * len(rows[0])] * len(rows))
+        ssims, psnrs = data["ssims"], data["psnrs"]
+        point = Point(
+            method=method,
+            strength=strength,
+            attention_flops=kept.attention / dense.attention,
+            matrix_flops=kept.total / dense.total,
+            predicted_speedup=predicted,
+            variants=len(self.work.variants.program(rows).variants),
+            ssim=sum(ssims) / len(ssims),
+            worst_ssim=min(ssims),
+            psnr=sum(psnrs) / len(psnrs),
+            images=len(ssims),
+            ssims=tuple(ssims),
+        )
+        self.console.print(
+            f"{method} {strength:.4g}: attention {point.attention_flops:.1%}, "
+            f"all {point.matrix_flops:.1%}, SSIM {point.ssim:.4f} (worst {point.worst_ssim:.4f})"
+        )
+        return point
+
+    def _images(self, index: int, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        dense = self.work.dense("test", index, self.test[index])
+        stepper = PlanStepper(self.work.variants, rows)
+        return dense, self.work.run(stepper, self.test[index], float(self.steps))
+
+
+@app.command()
+def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
+    """SSIM against attention FLOPs: greedy, an integer program per step, one global budget."""
+    began = time.monotonic()
+    with (
+        open_checkpoint(out / "curve.json") as checkpoint,
+        open_session(embedded_pipeline_quietly(), _first(steps)) as session,
+    ):
+        bench = _Bench(session, checkpoint, images, steps)
+        chooser = bench.make_global(Objective.ATTENTION_FLOPS)
+        # All three see the same prompts.
+        batch = Prompt(_call(CALIBRATION_CLASSES[:PROFILED], steps), 0)
+        points: list[Point] = []
+        for method, strengths in (
+            (Method.GREEDY, GREEDY_THRESHOLDS),
+            (Method.PER_STEP, PER_STEP_BUDGETS),
+        ):
+            passes = PassChooser(bench.work, batch, chooser.costs, method, 0.0)
+            for strength in strengths:
+                rows = passes.rows(strength)
+                points.append(bench.point(method, strength, rows, chooser.problem.speedup(rows)))
+        for wanted in [point.attention_flops for point in points if point.method == Method.GREEDY]:
+            rows, strength = _of_flops(bench, chooser, wanted)
+            speedup = chooser.problem.speedup(rows)
+            points.append(bench.point(Method.GLOBAL, strength, rows, speedup))
+        _write(out / "curve.json", points, began, steps=steps, images=images)
+        checkpoint.discard()
+    curves(
+        {
+            label: [(p.attention_flops, p.ssim) for p in points if p.method == method]
+            for method, label in (
+                (Method.GREEDY, "greedy (Algorithm 1)"),
+                (Method.PER_STEP, "integer program per step"),
+                (Method.GLOBAL, "one global budget (ours)"),
+            )
+        },
+        out / "curve.png",
+        "attention FLOPs kept",
+        f"SSIM to dense, mean of {images} images",
+    )
+
+
+def _of_flops(bench: _Bench, chooser: GlobalChooser, wanted: float) -> tuple[list[Row], float]:
+    """Return the gentlest plan that keeps at most the ``wanted`` fraction of attention FLOPs."""
+    low, high = 1e-4, 1e2
+    best: list[Row] = chooser.rows(high)
+    for _ in range(24):
+        middle = (low * high) ** 0.5
+        rows = chooser.rows(middle)
+        dense = bench.work.variants.flops([(Strategy.FULL,) * len(rows[0])] * len(rows))
+        if bench.work.variants.flops(rows).attention <= wanted * dense.attention:
+            best, high = rows, middle
+        else:
+            low = middle
+    return best, high
+
+
+@app.command()
+def variants(
+    out: Out = OUT,
+    steps: Steps = 20,
+    images: Images = 16,
+    strength: Annotated[float, typer.Option(help="Budget of drift of every plan.")] = 0.4,
+) -> None:
+    """Quality and latency over the cap on distinct step variants."""
+    began = time.monotonic()
+    with (
+        open_checkpoint(out / "variants.json") as checkpoint,
+        open_session(embedded_pipeline_quietly(), _first(steps)) as session,
+    ):
+        bench = _Bench(session, checkpoint, images, steps)
+        problem = bench.make_global(Objective.LATENCY).problem
+        points: list[Point] = []
+        for most in (2, 3, 4, 6, 8, 12, 0):
+            rows = GlobalChooser(problem, strength, most).rows(strength)
+            predicted = problem.speedup(rows, merge_variants=most > 0)
+            points.append(
+                bench.point(f"at most {most}" if most else "no cap", strength, rows, predicted)
+            )
+        _write(out / "variants.json", points, began, steps=steps, images=images)
+        checkpoint.discard()
+    counted = [(float(len(_distinct(point))), point) for point in points]
+    curves(
+        {
+            "SSIM, mean": [(count, point.ssim) for count, point in counted],
+            "SSIM, worst": [(count, point.worst_ssim) for count, point in counted],
+        },
+        out / "variants.png",
+        "distinct step variants",
+        "SSIM to dense",
+    )
+
+
+def _distinct(point: Point) -> range:
+    return range(point.variants)
+
+
+@app.command()
+def cost(out: Out = OUT, steps: Steps = 20) -> None:
+    """Time the whole search for the default target beside single greedy passes."""
+    began = time.monotonic()
+    call = _call(CALIBRATION_CLASSES, steps)
+    pipeline = embedded_pipeline_quietly()
+    phases: dict[str, float] = {}
+
+    def note(progress: SearchProgress) -> None:
+        phases.setdefault(progress.phase, time.monotonic() - began)
+
+    plan = calibrate(
+        pipeline,
+        call,
+        target=DEFAULT_TARGET,
+        held_out=_call((1, 4, 6, 9), steps),
+        on_progress=note,
+    )
+    ours = {"seconds": time.monotonic() - began, "phases": phases}
+    found = {"global": {**ours, **plan.calibration.model_dump(mode="json")}}
+    passes = [_greedy_pass(pipeline, Prompt(call, 0), delta) for delta in (0.05, 0.075, 0.1)]
+    _write(out / "cost.json", [{**found, "greedy": passes}], began, steps=steps)
+    Console().print_json(data={**ours, "greedy": passes})
+
+
+def _greedy_pass(pipeline: Any, prompt: Prompt, threshold: float) -> dict[str, Any]:
+    """Time a pass; ``algorithm_1_forwards`` is what the algorithm as printed evaluates."""
+    started = time.monotonic()
+    with open_session(pipeline, prompt) as session:
+        captured, sites = session.captured, session.sites
+        greedy = GreedyCalibrator(captured, sites, session.layout, threshold, session.steps)
+        session.run(greedy, prompt)
+        return {
+            "threshold": threshold,
+            "seconds": time.monotonic() - started,
+            "forwards": greedy.forwards,
+            "algorithm_1_forwards": greedy.literal_forwards + session.steps,
+            "forward_seconds": session.forward_seconds,
+        }
+
+
+@app.command()
+def pareto(
+    out: Out = OUT,
+    steps: Steps = 20,
+    images: Images = 10,
+    max_variants: Annotated[int, typer.Option(help="Cap on step variants.")] = 8,
+) -> None:
+    """Measure what a target gives: compiled speedup and quality on new prompts."""
+    began = time.monotonic()
+    points: list[dict[str, Any]] = []
+    pipeline = embedded_pipeline_quietly()
+    with open_checkpoint(out / "pareto.json") as checkpoint:
+        for bound in (0.97, 0.9, 0.8):
+
+            def make(bound: float = bound) -> dict[str, Any]:
+                plan = calibrate(
+                    pipeline,
+                    _call(CALIBRATION_CLASSES, steps),
+                    target=Target.min_ssim(bound),
+                    held_out=_call((1, 4, 6, 9), steps),
+                    max_variants=max_variants,
+                )
+                checked = validate(
+                    pipeline,
+                    plan,
+                    _call([index % 10 for index in range(images)], steps),
+                    lowering=Lowering.INDUCTOR,
+                    seed=FIRST_TEST_SEED,
+                )
+                assert checked.timing is not None
+                return {
+                    "target": bound,
+                    "calibration": plan.calibration.model_dump(mode="json"),
+                    "qualities": [asdict(quality) for quality in checked.qualities],
+                    "met": checked.met,
+                    "drift": asdict(checked.drift),
+                    "timing": asdict(checked.timing),
+                    "strategies": plan.strategies,
+                }
+
+            points.append(checkpoint.data(f"target-{bound:g}", make))
+        _write(out / "pareto.json", points, began, steps=steps, images=images)
+        checkpoint.discard()
+    Console().print_json(data=[{k: p[k] for k in ("target", "met", "qualities")} for p in points])
+
+
+def embedded_pipeline_quietly() -> Any:
+    """Return the embedded pipeline without its progress bar."""
+    pipeline = embedded_pipeline()
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    return pipeline
+
+
+def _call(classes: Sequence[int], steps: int) -> dict[str, Any]:
+    return {"class_labels": list(classes), "num_inference_steps": steps, "guidance_scale": 2.0}
+
+
+def _first(steps: int) -> Prompt:
+    return split_prompts(_call(CALIBRATION_CLASSES, steps), 0)[0]
+
+
+def _write(path: Path, points: Sequence[Any], began: float, **arguments: int) -> None:
+    data = {
+        "machine": machine(),
+        "arguments": arguments,
+        "seconds": time.monotonic() - began,
+        "points": [point if isinstance(point, dict) else asdict(point) for point in points],
+    }
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
