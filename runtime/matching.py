@@ -13,7 +13,7 @@ from torch import Tensor
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import value
-from ditfastattn.passes.plan import Fingerprint, Plan
+from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
 from ditfastattn.passes.sites import AttentionSite
 
 _RECALIBRATE = "calibrate a plan for this model and these inputs"
@@ -155,6 +155,16 @@ def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = Non
             raise _mismatch(f"sampler.config.{name}", got, expected)
     if guidance_scale is not None and guidance_scale != sampler.guidance_scale:
         raise _mismatch("sampler.guidance_scale", guidance_scale, sampler.guidance_scale)
+
+
+def check_layout(plan: Plan, found: CfgLayout) -> None:
+    """Raise ``ConfigError`` unless the guidance halves come in the order of ``plan``.
+
+    The model cannot see which half of a batch is the conditional one: a plan of the other order
+    would copy the unconditional half over it.
+    """
+    if found is not plan.sampler.cfg_layout:
+        raise _mismatch("sampler.cfg_layout", found, plan.sampler.cfg_layout)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:

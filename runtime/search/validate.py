@@ -17,8 +17,9 @@ import torch
 
 from ditfastattn.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan import Plan
+from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.matching import check_sampler
+from ditfastattn.runtime.matching import check_layout, check_sampler
 from ditfastattn.runtime.search.drift import Drift, mean_squared_error
 from ditfastattn.runtime.search.lane import dense_lane, many_compilations, planned_lane
 from ditfastattn.runtime.search.planned_target import target_of
@@ -129,6 +130,8 @@ def validate(
         held_to.prepare(prompts[0].call)
     tell = on_progress or _ignore
     with _running_plain(pipeline, transformer), many_compilations():
+        if any(strategy.shares_cfg for row in plan.strategies for strategy in row):
+            check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
         eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
         tell("generating eager, planned and dense")
         shortcuts = eager.planned.by_prompt()  # first: another model is refused at its first call

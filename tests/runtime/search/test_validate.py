@@ -26,6 +26,7 @@ from ditfastattn.runtime.search.planned_target import metric_bound, record_targe
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
+from tests.runtime.test_pipelines import Pipeline
 
 F, S, W = Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW
 CLASSES: dict[str, Any] = {"class_labels": [0, 1, 2]}
@@ -183,6 +184,14 @@ def test_other_samplers_steps_and_guidance_are_refused(plan: Plan) -> None:
         validate(tiny_pipeline(), plan, {**CLASSES, "num_inference_steps": 3})
     with pytest.raises(ConfigError, match=r"plan.sampler.guidance_scale"):
         validate(tiny_pipeline(), plan, {**CLASSES, "guidance_scale": 5.0})
+
+
+def test_the_other_order_of_guidance_is_refused() -> None:
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 3}
+    shared = [Strategy.FULL, Strategy.SHARE_CFG, Strategy.SHARE_CFG]
+    plan = plan_for(Pipeline("cond-first"), call, shared)
+    with pytest.raises(ConfigError, match=r"plan.sampler.cfg_layout[\s\S]*uncond-first"):
+        validate(Pipeline("uncond-first"), plan, call, speed=False)
 
 
 def test_another_model_is_refused_and_the_pipeline_keeps_its_own(plan: Plan) -> None:
