@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +18,7 @@ from ditfastattn.passes.lower_window_attention import lower_window_attention
 log = logging.getLogger(__name__)
 
 RunnableGraph = Callable[[Sequence[Tensor]], Sequence[Any]]
+_COMPILATIONS = 256  # of one model in one process; Dynamo's 8 are used up by a few plans
 
 
 class Lowering(StrEnum):
@@ -41,3 +43,14 @@ def lower(
     with torch.no_grad():
         compiled: Any = compile_fx(module, list(args), config_patches=inductor or None)
     return lambda inputs: compiled(*inputs)
+
+
+@contextmanager
+def many_compilations() -> Generator[None]:
+    """Let Dynamo compile one model for many plans.
+
+    At its limit Dynamo would go on uncompiled, dense, and what is measured would not be what was
+    asked for.
+    """
+    with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
+        yield

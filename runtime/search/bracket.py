@@ -28,6 +28,9 @@ class Bracket:
 
     def move(self, ratio: float) -> None:
         """Choose the next strength, where the ratio of actual to wanted was ``ratio``."""
+        if self.closed:
+            self.strength = self.low  # nothing is left but to take it
+            return
         factor = (AIM / max(ratio, 1e-12)) ** (1.0 / self.order)
         aimed = self.strength * min(LARGEST_MOVE, max(1.0 / LARGEST_MOVE, factor))
         if self.low and math.isfinite(self.high):

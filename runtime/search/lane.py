@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.search.prompts import Prompt, as_images, images_as_tensors
 from ditfastattn.runtime.search.timing import PairedTiming, measure_pairs
-
-_COMPILATIONS = 256  # of one model in one process; Dynamo's 8 are used up by a few plans
 
 
 class Lane:
@@ -57,17 +54,6 @@ class Lane:
     def stacked(self) -> Tensor:
         """Return the images of generations 0, 1, ... as ``[B, C, H, W]``."""
         return torch.cat([self.images[key] for key in sorted(self.images)])
-
-
-@contextmanager
-def many_compilations() -> Generator[None]:
-    """Let Dynamo compile one model for many plans.
-
-    Lanes are compiled in one graph or not at all: at its limit Dynamo would otherwise go on
-    uncompiled, dense, and what is measured would not be what was asked for.
-    """
-    with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
-        yield
 
 
 def dense_lane(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Lane:

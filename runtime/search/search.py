@@ -92,7 +92,7 @@ class Search:
         """
         bracket = Bracket(self._chooser.first, self._chooser.order)
         best: Found | None = None
-        goal, rounds, seen = 1.0, 0, set[str]()
+        goal, rounds, seen, refuted = 1.0, 0, set[str](), set[str]()
         for _ in range(_MOST_MOVES):
             strength, rows = bracket.strength, self._chooser.rows(bracket.strength)
             rounds += _digest(rows) not in seen
@@ -103,7 +103,7 @@ class Search:
             judged = self._judge("calibration", rows, self._prompts)
             met = self._met(judged)
             ratio = _ratio(judged, met) / goal
-            met = met and ratio <= 1.0
+            met = met and ratio <= 1.0 and _digest(rows) not in refuted
             last = bracket.closing(met) or rounds == self._options.max_rounds
             enough = ratio >= _CLOSE or self._strongest(rows) or last
             if met and enough:
@@ -113,14 +113,13 @@ class Search:
                     best = self._found(rows, strength, judged, checked, rounds)
                     break
                 met = False
+                refuted.add(_digest(rows))
                 bracket.low = 0.0  # what meets the target here may miss it on unseen prompts
                 if all(item.allowed for item in judged):
                     # Unseen prompts are harder by this much: aim for so much less.
                     goal = min(goal, _ratio(judged, True) / _ratio(checked, False))
                 ratio = _ratio(judged, met) / goal
             bracket.record(met)
-            if bracket.closed:
-                break
             bracket.move(ratio)
         return best or self._fall_back(bracket.low, rounds)
 

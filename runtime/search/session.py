@@ -26,6 +26,7 @@ from ditfastattn.passes.sites import AttentionSite, find_sites
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.guidance import detect_cfg_layout
+from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import scheduler_config, static_tensors, timestep_position
 from ditfastattn.runtime.search.prompts import Prompt, argument_of, images_as_tensors
 
@@ -245,7 +246,8 @@ def open_session(
     session = Session(pipeline, layout, timestep)
     session.hold()
     try:
-        session.capture(prompt)
-        yield session
+        with many_compilations():
+            session.capture(prompt)
+            yield session
     finally:
         session.release()

@@ -18,10 +18,10 @@ import torch
 from ditfastattn.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.guidance import detect_cfg_layout
-from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.matching import check_layout, check_sampler
 from ditfastattn.runtime.search.drift import Drift, mean_squared_error
-from ditfastattn.runtime.search.lane import dense_lane, many_compilations, planned_lane
+from ditfastattn.runtime.search.lane import dense_lane, planned_lane
 from ditfastattn.runtime.search.planned_target import target_of
 from ditfastattn.runtime.search.prompts import Prompt, argument_of, split_prompts
 from ditfastattn.runtime.search.quality import Quality, compare

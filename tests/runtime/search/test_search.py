@@ -253,7 +253,7 @@ def test_non_redundant_attention_stays_full_and_that_is_said(
     if random:
         assert plan.changed <= 0.1 * len(plan.sites) * plan.sampler.steps
     else:  # the same model with attention that hardly changes
-        assert plan.changed >= 0.2 * len(plan.sites) * plan.sampler.steps
+        assert plan.changed >= 0.15 * len(plan.sites) * plan.sampler.steps
     assert ("there was nothing to gain" in caplog.text) == random
     assert Plan.parse(plan.model_dump_json()) == plan  # an infinite PSNR too
 
