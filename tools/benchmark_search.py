@@ -54,7 +54,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 CALIBRATION_CLASSES = (0, 3, 5, 8)
 FIRST_TEST_SEED = 1000  # the searches use seeds from 0 and 500
 GREEDY_THRESHOLDS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15)  # the paper's D1 to D6
-DRIFT_BUDGETS = (0.2, 0.35, 0.5, 0.8)
+DRIFT_BUDGETS = (0.2, 0.45, 0.8)
 PER_STEP_BUDGETS = (0.004, 0.01, 0.02, 0.04, 0.08, 0.15)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figure.")]
