@@ -27,7 +27,7 @@ from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.solve import Problem, Row, within_budget
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.variants import cap_variants
+from ditfastattn.runtime.search.variants import capped_within_budget
 from ditfastattn.runtime.search.work import Work
 
 PROFILED = 2  # prompts whose errors are measured; the others only judge
@@ -113,8 +113,7 @@ class GlobalChooser:
         """Return the cheapest plan of at most ``strength`` drift."""
         rows = within_budget(self.problem, strength)
         if 0 < self.most < len(set(rows)):
-            dense = self.costs.step * len(rows)
-            rows = cap_variants(self.problem, rows, self.most, dense / strength)
+            rows = capped_within_budget(self.problem, strength, self.most)
         return rows
 
 

@@ -11,11 +11,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
+
 from ditfastattn.passes.plan import Strategy
-from ditfastattn.runtime.search.solve import Problem, Row
+from ditfastattn.runtime.search.solve import Problem, Row, solve
 
 _PAIRS = 64  # merges tried at once: the pairs of rows that differ least
 _SWEEPS = 3
+_BISECTIONS = 10
+
+
+def capped_within_budget(problem: Problem, budget: float, most: int) -> list[Row]:
+    """Return the cheapest plan found of at most ``most`` distinct rows and drift ``budget``."""
+    best: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
+    rate = problem.costs.step * problem.errors.steps / budget
+    low, high = np.log(1e-4), np.log(1e4)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        multiplier = rate * float(np.exp(middle))
+        rows = cap_variants(problem, solve(problem, multiplier), most, multiplier)
+        if problem.drift(rows) > budget:
+            low = middle
+            continue
+        high = middle
+        if problem.costs.plan(rows, True) < problem.costs.plan(best, True):
+            best = rows
+    return best
 
 
 def cap_variants(problem: Problem, rows: Sequence[Row], most: int, multiplier: float) -> list[Row]:

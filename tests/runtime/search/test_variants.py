@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from ditfastattn import Strategy
-from ditfastattn.runtime.search.solve import Row, solve
-from ditfastattn.runtime.search.variants import cap_variants
+from ditfastattn.runtime.search.solve import Row, solve, within_budget
+from ditfastattn.runtime.search.variants import cap_variants, capped_within_budget
 from tests.runtime.search.test_solve import problem
 
 MULTIPLIER = 4.0
@@ -57,3 +57,15 @@ def test_a_plan_within_the_cap_is_left_alone() -> None:
     case = problem(0, sites=2, steps=6)
     free = solve(case, MULTIPLIER)
     assert cap_variants(case, free, len(set(free)), MULTIPLIER) == free
+
+
+@pytest.mark.parametrize("most", [2, 3, 4])
+def test_a_capped_plan_uses_its_budget(most: int) -> None:
+    case = problem(1, sites=4, steps=10)
+    budget = 0.5 * case.drift(solve(case, 0.0))
+    rows = capped_within_budget(case, budget, most)
+    free = within_budget(case, budget)
+    assert len(set(rows)) <= most < len(set(free))
+    assert case.drift(rows) <= budget
+    gained, possible = case.speedup(rows, True) - 1.0, case.speedup(free) - 1.0
+    assert gained > (0.3 if most == 2 else 0.5) * possible
