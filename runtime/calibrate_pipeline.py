@@ -26,7 +26,7 @@ from ditfastattn.runtime.search.methods import (
     measured_costs,
 )
 from ditfastattn.runtime.search.prompts import HELD_OUT_SEED, Prompt, split_prompts
-from ditfastattn.runtime.search.search import MAX_ROUNDS, Search, SearchOptions
+from ditfastattn.runtime.search.search import Search, SearchOptions
 from ditfastattn.runtime.search.sensitivity import probe_steps
 from ditfastattn.runtime.search.session import Session, open_session
 from ditfastattn.runtime.search.targets import Target, TargetKind
@@ -85,11 +85,13 @@ def calibrate(
     """
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
+    resolved = _resolve(Method(method), target)
+    _check_cap(max_variants, resolved)
     options = SearchOptions(
         target=target,
-        method=_resolve(Method(method), target),
+        method=resolved,
         objective=Objective(objective),
-        max_variants=_checked_cap(max_variants, method, target),
+        max_variants=max_variants,
         lowering=Lowering(lowering),
         seed=seed,
     )
@@ -97,7 +99,7 @@ def calibrate(
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
     with holding as checkpoint, open_session(pipeline, prompts[0], cfg_layout, timestep) as session:
-        work = Work(session, checkpoint, 0.0, on_progress or _ignore)
+        work = Work(session, checkpoint, 0.0, on_progress)
         resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
         if resumed:
             log.warning("ditfastattn: going on with the unfinished search beside %s", path)
@@ -150,7 +152,7 @@ def _chooser(
     if options.method is Method.GLOBAL:
         judge = options.target
         if judge.kind is not TargetKind.QUALITY:
-            judge = Target.min_ssim(0.9)  # a speed says nothing of what damage is
+            judge = DEFAULT_TARGET  # a speed says nothing of what damage is
         return make_global(work, prompts, judge, options.objective, options.max_variants)
     costs = measured_costs(work, options.objective)
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
@@ -171,15 +173,14 @@ def _resolve(method: Method, target: Target) -> Method:
     return method
 
 
-def _checked_cap(most: int, method: Method | str, target: Target) -> int:
-    if most < 0 or (most and _resolve(Method(method), target) is not Method.GLOBAL):
+def _check_cap(most: int, method: Method) -> None:
+    if most < 0 or (most and method is not Method.GLOBAL):
         raise ConfigError(
             "the number of variants cannot be capped like this",
             where="calibrate(max_variants)",
             got=f"{most} with method {method}",
             expected="1 or more with the global method, or 0 for no cap",
         )
-    return most
 
 
 def _request(
@@ -221,7 +222,7 @@ def _estimate(session: Session, options: SearchOptions, prompts: int, held_out: 
         per_site = 2.0 if options.method is Method.GREEDY else 0.0
         fixed, passes = evaluation, prompts * steps * (2.0 + per_site * sites)
     if options.target.kind is TargetKind.QUALITY:
-        return fixed + costs + MAX_ROUNDS * (passes + evaluation) + validation
+        return fixed + costs + options.max_rounds * (passes + evaluation) + validation
     return fixed + costs + passes
 
 
@@ -237,7 +238,3 @@ def _say_gain(plan: Plan) -> None:
         entries,
         speedup,
     )
-
-
-def _ignore(_progress: SearchProgress) -> None:
-    pass

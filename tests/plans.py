@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ditfastattn.passes.plan import Calibration, Plan, Strategy
-from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.search.planned_target import record_target
 from ditfastattn.runtime.search.prompts import split_prompts
 from ditfastattn.runtime.search.session import open_session
@@ -24,18 +23,9 @@ def plan_for(
     prompt = split_prompts(call, 0)[0]
     with open_session(pipeline, prompt) as session:
         session.run(DenseStepper(session), prompt)
-        return Plan(
-            model=session.identity,
-            inputs=input_shapes(session.captured),
-            sampler=session.sampler(session.timesteps),
-            sites=tuple(site.planned() for site in session.sites),
-            strategies=tuple(
-                tuple(
-                    Strategy.FULL if wanted in site.declined else wanted for site in session.sites
-                )
-                for wanted in strategies
-            ),
-            calibration=Calibration(
-                method="manual", target=None if target is None else record_target(target)
-            ),
-        )
+        rows = [
+            tuple(Strategy.FULL if wanted in site.declined else wanted for site in session.sites)
+            for wanted in strategies
+        ]
+        recorded = None if target is None else record_target(target)
+        return session.plan(rows, session.timesteps, Calibration(method="manual", target=recorded))

@@ -21,7 +21,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import Plan, Strategy
+from ditfastattn.passes.flops import count_flops
+from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.calibrate_pipeline import DEFAULT_TARGET, calibrate
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.lowering import Lowering, many_compilations
@@ -87,7 +88,7 @@ class _Bench:
     """Hold a session on the embedded model, and judge plans over the test images."""
 
     def __init__(self, session: Session, checkpoint: Checkpoint, images: int, steps: int) -> None:
-        self.work = Work(session, checkpoint, 0.0, lambda _: None)
+        self.work = Work(session, checkpoint, 0.0)
         self.steps = steps
         test = [
             Prompt(_call([index % 10], steps), FIRST_TEST_SEED + index) for index in range(images)
@@ -95,11 +96,19 @@ class _Bench:
         self.test = test
         self.calibration = split_prompts(_call(CALIBRATION_CLASSES, steps), 0)
         self.console = Console()
+        self.dense_flops = count_flops(session.captured.module.graph).times(steps)
 
     def make_global(self, objective: Objective, most: int = 0) -> GlobalChooser:
         return make_global(self.work, self.calibration, Target.min_ssim(0.9), objective, most)
 
-    def point(self, method: str, strength: float, rows: list[Row], predicted: float) -> Point:
+    def point(
+        self,
+        method: str,
+        strength: float,
+        rows: list[Row],
+        predicted: float,
+        merge_variants: bool = False,
+    ) -> Point:
         """Judge a plan, or read what has been judged before."""
 
         def make() -> dict[str, Any]:
@@ -110,8 +119,7 @@ class _Bench:
 
         name = f"point-{method}-{strength:.9g}"
         data = self.work.checkpoint.data(name, make)
-        kept = self.work.variants.flops(rows)
-        dense = self.work.variants.flops([(Strategy.FULL,) * len(rows[0])] * len(rows))
+        kept, dense = self.work.variants.flops(rows, merge_variants), self.dense_flops
         ssims, psnrs = data["ssims"], data["psnrs"]
         point = Point(
             method=method,
@@ -119,7 +127,7 @@ class _Bench:
             attention_flops=kept.attention / dense.attention,
             matrix_flops=kept.total / dense.total,
             predicted_speedup=predicted,
-            variants=len(self.work.variants.program(rows).variants),
+            variants=len(self.work.variants.program(rows, merge_variants).variants),
             ssim=sum(ssims) / len(ssims),
             worst_ssim=min(ssims),
             psnr=sum(psnrs) / len(psnrs),
@@ -187,8 +195,7 @@ def _of_flops(bench: _Bench, chooser: GlobalChooser, wanted: float) -> tuple[lis
     for _ in range(24):
         middle = (low * high) ** 0.5
         rows = chooser.rows(middle)
-        dense = bench.work.variants.flops([(Strategy.FULL,) * len(rows[0])] * len(rows))
-        if bench.work.variants.flops(rows).attention <= wanted * dense.attention:
+        if bench.work.variants.flops(rows).attention <= wanted * bench.dense_flops.attention:
             best, high = rows, middle
         else:
             low = middle
@@ -213,13 +220,13 @@ def variants(
         points: list[Point] = []
         for most in (2, 3, 4, 6, 8, 12, 0):
             rows = GlobalChooser(problem, strength, most).rows(strength)
-            predicted = problem.speedup(rows, merge_variants=most > 0)
-            points.append(
-                bench.point(f"at most {most}" if most else "no cap", strength, rows, predicted)
-            )
+            capped = most > 0
+            predicted = problem.speedup(rows, capped)
+            label = f"at most {most}" if capped else "no cap"
+            points.append(bench.point(label, strength, rows, predicted, capped))
         _write(out / "variants.json", points, began, steps=steps, images=images)
         checkpoint.discard()
-    counted = [(float(len(_distinct(point))), point) for point in points]
+    counted = [(float(point.variants), point) for point in points]
     curves(
         {
             "SSIM, mean": [(count, point.ssim) for count, point in counted],
@@ -229,10 +236,6 @@ def variants(
         "distinct step variants",
         "SSIM to dense",
     )
-
-
-def _distinct(point: Point) -> range:
-    return range(point.variants)
 
 
 @app.command()

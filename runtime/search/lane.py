@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.search.prompts import Prompt, as_images, images_as_tensors
+from ditfastattn.runtime.search.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.timing import PairedTiming, measure_pairs
 
 
@@ -36,11 +36,7 @@ class Lane:
         prompt = self._prompts[number % len(self._prompts)]
         self._pipeline.transformer = self._transformer
         try:
-            generator = torch.Generator().manual_seed(prompt.seed)
-            call = images_as_tensors(self._pipeline, prompt.call)
-            with torch.no_grad():
-                result = self._pipeline(**call, generator=generator)
-            self.images[number] = as_images(result if isinstance(result, Tensor) else result[0])
+            self.images[number] = as_images(generate(self._pipeline, prompt))
         finally:
             self._pipeline.transformer = self._original
 

@@ -56,6 +56,10 @@ class CostTable:
             total += self.residual[index] if stores[index] else 0.0
         return total
 
+    def speedup(self, rows: Sequence[Sequence[Strategy]], merge_variants: bool = False) -> float:
+        """Return the dense price of a generation over the plan's."""
+        return self.step * len(rows) / self.plan(rows, merge_variants)
+
     def plan(self, rows: Sequence[Sequence[Strategy]], merge_variants: bool = False) -> float:
         """Return the price of a generation; merged variants store what any of their steps must."""
         stores = list(zip(*(_stores(column) for column in zip(*rows, strict=True)), strict=True))

@@ -21,7 +21,7 @@ from ditfastattn.runtime.calibration import GreedyCalibrator, Progress
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.per_step import PerStepCalibrator
 from ditfastattn.runtime.search.profile import ErrorTable, Profiler, Sketch, error_table
-from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.solve import Problem, Row, within_budget
@@ -233,7 +233,7 @@ class PassChooser:
 
         self.work.begin(f"a {self.method} pass at strength {strength:.3g}")
         before, layout, timestep = self.work.forwards, session.layout, session.timestep
-        images = _image_count(self.batch)
+        images = len(split_prompts(self.batch.call, self.batch.seed))
         with open_session(session.pipeline, self.batch, layout, timestep) as batched:
             if self.method is Method.GREEDY:
 
@@ -251,15 +251,9 @@ class PassChooser:
                     keep,
                 )
                 batched.run(greedy, self.batch)
-                self.work.note(batched.timesteps)
             else:
                 per_step = PerStepCalibrator(batched, self.costs, strength, known, keep)
                 batched.run(per_step, self.batch)
-                self.work.note(batched.timesteps)
                 self.work.spend(2.0 * session.steps * images)
+            self.work.note(batched.timesteps)
         return rows
-
-
-def _image_count(prompt: Prompt) -> int:
-    lists = [len(item) for item in prompt.call.values() if isinstance(item, (list, tuple))]
-    return max(lists, default=1)

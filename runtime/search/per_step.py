@@ -60,7 +60,7 @@ class PerStepCalibrator:
         elif at == 0:
             row = (Strategy.FULL,) * len(self._evaluator.sites)
         else:
-            row = self._choose(self._errors(args))
+            row = choose_row(self._errors(args), self._costs, self._budget)
         outputs = self._follow(args, row)
         self.strategies.append(row)
         if self._on_row is not None and at >= len(self._known):
@@ -90,9 +90,6 @@ class PerStepCalibrator:
         attended = self._evaluator.attend(environment, index, strategy)
         energy = float(output.float().square().sum())
         return float((attended - output).float().square().sum()) / max(energy, 1e-30)
-
-    def _choose(self, errors: Sequence[dict[Strategy, float]]) -> Row:
-        return choose_row(errors, self._costs, self._budget)
 
     def _follow(self, args: Sequence[Tensor], row: Row) -> Outputs:
         evaluator = self._evaluator

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError
@@ -52,11 +53,18 @@ def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def images_as_tensors(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the call with its images asked for as tensors in a tuple, as diffusers names it."""
+def generate(pipeline: Any, prompt: Prompt) -> Any:
+    """Run one generation without gradients; return what the pipeline returns first: the images.
+
+    They are asked for as tensors in a tuple, as diffusers names it.
+    """
     known = inspect.signature(pipeline.__call__).parameters
     wanted = {"output_type": "pt", "return_dict": False}
-    return {**call, **{name: item for name, item in wanted.items() if name in known}}
+    named = {name: item for name, item in wanted.items() if name in known}
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(prompt.seed)
+        result = pipeline(**{**prompt.call, **named}, generator=generator)
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def as_images(images: Any) -> Tensor:

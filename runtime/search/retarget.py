@@ -14,10 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ditfastattn.errors import ConfigError, TargetMissedError
-from ditfastattn.passes.ir import outputs, value
 from ditfastattn.passes.plan import Calibration, CfgLayout, Measured, Plan, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
@@ -27,7 +24,6 @@ from ditfastattn.runtime.search.prompts import HELD_OUT_SEED, Prompt, split_prom
 from ditfastattn.runtime.search.session import Session, open_session
 from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.targets import Target, TargetKind
-from ditfastattn.runtime.search.timing import device_name
 from ditfastattn.runtime.search.work import SearchProgress, Work
 
 log = logging.getLogger(__name__)
@@ -73,7 +69,7 @@ def retarget(
     with holding, open_session(pipeline, prompts[0], cfg_layout, timestep) as session:
         _check_model(plan, session)
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
-        work = Work(session, Checkpoint(), at_most, on_progress or _ignore)
+        work = Work(session, Checkpoint(), at_most, on_progress)
         adapted = _validated(work, plan, kept, prompts, unseen, seed)
         if out is not None:
             adapted.save(out)
@@ -150,27 +146,17 @@ def _validated(
     rows = retarget_rows(plan, session)
     calibrated = _measured(work, rows, prompts, target, "calibration")
     unseen = _measured(work, rows, held_out, target, "held-out")
-    return Plan(
-        model=session.identity,
-        inputs=input_shapes(session.captured),
-        sampler=session.sampler(work.timesteps),
-        sites=tuple(site.planned() for site in session.sites),
-        strategies=tuple(rows),
-        merge_variants=plan.merge_variants,
-        calibration=Calibration(
-            method="retarget",
-            target=record_target(target),
-            strength=plan.calibration.strength,
-            seed=seed,
-            batch=value(outputs(session.captured.module.graph)[0]).shape[0],
-            calibrated=calibrated,
-            held_out=unseen,
-            device=device_name(),
-            forwards=round(work.forwards, 1),
-            seconds=round(time.monotonic() - began, 1),
-            versions={"torch": torch.__version__},
-        ),
+    calibration = Calibration(
+        method="retarget",
+        target=record_target(target),
+        strength=plan.calibration.strength,
+        seed=seed,
+        calibrated=calibrated,
+        held_out=unseen,
+        forwards=round(work.forwards, 1),
+        seconds=round(time.monotonic() - began, 1),
     )
+    return session.plan(rows, work.timesteps, calibration, plan.merge_variants)
 
 
 def _measured(
@@ -227,7 +213,3 @@ def _check_model(plan: Plan, session: Session) -> None:
         )
         expected = expected.model_copy(update={"weights": got.weights})
     check_fingerprint(got, expected)
-
-
-def _ignore(_progress: SearchProgress) -> None:
-    pass

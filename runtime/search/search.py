@@ -15,13 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-
 from ditfastattn.errors import TargetMissedError
-from ditfastattn.passes.ir import outputs, value
 from ditfastattn.passes.plan import Calibration, Measured, Plan, SearchMethod, Strategy
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE, Bracket
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Chooser, Method
@@ -29,7 +25,7 @@ from ditfastattn.runtime.search.planned_target import record_target, record_valu
 from ditfastattn.runtime.search.prompts import Prompt
 from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.targets import Judgement, Target, TargetKind
-from ditfastattn.runtime.search.timing import PairedTiming, device_name
+from ditfastattn.runtime.search.timing import PairedTiming
 from ditfastattn.runtime.search.work import Work
 
 MAX_ROUNDS = 6
@@ -205,33 +201,23 @@ class Search:
 
     def plan(self, found: Found, seconds: float, timing: PairedTiming | None = None) -> Plan:
         """Return the plan with its record."""
-        session, options, target = self._work.session, self._options, self._target
-        merge = options.max_variants > 0
-        return Plan(
-            model=session.identity,
-            inputs=input_shapes(session.captured),
-            sampler=session.sampler(self._work.timesteps),
-            sites=tuple(site.planned() for site in session.sites),
-            strategies=tuple(found.rows),
-            merge_variants=merge,
-            calibration=Calibration(
-                method=cast(SearchMethod, options.method.value),  # auto has been resolved
-                target=record_target(target),
-                strength=found.strength,
-                seed=options.seed,
-                batch=value(outputs(session.captured.module.graph)[0]).shape[0],
-                calibrated=self._recorded(found.calibrated),
-                held_out=self._recorded(found.held_out),
-                predicted_speedup=round(self._speedup(found.rows), 3),
-                measured_speedup=timing and round(timing.speedup.median, 3),
-                measured_seconds=timing and round(timing.candidate.median, 4),
-                device=device_name(),
-                rounds=found.rounds,
-                forwards=round(self._work.forwards, 1),
-                seconds=round(seconds, 1),
-                versions={"torch": torch.__version__},
-            ),
+        options = self._options
+        calibration = Calibration(
+            method=cast(SearchMethod, options.method.value),  # auto has been resolved
+            target=record_target(self._target),
+            strength=found.strength,
+            seed=options.seed,
+            calibrated=self._recorded(found.calibrated),
+            held_out=self._recorded(found.held_out),
+            predicted_speedup=round(self._speedup(found.rows), 3),
+            measured_speedup=timing and round(timing.speedup.median, 3),
+            measured_seconds=timing and round(timing.candidate.median, 4),
+            rounds=found.rounds,
+            forwards=round(self._work.forwards, 1),
+            seconds=round(seconds, 1),
         )
+        timesteps, capped = self._work.timesteps, options.max_variants > 0
+        return self._work.session.plan(found.rows, timesteps, calibration, capped)
 
     def _recorded(self, values: Sequence[float]) -> Measured | None:
         return record_values(self._target, values) if values else None
@@ -268,8 +254,7 @@ class Search:
         return Found(rows, strength, calibrated, [item.value for item in checked], rounds)
 
     def _speedup(self, rows: list[Row]) -> float:
-        costs = self._chooser.costs
-        return costs.step * len(rows) / costs.plan(rows, self._options.max_variants > 0)
+        return self._chooser.costs.speedup(rows, self._options.max_variants > 0)
 
     def _dense_rows(self) -> list[Row]:
         session = self._work.session

@@ -20,15 +20,28 @@ from torch.fx import GraphModule
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture import CapturedGraph, GraphInput, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.ir import outputs
-from ditfastattn.passes.plan import CfgLayout, Fingerprint, Sampler
+from ditfastattn.passes.ir import outputs, value
+from ditfastattn.passes.plan import (
+    Calibration,
+    CfgLayout,
+    Fingerprint,
+    Plan,
+    Sampler,
+    Strategy,
+)
 from ditfastattn.passes.sites import AttentionSite, find_sites
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.matching import scheduler_config, static_tensors, timestep_position
-from ditfastattn.runtime.search.prompts import Prompt, argument_of, images_as_tensors
+from ditfastattn.runtime.matching import (
+    input_shapes,
+    scheduler_config,
+    static_tensors,
+    timestep_position,
+)
+from ditfastattn.runtime.search.prompts import Prompt, argument_of, generate
+from ditfastattn.runtime.search.timing import device_name
 
 Outputs = tuple[Any, ...]
 
@@ -45,7 +58,6 @@ class Stepper(Protocol):
 class _Model:
     captured: CapturedGraph
     sites: tuple[AttentionSite, ...]
-    declined: int
     identity: Fingerprint
     timestep: int
     example: tuple[Tensor, ...]
@@ -129,6 +141,32 @@ class Session:
             cfg_layout=self.layout,
         )
 
+    def plan(
+        self,
+        rows: Sequence[Sequence[Strategy]],
+        timesteps: Sequence[float],
+        calibration: Calibration,
+        merge_variants: bool = False,
+    ) -> Plan:
+        """Return the plan of ``rows`` for this model and sampler.
+
+        ``calibration`` says how they were found; where and on what batch is added.
+        """
+        where = {
+            "batch": value(outputs(self.captured.module.graph)[0]).shape[0],
+            "device": device_name(),
+            "versions": {"torch": torch.__version__},
+        }
+        return Plan(
+            model=self.identity,
+            inputs=input_shapes(self.captured),
+            sampler=self.sampler(timesteps),
+            sites=tuple(site.planned() for site in self.sites),
+            strategies=tuple(map(tuple, rows)),
+            merge_variants=merge_variants,
+            calibration=calibration.model_copy(update=where),
+        )
+
     def capture(self, prompt: Prompt) -> None:
         """Capture the model by one step of a generation, and time a warm forward pass."""
         self.guidance_scale = argument_of(self.pipeline, prompt.call, "guidance_scale")
@@ -147,10 +185,7 @@ class Session:
         self._stepper, self._seen = stepper, []
         token = _active.set(self)
         try:
-            with torch.no_grad():
-                generator = torch.Generator().manual_seed(prompt.seed)
-                call = images_as_tensors(self.pipeline, prompt.call)
-                result = self.pipeline(**call, generator=generator)
+            images = generate(self.pipeline, prompt)
         finally:
             _active.reset(token)
         self.timesteps = tuple(self._seen)
@@ -161,7 +196,7 @@ class Session:
                 got=f"{len(self.timesteps)} calls",
                 remedy="batch the guidance in one call; use a scheduler of one call per step",
             )
-        return result if isinstance(result, Tensor) else result[0]
+        return images
 
     def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
         """Run one call of the transformer, which Dynamo hands over."""
@@ -190,7 +225,7 @@ class Session:
         tensors = tuple(item for item in args if isinstance(item, Tensor))
         identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
         position = timestep_position(captured, self.timestep)
-        return _Model(captured, report.sites, len(report.declined), identity, position, tensors)
+        return _Model(captured, report.sites, identity, position, tensors)
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
         pairs = zip(self._known.captured.inputs, self._known.example, tensors, strict=True)

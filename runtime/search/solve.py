@@ -61,7 +61,7 @@ class Problem:
 
     def speedup(self, rows: Sequence[Row], merge_variants: bool = False) -> float:
         """Return the dense price over the plan's."""
-        return self.costs.step * len(rows) / self.costs.plan(rows, merge_variants)
+        return self.costs.speedup(rows, merge_variants)
 
 
 def within_budget(problem: Problem, budget: float) -> list[Row]:

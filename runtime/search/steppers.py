@@ -56,9 +56,9 @@ class Variants:
         """Unroll the plan ``rows``."""
         return unroll(rows, self.session.captured, self.session.sites, merge_variants)
 
-    def flops(self, rows: Rows) -> Flops:
+    def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
         """Count a whole generation by the plan ``rows``."""
-        program = self.program(rows)
+        program = self.program(rows, merge_variants)
         counts = [self.get(program.variants[variant]).flops for variant in program.schedule]
         return sum(counts, Flops(0, 0))
 

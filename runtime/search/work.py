@@ -37,7 +37,7 @@ class Work:
     session: Session
     checkpoint: Checkpoint
     at_most: float
-    on_progress: Callable[[SearchProgress], None]
+    on_progress: Callable[[SearchProgress], None] | None = None
     forwards: float = 0.0
     phase: str = ""
     timesteps: tuple[float, ...] = ()
@@ -64,6 +64,8 @@ class Work:
     def spend(self, forwards: float) -> None:
         """Count work as dense forward passes, and report."""
         self.forwards += forwards
+        if self.on_progress is None:
+            return
         left = max(0.0, self.at_most - self.forwards)
         spent = time.monotonic() - self._began
         pace = spent / self.forwards if self.forwards > 1.0 else self.session.forward_seconds

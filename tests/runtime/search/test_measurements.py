@@ -239,7 +239,7 @@ def test_an_interrupted_pass_goes_on(
     batch = Prompt({**CALL, "class_labels": [1, 2]}, 0)
 
     def chooser() -> PassChooser:
-        work = Work(session, Checkpoint(tmp_path), 0.0, lambda _: None)
+        work = Work(session, Checkpoint(tmp_path), 0.0)
         return PassChooser(work, batch, prices(2), method, 0.1)
 
     whole = chooser().rows(0.1)

@@ -280,15 +280,18 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_an_unfinished_search_for_something_else_is_not_overwritten(tmp_path: Path) -> None:
-    out = tmp_path / "plan.json"
-
+def interrupt_in_round_1(out: Path) -> None:
     def stop(progress: SearchProgress) -> None:
         if progress.phase.startswith("round 1"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         search(Target.min_ssim(0.99), out=out, on_progress=stop)
+
+
+def test_an_unfinished_search_for_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    interrupt_in_round_1(out)
     kept = sorted(path.name for path in (tmp_path / "plan.json.search").iterdir())
     assert "profile-0.safetensors" in kept
     with pytest.raises(ConfigError, match=r"target: an unfinished search[\s\S]*--restart"):
@@ -300,13 +303,7 @@ def test_an_unfinished_search_for_something_else_is_not_overwritten(tmp_path: Pa
 
 def test_a_resumed_search_reads_what_was_done(tmp_path: Path, by_ssim: Plan) -> None:
     out = tmp_path / "plan.json"
-
-    def stop(progress: SearchProgress) -> None:
-        if progress.phase.startswith("round 1"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        search(Target.min_ssim(0.99), out=out, on_progress=stop)
+    interrupt_in_round_1(out)
     damaged = tmp_path / "plan.json.search" / "profile-0.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])  # it is measured again
     phases: list[SearchProgress] = []
