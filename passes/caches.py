@@ -4,6 +4,10 @@ A slot is one tensor that a site hands from a step to later ones: ``blocks.0.att
 the first frontier node, after the output projection) or ``blocks.0.attn/residual`` (full minus
 window attention, before the output projection). A graph that reads a slot has an input for it; a
 graph that writes one returns it after the model's own outputs.
+
+Two slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
+last: whoever runs the graphs moves it over, a pointer and no copy. ``blocks.0.attn/distance`` is
+how far a step extrapolates, a number that the schedule fixes.
 """
 
 from __future__ import annotations
@@ -27,6 +31,24 @@ def output_slot(site: str, index: int) -> str:
 def residual_slot(site: str) -> str:
     """Name the slot of the residual of ``site``."""
     return f"{site}/residual"
+
+
+def previous_slot(site: str, index: int) -> str:
+    """Name the slot of the output before the last at the ``index``-th frontier node."""
+    return previous_of(output_slot(site, index))
+
+
+def previous_of(slot: str) -> str:
+    """Return the slot that takes over what the output slot ``slot`` held."""
+    return slot.replace("/output.", "/previous.")
+
+
+def distance_slot(site: str) -> str:
+    """Name the input that says how far ``site`` extrapolates: fp32, no dimensions.
+
+    It counts steps since the last output, in units of the steps between the last two.
+    """
+    return f"{site}/distance"
 
 
 def read_cache(graph: Graph, slot: str, like: Tensor) -> Node:

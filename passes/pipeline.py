@@ -15,6 +15,7 @@ from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.base import Pass
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
+from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.ir import clone, graph_text, outputs
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
@@ -56,6 +57,7 @@ def variant_passes(
         ),
         WindowResidual(chosen(Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)),
         ShareAcrossSteps(chosen(Strategy.SHARE_STEP)),
+        ExtrapolateSteps(chosen(Strategy.EXTRAPOLATE)),
         ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
         SinkBatchSlices(),
         EliminateDeadCode(),

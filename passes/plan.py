@@ -1,4 +1,4 @@
-"""Define the plan: which shortcut each attention site takes at each step, and for what it holds.
+"""Define the plan: which shortcut each site takes at each step, and for what it holds.
 
 A plan is data. It is written as JSON, read back strictly (an unknown field, an unknown version or
 an impossible schedule is a ``ConfigError``), and refuses a model or sampler other than its own.
@@ -17,22 +17,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Strategy(StrEnum):
-    """Name what an attention site does at one step (DiTFastAttn, section 3)."""
+    """Name what a site does at one step (DiTFastAttn, section 3; the last is TaylorSeer's)."""
 
     FULL = "full"
     WINDOW = "window"  # WA-RS: window attention plus the cached residual
     SHARE_STEP = "share-step"  # AST: the output of the last step that computed one
     SHARE_CFG = "share-cfg"  # ASC: the conditional half serves both halves
     WINDOW_SHARE_CFG = "window+share-cfg"
+    EXTRAPOLATE = "extrapolate"  # the line through the outputs of the last two that computed one
 
     @property
     def windowed(self) -> bool:
         """Tell whether the site reads its residual cache."""
         return self in (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)
+
+    @property
+    def computes(self) -> bool:
+        """Tell whether the site computes an output, rather than reuse earlier ones."""
+        return self not in (Strategy.SHARE_STEP, Strategy.EXTRAPOLATE)
 
     @property
     def shares_cfg(self) -> bool:
@@ -49,11 +55,12 @@ class CfgLayout(StrEnum):
 
 
 class SiteKind(StrEnum):
-    """Name what an attention site attends to."""
+    """Name what an attention site attends to, or a site that is no attention."""
 
     SELF = "self"
     CROSS = "cross"
     JOINT = "joint"
+    FEED_FORWARD = "feed-forward"
 
 
 class _Record(BaseModel):
@@ -62,10 +69,10 @@ class _Record(BaseModel):
 
 
 class PlannedSite(_Record):
-    """Describe one attention site of the model a plan is for.
+    """Describe one site of the model a plan is for.
 
     ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence,
-    0 where a window is not legal.
+    0 where a window is not legal. A feed-forward is one head of its width.
     """
 
     name: str
@@ -148,14 +155,15 @@ class Calibration(_Record):
 
 
 class Plan(_Record):
-    """Say, per step and attention site, which strategy runs: ``strategies[step][site]``.
+    """Say, per step and site, which strategy runs: ``strategies[step][site]``.
 
-    ``inputs`` holds the shape of each tensor input of the model without its batch dimension; the
-    latent is among them. The batch size itself is free. With ``merge_variants`` steps of the same
-    strategies are one compiled variant, even where they differ in the caches they must store.
+    ``sites`` may be some of the model's only: the others run as they are. ``inputs`` holds the
+    shape of each tensor input of the model without its batch dimension; the latent is among them.
+    The batch size itself is free. With ``merge_variants`` steps of the same strategies are one
+    compiled variant, even where they differ in the caches they must store.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: Fingerprint
     inputs: dict[str, tuple[int, ...]]
     sampler: Sampler
@@ -185,12 +193,14 @@ class Plan(_Record):
         return self
 
     def _check_site(self, index: int, site: PlannedSite) -> None:
-        has_output = has_residual = False
+        computed, has_residual = 0, False
         for step, row in enumerate(self.strategies):
             strategy = row[index]
             reason = ""
-            if strategy is Strategy.SHARE_STEP and not has_output:
+            if strategy is Strategy.SHARE_STEP and not computed:
                 reason = "no earlier step computes an output to share"
+            elif strategy is Strategy.EXTRAPOLATE and computed < 2:
+                reason = f"{computed} earlier steps compute an output, a line needs two"
             elif strategy.windowed and not has_residual:
                 reason = "no earlier full step computes the residual"
             elif strategy.windowed and site.window == 0:
@@ -199,12 +209,12 @@ class Plan(_Record):
                 reason = "guidance is not batched (cfg_layout is none)"
             if reason:
                 raise ValueError(f"strategies[{step}][{index}] ({site.name}): {strategy}: {reason}")
-            has_output = True
+            computed += strategy.computes
             has_residual = has_residual or strategy is Strategy.FULL
 
     @property
     def changed(self) -> int:
-        """Count the entries that are not full attention."""
+        """Count the entries that take a shortcut."""
         return sum(strategy is not Strategy.FULL for row in self.strategies for strategy in row)
 
     def save(self, path: str | os.PathLike[str]) -> None:

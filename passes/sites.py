@@ -1,20 +1,23 @@
-"""Find a model's attention sites by data flow, never by class name.
+"""Find a model's sites by data flow, never by class name.
 
-A site is an attention node with its *frontier*: the last nodes that depend on nothing but this
-attention's output and parameters (the output projection, a rescaling; two of them where joint
-attention splits into image and text). What is cached for a later step is cached there, so that
-norm, projections and attention all die when the step shares it.
+An attention site is an attention node with its *frontier*: the last nodes that depend on nothing
+but this attention's output and parameters (the output projection, a rescaling; two of them where
+joint attention splits into image and text). What is cached for a later step is cached there, so
+that norm, projections and attention all die when the step shares it. A feed-forward branch is a
+site too, whose frontier is where it leaves: it can be shared, and has no window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.capture import CapturedGraph, readable_path
+from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, users_outside, value
 from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
 
@@ -24,10 +27,11 @@ _WINDOW_FRACTION = 8  # the paper's window: N/8 tokens on each side
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """Describe one attention site of a captured graph.
+    """Describe one site of a captured graph: an attention, or a feed-forward as one head.
 
-    ``node`` and ``frontier`` name graph nodes; ``ordinal`` is the place among *all* attention
-    nodes. ``declined`` says why a strategy is not legal here.
+    ``node`` and ``frontier`` name graph nodes; ``node`` is the attention, or where the feed-forward
+    leaves. ``ordinal`` is the place among *all* attention, or all linear, nodes. ``declined`` says
+    why a strategy is not legal here.
     """
 
     name: str
@@ -54,6 +58,11 @@ class AttentionSite:
         )
 
 
+def attentions(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """Return the sites that are attentions: what DiTFastAttn itself shares."""
+    return tuple(site for site in sites if site.kind is not SiteKind.FEED_FORWARD)
+
+
 @dataclass(frozen=True)
 class DeclinedAttention:
     """Name an attention node that is not a site, and why."""
@@ -72,7 +81,7 @@ class SiteReport:
 
 
 def find_sites(captured: CapturedGraph) -> SiteReport:
-    """Return every attention site of ``captured``, and each declined attention with its reason."""
+    """Return every site of ``captured``, and each declined attention with its reason."""
     graph = captured.module.graph
     ancestry = _Ancestry(captured)
     sites: list[AttentionSite] = []
@@ -85,7 +94,35 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
             declined.append(DeclinedAttention(name, ordinal, reason))
         else:
             sites.append(_describe(node, name, ordinal, captured, ancestry))
+    for branch in find_feed_forwards(graph, ancestry.is_static):
+        path = _common_path([_module_path(linear) for linear in branch.linears])
+        name = _unique(path or f"feed_forward.{branch.ordinal}", names)
+        sites.append(_describe_feed_forward(branch, name, graph))
+    order = {node.name: position for position, node in enumerate(graph.nodes)}
+    sites.sort(key=lambda site: order[site.node])
     return SiteReport(tuple(sites), tuple(declined))
+
+
+def _describe_feed_forward(branch: FeedForward, name: str, graph: Graph) -> AttentionSite:
+    width = value(branch.exit).shape[-1]
+    no_window = "a window is defined for attention, this is a feed-forward"
+    declined = dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    no_guidance = _why_no_shared_guidance(branch.exit, graph)
+    if no_guidance:
+        declined[Strategy.SHARE_CFG] = no_guidance
+    return AttentionSite(
+        name=name,
+        ordinal=branch.ordinal,
+        node=branch.exit.name,
+        frontier=(branch.exit.name,),
+        kind=SiteKind.FEED_FORWARD,
+        tokens=math.prod(value(branch.exit).shape[1:-1]),
+        heads=1,
+        head_dim=width,
+        grid=(),
+        window=0,
+        declined=declined,
+    )
 
 
 def _describe(
@@ -117,15 +154,7 @@ def _describe(
 
 def frontier(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, ...]:
     """Return the last nodes that depend on ``attention`` and static inputs alone."""
-    inside = {attention}
-    for node in attention.graph.nodes:
-        if node.op != "call_function" or node in inside:
-            continue
-        sources = node.all_input_nodes
-        if any(source in inside for source in sources) and all(
-            source in inside or is_static(source) for source in sources
-        ):
-            inside.add(node)
+    inside = closure(attention.graph, [attention], is_static)
     ordered = (node for node in attention.graph.nodes if node in inside)
     return tuple(node for node in ordered if users_outside(node, inside))
 
@@ -204,7 +233,7 @@ def _why_no_window(node: Node, kind: SiteKind, tokens: int) -> str:
 
 
 def _why_no_shared_guidance(node: Node, graph: Graph) -> str:
-    batch = value(node.args[0]).shape[0]
+    batch = value(node).shape[0]
     if batch % 2:
         return f"the batch is {batch}: no two halves"
     returned = value(graph.output_node().all_input_nodes[0])
@@ -245,6 +274,12 @@ def _module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     return readable_path(paths[-1]) if paths else ""
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    shared = takewhile(lambda names: len(set(names)) == 1, parts)
+    return ".".join(names[0] for names in shared)
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:

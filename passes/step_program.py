@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ditfastattn.errors import VerifyError
-from ditfastattn.passes.caches import output_slot, residual_slot
+from ditfastattn.passes.caches import distance_slot, output_slot, previous_slot, residual_slot
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find, value
 from ditfastattn.passes.pipeline import SiteAction
@@ -20,7 +20,8 @@ from ditfastattn.passes.sites import AttentionSite
 class CacheSlot:
     """Describe one cache slot: its bytes at this batch, and the steps of each of its lives.
 
-    ``lives`` holds pairs (step that writes, last step that reads).
+    ``lives`` holds pairs (step that writes, last step that reads). No graph writes a slot that has
+    a ``source``: it takes over what that slot held before the step.
     """
 
     name: str
@@ -28,15 +29,26 @@ class CacheSlot:
     dtype: str
     bytes: int
     lives: tuple[tuple[int, int], ...]
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class StepProgram:
-    """Hold the distinct step variants, the schedule ``step -> variant`` and the cache slots."""
+    """Hold the distinct step variants, the schedule ``step -> variant`` and the cache slots.
 
+    ``distances[step]`` says how far each site that extrapolates goes, by the name of its input.
+    """
+
+    sites: tuple[AttentionSite, ...]
     variants: tuple[tuple[SiteAction, ...], ...]
     schedule: tuple[int, ...]
     slots: tuple[CacheSlot, ...]
+    distances: tuple[dict[str, float], ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the sites."""
+        return tuple(site.name for site in self.sites)
 
     @property
     def shares_cfg(self) -> bool:
@@ -62,6 +74,21 @@ class StepProgram:
         """Return the slots that a later step reads: after ``step`` all other memory is free."""
         return self._live[step]
 
+    def moves_at(self, step: int) -> tuple[tuple[str, str], ...]:
+        """Return the pairs (slot, source) that move over after ``step``, before its writes."""
+        return self._moves[step]
+
+    @cached_property
+    def _moves(self) -> list[tuple[tuple[str, str], ...]]:
+        return [
+            tuple(
+                (slot.name, slot.source)
+                for slot in self.slots
+                if slot.source and any(written == step for written, _ in slot.lives)
+            )
+            for step in range(len(self.schedule))
+        ]
+
     @cached_property
     def _live(self) -> list[frozenset[str]]:
         """List the live slots by step, once: every step of every generation asks."""
@@ -73,6 +100,9 @@ class StepProgram:
             )
             for step in range(len(self.schedule))
         ]
+
+
+NOTHING = StepProgram(sites=(), variants=(), schedule=(), slots=(), distances=())
 
 
 def unroll(
@@ -87,13 +117,15 @@ def unroll(
     ``merge_variants`` they become one variant that stores what any of them must: fewer variants,
     at the price of some caches that nobody reads.
     """
-    columns = [_site_actions([row[index] for row in strategies]) for index in range(len(sites))]
+    chosen = [[row[index] for row in strategies] for index in range(len(sites))]
+    columns = [_site_actions(column) for column in chosen]
     rows = list(zip(*columns, strict=True)) if columns else [()] * len(strategies)
     if merge_variants:
         rows = _merged(rows)
     columns = [list(column) for column in zip(*rows, strict=True)]
     variants = tuple(dict.fromkeys(rows))
     program = StepProgram(
+        sites=tuple(sites),
         variants=variants,
         schedule=tuple(variants.index(row) for row in rows),
         slots=tuple(
@@ -101,6 +133,7 @@ def unroll(
             for site, column in zip(sites, columns, strict=True)
             for slot in _slots(site, column, captured)
         ),
+        distances=_distances(sites, chosen, len(strategies)),
     )
     _check_writers(program)
     return program
@@ -128,9 +161,9 @@ def _merged(rows: Sequence[tuple[SiteAction, ...]]) -> list[tuple[SiteAction, ..
 def _site_actions(strategies: Sequence[Strategy]) -> list[SiteAction]:
     """Add to each step what later steps will read of it, and nothing they will not."""
     actions: list[SiteAction] = []
-    output_wanted = residual_wanted = False
+    output_wanted = previous_wanted = residual_wanted = False
     for strategy in reversed(strategies):
-        computes = strategy is not Strategy.SHARE_STEP
+        computes = strategy.computes
         full = strategy is Strategy.FULL
         actions.append(
             SiteAction(
@@ -139,7 +172,8 @@ def _site_actions(strategies: Sequence[Strategy]) -> list[SiteAction]:
                 writes_residual=full and residual_wanted,
             )
         )
-        output_wanted = not computes
+        output_wanted = not computes or previous_wanted
+        previous_wanted = strategy is Strategy.EXTRAPOLATE or (previous_wanted and not computes)
         residual_wanted = strategy.windowed or (residual_wanted and not full)
     return actions[::-1]
 
@@ -148,13 +182,18 @@ def _slots(
     site: AttentionSite, column: Sequence[SiteAction], captured: CapturedGraph
 ) -> list[CacheSlot]:
     written = [step for step, action in enumerate(column) if action.writes_output]
-    read = [step for step, action in enumerate(column) if action.strategy is Strategy.SHARE_STEP]
+    read = [step for step, action in enumerate(column) if not action.strategy.computes]
+    lines = [step for step in read if column[step].strategy is Strategy.EXTRAPOLATE]
+    computed = [step for step, action in enumerate(column) if action.strategy.computes]
+    moved = _lives(computed, lines)
     residual_written = [step for step, action in enumerate(column) if action.writes_residual]
     residual_read = [step for step, action in enumerate(column) if action.strategy.windowed]
-    slots = [
-        _slot(output_slot(site.name, index), member, _lives(written, read), captured)
-        for index, member in enumerate(site.frontier)
-    ]
+    output_lives = _lives(written, sorted({*read, *(step for step, _ in moved)}))
+    slots: list[CacheSlot] = []
+    for index, member in enumerate(site.frontier):
+        name, before = output_slot(site.name, index), previous_slot(site.name, index)
+        slots.append(_slot(name, member, output_lives, captured))
+        slots.append(_slot(before, member, moved, captured, source=name))
     residual_lives = _lives(residual_written, residual_read)
     slots.append(_slot(residual_slot(site.name), site.node, residual_lives, captured))
     return [slot for slot in slots if slot.lives]
@@ -163,14 +202,18 @@ def _slots(
 def _lives(written: Sequence[int], read: Sequence[int]) -> tuple[tuple[int, int], ...]:
     lives: list[tuple[int, int]] = []
     for start, end in zip(written, [*written, math.inf][1:], strict=True):
-        readers = [step for step in read if start < step < end]
+        readers = [step for step in read if start < step <= end]
         if readers:  # a merged variant may write what this step's successors do not read
             lives.append((start, max(readers)))
     return tuple(lives)
 
 
 def _slot(
-    name: str, node: str, lives: tuple[tuple[int, int], ...], captured: CapturedGraph
+    name: str,
+    node: str,
+    lives: tuple[tuple[int, int], ...],
+    captured: CapturedGraph,
+    source: str = "",
 ) -> CacheSlot:
     tensor = value(find(captured.module.graph, node))
     return CacheSlot(
@@ -179,7 +222,23 @@ def _slot(
         dtype=str(tensor.dtype).removeprefix("torch."),
         bytes=tensor.numel() * tensor.element_size(),
         lives=lives,
+        source=source,
     )
+
+
+def _distances(
+    sites: Sequence[AttentionSite], columns: Sequence[Sequence[Strategy]], steps: int
+) -> tuple[dict[str, float], ...]:
+    found: tuple[dict[str, float], ...] = tuple({} for _ in range(steps))
+    for site, column in zip(sites, columns, strict=True):
+        computed: list[int] = []
+        for step, strategy in enumerate(column):
+            if strategy.computes:
+                computed.append(step)
+            elif strategy is Strategy.EXTRAPOLATE and len(computed) > 1:
+                before, last = computed[-2:]
+                found[step][distance_slot(site.name)] = (step - last) / (last - before)
+    return found
 
 
 def _check_writers(program: StepProgram) -> None:
@@ -187,8 +246,12 @@ def _check_writers(program: StepProgram) -> None:
     written: set[tuple[int, str]] = set()
     for step, variant in enumerate(program.schedule):
         for index, action in enumerate(program.variants[variant]):
-            if action.strategy is Strategy.SHARE_STEP and (index, "output") not in written:
+            if not action.strategy.computes and (index, "output") not in written:
                 raise VerifyError(f"step {step}, site {index}: reads an output no step has written")
+            if action.strategy is Strategy.EXTRAPOLATE and not program.distances[step].get(
+                distance_slot(program.sites[index].name)
+            ):
+                raise VerifyError(f"step {step}, site {index}: extrapolates from less than two")
             if action.strategy.windowed and (index, "residual") not in written:
                 raise VerifyError(
                     f"step {step}, site {index}: reads a residual no step has written"

@@ -49,6 +49,7 @@ def calibrate(
     method: Method | str = Method.AUTO,
     objective: Objective | str = Objective.LATENCY,
     max_variants: int = 0,
+    attention_only: bool = False,
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
     timestep: str = "timestep",
@@ -70,6 +71,8 @@ def calibrate(
             else global.
         objective: save measured ``latency``, or ``attention-flops``, which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
+        attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
+            always do.
         cfg_layout: the order of the guidance halves; found by observation where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
@@ -98,7 +101,9 @@ def calibrate(
     target.prepare(prompts[0].call)
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
-    with holding as checkpoint, open_session(pipeline, prompts[0], cfg_layout, timestep) as session:
+    narrow = attention_only or resolved is not Method.GLOBAL
+    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow)
+    with holding as checkpoint, opening as session:
         work = Work(session, checkpoint, 0.0, on_progress)
         resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
         if resumed:
@@ -195,6 +200,7 @@ def _request(
     return {
         "model": session.identity.model_dump(),
         "layout": session.layout,
+        "sites": [site.name for site in session.sites],
         "call": {name: repr(item) for name, item in sorted(call.items())},
         "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
         "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),
@@ -233,7 +239,7 @@ def _say_gain(plan: Plan) -> None:
     entries = len(plan.sites) * plan.sampler.steps
     log.warning(
         "ditfastattn: there was nothing to gain: %d of %d entries of the plan take a shortcut, "
-        "for a predicted speedup of %.2fx: at this target the model's attention is not redundant",
+        "for a predicted speedup of %.2fx: at this target the model is not redundant",
         plan.changed,
         entries,
         speedup,

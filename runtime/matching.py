@@ -77,23 +77,30 @@ def check_lanes(latent: Tensor, where: str) -> None:
         )
 
 
-def check_model(
+def planned_sites(
     plan: Plan,
     captured: CapturedGraph,
     sites: Sequence[AttentionSite],
     fingerprint: Fingerprint,
-) -> None:
-    """Raise ``ConfigError`` unless ``plan`` is for this model at these shapes."""
+) -> tuple[AttentionSite, ...]:
+    """Return those of ``sites`` that ``plan`` speaks of, in its order.
+
+    Raises:
+        ConfigError: the plan is for another model, or for other shapes.
+    """
     _check_inputs(plan, input_shapes(captured))
+    wanted = {site.name for site in plan.sites}
+    chosen = tuple(site for site in sites if site.name in wanted)
     recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
-    found = [(site.name, site.kind, site.tokens) for site in sites]
+    found = [(site.name, site.kind, site.tokens) for site in chosen]
     if recorded != found:
         raise _mismatch("sites", _names(found), _names(recorded))
     check_fingerprint(fingerprint, plan.model)
     for row in plan.strategies:
-        for site, strategy in zip(sites, row, strict=True):
+        for site, strategy in zip(chosen, row, strict=True):
             if strategy in site.declined:
                 raise _mismatch(f"strategies ({site.name})", strategy, site.declined[strategy])
+    return chosen
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from ditfastattn.passes.capture import (
 from ditfastattn.passes.fingerprint import fingerprint, hash_tensors
 from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.ir import constant_tensors, graph_text, outputs, value
-from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
+from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import (
     Calibration,
     CfgLayout,
@@ -41,17 +41,18 @@ from ditfastattn.passes.plan import (
     Sampler,
     Strategy,
 )
-from ditfastattn.passes.sites import SiteReport, find_sites
-from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.passes.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.step_program import NOTHING, StepProgram, unroll
 from ditfastattn.passes.verify import verify
+from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.matching import (
     check_lanes,
-    check_model,
     input_shapes,
     latent_position,
+    planned_sites,
     static_tensors,
     timestep_position,
 )
@@ -59,6 +60,7 @@ from ditfastattn.runtime.options import BackendOptions
 
 log = logging.getLogger(__name__)
 
+_VariantKey = tuple[tuple[str, ...], tuple[SiteAction, ...], CfgLayout]
 _registry: weakref.WeakSet[Specialization] = weakref.WeakSet()
 _registry_lock = threading.Lock()
 
@@ -99,7 +101,7 @@ class Generation:
     clock: StepClock | None = None
     calibrator: GreedyCalibrator | None = None
     timesteps: list[float] = field(default_factory=list)
-    caches: dict[str, Tensor] = field(default_factory=dict)
+    caches: Caches = field(default_factory=Caches)
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
@@ -173,7 +175,8 @@ class Specialization:
         # A dense run needs no clock.
         self.timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latent = latent_position(captured)
-        self._variants: dict[tuple[tuple[SiteAction, ...], CfgLayout], CompiledVariant] = {}
+        self._attentions = attentions(self.report.sites)
+        self._variants: dict[_VariantKey, CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
         self._lock = threading.RLock()
@@ -183,7 +186,7 @@ class Specialization:
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
         if self.options.dense or not self.report.sites:
-            dense = self._variant((DENSE,) * len(self.report.sites), CfgLayout.NONE, tensors, {})
+            dense = self._variant(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
             return tuple(dense.run(tensors))
         generation = self.generation(tensors)
         try:
@@ -226,7 +229,8 @@ class Specialization:
 
     def _report(self, plan: Plan, program: StepProgram) -> RunReport:
         layout, steps = plan.sampler.cfg_layout, plan.sampler.steps
-        counts = [self._variants.get((program.variants[v], layout)) for v in program.schedule]
+        keys = [(program.names, program.variants[v], layout) for v in program.schedule]
+        counts = [self._variants.get(key) for key in keys]
         flops = [variant.flops for variant in counts if variant is not None]
         return RunReport(
             plan=plan,
@@ -245,7 +249,7 @@ class Specialization:
         raise ConfigError(
             "nothing was calibrated",
             where="calibrate(pipeline)",
-            got=f"{len(self.report.sites)} attention sites",
+            got=f"{len(self._attentions)} attention sites",
             remedy="see the log for the attention nodes that were declined, and why",
         )
 
@@ -260,7 +264,7 @@ class Specialization:
             model=generation.identity,
             inputs=input_shapes(self.captured),
             sampler=sampler or self._plain_sampler(generation),
-            sites=tuple(site.planned() for site in self.report.sites),
+            sites=tuple(site.planned() for site in self._attentions),
             strategies=tuple(calibrator.strategies),
             calibration=Calibration(
                 method="greedy",
@@ -303,7 +307,7 @@ class Specialization:
             self._announce_calibration()
             generation.calibrator = GreedyCalibrator(
                 self.captured,
-                self.report.sites,
+                self._attentions,
                 self.options.cfg_layout,
                 self.options.threshold,
                 self.options.steps,
@@ -331,10 +335,8 @@ class Specialization:
         with self._lock:
             program = self._programs.get(generation.identity)
             if program is None:
-                check_model(plan, self.captured, self.report.sites, generation.identity)
-                program = unroll(
-                    plan.strategies, self.captured, self.report.sites, plan.merge_variants
-                )
+                sites = planned_sites(plan, self.captured, self.report.sites, generation.identity)
+                program = unroll(plan.strategies, self.captured, sites, plan.merge_variants)
                 self._programs[generation.identity] = program
                 self._log_program(plan, program)
         generation.program = program
@@ -353,30 +355,33 @@ class Specialization:
                 check_lanes(tensors[self._latent], self.captured.inputs[self._latent].name)
         layout = self.plans[generation.identity].sampler.cfg_layout
         actions = program.variants[program.schedule[step]]
-        variant = self._variant(actions, layout, tensors, caches)
-        returned = variant.run([*tensors, *(caches[slot] for slot in variant.reads)])
-        caches.update(zip(variant.writes, returned[self._results :], strict=True))
-        for slot in caches.keys() - program.live_after(step):
-            del caches[slot]
+
+        def read(slots: Sequence[str]) -> list[Tensor]:
+            return caches.read(program, step, slots, tensors[0].device)
+
+        variant = self._variant(program, actions, layout, tensors, read)
+        returned = variant.run([*tensors, *read(variant.reads)])
+        caches.write(program, step, variant.writes, returned[self._results :])
         return tuple(returned[: self._results])
 
     def _variant(
         self,
+        program: StepProgram,
         actions: tuple[SiteAction, ...],
         layout: CfgLayout,
         tensors: Sequence[Tensor],
-        caches: Mapping[str, Tensor],
+        read: Callable[[Sequence[str]], list[Tensor]],
     ) -> CompiledVariant:
-        key = (actions, layout)
+        key = (program.names, actions, layout)
         found = self._variants.get(key)
         if found is not None:
             return found
         with self._lock:
             if key not in self._variants:
                 label = f"variant-{len(self._variants):02d}"
-                module = rewrite(self.captured, self.report.sites, actions, layout, label)
+                module = rewrite(self.captured, program.sites, actions, layout, label)
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
-                example = [*tensors, *(caches[slot] for slot in reads)]
+                example = [*tensors, *read(reads)]
                 flops = count_flops(module.graph)
                 run = lower(module, example, self.options.lowering, self.options.inductor)
                 self._variants[key] = CompiledVariant(run, reads, writes, flops)

@@ -1,4 +1,4 @@
-"""Run a captured step with the attention sites in hand: any strategy, tried at any site.
+"""Run a captured step with its sites in hand: any strategy, tried at any site.
 
 The searches share this. What precedes a site is the same for all its candidates, so a caller
 advances to the site once and tries each candidate on the rest of the graph alone.
@@ -16,12 +16,12 @@ from torch.fx import Node
 
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find
-from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite, attention_scale
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 from ditfastattn.runtime.graph_runner import Environment, GraphRunner
 
-CANDIDATES = (  # the order in which Algorithm 1 tries them
+CANDIDATES = (  # the order in which Algorithm 1 tries them; it knows no extrapolation
     Strategy.SHARE_STEP,
     Strategy.WINDOW_SHARE_CFG,
     Strategy.WINDOW,
@@ -40,9 +40,18 @@ def legal_candidates(site: AttentionSite, layout: CfgLayout) -> tuple[Strategy, 
     )
 
 
+def legal_strategies(site: AttentionSite, layout: CfgLayout) -> tuple[Strategy, ...]:
+    """Return the candidates of ``site`` and extrapolation, which needs two earlier outputs."""
+    extrapolate = () if Strategy.EXTRAPOLATE in site.declined else (Strategy.EXTRAPOLATE,)
+    return (*legal_candidates(site, layout), *extrapolate)
+
+
 @dataclass
 class SiteMemory:
-    """Hold a site's caches, both ``[B, H, N, D]``, before the output projection."""
+    """Hold a site's caches: of an attention ``[B, H, N, D]``, before the output projection.
+
+    Of a feed-forward, whose output is ``[B, ..., C]``, there is no residual.
+    """
 
     output: Tensor | None = None
     residual: Tensor | None = None
@@ -87,11 +96,15 @@ class SiteEvaluator:
         return self.finish(environment | {self._attention[index]: output}, index)
 
     def attend(self, environment: Environment, index: int, strategy: Strategy) -> Tensor:
-        """Return the attention output of site ``index`` under ``strategy``, ``[B, H, N, D]``."""
+        """Return the output of site ``index`` under ``strategy``, shaped as ``SiteMemory`` says."""
         memory = self.memory[index]
         if strategy is Strategy.SHARE_STEP:
             return _required(memory.output)
         args, kwargs = self._call(environment, index)
+        if self.sites[index].kind is SiteKind.FEED_FORWARD:
+            whole: Tensor = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
+            half = self._half(whole, whole.shape[0]) if strategy.shares_cfg else None
+            return whole if half is None else torch.cat([half, half])
         residual = _required(memory.residual) if strategy.windowed else None
         if strategy.shares_cfg:
             batch = args[0].shape[0]

@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strategy
-from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
+from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools import train_digits
@@ -48,10 +48,19 @@ class TinyModel:
             return [model(**self.call(step, batch))[0] for step in range(steps)]
 
     def reference(
-        self, strategies: Sequence[Sequence[Strategy]], windows: Sequence[int], layout: CfgLayout
+        self,
+        strategies: Sequence[Sequence[Strategy]],
+        sites: Sequence[AttentionSite],
+        layout: CfgLayout,
     ) -> list[Tensor]:
         """Run the plan interpreter."""
-        interpreter = PlanInterpreter(strategies, windows, layout)
+        interpreter = PlanInterpreter(
+            strategies,
+            [site.window for site in sites],
+            layout,
+            [site.ordinal for site in sites],
+            [site.kind is SiteKind.FEED_FORWARD for site in sites],
+        )
         results: list[Tensor] = []
         for step in range(len(strategies)):
             with torch.no_grad(), interpreter.step(step):
@@ -180,11 +189,18 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Capture:
-    """Hold a captured graph, its sites and the parameters and buffers it was given."""
+    """Hold a captured graph, its sites and the parameters and buffers it was given.
+
+    ``sites`` are the attentions, ``every`` has the feed-forwards too.
+    """
 
     graph: CapturedGraph
-    sites: tuple[AttentionSite, ...]
+    every: tuple[AttentionSite, ...]
     static: list[Tensor]
+
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        return attentions(self.every)
 
 
 def capture_call(model: torch.nn.Module, call: dict[str, Any]) -> Capture:
@@ -230,23 +246,30 @@ def captured_once(tiny: TinyModel, batch: int = 4) -> Capture:
 def capture_sites(
     tiny: TinyModel, batch: int = 4
 ) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
-    """Return the captured graph of ``tiny`` and its sites."""
+    """Return the captured graph of ``tiny`` and its attention sites."""
     found = captured_once(tiny, batch)
     return found.graph, found.sites
+
+
+def capture_every_site(tiny: TinyModel) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
+    """Return the captured graph of ``tiny`` and its sites, feed-forwards among them."""
+    found = captured_once(tiny)
+    return found.graph, found.every
 
 
 def make_plan(
     tiny: TinyModel,
     strategies: Sequence[Sequence[Strategy]],
     layout: CfgLayout = CfgLayout.COND_FIRST,
+    feed_forwards: bool = False,
 ) -> Plan:
     """Return a plan for ``tiny`` with the strategies given."""
     found = captured_once(tiny)
     return Plan(
-        model=fingerprint(found.graph, found.sites, found.static),
+        model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(strategies), timesteps=TIMESTEPS, cfg_layout=layout),
-        sites=tuple(site.planned() for site in found.sites),
+        sites=tuple(site.planned() for site in (found.every if feed_forwards else found.sites)),
         strategies=tuple(tuple(row) for row in strategies),
         calibration=Calibration(method="manual"),
     )
@@ -272,22 +295,30 @@ def mixed_strategies(
 ) -> list[tuple[Strategy, ...]]:
     """Return a random legal schedule in which every legal strategy of every site may occur."""
     generator = random.Random(seed)
+    computed = [1] * len(sites)
     rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
     while len(rows) < steps:
-        rows.append(
-            tuple(
-                generator.choice([s for s in Strategy if s not in site.declined]) for site in sites
-            )
-        )
+        row: list[Strategy] = []
+        for index, site in enumerate(sites):
+            legal = [
+                strategy
+                for strategy in Strategy
+                if strategy not in site.declined
+                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
+            ]
+            row.append(generator.choice(legal))
+            computed[index] += row[-1].computes
+        rows.append(tuple(row))
     return rows
 
 
 def uniform_strategies(
     sites: Sequence[AttentionSite], strategy: Strategy, steps: int = STEPS
 ) -> list[tuple[Strategy, ...]]:
-    """Return full attention at step 0, then ``strategy`` wherever it is legal."""
+    """Return full steps as far as ``strategy`` needs them, then ``strategy`` where it is legal."""
     chosen = tuple(Strategy.FULL if strategy in s.declined else strategy for s in sites)
-    return [tuple(Strategy.FULL for _ in sites), *[chosen] * (steps - 1)]
+    first = 2 if strategy is Strategy.EXTRAPOLATE else 1
+    return [tuple(Strategy.FULL for _ in sites)] * first + [chosen] * (steps - first)
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -30,13 +30,15 @@ STRATEGY_COLOURS: dict[Strategy, str] = {
     Strategy.WINDOW_SHARE_CFG: "#56b4e9",
     Strategy.SHARE_CFG: "#e69f00",
     Strategy.SHARE_STEP: "#f7efc4",
+    Strategy.EXTRAPOLATE: "#b5d99c",
 }
 STRATEGY_LABELS: dict[Strategy, str] = {
-    Strategy.FULL: "full attention",
+    Strategy.FULL: "full",
     Strategy.WINDOW: "window + residual",
     Strategy.WINDOW_SHARE_CFG: "window + residual, guidance shared",
     Strategy.SHARE_CFG: "guidance shared",
     Strategy.SHARE_STEP: "step shared",
+    Strategy.EXTRAPOLATE: "extrapolated from two steps",
 }
 MOST_SAMPLES = 10
 _DOTS_PER_INCH = 150

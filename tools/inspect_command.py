@@ -16,6 +16,7 @@ SYMBOLS = {
     Strategy.SHARE_STEP: (".", "green"),
     Strategy.SHARE_CFG: ("c", "yellow"),
     Strategy.WINDOW_SHARE_CFG: ("x", "magenta"),
+    Strategy.EXTRAPOLATE: ("/", "blue"),
 }
 
 

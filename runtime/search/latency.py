@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditfastattn.passes.caches import previous_of
 from ditfastattn.passes.pipeline import DENSE, SiteAction
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
-from ditfastattn.runtime.site_evaluator import legal_candidates
+from ditfastattn.runtime.site_evaluator import legal_strategies
 
 _REPETITIONS = 5
 _STORING = "storing a residual"
@@ -89,7 +90,7 @@ def measure_costs(
     session = variants.session
     groups: dict[Any, list[int]] = {}
     for index, site in enumerate(session.sites):
-        legal = legal_candidates(site, session.layout)
+        legal = legal_strategies(site, session.layout)
         key = (site.kind, site.tokens, site.heads, site.head_dim, site.window, legal)
         groups.setdefault(key, []).append(index)
     prices: dict[int, dict[str, float]] = {}
@@ -115,7 +116,7 @@ def _price_group(
     session = variants.session
     site = session.sites[members[0]]
     actions: dict[str, tuple[SiteAction, ...]] = {}
-    for strategy in (Strategy.FULL, *legal_candidates(site, session.layout)):
+    for strategy in (Strategy.FULL, *legal_strategies(site, session.layout)):
         writes = strategy is Strategy.FULL
         actions[strategy] = _acting(
             session.sites, members, SiteAction(strategy, writes_output=writes)
@@ -151,15 +152,17 @@ def _time(
 ) -> dict[str, float]:
     """Return the median seconds of each variant; they take turns, so that drift hits all alike."""
     caches: dict[str, Tensor] = {}
+    unit = torch.ones((), device=example[0].device)  # the distance of an extrapolation
     with torch.no_grad():
         for variant in built.values():
             if not variant.reads:
                 returned = variant.module(*example)
-                caches |= dict(zip(variant.writes, returned[results:], strict=True))
+                for slot, item in zip(variant.writes, returned[results:], strict=True):
+                    caches |= {slot: item, previous_of(slot): item}
         samples: dict[str, list[float]] = {name: [] for name in built}
         for _ in range(repetitions + 1):
             for name, variant in built.items():
-                inputs = [*example, *(caches[slot] for slot in variant.reads)]
+                inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
                 samples[name].append(_seconds(partial(variant.module, *inputs)))
     return {name: statistics.median(taken[1:]) for name, taken in samples.items()}
 

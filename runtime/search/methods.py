@@ -234,7 +234,7 @@ class PassChooser:
         self.work.begin(f"a {self.method} pass at strength {strength:.3g}")
         before, layout, timestep = self.work.forwards, session.layout, session.timestep
         images = len(split_prompts(self.batch.call, self.batch.seed))
-        with open_session(session.pipeline, self.batch, layout, timestep) as batched:
+        with open_session(session.pipeline, self.batch, layout, timestep, True) as batched:
             if self.method is Method.GREEDY:
 
                 def report(progress: Progress) -> None:

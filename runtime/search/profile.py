@@ -9,6 +9,7 @@ share-step          ``o[t] - o[s]``
 window              ``r[t] - r[s]``
 share-cfg           ``d[t]`` at the copied half, where ``d = o_cond - o_uncond``
 window+share-cfg    ``r_c[t] - r_c[s]``, and ``d[t] - (r_c[t] - r_c[s])`` at the copied half
+extrapolate         ``o[t] - o[s] - (t - s) / g * (o[s] - o[s - g])``, with gap ``g``
 ==================  ==============================================================
 
 So a sample of their elements, the same ones at every step, gives the error for *every* pair of
@@ -30,11 +31,12 @@ from torch import Tensor
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.search.session import Outputs, Session
-from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates
+from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_strategies
 
 Array = NDArray[np.float64]
 _SAMPLES = 2048  # elements per site, step and half
 _SEED = 0
+MAX_GAP = 6  # steps between the two outputs of an extrapolation
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,15 @@ class ErrorTable:
     """Hold relative errors, infinite where a strategy is not legal.
 
     Those that read a cache are ``[T, T, M]``: at step ``t`` with the cache of step ``s < t``.
-    ``share_cfg`` is ``[T, M]``.
+    ``share_cfg`` is ``[T, M]``; ``extrapolate`` is ``[T, T, MAX_GAP + 1, M]``, by the gap before
+    ``s``, whose first entry (no such gap) is infinite.
     """
 
     share_step: Array
     window: Array
     window_share_cfg: Array
     share_cfg: Array
+    extrapolate: Array
 
     @property
     def steps(self) -> int:
@@ -150,8 +154,11 @@ class ErrorTable:
         """Return the number of sites."""
         return int(self.share_cfg.shape[1])
 
-    def of(self, strategy: Strategy, step: int, source: int, site: int) -> float:
-        """Return the error of ``strategy`` at ``step`` with the cache of step ``source``."""
+    def of(self, strategy: Strategy, step: int, source: int, site: int, gap: int = 0) -> float:
+        """Return the error of ``strategy`` at ``step`` with the cache of step ``source``.
+
+        ``gap`` is the number of steps between the last two outputs, of an extrapolation.
+        """
         match strategy:
             case Strategy.SHARE_STEP:
                 return float(self.share_step[step, source, site])
@@ -161,6 +168,8 @@ class ErrorTable:
                 return float(self.window_share_cfg[step, source, site])
             case Strategy.SHARE_CFG:
                 return float(self.share_cfg[step, site])
+            case Strategy.EXTRAPOLATE:
+                return float(self.extrapolate[step, source, gap if gap <= MAX_GAP else 0, site])
             case Strategy.FULL:
                 return 0.0
 
@@ -173,12 +182,13 @@ def error_table(
     for index in range(len(sites)):
         energies = zip(*(_energies(sketch, index) for sketch in sketches), strict=True)
         per_site.append([np.sqrt(np.mean(found, axis=0)) for found in energies])
-    legal = [{*legal_candidates(site, layout)} for site in sites]
+    legal = [{*legal_strategies(site, layout)} for site in sites]
     order = (
         Strategy.SHARE_STEP,
         Strategy.WINDOW,
         Strategy.WINDOW_SHARE_CFG,
         Strategy.SHARE_CFG,
+        Strategy.EXTRAPOLATE,
     )
     tables = [
         np.stack(
@@ -191,29 +201,58 @@ def error_table(
         for k, strategy in enumerate(order)
     ]
     future = np.triu(np.ones(tables[0].shape[:2], dtype=bool))  # a cache is of an earlier step
-    for table in tables[:3]:
+    for table in (*tables[:3], tables[4]):
         table[future] = np.inf
     return ErrorTable(*tables)
 
 
-def _energies(sketch: Sketch, site: int) -> tuple[Array, Array, Array, Array]:
-    """Return one site's: share-step, window, window+share-cfg ``[T, T]`` and share-cfg ``[T]``."""
+def _energies(sketch: Sketch, site: int) -> tuple[Array, Array, Array, Array, Array]:
+    """Return one site's: share-step, window, window+share-cfg ``[T, T]``, share-cfg ``[T]``.
+
+    And extrapolate ``[T, T, MAX_GAP + 1]``.
+    """
     outputs = sketch.outputs[:, site].double().numpy()
     residuals = sketch.residuals[:, site].double().numpy()
     energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
     steps = len(outputs)
     share = _distances(outputs.reshape(steps, -1)) / energy
+    lines = _lines(outputs.reshape(steps, -1)) / energy[:, :, None]
     window = _distances(residuals.reshape(steps, -1)) / energy
     if outputs.shape[1] == 1:
         nothing = np.full_like(share, np.inf)
-        return share, window, nothing, nothing[:, 0]
+        return share, window, nothing, nothing[:, 0], lines
     between = outputs[:, 0] - outputs[:, 1]
     conditional = residuals[:, 0]
     drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
     along = (conditional * between).sum(1)[:, None] - between @ conditional.T
     gap = (between**2).sum(1)[:, None]
     both = (2.0 * drift + gap - 2.0 * along) / energy
-    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0]
+    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0], lines
+
+
+def _lines(rows: Array) -> Array:
+    """Return squared distances of each row from the lines through two others, by their gap.
+
+    ``[T, n] -> [T, T, MAX_GAP + 1]``: the energy of ``o[t] - (1 + d) o[s] + d o[s - g]``, where
+    ``d = (t - s) / g``.
+    """
+    steps = len(rows)
+    products = rows @ rows.T
+    own = np.diag(products)
+    found = np.full((steps, steps, MAX_GAP + 1), np.inf)
+    for gap in range(1, min(MAX_GAP, steps - 1) + 1):
+        last = np.arange(gap, steps)
+        before = last - gap
+        far = (np.arange(steps)[:, None] - last[None, :]) / gap
+        found[:, gap:, gap] = (
+            own[:, None]
+            + (1.0 + far) ** 2 * own[last]
+            + far**2 * own[before]
+            - 2.0 * (1.0 + far) * products[:, last]
+            + 2.0 * far * products[:, before]
+            - 2.0 * far * (1.0 + far) * products[last, before]
+        )
+    return found.clip(min=0.0)
 
 
 def _distances(rows: Array) -> Array:

@@ -29,7 +29,7 @@ from ditfastattn.passes.plan import (
     Sampler,
     Strategy,
 )
-from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.guidance import detect_cfg_layout
@@ -79,9 +79,12 @@ def _backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Outp
 class Session:
     """Run generations of a pipeline whose transformer is one captured graph."""
 
-    def __init__(self, pipeline: Any, layout: CfgLayout, timestep: str) -> None:
+    def __init__(
+        self, pipeline: Any, layout: CfgLayout, timestep: str, attention_only: bool
+    ) -> None:
         """Prepare; use ``open_session``."""
         self.pipeline = pipeline
+        self._attention_only = attention_only
         self._original = pipeline.transformer
         self.layout = layout
         self.guidance_scale: float | None = None
@@ -100,7 +103,7 @@ class Session:
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
-        """Return its attention sites."""
+        """Return its sites: those that a plan will speak of."""
         return self._known.sites
 
     @property
@@ -214,7 +217,8 @@ class Session:
             captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
         )
         report = find_sites(captured)
-        if not report.sites:
+        sites = attentions(report.sites) if self._attention_only else report.sites
+        if not sites:
             raise ConfigError(
                 "there is no attention to plan",
                 where="the transformer's graph",
@@ -225,7 +229,7 @@ class Session:
         tensors = tuple(item for item in args if isinstance(item, Tensor))
         identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
         position = timestep_position(captured, self.timestep)
-        return _Model(captured, report.sites, identity, position, tensors)
+        return _Model(captured, sites, identity, position, tensors)
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
         pairs = zip(self._known.captured.inputs, self._known.example, tensors, strict=True)
@@ -260,11 +264,16 @@ class _TimingStepper:
 
 @contextmanager
 def open_session(
-    pipeline: Any, prompt: Prompt, cfg_layout: CfgLayout | None = None, timestep: str = "timestep"
+    pipeline: Any,
+    prompt: Prompt,
+    cfg_layout: CfgLayout | None = None,
+    timestep: str = "timestep",
+    attention_only: bool = False,
 ) -> Generator[Session]:
     """Capture the transformer of ``pipeline`` while ``prompt`` runs; give it back at the end.
 
-    ``cfg_layout`` is found by observation where None.
+    ``cfg_layout`` is found by observation where None. With ``attention_only`` feed-forwards are
+    no sites.
 
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
@@ -278,7 +287,7 @@ def open_session(
             expected="a diffusers pipeline with a `transformer` module",
         )
     layout = detect_cfg_layout(pipeline, prompt.call) if cfg_layout is None else cfg_layout
-    session = Session(pipeline, layout, timestep)
+    session = Session(pipeline, layout, timestep, attention_only)
     session.hold()
     try:
         with many_compilations():

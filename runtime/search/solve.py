@@ -15,14 +15,14 @@ just fits, which gives the plans on the convex hull of the trade-off.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.runtime.search.latency import CostTable
-from ditfastattn.runtime.search.profile import ErrorTable
+from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable
 
 Array = NDArray[np.float64]
 Row = tuple[Strategy, ...]
@@ -45,15 +45,17 @@ class Problem:
 
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
         """Return one site's share; infinite where a cache is read that nobody wrote."""
-        output = residual = 0
-        inherited = total = 0.0  # a shared output carries the error of the step that computed it
+        output = residual = gap = 0
+        inherited = total = 0.0  # a reused output carries the error of the step that computed it
         for step, strategy in enumerate(column):
-            source = output if strategy is Strategy.SHARE_STEP else residual
-            error = self.errors.of(strategy, step, source, site)
+            source = residual if strategy.computes else output
+            error = self.errors.of(strategy, step, source, site, gap)
             if strategy is Strategy.SHARE_STEP:
                 error += inherited
+            elif strategy is Strategy.EXTRAPOLATE:  # a line carries it further
+                error += inherited * (1.0 + (step - output) / max(gap, 1))
             else:
-                output, inherited = step, error
+                gap, output, inherited = step - output, step, error
             if strategy is Strategy.FULL:
                 residual = step
             total += error * float(self.weights[step, site])
@@ -121,116 +123,142 @@ _STORED = slice(_CFG_STORED, None)
 
 def solve(problem: Problem, multiplier: float) -> list[Row]:
     """Return the plan of least ``price + multiplier * drift``; step 0 is full."""
-    path = _Paths(problem, multiplier)
-    columns = [path.column(site) for site in range(problem.errors.sites)]
-    return [tuple(row) for row in zip(*columns, strict=True)]
+    windowed = np.isfinite(problem.errors.window).any(axis=(0, 1))
+    windowed |= np.isfinite(problem.errors.window_share_cfg).any(axis=(0, 1))
+    columns: dict[int, list[Strategy]] = {}
+    for has_window in (False, True):
+        sites = np.flatnonzero(windowed == has_window)
+        if len(sites):
+            paths = _Paths(problem, multiplier, sites, has_window)
+            columns |= {int(site): paths.column(index) for index, site in enumerate(sites)}
+    return [tuple(row) for row in zip(*(columns[site] for site in sorted(columns)), strict=True)]
 
 
 class _Paths:
-    """Find the shortest paths of all sites.
+    """Find the shortest paths of ``sites``, of which all or none have windows.
 
-    A node is (step that computes, step of the residual, what it computes); ``value`` and
-    ``inherited`` are ``[M, T, T, 5]`` over them, ``origin`` the flat node that each came from.
+    A node is (step that computes, step of the residual, gap to the step that computed before, what
+    it computes); where there are no windows the second is always 0, and a gap of 0 is one too wide
+    to extrapolate over. ``standing`` is ``[M, T, R, G, 5]``: what it costs to have computed there,
+    and to have reused the output ever since.
     """
 
-    def __init__(self, problem: Problem, multiplier: float) -> None:
-        errors, steps, sites = problem.errors, problem.errors.steps, problem.errors.sites
-        self._problem, self._multiplier = problem, multiplier
+    def __init__(
+        self, problem: Problem, multiplier: float, sites: NDArray[np.int64], windowed: bool
+    ) -> None:
+        errors, steps = problem.errors, problem.errors.steps
+        self._multiplier, self._windowed, self._steps = multiplier, windowed, steps
+        self._errors = ErrorTable(
+            *(getattr(errors, field.name)[..., sites] for field in fields(errors))
+        )
+        self._weights = problem.weights[:, sites]
         self._price = {
-            strategy: np.array([costs[strategy] for costs in problem.costs.sites])
+            strategy: np.array([problem.costs.sites[site][strategy] for site in sites])
             for strategy in Strategy
         }
-        self._storing = np.array(problem.costs.residual)
-        self._shape = (steps, steps, len(_STRATEGY))
-        self._value = np.full((sites, *self._shape), np.inf)
-        self._inherited = np.zeros_like(self._value)
-        self._origin = np.zeros(self._value.shape, dtype=np.int64)
-        self._value[:, 0, 0, _FULL] = self._price[Strategy.FULL]
-        # Drift of sharing the output of step s from s + 1 up to (not including) t, [M, T, T + 1].
-        shared = np.where(np.isfinite(errors.share_step), errors.share_step, 0.0)
-        weighed = shared * problem.weights[:, None, :]
-        self._run = _running(weighed.transpose(2, 1, 0))
-        self._weight = _running(np.broadcast_to(problem.weights.T[:, None, :], self._run_shape))
-        legal = np.isfinite(errors.share_step[1:, 0]).all(axis=0) if steps > 1 else np.ones(sites)
-        self._may_share = legal.astype(bool)
+        self._storing = np.array([problem.costs.residual[site] for site in sites])
+        gaps = min(MAX_GAP, max(1, steps - 1)) + 1
+        self._shape = (steps, steps if windowed else 1, gaps, len(_STRATEGY))
+        self._standing = np.full((len(sites), *self._shape), np.inf)
+        self._inherited = np.zeros((len(sites), *self._shape[:2], 1, len(_STRATEGY)))
+        self._origin = np.zeros(self._standing.shape, dtype=np.int64)
+        self._standing[:, 0, 0, 0, _FULL] = self._price[Strategy.FULL]
         for step in range(1, steps):
             self._arrive(step)
-        self._last = self._reach(steps).reshape(sites, -1).argmin(axis=1)
+            self._standing[:, :step] += self._reuse(step, np.arange(step)).min(axis=0)
+        self._last = self._standing.reshape(len(sites), -1).argmin(axis=1)
 
-    @property
-    def _run_shape(self) -> tuple[int, int, int]:
-        sites, steps = self._value.shape[:2]
-        return sites, steps, steps
+    def _reuse(self, step: int, sources: NDArray[np.int64]) -> Array:
+        """Return what it costs at ``step`` to share, and to extrapolate, from each node.
 
-    def _reach(self, step: int) -> Array:
-        """Return the value of standing before ``step``, having shared since each node."""
-        earlier = np.arange(step)
-        between = (step - 1 - earlier)[None, :, None, None]
-        each = np.where(self._may_share, self._price[Strategy.SHARE_STEP], 0.0)
-        price = between * each[:, None, None, None]
-        price = np.where((between > 0) & ~self._may_share[:, None, None, None], np.inf, price)
-        gone = self._weight[:, earlier, step][:, :, None, None] * self._inherited[:, :step]
-        drift = self._run[:, earlier, step][:, :, None, None] + gone
-        reached: Array = self._value[:, :step] + price + self._multiplier * drift
-        return reached
+        ``[2, M, len(sources), R, G, 5]``.
+        """
+        gaps = np.arange(self._shape[2])
+        inherited = self._inherited[:, sources]
+        far = (step - sources)[:, None] / np.maximum(gaps, 1)
+        shared = self._errors.share_step[step, sources].T[:, :, None, None, None]
+        line = self._errors.extrapolate[step, sources][:, gaps].transpose(2, 0, 1)
+        both = np.stack(
+            [
+                np.broadcast_to(shared + inherited, (*inherited.shape[:3], len(gaps), 5)),
+                line[:, :, None, :, None] + (1.0 + far)[:, None, :, None] * inherited,
+            ]
+        )
+        price = np.stack([self._price[Strategy.SHARE_STEP], self._price[Strategy.EXTRAPOLATE]])
+        weight = self._multiplier * self._weights[step]
+        legal = np.isfinite(both)
+        cost = price[:, :, None, None, None, None] + weight[:, None, None, None, None] * np.where(
+            legal, both, 0.0
+        )
+        return np.where(legal, cost, np.inf)
 
     def _arrive(self, step: int) -> None:
-        """Fill in the nodes that compute at ``step``."""
-        errors = self._problem.errors
-        reach = self._reach(step)
-        sites = len(reach)
-        flat = reach.reshape(sites, -1)
-        best = flat.argmin(axis=1)
-        self._value[:, step, step, _FULL] = flat.min(axis=1) + self._price[Strategy.FULL]
-        self._origin[:, step, step, _FULL] = best
-        unstored, from_unstored = _cheapest(reach, _UNSTORED)
-        stored, from_stored = _cheapest(reach, _STORED)
+        """Fill in the nodes that compute at ``step``, by the gap to the step before."""
+        for gap in range(self._shape[2]):
+            first = max(0, step - gap) if gap else 0
+            last = step - gap + 1 if gap else max(0, step - self._shape[2] + 1)
+            if step >= gap and first < last:
+                self._arrive_from(step, gap, slice(first, last))
+
+    def _arrive_from(self, step: int, gap: int, earlier: slice) -> None:
+        reach = self._standing[:, earlier]
+        start = earlier.start
+        flat = reach.reshape(len(reach), -1)
+        residual = step if self._windowed else 0
+        best = flat.argmin(axis=1) + start * int(np.prod(self._shape[1:]))
+        full = (slice(None), step, residual, gap, _FULL)
+        self._standing[full] = flat.min(axis=1) + self._price[Strategy.FULL]
+        self._origin[full] = best
+        unstored, from_unstored = self._cheapest(reach, _UNSTORED, start)
+        cfg = np.broadcast_to(self._errors.share_cfg[step][:, None], unstored.shape)
+        self._compute(step, gap, _CFG, unstored, from_unstored, cfg)
+        if not self._windowed:
+            return
+        stored, from_stored = self._cheapest(reach, _STORED, start)
         with_storing = unstored + self._storing[:, None]
         cheaper = with_storing < stored
         ready = np.where(cheaper, with_storing, stored)
         from_ready = np.where(cheaper, from_unstored, from_stored)
-        cfg = np.broadcast_to(errors.share_cfg[step][:, None], unstored.shape)
-        self._compute(step, _CFG, unstored, from_unstored, cfg)
-        self._compute(step, _CFG_STORED, stored, from_stored, cfg)
-        self._compute(step, _WINDOW, ready, from_ready, errors.window[step].T)
-        self._compute(step, _WINDOW_CFG, ready, from_ready, errors.window_share_cfg[step].T)
+        both = self._errors.window_share_cfg[step].T
+        self._compute(step, gap, _CFG_STORED, stored, from_stored, cfg)
+        self._compute(step, gap, _WINDOW, ready, from_ready, self._errors.window[step].T)
+        self._compute(step, gap, _WINDOW_CFG, ready, from_ready, both)
 
-    def _compute(self, step: int, kind: int, value: Array, origin: Array, error: Array) -> None:
-        weight = self._multiplier * self._problem.weights[step][:, None]
+    def _compute(
+        self, step: int, gap: int, kind: int, value: Array, origin: Array, error: Array
+    ) -> None:
+        weight = self._multiplier * self._weights[step][:, None]
         legal = np.isfinite(error)
         known = np.where(legal, error, 0.0)
         price = self._price[_STRATEGY[kind]][:, None]
-        self._value[:, step, :, kind] = np.where(legal, value + price + weight * known, np.inf)
-        self._inherited[:, step, :, kind] = known
-        self._origin[:, step, :, kind] = origin
+        cost = np.where(legal, price, 0.0) + weight * known
+        self._standing[:, step, :, gap, kind] = np.where(legal, value + cost, np.inf)
+        self._inherited[:, step, :, 0, kind] = known
+        self._origin[:, step, :, gap, kind] = origin
 
-    def column(self, site: int) -> list[Strategy]:
-        """Return the strategies of one site, traced back from the end."""
-        found = [Strategy.SHARE_STEP] * self._shape[0]
-        node = int(self._last[site])
+    def _cheapest(self, reach: Array, kinds: slice, start: int) -> tuple[Array, Array]:
+        """Return per site and residual ``[M, R]`` the least value, and the flat node it is of."""
+        sites, steps, residuals, gaps, count = reach.shape
+        offset = kinds.indices(count)[0]
+        chosen = reach[..., kinds]
+        width = chosen.shape[4]
+        flat = chosen.transpose(0, 2, 1, 3, 4).reshape(sites, residuals, -1)
+        best = flat.argmin(axis=2)
+        step, gap, kind = np.unravel_index(best, (steps, gaps, width))
+        row = np.arange(residuals)[None, :]
+        node = np.ravel_multi_index((step + start, row + 0 * step, gap, kind + offset), self._shape)
+        return flat.min(axis=2), node
+
+    def column(self, index: int) -> list[Strategy]:
+        """Return the strategies of the ``index``-th site, traced back from the end."""
+        found = [Strategy.SHARE_STEP] * self._steps
+        node, end = int(self._last[index]), self._steps
         while True:
-            step, residual, kind = np.unravel_index(node, self._shape)
+            step, residual, gap, kind = map(int, np.unravel_index(node, self._shape))
             found[step] = _STRATEGY[kind]
+            for later in range(step + 1, end):
+                share, line = self._reuse(later, np.array([step]))[:, index, 0, residual, gap, kind]
+                found[later] = Strategy.EXTRAPOLATE if line < share else Strategy.SHARE_STEP
             if step == 0:
                 return found
-            node = int(self._origin[site, step, residual, kind])
-
-
-def _running(weighed: Array) -> Array:
-    """Sum ``[M, s, t]`` over the steps after ``s`` and before each ``t``: ``[M, T, T + 1]``."""
-    after = np.triu(np.ones(weighed.shape[1:]), k=1)
-    total = np.cumsum(weighed * after, axis=2)
-    return np.concatenate([np.zeros_like(total[:, :, :1]), total], axis=2)
-
-
-def _cheapest(reach: Array, kinds: slice) -> tuple[Array, Array]:
-    """Return per site and residual ``[M, T]`` the least value, and the flat node that has it."""
-    sites, steps, residuals, count = reach.shape
-    offset = kinds.indices(count)[0]
-    chosen = reach[..., kinds]
-    width = chosen.shape[3]
-    flat = chosen.transpose(0, 2, 1, 3).reshape(sites, residuals, steps * width)
-    best = flat.argmin(axis=2)
-    step, kind = np.divmod(best, width)
-    node = (step * residuals + np.arange(residuals)[None, :]) * count + kind + offset
-    return flat.min(axis=2), node
+            node, end = int(self._origin[index, step, residual, gap, kind]), step

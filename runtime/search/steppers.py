@@ -16,6 +16,7 @@ from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.search.session import Outputs, Session
 
 Rows = Sequence[Sequence[Strategy]]
@@ -90,7 +91,7 @@ class PlanStepper:
         self._variants = variants
         self._program = variants.program(rows)
         self._known = known
-        self._caches: dict[str, Tensor] = {}
+        self._caches = Caches()
         self._step = 0
 
     def step(self, args: Sequence[Tensor]) -> Outputs:
@@ -99,8 +100,9 @@ class PlanStepper:
         live = self._program.live_after(at)
         if at < len(self._known) and not live:
             return (self._known[at],)
-        variant = self._variants.get(self._program.variants[self._program.schedule[at]])
-        returned = variant.module(*args, *(self._caches[slot] for slot in variant.reads))
-        self._caches.update(zip(variant.writes, returned[self._variants.results :], strict=True))
-        self._caches = {slot: item for slot, item in self._caches.items() if slot in live}
-        return tuple(returned[: self._variants.results])
+        program, results = self._program, self._variants.results
+        variant = self._variants.get(program.variants[program.schedule[at]])
+        caches = self._caches.read(program, at, variant.reads, args[0].device)
+        returned = variant.module(*args, *caches)
+        self._caches.write(program, at, variant.writes, returned[results:])
+        return tuple(returned[:results])

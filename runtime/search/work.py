@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ditfastattn.passes.plan import Strategy
 from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.prompts import Prompt, as_images
 from ditfastattn.runtime.search.session import Session, Stepper
@@ -116,4 +115,4 @@ class Work:
 
 def _shared(rows: Sequence[Row]) -> float:
     entries = [strategy for row in rows for strategy in row]
-    return sum(strategy is Strategy.SHARE_STEP for strategy in entries) / max(1, len(entries))
+    return sum(not strategy.computes for strategy in entries) / max(1, len(entries))

@@ -20,6 +20,7 @@ def test_the_pipeline_reads_at_a_glance() -> None:
         "store-caches",
         "window-residual",
         "share-across-steps",
+        "extrapolate-steps",
         "share-across-cfg",
         "sink-batch-slices",
         "eliminate-dead-code",

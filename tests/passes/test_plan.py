@@ -17,7 +17,7 @@ FULL, SHARE = "full", "share-step"
 
 def plan_data(**changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "schema_version": 2,
+        "schema_version": 3,
         "model": {"structure": "a", "weights": "b", "dtype": "float32"},
         "inputs": {"hidden_states": [4, 8, 8], "timestep": []},
         "sampler": {

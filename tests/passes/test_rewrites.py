@@ -15,6 +15,7 @@ from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.canonicalize import canonicalize
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
+from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.passes.ir import ATTENTION, aten, calls, clone, graph_text, value
 from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
@@ -96,6 +97,20 @@ def test_golden_share_across_steps() -> None:
         "%4 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
         "%5 = aten.mul.Tensor(%3, %4): float32[2, 1, 16, 8]\n"
         "return [%5]"
+    )
+
+
+def test_golden_extrapolate_steps() -> None:
+    captured, site = block()
+    assert after(captured, ExtrapolateSteps((site,)), EliminateDeadCode()) == GOLDEN_INPUTS + (
+        "%4 = input cache_attention_0_distance: float32[]\n"
+        "%5 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
+        "%6 = input cache_attention_0_previous_0: float32[2, 1, 16, 8]\n"
+        "%7 = aten.sub.Tensor(%5, %6): float32[2, 1, 16, 8]\n"
+        "%8 = aten.mul.Tensor(%7, %4): float32[2, 1, 16, 8]\n"
+        "%9 = aten.add.Tensor(%5, %8): float32[2, 1, 16, 8]\n"
+        "%10 = aten.mul.Tensor(%3, %9): float32[2, 1, 16, 8]\n"
+        "return [%10]"
     )
 
 

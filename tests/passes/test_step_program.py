@@ -11,6 +11,7 @@ from ditfastattn.passes.step_program import StepProgram, _check_writers, unroll
 from tests.helpers import TINY_MODELS, capture_sites, mixed_strategies
 
 F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
+E = Strategy.EXTRAPOLATE
 
 
 def program(column: list[Strategy]) -> StepProgram:
@@ -38,6 +39,27 @@ def test_a_residual_is_computed_only_where_the_next_window_reads_it() -> None:
     result = program([F, F, W, C, W, F])
     (residual,) = result.slots
     assert residual.lives == ((1, 4),)  # step 0's would be overwritten unread; step 3 is not full
+
+
+def test_a_line_keeps_the_last_two_outputs_while_it_reads_them() -> None:
+    result = program([F, F, C, E, S, E, F, F])
+    name = "transformer_blocks.0.attn1"
+    lives = {slot.name: slot.lives for slot in result.slots}
+    assert lives == {f"{name}/output.0": ((1, 2), (2, 5)), f"{name}/previous.0": ((2, 5),)}
+    assert [result.moves_at(step) for step in (1, 2, 3)] == [
+        (),
+        ((f"{name}/previous.0", f"{name}/output.0"),),
+        (),
+    ]
+    distances = [result.distances[step].get(f"{name}/distance") for step in range(8)]
+    assert distances == [None, None, None, 1.0, None, 3.0, None, None]
+    assert result.schedule[3] == result.schedule[5]  # the distance is an input, no constant
+    assert result.peak_cache_bytes == 2 * 4 * 16 * 16 * 4
+
+
+def test_a_line_without_two_outputs_is_our_bug() -> None:
+    with pytest.raises(VerifyError, match="step 1, site 0: extrapolates from less than two"):
+        program([F, E, F, F, F, F])
 
 
 def test_equal_steps_share_a_variant() -> None:

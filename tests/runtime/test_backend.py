@@ -19,6 +19,7 @@ from tests.helpers import (
     TIMESTEPS,
     TinyModel,
     capture_sites,
+    captured_once,
     largest_difference,
     make_plan,
     mixed_strategies,
@@ -56,8 +57,7 @@ def uniform_plan(tiny: TinyModel, strategy: Strategy) -> Plan:
 
 
 def expected(tiny: TinyModel, plan: Plan) -> list[torch.Tensor]:
-    windows = [site.window for site in plan.sites]
-    return tiny.reference(plan.strategies, windows, plan.sampler.cfg_layout)
+    return tiny.reference(plan.strategies, captured_once(tiny).sites, plan.sampler.cfg_layout)
 
 
 def test_a_plan_runs_from_its_file_over_generations(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def live_caches() -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for specialization in module._registry:
         for generation in specialization._generations().values():
-            found |= generation.caches
+            found |= generation.caches._held
     return found
 
 

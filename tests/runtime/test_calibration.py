@@ -34,19 +34,18 @@ def algorithm_1(
     tiny: TinyModel, sites: tuple[AttentionSite, ...], threshold: float, layout: CfgLayout
 ) -> list[tuple[Strategy, ...]]:
     """Search as the paper writes it: a whole generation anew for every candidate."""
-    windows = [site.window for site in sites]
     full: tuple[Strategy, ...] = (Strategy.FULL,) * len(sites)
     rows: list[tuple[Strategy, ...]] = [full]
     for step in range(1, STEPS):
         row: list[Strategy] = list(full)
-        reference = tiny.reference([*rows, full], windows, layout)[step]
+        reference = tiny.reference([*rows, full], sites, layout)[step]
         for index, site in enumerate(sites):
             allowed = (index + 1) / len(sites) * threshold
             for strategy in CANDIDATES:
                 if strategy in site.declined:
                     continue
                 trial = tuple([*row[:index], strategy, *row[index + 1 :]])
-                output = tiny.reference([*rows, trial], windows, layout)[step]
+                output = tiny.reference([*rows, trial], sites, layout)[step]
                 if relative_error(reference, output) < allowed:
                     row[index] = strategy
                     break
@@ -70,7 +69,7 @@ def test_search_equals_algorithm_1_run_naively(
     assert calibrator.strategies == algorithm_1(tiny, sites, threshold, layout)
     chosen = {strategy for row in calibrator.strategies[1:] for strategy in row}
     assert len(chosen) > 1, "the threshold does not tell candidates apart: the test is idle"
-    followed = tiny.reference(calibrator.strategies, [s.window for s in sites], layout)
+    followed = tiny.reference(calibrator.strategies, sites, layout)
     assert largest_difference(outputs, followed) < 1e-5
 
 

@@ -12,6 +12,7 @@ from ditfastattn.runtime.planned import PlannedFunction
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,
+    capture_every_site,
     capture_sites,
     largest_difference,
     make_plan,
@@ -40,12 +41,12 @@ def test_each_strategy_equals_the_reference(
     name: str, strategy: Strategy, layout: CfgLayout
 ) -> None:
     tiny = TINY_MODELS[name]()
-    _, sites = capture_sites(tiny)
+    _, sites = capture_every_site(tiny)
     strategies = uniform_strategies(sites, strategy)
-    expected = tiny.reference(strategies, [site.window for site in sites], layout)
-    got = run_plan(tiny, make_plan(tiny, strategies, layout))
+    expected = tiny.reference(strategies, sites, layout)
+    got = run_plan(tiny, make_plan(tiny, strategies, layout, feed_forwards=True))
     assert largest_difference(got, expected) < 1e-5
-    changed = any(item is not Strategy.FULL for item in strategies[1])
+    changed = any(item is not Strategy.FULL for item in strategies[-1])
     dense = tiny.run(tiny.model)
     assert (largest_difference(expected, dense) > 1e-3) == changed  # the oracle is not dense
 
@@ -55,10 +56,10 @@ def test_each_strategy_equals_the_reference(
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_mixed_plans_equal_the_reference(name: str, seed: int, layout: CfgLayout) -> None:
     tiny = TINY_MODELS[name](seed)
-    _, sites = capture_sites(tiny)
+    _, sites = capture_every_site(tiny)
     strategies = mixed_strategies(sites, seed)
-    expected = tiny.reference(strategies, [site.window for site in sites], layout)
-    got = run_plan(tiny, make_plan(tiny, strategies, layout))
+    expected = tiny.reference(strategies, sites, layout)
+    got = run_plan(tiny, make_plan(tiny, strategies, layout, feed_forwards=True))
     assert largest_difference(got, expected) < 1e-5
 
 
@@ -72,8 +73,8 @@ def test_an_all_full_plan_is_bitwise_dense(name: str) -> None:
 
 def test_compiled_variants_equal_the_reference() -> None:
     tiny = TINY_MODELS["dit"]()
-    _, sites = capture_sites(tiny)
+    _, sites = capture_every_site(tiny)
     strategies = mixed_strategies(sites, seed=3)
-    expected = tiny.reference(strategies, [s.window for s in sites], CfgLayout.COND_FIRST)
-    plan = make_plan(tiny, strategies)
+    expected = tiny.reference(strategies, sites, CfgLayout.COND_FIRST)
+    plan = make_plan(tiny, strategies, feed_forwards=True)
     assert largest_difference(run_plan(tiny, plan, Lowering.INDUCTOR), expected) < 1e-5

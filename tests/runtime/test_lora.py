@@ -69,8 +69,7 @@ def planned(model: torch.nn.Module, plan: Plan) -> Any:
 
 
 def assert_runs(tiny: TinyModel, plan: Plan, compiled: Any = None) -> None:
-    windows = [site.window for site in plan.sites]
-    expected = tiny.reference(plan.strategies, windows, plan.sampler.cfg_layout)
+    expected = tiny.reference(plan.strategies, captured_once(tiny).sites, plan.sampler.cfg_layout)
     got = tiny.run(planned(tiny.model, plan) if compiled is None else compiled)
     assert largest_difference(got, expected) < 1e-5
 

@@ -18,7 +18,7 @@ from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.methods import Method, PassChooser
 from ditfastattn.runtime.search.per_step import PerStepCalibrator, choose_row
-from ditfastattn.runtime.search.profile import ErrorTable, Profiler, error_table
+from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable, Profiler, error_table
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.session import Session, open_session
@@ -32,13 +32,24 @@ STEPS = 5
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": STEPS, "guidance_scale": 2.0}
 PROMPT = Prompt(CALL, 0)
 F = Strategy.FULL
+SITES = 4  # two attentions, a feed-forward after each
+
+
+def pipeline() -> Any:
+    made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    randomize(made.transformer)
+    return made
 
 
 @pytest.fixture(scope="module")
 def session() -> Any:
-    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    randomize(pipeline.transformer)
-    with open_session(pipeline, PROMPT) as opened:
+    with open_session(pipeline(), PROMPT) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def attention_session() -> Any:
+    with open_session(pipeline(), PROMPT, attention_only=True) as opened:
         yield opened
 
 
@@ -84,11 +95,11 @@ def test_one_profile_gives_the_error_of_every_strategy_with_every_cache(
     session.run(exact, PROMPT)
     table = error_table([profiler.sketch()], session.sites, session.layout)
     compared = 0
-    for step, site in itertools.product(range(source + 1, STEPS), range(2)):
+    for step, site in itertools.product(range(source + 1, STEPS), range(SITES)):
         for strategy, error in exact.errors[step][site].items():
             assert table.of(strategy, step, source, site) == pytest.approx(error, rel=1e-3)
             compared += 1
-    assert compared == (STEPS - source - 1) * 2 * 4
+    assert compared == (STEPS - source - 1) * (2 * 4 + 2 * 2)  # a feed-forward has no window
 
 
 def test_a_sample_is_close_to_the_whole(session: Session) -> None:
@@ -96,13 +107,26 @@ def test_a_sample_is_close_to_the_whole(session: Session) -> None:
     session.run(profiler, PROMPT)
     session.run(exact, PROMPT)
     table = error_table([profiler.sketch()], session.sites, session.layout)
-    for step, site in itertools.product(range(1, STEPS), range(2)):
+    for step, site in itertools.product(range(1, STEPS), range(SITES)):
         error = exact.errors[step][site][Strategy.SHARE_STEP]
         assert table.of(Strategy.SHARE_STEP, step, 0, site) == pytest.approx(error, rel=0.2)
 
 
+def test_the_error_of_a_line_through_any_two_outputs() -> None:
+    rows = np.random.default_rng(0).random((9, 5))
+    found = profile_module._lines(rows)
+    assert np.isinf(found[:, :, 0]).all()
+    for step, last, gap in itertools.product(range(9), range(9), range(1, MAX_GAP + 1)):
+        if last < gap:
+            assert np.isinf(found[step, last, gap])
+            continue
+        slope = (rows[last] - rows[last - gap]) / gap
+        missed = rows[step] - (rows[last] + slope * (step - last))
+        assert found[step, last, gap] == pytest.approx((missed**2).sum(), abs=1e-9)
+
+
 def test_without_guidance_sharing_it_has_no_price(session: Session) -> None:
-    sketch = profile_module.Sketch(torch.rand(4, 2, 1, 8), torch.rand(4, 2, 1, 8))
+    sketch = profile_module.Sketch(torch.rand(4, SITES, 1, 8), torch.rand(4, SITES, 1, 8))
     table = error_table([sketch], session.sites, CfgLayout.NONE)
     assert np.isinf(table.share_cfg).all()
     assert np.isinf(table.window_share_cfg).all()
@@ -113,9 +137,9 @@ def test_without_guidance_sharing_it_has_no_price(session: Session) -> None:
 def test_an_effect_is_what_sharing_that_site_alone_does_to_the_output(session: Session) -> None:
     profiler = Profiler(session, probes=(2,))
     session.run(profiler, PROMPT)
-    for site in range(2):
-        rows: list[Row] = [(F, F)] * STEPS
-        rows[2] = tuple(Strategy.SHARE_STEP if i == site else F for i in range(2))
+    for site in range(SITES):
+        rows: list[Row] = [(F,) * SITES] * STEPS
+        rows[2] = tuple(Strategy.SHARE_STEP if i == site else F for i in range(SITES))
         dense, shared = DenseStepper(session), _Recording(PlanStepper(Variants(session), rows))
         session.run(dense, PROMPT)
         session.run(shared, PROMPT)
@@ -156,7 +180,8 @@ def test_probes_stand_close_at_the_end_and_at_the_start() -> None:
 def test_weights_give_back_what_was_measured() -> None:
     steps = 10
     errors = np.random.default_rng(0).random((steps, steps, 2)) + 0.1
-    table = ErrorTable(errors, errors, errors, errors[0])
+    lines = np.full((steps, steps, MAX_GAP + 1, 2), np.inf)
+    table = ErrorTable(errors, errors, errors, errors[0], lines)
     effects = {1: [1.0, 3.0], 7: [2.0, 2.0], 9: [5.0, 1.0]}
     damages = {1: 1e-6, 7: 1e-3, 9: 1e-2}
     weights = site_weights(table, effects, damages)
@@ -172,12 +197,13 @@ def test_weights_give_back_what_was_measured() -> None:
 def test_counted_prices_are_the_graphs_flops(session: Session) -> None:
     variants = Variants(session)
     costs = measure_costs(variants, Objective.ATTENTION_FLOPS)
+    share = Strategy.SHARE_STEP
     rows: list[Row] = [
-        (F, F),
-        (Strategy.WINDOW, Strategy.SHARE_STEP),
-        (Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG),
-        (F, Strategy.SHARE_CFG),
-        (Strategy.SHARE_STEP, F),
+        (F, F, F, F),
+        (Strategy.WINDOW, F, share, share),
+        (Strategy.SHARE_CFG, share, Strategy.WINDOW_SHARE_CFG, F),
+        (F, F, Strategy.SHARE_CFG, F),
+        (share, F, F, Strategy.SHARE_CFG),
     ]
     assert costs.plan(rows) == pytest.approx(variants.flops(rows).attention)
 
@@ -192,6 +218,7 @@ def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session
 
 def prices(count: int) -> CostTable:
     each = {F: 4.0, Strategy.WINDOW: 2.0, Strategy.SHARE_CFG: 2.5, Strategy.SHARE_STEP: 0.0}
+    each[Strategy.EXTRAPOLATE] = 0.2
     return CostTable(10.0, ({**each, Strategy.WINDOW_SHARE_CFG: 1.0},) * count, (0.5,) * count)
 
 
@@ -224,10 +251,11 @@ def test_the_integer_program_of_a_step_finds_the_best_row(seed: int) -> None:
     assert choose_row([{}, {}], prices(2), 1.0) == (F, F)
 
 
-def test_a_pass_follows_its_own_choices(session: Session) -> None:
-    calibrator = PerStepCalibrator(session, prices(2), budget=0.05)
-    images = session.run(calibrator, PROMPT)
-    planned = session.run(PlanStepper(Variants(session), calibrator.strategies), PROMPT)
+def test_a_pass_follows_its_own_choices(attention_session: Session) -> None:
+    calibrator = PerStepCalibrator(attention_session, prices(2), budget=0.05)
+    images = attention_session.run(calibrator, PROMPT)
+    stepper = PlanStepper(Variants(attention_session), calibrator.strategies)
+    planned = attention_session.run(stepper, PROMPT)
     assert {entry for row in calibrator.strategies for entry in row} != {F}
     assert float((images - planned).abs().max()) < 1e-5
 

@@ -9,7 +9,7 @@ import pytest
 
 from ditfastattn import Strategy
 from ditfastattn.runtime.search.latency import CostTable
-from ditfastattn.runtime.search.profile import ErrorTable
+from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable
 from ditfastattn.runtime.search.solve import Problem, solve, within_budget
 
 STEPS = 5
@@ -27,12 +27,17 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
 
     share_cfg = random.random((steps, sites)) if guided else np.full((steps, sites), np.inf)
     window_share_cfg = cached(1.2) if guided else np.full((steps, steps, sites), np.inf)
-    errors = ErrorTable(cached(1.0), cached(0.3), window_share_cfg, share_cfg)
+    lines = 0.8 * random.random((steps, steps, MAX_GAP + 1, sites))
+    lines[future] = lines[:, :, 0] = np.inf
+    errors = ErrorTable(cached(1.0), cached(0.3), window_share_cfg, share_cfg, lines)
+    for table in (errors.window, errors.window_share_cfg):
+        table[..., 1:2] = np.inf  # the second site is a feed-forward
     prices = tuple(
         {
             Strategy.FULL: 3.0 + random.random(),
             Strategy.WINDOW: 1.5 + random.random(),
             Strategy.SHARE_STEP: 0.0,
+            Strategy.EXTRAPOLATE: 0.3 * random.random(),
             Strategy.SHARE_CFG: 1.5 + random.random() if guided else np.inf,
             Strategy.WINDOW_SHARE_CFG: 0.7 + random.random() if guided else np.inf,
         }
@@ -103,3 +108,17 @@ def test_a_shared_output_carries_the_error_of_the_step_that_computed_it() -> Non
     )
     assert case.column_drift(0, (Strategy.FULL, window, share)) == pytest.approx(expected)
     assert case.column_drift(0, (share, window, share)) == np.inf
+
+
+def test_a_line_needs_two_outputs_and_carries_their_error_further() -> None:
+    case = problem(6, sites=1, steps=4)
+    full, window, line = Strategy.FULL, Strategy.WINDOW, Strategy.EXTRAPOLATE
+    assert case.column_drift(0, (full, line, full, full)) == np.inf
+    errors, inherited = case.errors, case.errors.window[2, 0, 0]
+    expected = (
+        inherited * case.weights[2, 0]
+        + (errors.extrapolate[3, 2, 2, 0] + 1.5 * inherited) * case.weights[3, 0]
+    )
+    shared = errors.share_step[1, 0, 0] * case.weights[1, 0]
+    column = (full, Strategy.SHARE_STEP, window, line)
+    assert case.column_drift(0, column) == pytest.approx(shared + expected)

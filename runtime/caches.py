@@ -1,0 +1,53 @@
+"""Hold the caches of one generation between its steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.step_program import StepProgram
+
+
+class Caches:
+    """Hand each step the slots it reads, keep what it writes, and drop what nobody reads again."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._held: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._held.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Return how much memory the caches hold, each tensor counted once."""
+        return sum({id(item): item.nbytes for item in self._held.values()}.values())
+
+    def read(
+        self, program: StepProgram, step: int, slots: Sequence[str], device: torch.device
+    ) -> list[Tensor]:
+        """Return what ``slots`` hold at ``step``."""
+        distances = program.distances[step]
+        return [
+            _number(distances[slot], device) if slot in distances else self._held[slot]
+            for slot in slots
+        ]
+
+    def write(
+        self, program: StepProgram, step: int, slots: Sequence[str], values: Sequence[Tensor]
+    ) -> None:
+        """Keep ``values``, which ``step`` has returned for ``slots``."""
+        for slot, source in program.moves_at(step):
+            self._held[slot] = self._held[source]
+        self._held.update(zip(slots, values, strict=True))
+        for slot in self._held.keys() - program.live_after(step):
+            del self._held[slot]
+
+
+@functools.cache
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
