@@ -135,6 +135,7 @@ class Calibration(_Record):
     evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
     alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
     compiled plan, paired with the compiled dense model, where a speed was the target.
+    ``cache_bytes`` is the most that caches take at any time, at a batch of ``batch``.
     """
 
     method: SearchMethod
@@ -142,6 +143,7 @@ class Calibration(_Record):
     strength: float = 0.0
     seed: int | None = None
     batch: int = 0
+    cache_bytes: int = 0
     calibrated: Measured | None = None
     held_out: Measured | None = None
     predicted_speedup: float | None = None

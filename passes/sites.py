@@ -106,7 +106,8 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
 def _describe_feed_forward(branch: FeedForward, name: str, graph: Graph) -> AttentionSite:
     width = value(branch.exit).shape[-1]
     no_window = "a window is defined for attention, this is a feed-forward"
-    declined = dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    declined: dict[Strategy, str] = {}
+    declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
     no_guidance = _why_no_shared_guidance(branch.exit, graph)
     if no_guidance:
         declined[Strategy.SHARE_CFG] = no_guidance

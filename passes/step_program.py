@@ -36,7 +36,8 @@ class CacheSlot:
 class StepProgram:
     """Hold the distinct step variants, the schedule ``step -> variant`` and the cache slots.
 
-    ``distances[step]`` says how far each site that extrapolates goes, by the name of its input.
+    ``distances[step]`` says how far each site that extrapolates goes, by the name of its input;
+    ``written[step]`` is how many bytes of caches the step makes.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -44,6 +45,7 @@ class StepProgram:
     schedule: tuple[int, ...]
     slots: tuple[CacheSlot, ...]
     distances: tuple[dict[str, float], ...]
+    written: tuple[int, ...]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -57,9 +59,14 @@ class StepProgram:
 
     @property
     def peak_cache_bytes(self) -> int:
-        """Return the most bytes that caches hold between any two steps."""
-        steps = range(len(self.schedule))
-        return max((self._held_after(step) for step in steps), default=0)
+        """Return the most bytes that caches take at any time.
+
+        That is within a step: what it writes is made before what it replaces is dropped.
+        """
+        before = [0, *(self._held_after(step) for step in range(len(self.schedule) - 1))]
+        return max(
+            (held + made for held, made in zip(before, self.written, strict=False)), default=0
+        )
 
     def _held_after(self, step: int) -> int:
         live = (
@@ -102,7 +109,7 @@ class StepProgram:
         ]
 
 
-NOTHING = StepProgram(sites=(), variants=(), schedule=(), slots=(), distances=())
+NOTHING = StepProgram(sites=(), variants=(), schedule=(), slots=(), distances=(), written=())
 
 
 def unroll(
@@ -134,6 +141,7 @@ def unroll(
             for slot in _slots(site, column, captured)
         ),
         distances=_distances(sites, chosen, len(strategies)),
+        written=tuple(_written(sites, row, captured) for row in rows),
     )
     _check_writers(program)
     return program
@@ -178,6 +186,21 @@ def _site_actions(strategies: Sequence[Strategy]) -> list[SiteAction]:
     return actions[::-1]
 
 
+def _written(
+    sites: Sequence[AttentionSite], row: Sequence[SiteAction], captured: CapturedGraph
+) -> int:
+    total = 0
+    for site, action in zip(sites, row, strict=True):
+        written = site.frontier if action.writes_output else ()
+        total += sum(_bytes(node, captured) for node in written)
+        total += _bytes(site.node, captured) if action.writes_residual else 0
+    return total
+
+
+def _bytes(node: str, captured: CapturedGraph) -> int:
+    return value(find(captured.module.graph, node)).nbytes
+
+
 def _slots(
     site: AttentionSite, column: Sequence[SiteAction], captured: CapturedGraph
 ) -> list[CacheSlot]:
@@ -220,7 +243,7 @@ def _slot(
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
-        bytes=tensor.numel() * tensor.element_size(),
+        bytes=tensor.nbytes,
         lives=lives,
         source=source,
     )

@@ -15,8 +15,9 @@ class Caches:
     """Hand each step the slots it reads, keep what it writes, and drop what nobody reads again."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Begin with nothing; ``peak`` is the most bytes held at any time so far."""
         self._held: dict[str, Tensor] = {}
+        self.peak = 0
 
     def clear(self) -> None:
         """Drop everything."""
@@ -41,6 +42,7 @@ class Caches:
         self, program: StepProgram, step: int, slots: Sequence[str], values: Sequence[Tensor]
     ) -> None:
         """Keep ``values``, which ``step`` has returned for ``slots``."""
+        self.peak = max(self.peak, self.bytes + sum(item.nbytes for item in values))
         for slot, source in program.moves_at(step):
             self._held[slot] = self._held[source]
         self._held.update(zip(slots, values, strict=True))

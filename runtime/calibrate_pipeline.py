@@ -49,6 +49,7 @@ def calibrate(
     method: Method | str = Method.AUTO,
     objective: Objective | str = Objective.LATENCY,
     max_variants: int = 0,
+    max_cache_mb: float = 0.0,
     attention_only: bool = False,
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
@@ -71,6 +72,7 @@ def calibrate(
             else global.
         objective: save measured ``latency``, or ``attention-flops``, which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
+        max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
             always do.
         cfg_layout: the order of the guidance halves; found by observation where None.
@@ -89,12 +91,14 @@ def calibrate(
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
     resolved = _resolve(Method(method), target)
-    _check_cap(max_variants, resolved)
+    _check_cap("max_variants", max_variants, resolved)
+    _check_cap("max_cache_mb", max_cache_mb, resolved)
     options = SearchOptions(
         target=target,
         method=resolved,
         objective=Objective(objective),
         max_variants=max_variants,
+        max_cache_bytes=int(max_cache_mb * 2**20),
         lowering=Lowering(lowering),
         seed=seed,
     )
@@ -158,7 +162,8 @@ def _chooser(
         judge = options.target
         if judge.kind is not TargetKind.QUALITY:
             judge = DEFAULT_TARGET  # a speed says nothing of what damage is
-        return make_global(work, prompts, judge, options.objective, options.max_variants)
+        most, most_bytes = options.max_variants, options.max_cache_bytes
+        return make_global(work, prompts, judge, options.objective, most, most_bytes)
     costs = measured_costs(work, options.objective)
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
 
@@ -178,13 +183,13 @@ def _resolve(method: Method, target: Target) -> Method:
     return method
 
 
-def _check_cap(most: int, method: Method) -> None:
+def _check_cap(name: str, most: float, method: Method) -> None:
     if most < 0 or (most and method is not Method.GLOBAL):
         raise ConfigError(
-            "the number of variants cannot be capped like this",
-            where="calibrate(max_variants)",
+            "a plan cannot be capped like this",
+            where=f"calibrate({name})",
             got=f"{most} with method {method}",
-            expected="1 or more with the global method, or 0 for no cap",
+            expected="a number above 0 with the global method, or 0 for no cap",
         )
 
 
@@ -208,6 +213,7 @@ def _request(
         "method": options.method,
         "objective": options.objective,
         "max_variants": options.max_variants,
+        "max_cache_bytes": options.max_cache_bytes,
         "seed": options.seed,
         "torch": torch.__version__,
     }

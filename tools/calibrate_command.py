@@ -66,6 +66,7 @@ def print_outcome(console: Console, plan: Plan) -> None:
             f"speedup predicted from the strategies' latencies: {found.predicted_speedup:.2f}x "
             "(`ditfastattn validate` measures it)"
         )
+    console.print(f"caches: at most {found.cache_bytes / 2**20:.1f} MiB for one image")
     console.print(
         f"search: {found.method}, {found.rounds} rounds, {found.forwards:.0f} evaluations of the "
         f"model, {found.seconds:.0f} s"

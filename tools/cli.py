@@ -99,6 +99,12 @@ def calibrate(
     max_variants: Annotated[
         int, typer.Option(min=0, help="Most distinct step variants; 0: no cap.")
     ] = 0,
+    max_cache_mb: Annotated[
+        float, typer.Option(min=0.0, help="Most MiB of caches for one image; 0: no cap.")
+    ] = 0.0,
+    attention_only: Annotated[
+        bool, typer.Option(help="Leave the feed-forward layers as they are.")
+    ] = False,
     lowering: Annotated[
         Lowering, typer.Option(help="What runs the plan when a speed is measured.")
     ] = Lowering.INDUCTOR,
@@ -143,6 +149,8 @@ def calibrate(
                 method=method,
                 objective=objective,
                 max_variants=max_variants,
+                max_cache_mb=max_cache_mb,
+                attention_only=attention_only,
                 lowering=lowering,
                 seed=seed,
                 out=out,

@@ -7,9 +7,10 @@ generation for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.runtime.calibration import GreedyCalibrator, Progress
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
+from ditfastattn.runtime.search.memory import within_memory
 from ditfastattn.runtime.search.per_step import PerStepCalibrator
 from ditfastattn.runtime.search.profile import ErrorTable, Profiler, Sketch, error_table
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
@@ -101,6 +103,8 @@ class GlobalChooser:
     problem: Problem
     first: float
     most: int
+    max_cache_bytes: int = 0
+    cache_bytes: Callable[[Sequence[Row]], int] = lambda _: 0
     tries: int = 60
     order: float = 2.0
 
@@ -110,15 +114,26 @@ class GlobalChooser:
         return self.problem.costs
 
     def rows(self, strength: float) -> list[Row]:
-        """Return the cheapest plan of at most ``strength`` drift."""
-        rows = within_budget(self.problem, strength)
+        """Return the cheapest plan found of at most ``strength`` drift, within the caps."""
+        choose = partial(self._choose, strength=strength)
+        if self.max_cache_bytes == 0:
+            return choose(self.problem)
+        return within_memory(self.problem, choose, self.cache_bytes, self.max_cache_bytes)
+
+    def _choose(self, problem: Problem, strength: float) -> list[Row]:
+        rows = within_budget(problem, strength)
         if 0 < self.most < len(set(rows)):
-            rows = capped_within_budget(self.problem, strength, self.most)
+            rows = capped_within_budget(problem, strength, self.most)
         return rows
 
 
 def make_global(
-    work: Work, prompts: Sequence[Prompt], target: Target, objective: Objective, most: int
+    work: Work,
+    prompts: Sequence[Prompt],
+    target: Target,
+    objective: Objective,
+    most: int = 0,
+    max_cache_bytes: int = 0,
 ) -> GlobalChooser:
     """Profile the first prompts, and probe one for how much errors matter."""
     session = work.session
@@ -143,7 +158,11 @@ def make_global(
     allowed = _allowed(work, prompts, target)
     problem = Problem(errors, weights, costs)
     first = math.sqrt(allowed / _WORST_DAMAGE) if allowed else _gentle(errors, weights)
-    return GlobalChooser(problem, first, most)
+
+    def cache_bytes(rows: Sequence[Row]) -> int:
+        return work.variants.program(rows, most > 0).peak_cache_bytes
+
+    return GlobalChooser(problem, first, most, max_cache_bytes, cache_bytes)
 
 
 def _profile(work: Work, index: int, prompt: Prompt, probes: Sequence[int]) -> dict[str, Tensor]:

@@ -36,12 +36,13 @@ _MOST_MOVES = 40
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Hold what a search is to do; ``max_variants`` 0 is no cap."""
+    """Hold what a search is to do; ``max_variants`` 0 and ``max_cache_bytes`` 0 are no cap."""
 
     target: Target
     method: Method = Method.GLOBAL
     objective: Objective = Objective.LATENCY
     max_variants: int = 0
+    max_cache_bytes: int = 0
     max_rounds: int = MAX_ROUNDS
     lowering: Lowering = Lowering.INDUCTOR
     seed: int = 0

@@ -30,6 +30,7 @@ from ditfastattn.passes.plan import (
     Strategy,
 )
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
+from ditfastattn.passes.step_program import unroll
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.guidance import detect_cfg_layout
@@ -155,7 +156,9 @@ class Session:
 
         ``calibration`` says how they were found; where and on what batch is added.
         """
+        program = unroll(rows, self.captured, self.sites, merge_variants)
         where = {
+            "cache_bytes": program.peak_cache_bytes,
             "batch": value(outputs(self.captured.module.graph)[0]).shape[0],
             "device": device_name(),
             "versions": {"torch": torch.__version__},

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,8 +246,8 @@ class _Paths:
         flat = chosen.transpose(0, 2, 1, 3, 4).reshape(sites, residuals, -1)
         best = flat.argmin(axis=2)
         step, gap, kind = np.unravel_index(best, (steps, gaps, width))
-        row = np.arange(residuals)[None, :]
-        node = np.ravel_multi_index((step + start, row + 0 * step, gap, kind + offset), self._shape)
+        row = np.broadcast_to(np.arange(residuals), step.shape)
+        node: Any = np.ravel_multi_index((step + start, row, gap, kind + offset), self._shape)
         return flat.min(axis=2), node
 
     def column(self, index: int) -> list[Strategy]:

@@ -82,6 +82,7 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         ({"strategies": [[FULL], ["skip"], [FULL]]}, "strategies.1.0"),
         ({"strategies": [[SHARE], [FULL], [FULL]]}, "no earlier step computes an output"),
         ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier full step"),
+        ({"strategies": [[FULL], ["extrapolate"], [FULL]]}, "a line needs two"),
         ({"strategies": [["share-cfg"], ["window"], [FULL]]}, "no earlier full step"),
         ({"sites": []}, "1 entries for 0 sites"),
     ],

@@ -83,12 +83,13 @@ def test_merged_variants_store_what_any_of_their_steps_must() -> None:
     assert lives == {"output.0": ((0, 1),), "residual": ((2, 3),)}  # nobody reads the other writes
 
 
-def test_peak_bytes_count_what_is_held_between_steps() -> None:
+def test_peak_bytes_count_what_a_step_makes_beside_what_it_reads() -> None:
     result = program([F, W, S, S, C, F])
     output = 4 * 16 * 16 * 4  # [B, N, C] fp32
     residual = 4 * 2 * 16 * 8 * 4  # [B, H, N, D] fp32
     assert sorted(slot.bytes for slot in result.slots) == sorted((output, residual))
-    assert result.peak_cache_bytes == max(output, residual)  # never both at once
+    assert result.written == (residual, output, 0, 0, 0, 0)
+    assert result.peak_cache_bytes == residual + output  # step 1 reads the one, makes the other
     assert program([F, W, W, S, W, S]).peak_cache_bytes == output + residual
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, reports, reset
+from ditfastattn.runtime.planned import Generation
 from tests.helpers import (
     STEPS,
     TIMESTEPS,
     TinyModel,
+    capture_every_site,
     capture_sites,
     captured_once,
     largest_difference,
@@ -262,13 +264,30 @@ def test_caches_are_freed_after_their_last_reader() -> None:
     assert live_caches() == {}
 
 
-def live_caches() -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_predicted_peak_of_the_caches_is_the_measured_one(seed: int) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    plan = make_plan(tiny, mixed_strategies(sites, seed), feed_forwards=True)
+    torch._dynamo.reset()
+    tiny.run(planned(tiny, plan=plan))
+    (report,) = [r for r in reports() if r.plan == plan]
+    peaks = [found.caches.peak for found in generations() if found.program is not None]
+    assert report.peak_cache_bytes > 0
+    assert report.peak_cache_bytes in peaks
+
+
+def generations() -> list[Generation]:
     from ditfastattn.runtime import planned as module
 
+    known = (specialization._generations().values() for specialization in module._registry)
+    return [generation for found in known for generation in found]
+
+
+def live_caches() -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for specialization in module._registry:
-        for generation in specialization._generations().values():
-            found |= generation.caches._held
+    for generation in generations():
+        found |= generation.caches._held
     return found
 
 
