@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.capture import CapturedGraph, readable_path
+from ditfastattn.passes.capture import CapturedGraph, module_path
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, users_outside, value
 from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
 
@@ -79,7 +79,7 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
     for ordinal, node in enumerate(calls(graph, ATTENTION)):
-        name = _unique(_module_path(node) or f"attention.{ordinal}", names)
+        name = _unique(module_path(node) or f"attention.{ordinal}", names)
         reason = _why_not_a_site(node, ancestry)
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
@@ -239,12 +239,6 @@ def _grid(node: Node, tokens: int) -> tuple[int, ...]:
                 seen.add(source)
                 pending.append(source)
     return ()
-
-
-def _module_path(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return readable_path(paths[-1]) if paths else ""
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:
