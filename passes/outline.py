@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.capture import module_path
@@ -181,7 +182,7 @@ def _settle_layouts(graph: Graph, ranks: Ranks, args: Sequence[Tensor]) -> None:
     for node in list(graph.nodes):
         if node not in ranks:
             continue
-        if not moved.isdisjoint(node.all_input_nodes):
+        if not moved.isdisjoint(node.all_input_nodes) and node.target is not flex_attention:
             before, after = node.meta["val"], evaluate(graph, node.target, node.args, node.kwargs)
             if _strides(before) != _strides(after):
                 node.meta["val"] = after

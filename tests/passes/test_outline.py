@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.ir import calls, clone, outputs
-from ditfastattn.passes.lower_window_attention import lower_window_attention
+from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.outline import Region, live_outputs, outline
 from ditfastattn.passes.pipeline import rewrite
 from ditfastattn.passes.step_program import unroll
@@ -188,6 +188,33 @@ def test_other_strides_of_an_input_get_another_key_and_still_agree() -> None:
     assert regions[0].key != dense_regions(tiny)[0].key
     assert regions[1].key == dense_regions(tiny)[1].key
     assert torch.equal(run_regions(module, regions, args)[0], expected[0])
+
+
+class FlexBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.project(x).view(1, 512, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        attended = torch.ops.ditfastattn.window_attention(*heads.unbind(0), 40, 0.25)
+        merged: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return x + merged
+
+
+def test_flex_attention_keeps_its_mask_inside_the_region() -> None:
+    model = nn.Sequential(FlexBlock(), FlexBlock()).eval()
+    captured = capture_model(model, {"input": torch.randn(1, 512, 32)})
+    module = captured.module
+    assert lower_window_attention(module, WindowKernel.FLEX) == []
+    sizes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    args = [torch.randn(size.shape) for size in sizes]
+    with torch.no_grad():
+        expected = module(*args)
+    first, second = outline(module, args)
+    assert first.key == second.key
+    assert torch.equal(run_regions(module, (first, second), args)[0], expected[0])
 
 
 def test_a_model_without_repeated_layers_is_one_region() -> None:
