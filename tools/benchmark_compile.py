@@ -83,7 +83,8 @@ def make_pipeline(layers: int) -> DigitsPipeline:
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
     )
-    pipeline = DigitsPipeline(model.eval(), DDIMScheduler(clip_sample=False))
+    scheduler: Any = DDIMScheduler(clip_sample=False)  # not the enumeration diffusers declares
+    pipeline = DigitsPipeline(model.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return pipeline
 
