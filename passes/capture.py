@@ -100,6 +100,13 @@ def readable_path(source: str) -> str:
     return readable.removeprefix(_PEFT_WRAPPER) or source
 
 
+def module_path(node: Node) -> str:
+    """Return the path of the innermost module that ``node`` came from, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return readable_path(paths[-1]) if paths else ""
+
+
 def capture(
     module: GraphModule, inputs: Sequence[GraphInput], args: Sequence[object]
 ) -> CapturedGraph:

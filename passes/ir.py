@@ -20,6 +20,15 @@ aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
 SCALINGS = (aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar)
+VIEWS = (
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.select.int,
+    aten.expand.default,
+)
 
 _KEPT_META = ("stack_trace", "nn_module_stack")
 

@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.capture import CapturedGraph, readable_path
+from ditfastattn.passes.capture import CapturedGraph, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, users_outside, value
 from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
@@ -88,14 +88,14 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
     for ordinal, node in enumerate(calls(graph, ATTENTION)):
-        name = _unique(_module_path(node) or f"attention.{ordinal}", names)
+        name = _unique(module_path(node) or f"attention.{ordinal}", names)
         reason = _why_not_a_site(node, ancestry)
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
         else:
             sites.append(_describe(node, name, ordinal, captured, ancestry))
     for branch in find_feed_forwards(graph, ancestry.is_static):
-        path = _common_path([_module_path(linear) for linear in branch.linears])
+        path = _common_path([module_path(linear) for linear in branch.linears])
         name = _unique(path or f"feed_forward.{branch.ordinal}", names)
         sites.append(_describe_feed_forward(branch, name, graph))
     order = {node.name: position for position, node in enumerate(graph.nodes)}
@@ -269,12 +269,6 @@ def _grid(node: Node, tokens: int) -> tuple[int, ...]:
                 seen.add(source)
                 pending.append(source)
     return ()
-
-
-def _module_path(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return readable_path(paths[-1]) if paths else ""
 
 
 def _common_path(paths: Sequence[str]) -> str:

@@ -9,19 +9,9 @@ from torch.fx import GraphModule, Node
 
 from ditfastattn.errors import VerifyError
 from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.ir import aten, evaluate, graph_text, outputs
+from ditfastattn.passes.ir import VIEWS, evaluate, graph_text, outputs
 
 _CONTEXT_LINES = 3
-_VIEWS = (
-    aten.view.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.unsqueeze.default,
-    aten.select.int,
-    aten.expand.default,
-)
-
 
 Signature = tuple[Any, ...]
 
@@ -114,7 +104,7 @@ def _check_aliases(module: GraphModule, after: str) -> None:
     written = outputs(graph)[len(outputs(graph)) - len(written_slots(graph)) :]
     for node in written:
         origin = node
-        while isinstance(origin, Node) and origin.target in _VIEWS:
+        while isinstance(origin, Node) and origin.target in VIEWS:
             origin = origin.args[0]
         if isinstance(origin, Node) and origin.op == "placeholder":
             raise _fault(module, origin, after, "a cache output is a view of this input")

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from ditfastattn.passes.ir import outputs
 from ditfastattn.passes.lower_window_attention import lower_window_attention
+from ditfastattn.passes.outline import Region, live_outputs, outline
 
 log = logging.getLogger(__name__)
 
 RunnableGraph = Callable[[Sequence[Tensor]], Sequence[Any]]
 _COMPILATIONS = 256  # of one model in one process; Dynamo's 8 are used up by a few plans
+
+# What is compiled, for as long as some step variant runs it.
+_compiled: weakref.WeakValueDictionary[tuple[Any, ...], Callable[..., Any]] = (
+    weakref.WeakValueDictionary()
+)
+_compile_lock = threading.Lock()
 
 
 class Lowering(StrEnum):
@@ -29,20 +40,121 @@ class Lowering(StrEnum):
 
 
 def lower(
-    module: GraphModule, args: Sequence[Tensor], lowering: Lowering, inductor: dict[str, Any]
+    module: GraphModule,
+    args: Sequence[Tensor],
+    lowering: Lowering,
+    inductor: dict[str, Any],
+    outlined: bool = True,
 ) -> RunnableGraph:
-    """Return a callable over the flat inputs of ``module``; ``args`` are an example of them.
+    """Return a callable over the flat inputs of ``module``, which it may change.
 
-    ``inductor`` holds Inductor's own configuration, as ``torch.compile(options=...)`` takes it.
+    Args:
+        module: the graph of a step variant.
+        args: an example of its inputs.
+        lowering: the code generator.
+        inductor: Inductor's own configuration, as ``torch.compile(options=...)`` takes it.
+        outlined: compile equal blocks once, for all variants; not with CUDA graphs, for which one
+            graph per step is better.
     """
-    module.recompile()
     if lowering is Lowering.EAGER:
+        module.recompile()
         return lambda inputs: module(*inputs)
     for reason in lower_window_attention(module):
         log.info("window attention stays a masked full attention: %s", reason)
-    with torch.no_grad():
-        compiled: Any = compile_fx(module, list(args), config_patches=inductor or None)
+    if outlined and not inductor.get("triton.cudagraphs"):
+        return _lower_regions(module, args, inductor)
+    compiled = _compile(module, args, inductor)
     return lambda inputs: compiled(*inputs)
+
+
+def _compile(
+    module: GraphModule, args: Sequence[Tensor], inductor: dict[str, Any]
+) -> Callable[..., Any]:
+    with torch.no_grad():
+        compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]  # a union in torch
+            module, list(args), config_patches=inductor or None
+        )
+    return compiled
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Run a region on the values at ``reads``; nothing needs those at ``frees`` any more."""
+
+    run: Callable[..., Any]
+    reads: tuple[int, ...]
+    frees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutlinedStep:
+    """Run a step as a straight list of calls over one list of values.
+
+    The list begins with the inputs and the constants; each call appends its results.
+    """
+
+    constants: tuple[Any, ...]
+    calls: tuple[_Call, ...]
+    returned: tuple[int, ...]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """Run one step on its flat inputs."""
+        values: list[Any] = [*inputs, *self.constants]
+        for call in self.calls:
+            results = call.run(*[values[index] for index in call.reads])
+            for index in call.frees:
+                values[index] = None
+            values += results
+        return [values[index] for index in self.returned]
+
+
+def _lower_regions(
+    module: GraphModule, args: Sequence[Tensor], inductor: dict[str, Any]
+) -> OutlinedStep:
+    graph = module.graph
+    regions = outline(module, args)
+    inputs: list[Any] = graph.find_nodes(op="placeholder")
+    literals = [result for result in outputs(graph) if not isinstance(result, Node)]
+    constants = [node for node in graph.find_nodes(op="get_attr") if _is_tensor(module, node)]
+    order = [*inputs, *constants, *literals, *(node for r in regions for node in r.outputs)]
+    place = {item: index for index, item in enumerate(order)}
+    calls = [
+        _Call(
+            _compile_region(region, module, inductor),
+            reads=tuple(place[node] for node in region.inputs),
+            frees=tuple(place[node] for node in freed),
+        )
+        for region, freed in zip(regions, live_outputs(regions, graph), strict=True)
+    ]
+    log.info("outline: %d regions, %d distinct", len(regions), len({r.key for r in regions}))
+    return OutlinedStep(
+        constants=(*(getattr(module, str(node.target)) for node in constants), *literals),
+        calls=tuple(calls),
+        returned=tuple(place[result] for result in outputs(graph)),
+    )
+
+
+def compiled_regions() -> int:
+    """Return how many distinct regions are compiled in this process."""
+    return len(_compiled)
+
+
+def _is_tensor(module: GraphModule, node: Node) -> bool:
+    return isinstance(getattr(module, str(node.target)), Tensor)
+
+
+def _compile_region(
+    region: Region, module: GraphModule, inductor: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return what is compiled for the key of ``region``, compiling it at first sight."""
+    key = (region.key, repr(sorted(inductor.items())), torch.get_num_threads())
+    with _compile_lock:
+        compiled = _compiled.get(key)
+        if compiled is None:
+            extracted = region.extract(module)
+            examples = [n.meta["val"] for n in extracted.graph.find_nodes(op="placeholder")]
+            compiled = _compiled[key] = _compile(extracted, examples, inductor)
+        return compiled
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class BackendOptions:
         steps: the length of the generation where known, for a self-calibration's estimate.
         timestep: the name of the model argument that holds the timestep.
         lowering: the code generator.
+        outline: compile equal blocks once for all step variants; ``False``, and CUDA graphs
+            (``mode="reduce-overhead"``), compile each variant as one graph.
         inductor: Inductor's own options, handed on.
         on_progress: called during a self-calibration.
     """
@@ -40,11 +42,21 @@ class BackendOptions:
     steps: int = 0
     timestep: str = "timestep"
     lowering: Lowering = Lowering.INDUCTOR
+    outline: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
     on_progress: Callable[[Progress], None] | None = None
 
 
-_PUBLIC = ("plan", "dense", "threshold", "cfg_layout", "timestep", "lowering", "inductor")
+_PUBLIC = (
+    "plan",
+    "dense",
+    "threshold",
+    "cfg_layout",
+    "timestep",
+    "lowering",
+    "outline",
+    "inductor",
+)
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
@@ -80,6 +92,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Backen
         cfg_layout=_member(CfgLayout, "cfg_layout", given.get("cfg_layout", CfgLayout.NONE)),
         timestep=str(given.get("timestep", "timestep")),
         lowering=_member(Lowering, "lowering", given.get("lowering", Lowering.INDUCTOR)),
+        outline=bool(given.get("outline", True)),
         inductor=inductor,
     )
 

@@ -383,7 +383,8 @@ class Specialization:
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
                 example = [*tensors, *read(reads)]
                 flops = count_flops(module.graph)
-                run = lower(module, example, self.options.lowering, self.options.inductor)
+                options = self.options
+                run = lower(module, example, options.lowering, options.inductor, options.outline)
                 self._variants[key] = CompiledVariant(run, reads, writes, flops)
             return self._variants[key]
 

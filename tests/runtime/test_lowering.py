@@ -1,0 +1,183 @@
+"""Equal blocks are compiled once, and the outlined step is the step."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from ditfastattn import Strategy
+from ditfastattn.passes.capture import GraphInput, capture
+from ditfastattn.passes.ir import aten
+from ditfastattn.passes.plan import Plan
+from ditfastattn.runtime import lowering
+from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
+from tests.helpers import (
+    TinyModel,
+    capture_sites,
+    largest_difference,
+    make_plan,
+    randomize,
+    tiny_dit,
+    uniform_strategies,
+)
+
+Compiled = list[GraphModule]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def dit_of(layers: int) -> TinyModel:
+    """Return a DiT of any depth that is called as ``tiny_dit`` is."""
+    torch.manual_seed(0)
+    tiny = tiny_dit()
+    config = {**dict(tiny.model.config), "num_layers": layers}  # type: ignore[arg-type]  # diffusers
+    return TinyModel(randomize(DiTTransformer2DModel(**config)), tiny.call)
+
+
+def planned(tiny: TinyModel, plan: Plan, **options: Any) -> Any:
+    given: dict[str, Any] = {"plan": plan, **options}
+    return torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=given)
+
+
+def uniform_plan(tiny: TinyModel, strategy: Strategy) -> Plan:
+    _, sites = capture_sites(tiny)
+    plan = make_plan(tiny, uniform_strategies(sites, strategy))
+    torch._dynamo.reset()
+    return plan
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """Return what is handed to Inductor, which is left out: graphs run eagerly."""
+    gc.collect()  # what other tests compiled
+    seen: Compiled = []
+
+    def compile_fx(module: GraphModule, args: Sequence[Tensor], **_: Any) -> Callable[..., Any]:
+        seen.append(module)
+        return lambda *inputs: module(*inputs)
+
+    monkeypatch.setattr(lowering, "compile_fx", compile_fx)
+    monkeypatch.setattr(lowering, "_compiled", weakref.WeakValueDictionary())
+    return seen
+
+
+def test_compiled_regions_do_not_grow_with_the_layers(compiled: Compiled) -> None:
+    counts: list[int] = []
+    for layers in (2, 5):
+        tiny = dit_of(layers)
+        plan = uniform_plan(tiny, Strategy.WINDOW_SHARE_CFG)
+        del compiled[:]
+        got = tiny.run(planned(tiny, plan))
+        counts.append(len(compiled))
+        _, sites = capture_sites(tiny)
+        expected = tiny.reference(plan.strategies, sites, plan.sampler.cfg_layout)
+        assert largest_difference(got, expected) < 1e-5
+    # Embedding, full block, windowed block, conditioning and projection of the output.
+    assert counts == [5, 5]
+
+
+def test_variants_and_plans_share_compiled_blocks(compiled: Compiled) -> None:
+    tiny = tiny_dit()
+    first, second = (uniform_plan(tiny, s) for s in (Strategy.FULL, Strategy.SHARE_CFG))
+    models = [planned(tiny, plan) for plan in (first, second)]
+    tiny.run(models[0], steps=2)
+    assert len(compiled) == 4
+    tiny.run(models[1], steps=2)  # its first step is the dense one
+    assert len(compiled) == 5
+
+
+def test_compiled_blocks_go_with_the_last_model_that_runs_them(compiled: Compiled) -> None:
+    tiny = tiny_dit()
+    model = planned(tiny, uniform_plan(tiny, Strategy.FULL))
+    tiny.run(model, steps=1)
+    assert compiled_regions() == 4
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert compiled_regions() == 0
+
+
+@pytest.mark.parametrize("options", [{"outline": False}, {"inductor": {"triton.cudagraphs": True}}])
+def test_a_step_is_one_graph_when_told_so_and_for_cuda_graphs(
+    options: dict[str, Any], compiled: Compiled
+) -> None:
+    tiny = tiny_dit()
+    tiny.run(planned(tiny, uniform_plan(tiny, Strategy.SHARE_CFG), **options))
+    assert len(compiled) == 2
+
+
+def test_outlined_and_whole_graphs_agree_under_inductor() -> None:
+    tiny = tiny_dit()
+    full = (Strategy.FULL,) * 3
+    mixed = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, Strategy.SHARE_STEP)
+    plan = make_plan(tiny, [full, *[mixed] * 5])
+    torch._dynamo.reset()
+    outlined = tiny.run(planned(tiny, plan))
+    torch._dynamo.reset()
+    whole = tiny.run(planned(tiny, plan, outline=False))
+    assert largest_difference(outlined, whole) < 1e-6
+
+
+def test_views_inputs_and_literals_among_the_results_stay_what_they_are() -> None:
+    module = GraphModule({}, Graph())
+    graph = module.graph
+    x = graph.placeholder("x")
+    view = graph.call_function(aten.transpose.int, (x, 0, 1))
+    doubled = graph.call_function(aten.mul.Tensor, (view, 2.0))
+    flipped = graph.call_function(aten.transpose.int, (doubled, 0, 1))
+    graph.output((view, x, None, doubled, flipped))
+    given = torch.randn(3, 5)
+    captured = capture(module, [GraphInput("x", static=False)], [given]).module
+    run = lower(captured, [given], Lowering.INDUCTOR, {})
+    got_view, got_x, nothing, got_doubled, got_flipped = run([given])
+    assert nothing is None
+    assert got_x is given
+    assert got_view.data_ptr() == given.data_ptr()
+    assert got_view.stride() == (1, 5)
+    assert torch.equal(got_doubled, given.T * 2.0)
+    assert got_doubled.stride() == (given.T * 2.0).stride()
+    assert torch.equal(got_flipped, given * 2.0)
+    assert got_flipped.stride() == (given.T * 2.0).T.stride()
+
+
+def test_a_running_step_frees_values_after_their_last_use() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[list[bool]] = []
+
+    def region(*sources: Tensor) -> tuple[Tensor]:
+        alive.append([reference() is not None for reference in made])
+        result = sources[0] + 1
+        made.append(weakref.ref(result))
+        return (result,)
+
+    step = OutlinedStep(
+        constants=(),
+        calls=(
+            lowering._Call(region, (0,), ()),
+            lowering._Call(region, (1,), ()),
+            lowering._Call(region, (2, 1), (1, 2)),
+            lowering._Call(region, (3,), (3,)),
+            lowering._Call(region, (4,), (4,)),
+        ),
+        returned=(5,),
+    )
+    (result,) = step([torch.zeros(1)])
+    assert result.item() == 5.0
+    assert alive == [
+        [],
+        [True],
+        [True, True],
+        [False, False, True],
+        [False, False, False, True],
+    ]

@@ -1,0 +1,279 @@
+"""Measure what compiling a plan costs, and what running a step in regions costs.
+
+    python -m ditfastattn.tools.benchmark_compile cost --out benchmarks/compile
+
+The model is a deep, narrow DiT with random weights. Each measurement runs in a process of its own
+with an empty folder for Inductor's caches, so that nothing is found ready.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from rich.console import Console
+from torch import Tensor
+
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.ir import clone
+from ditfastattn.passes.plan import Calibration, Plan, Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
+from ditfastattn.runtime.search.lane import Lane
+from ditfastattn.runtime.search.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.session import open_session
+from ditfastattn.runtime.search.steppers import DenseStepper
+from ditfastattn.runtime.search.timing import measure_pairs, summarize
+from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+# How often each strategy is drawn; the later steps of a plan share more than this.
+WEIGHTS = {
+    Strategy.FULL: 2,
+    Strategy.WINDOW: 3,
+    Strategy.SHARE_STEP: 4,
+    Strategy.SHARE_CFG: 2,
+    Strategy.WINDOW_SHARE_CFG: 3,
+}
+
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the model.")]
+Steps = Annotated[int, typer.Option(min=2, help="Sampler steps.")]
+Variants = Annotated[int, typer.Option(min=2, help="Distinct steps of the plan.")]
+Out = Annotated[Path, typer.Option(help="Folder for the JSON.")]
+OUT = Path("benchmarks/compile")
+
+
+class Backend(StrEnum):
+    """Name what compiles the model."""
+
+    STOCK = "stock"  # torch.compile, dense
+    OUTLINED = "outlined"  # the plan, equal blocks once
+    WHOLE = "whole"  # the plan, one graph per variant
+
+
+def make_pipeline(layers: int) -> DigitsPipeline:
+    """Return a pipeline of a DiT of 256 tokens and 4 heads of 32, the same one each time."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=layers,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    scheduler: Any = DDIMScheduler(clip_sample=False)  # not the enumeration diffusers declares
+    pipeline = DigitsPipeline(model.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    return pipeline
+
+
+def make_rows(
+    sites: Sequence[AttentionSite], steps: int, variants: int
+) -> list[tuple[Strategy, ...]]:
+    """Return a full first step, then ``variants - 1`` drawn rows in turns, each over some steps."""
+    draw = random.Random(0)
+    full = (Strategy.FULL,) * len(sites)
+    drawn = [
+        tuple(draw.choices(list(WEIGHTS), list(WEIGHTS.values()), k=len(sites)))
+        for _ in range(variants - 1)
+    ]
+    return [full, *(drawn[step * (variants - 1) // (steps - 1)] for step in range(steps - 1))]
+
+
+def make_plan(pipeline: DigitsPipeline, prompt: Prompt, variants: int) -> Plan:
+    """Return a plan of ``variants`` distinct steps for ``pipeline``; nothing is compiled."""
+    with open_session(pipeline, prompt) as session:
+        session.run(DenseStepper(session), prompt)
+        rows = make_rows(session.sites, session.steps, variants)
+        calibration = Calibration(method="manual")
+        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
+
+
+@app.command()
+def cost(
+    out: Out = OUT,
+    layers: Layers = 28,
+    steps: Steps = 50,
+    variants: Variants = 20,
+    whole: Annotated[bool, typer.Option(help="Also without outlining: slow.")] = False,
+) -> None:
+    """Time compiling a whole plan against compiling the dense model by ``torch.compile``."""
+    backends = [Backend.STOCK, Backend.OUTLINED, *([Backend.WHOLE] if whole else [])]
+    shape = [f"--layers={layers}", f"--steps={steps}", f"--variants={variants}"]
+    results = {str(backend): _alone("once", str(backend), *shape) for backend in backends}
+    stock = results[Backend.STOCK]
+    for result in results.values():
+        for measure in ("compile_seconds", "compile_cpu_seconds"):
+            result[f"{measure}_of_stock"] = result[measure] / stock[measure]
+    _write(out / "cost.json", results, layers=layers, steps=steps, variants=variants)
+
+
+@app.command()
+def once(backend: Backend, layers: Layers = 28, steps: Steps = 50, variants: Variants = 20) -> None:
+    """Print what compiling took in this process: the first generation less a warm one."""
+    _pay_once()
+    pipeline, prompt = make_pipeline(layers), _prompt(steps)
+    if backend is Backend.STOCK:
+        model = torch.compile(pipeline.transformer, fullgraph=True, dynamic=False)
+    else:
+        plan = make_plan(pipeline, prompt, variants)
+        torch._dynamo.reset()
+        model = _ours(pipeline, plan=plan, outline=backend is Backend.OUTLINED)
+    lane = Lane(pipeline, model, [prompt])
+    before = _cpu_seconds()
+    first = _seconds(lambda: lane.generate(0))
+    between = _cpu_seconds()
+    warm = _seconds(lambda: lane.generate(0))
+    found = {
+        "compile_seconds": first - warm,
+        "compile_cpu_seconds": (between - before) - (_cpu_seconds() - between),
+        "warm_generation_seconds": warm,
+        "distinct_regions": compiled_regions(),
+    }
+    print(json.dumps(found))
+
+
+@app.command()
+def run(
+    out: Out = OUT,
+    layers: Layers = 28,
+    repetitions: Annotated[int, typer.Option(min=10, help="Timed pairs of steps.")] = 50,
+) -> None:
+    """Time a dense step, compiled whole by ``torch.compile`` and by us in regions, in turns."""
+    _write(
+        out / "run.json",
+        _alone("pairs", f"--layers={layers}", f"--repetitions={repetitions}"),
+        layers=layers,
+        repetitions=repetitions,
+    )
+
+
+@app.command()
+def pairs(layers: Layers = 28, repetitions: int = 50) -> None:
+    """Print the timing of dense steps, and of our dispatch with the regions left out."""
+    pipeline, prompt = make_pipeline(layers), _prompt(2)
+    with open_session(pipeline, prompt) as session, torch.no_grad():
+        step = lower(clone(session.captured.module), session.example, Lowering.INDUCTOR, {})
+        assert isinstance(step, OutlinedStep)
+        dispatch = _dispatch_seconds(step, session.example)
+    torch._dynamo.reset()
+    stock = torch.compile(pipeline.transformer, fullgraph=True, dynamic=False)
+    ours = _ours(pipeline, dense=True)
+    call = {
+        "hidden_states": torch.randn(2, 1, 32, 32),
+        "timestep": torch.tensor([500, 500]),
+        "class_labels": torch.tensor([3, 10]),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        difference = float((stock(**call)[0] - ours(**call)[0]).abs().max())
+        timing = measure_pairs(lambda _: stock(**call), lambda _: ours(**call), repetitions)
+    found = {
+        "stock_seconds": asdict(timing.baseline),
+        "outlined_seconds": asdict(timing.candidate),
+        "speedup": asdict(timing.speedup),
+        "largest_difference": difference,
+        "regions": len(step.calls),
+        "dispatch_seconds": dispatch,
+        "dispatch_of_step": dispatch / timing.candidate.median,
+    }
+    print(json.dumps(found))
+
+
+def _dispatch_seconds(step: OutlinedStep, args: Sequence[Tensor]) -> float:
+    """Return the median time of ``step`` with regions that return what they returned before."""
+    results: list[Any] = []
+
+    def recorded(region: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Tensor) -> Any:
+            results.append(region(*inputs))
+            return results[-1]
+
+        return run
+
+    def ready(result: Any) -> Callable[..., Any]:
+        return lambda *_: result
+
+    replace(step, calls=tuple(replace(call, run=recorded(call.run)) for call in step.calls))(args)
+    paired = zip(step.calls, results, strict=True)
+    empty = replace(step, calls=tuple(replace(call, run=ready(result)) for call, result in paired))
+    return summarize([_seconds(lambda: empty(args)) for _ in range(1000)]).median
+
+
+def _ours(pipeline: DigitsPipeline, **options: Any) -> Any:
+    return torch.compile(
+        pipeline.transformer,
+        backend="ditfastattn",
+        fullgraph=True,
+        dynamic=False,
+        options=options,
+    )
+
+
+def _prompt(steps: int) -> Prompt:
+    call = {"class_labels": [3], "num_inference_steps": steps, "guidance_scale": 2.0}
+    return split_prompts(call, 0)[0]
+
+
+def _pay_once(size: int = 8) -> None:
+    """Let Inductor import what it needs and find the compiler: not the cost of any model."""
+    with torch.no_grad():
+        torch.compile(torch.nn.Linear(size, size).eval())(torch.randn(size, size))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _cpu_seconds() -> float:
+    """Return the processor time so far, of the C++ compiler too: other load does not count."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
+def _alone(*arguments: str) -> dict[str, Any]:
+    """Run a command of this module in a process with empty compiler caches; return its JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "ditfastattn.tools.benchmark_compile", *arguments],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _write(path: Path, results: dict[str, Any], **arguments: int) -> None:
+    data = {"machine": machine(), "arguments": arguments, "results": results}
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
+    Console().print_json(data=results)
+
+
+if __name__ == "__main__":
+    app()
