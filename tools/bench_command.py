@@ -34,10 +34,11 @@ def run_bench(
         bench = Bench(model, options, checkpoint, status.update)
         data = as_json(bench, bench.run())
         write_text_atomically(path, json.dumps(data, indent=1) + "\n")
-        draw(data, out / f"{name}-ssim.png", out / f"{name}-psnr.png")
+        if model.trained:
+            draw(data, out / f"{name}-ssim.png", out / f"{name}-psnr.png")
         checkpoint.discard()
     show(console, data)
-    console.print(f"wrote {path} and its figures")
+    console.print(f"wrote {path}")
     return data
 
 

@@ -62,16 +62,7 @@ def lane_of(peer: Peer, setting: Setting, pipeline: Any) -> PeerLane:
             PeerLane(pipeline, subject.transformer, PROMPTS, scope).generate(0)
 
         calibration = peer.calibrate(subject, generate)
-    return peer_lane(
-        pipeline,
-        PROMPTS,
-        STEPS,
-        peer,
-        setting,
-        Form.EAGER,
-        swap=peer.unconditional_first,
-        calibration=calibration,
-    )
+    return peer_lane(TINY, pipeline, PROMPTS, STEPS, peer, setting, Form.EAGER, calibration)
 
 
 def images(lane: Any) -> Tensor:
@@ -124,6 +115,19 @@ def test_a_peers_strongest_setting_changes_the_images_alike_each_time(peer: Peer
     lane.generate(1)
     lane.generate(0)  # after another prompt
     assert torch.equal(images(lane), first)
+
+
+@pytest.mark.parametrize("name", ["dit-tiny", "pixart-tiny", "sd3-tiny", "flux-tiny"])
+def test_models_of_random_weights_generate_what_their_prompt_says(name: str) -> None:
+    model = model_named(name)
+    pipeline = model.open()
+    pipeline.set_progress_bar_config(disable=True)
+    one, other = model.test_prompts(2, 2)
+    lane = dense_lane(pipeline, [one, other, one], Lowering.EAGER)
+    first, second, again = lane.by_prompt()
+    assert first.equal(again)
+    assert not first.equal(second)
+    assert first.shape[:2] == (1, 3)
 
 
 def test_a_copy_shares_the_weights() -> None:
@@ -216,7 +220,7 @@ def interrupted(*_: Any) -> Scope:
 def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
     killed = replace(few("first-block"), apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(Console(), TINY, options(killed), tmp_path, False)
+        run_bench(Console(), TINY, replace(options(killed), budgets=()), tmp_path, False)
     with pytest.raises(ConfigError, match="budgets"):
         run_bench(Console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
 
@@ -246,6 +250,7 @@ def test_peers_and_models_are_named() -> None:
     assert [peer.name for peer in peers_named("pyramid,cache-dit")] == ["pyramid", "cache-dit"]
     assert peers_named("all") == PEERS
     assert peers_named("none") == ()
+    assert not model_named("sd3-tiny").trained
     with pytest.raises(ConfigError, match="no such peer"):
         peers_named("pyramid,none")
     with pytest.raises(ConfigError, match="no such model"):

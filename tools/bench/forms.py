@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditfastattn.runtime.search.lane import Lane
 from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Clock, Peer, Scope, Setting, Subject
 
 
@@ -52,22 +53,18 @@ class PeerLane(Lane):
 
 
 def peer_lane(
+    model: BenchModel,
     pipeline: Any,
     prompts: Sequence[Prompt],
     steps: int,
     peer: Peer,
     setting: Setting,
     form: Form,
-    *,
-    swap: bool = False,
     calibration: Any = None,
 ) -> PeerLane:
-    """Return a fresh copy of the pipeline's transformer with ``peer`` applied, in ``form``.
-
-    ``swap`` says that the peer takes the halves of a guided batch in the other order.
-    """
+    """Return a fresh copy of the pipeline's transformer with ``peer`` applied, in ``form``."""
     transformer = fresh_copy(pipeline.transformer)
-    subject = Subject(transformer, steps, calibration=calibration)
+    subject = Subject(transformer, steps, model.guided, calibration=calibration)
     around = not peer.inside
     if form is Form.BLOCKS and around:  # before the hooks, which stay outside of what is compiled
         _compile_forward(_blocks(transformer))
@@ -79,21 +76,25 @@ def peer_lane(
             block.compile()
     called: Any = torch.compile(transformer) if form is Form.MODEL else transformer
     clock = subject.clock if peer.reads_timestep else None
-    return PeerLane(pipeline, _Called(called, clock, swap), prompts, scope)
+    swap = peer.unconditional_first and model.conditional_first and model.guided
+    stand_in = _Called(called, clock, model.timestep_scale, swap)
+    return PeerLane(pipeline, stand_in, prompts, scope)
 
 
 class _Called(torch.nn.Module):
     """Stand in the pipeline for a peer's transformer: tell the timestep, swap the halves."""
 
-    def __init__(self, model: torch.nn.Module, clock: Clock | None, swap: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, clock: Clock | None, scale: float, swap: bool
+    ) -> None:
         super().__init__()
         self.model = model
-        self._clock, self._swap = clock, swap
+        self._clock, self._scale, self._swap = clock, scale, swap
 
     def forward(self, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
         """Call the model."""
         if self._clock is not None:
-            self._clock.timestep = int(timestep.flatten()[0])
+            self._clock.timestep = int(timestep.flatten()[0] * self._scale)
         if not self._swap:
             return self.model(*args, timestep=timestep, **kwargs)
         swapped = {name: _swapped(item) for name, item in kwargs.items()}

@@ -22,13 +22,19 @@ class BenchModel:
         call: what test image ``k`` is called with, besides the steps.
         calibration: the same of the prompts that plans are found on.
         conditional_first: whether the first half of a guided batch is the conditional one.
+        guided: whether guidance doubles the batch.
+        timestep_scale: what turns the transformer's timestep into one from 0 to 1000.
+        trained: whether its images mean something.
     """
 
     name: str
     open: Callable[[], Any]
     call: Callable[[int], Mapping[str, Any]]
     calibration: Mapping[str, Any]
-    conditional_first: bool
+    conditional_first: bool = False
+    guided: bool = True
+    timestep_scale: float = 1.0
+    trained: bool = True
 
     def test_prompts(self, count: int, steps: int) -> list[Prompt]:
         """Return prompts whose seeds no search uses."""
@@ -54,29 +60,39 @@ def _digits() -> Any:
     return pipeline
 
 
-MODELS: tuple[BenchModel, ...] = (
-    BenchModel(
-        name="demo",
-        open=_digits,
-        call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
-        calibration={"class_labels": [0, 3, 5, 8], "guidance_scale": 2.0},
-        conditional_first=True,
-    ),
+DEMO = BenchModel(
+    name="demo",
+    open=_digits,
+    call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
+    calibration={"class_labels": [0, 3, 5, 8], "guidance_scale": 2.0},
+    conditional_first=True,
 )
 
 
 def model_named(name: str) -> BenchModel:
-    """Return the model of this name.
+    """Return the model of this name: the demo, or one of random weights.
 
     Raises:
         ConfigError: there is none.
     """
-    for model in MODELS:
-        if model.name == name:
-            return model
-    raise ConfigError(
-        "there is no such model",
-        where="--model",
-        got=name,
-        expected=", ".join(model.name for model in MODELS),
+    from ditfastattn.tools.bench.random_models import ARCHITECTURES, random_pipeline
+
+    if name == DEMO.name:
+        return DEMO
+    if name not in ARCHITECTURES:
+        raise ConfigError(
+            "there is no such model",
+            where="--model",
+            got=name,
+            expected=", ".join([DEMO.name, *ARCHITECTURES]),
+        )
+    architecture = ARCHITECTURES[name]()
+    return BenchModel(
+        name=name,
+        open=lambda: random_pipeline(architecture),
+        call=lambda index: {"image": [index]},
+        calibration={"image": [0, 1]},
+        guided=architecture.guided,
+        timestep_scale=1.0 if architecture.guided else 1000.0,
+        trained=False,
     )

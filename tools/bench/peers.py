@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -45,11 +46,17 @@ class Clock:
 class Subject:
     """Hold what a peer is applied to: a copy of a transformer, which it changes in place.
 
-    ``calibration`` is what the peer's own calibration returned.
+    Attributes:
+        transformer: the copy.
+        steps: sampler steps.
+        guided: whether guidance doubles the batch.
+        clock: tells the timestep.
+        calibration: what the peer's own calibration returned.
     """
 
     transformer: torch.nn.Module
     steps: int
+    guided: bool = True
     clock: Clock = field(default_factory=Clock)
     calibration: Any = None
 
@@ -123,10 +130,12 @@ def _faster(subject: Subject, options: Options) -> Scope:
         # The paper's: from 0 to 1 over the generation.
         attention_weight_callback=lambda _: 1.0 - subject.clock.timestep / 1000.0,
         tensor_format="BCHW",
+        is_guidance_distilled=not subject.guided,
         _unconditional_conditional_input_kwargs_identifiers=batched,
         **options,
     )
-    _quietly("diffusers.hooks.faster_cache")
+    # It warns that it is experimental, once per application.
+    logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
     _hooks().apply_faster_cache(subject.transformer, config)
     return _hooked(subject.transformer)
 
@@ -176,8 +185,8 @@ def _mag_state(transformer: torch.nn.Module) -> Any:
 
 
 def _cache_dit(subject: Subject, options: Options, taylor_order: int = 0) -> Scope:
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
     library: Any = importlib.import_module("cache_dit")
-    _quietly("CACHE_DIT")
     transformer = subject.transformer
     calibrator = (
         library.TaylorSeerCalibratorConfig(taylorseer_order=taylor_order) if taylor_order else None
@@ -193,10 +202,6 @@ def _cache_dit(subject: Subject, options: Options, taylor_order: int = 0) -> Sco
         yield
 
     return scope
-
-
-def _quietly(logger: str) -> None:
-    logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _thresholds(name: str, *values: float, **others: Any) -> tuple[Setting, ...]:
@@ -262,6 +267,7 @@ def _mags(*triples: tuple[float, int, float]) -> tuple[Setting, ...]:
     )
 
 
+_THRESHOLDS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.18)
 _DB = partial(_thresholds, "residual_diff_threshold", Fn_compute_blocks=1, max_warmup_steps=3)
 _TAYLORS = ((2, 3, 1), (3, 3, 1), (4, 3, 1), (5, 3, 1), (3, 3, 2), (2, 1, 1))
 _DENSE_TAYLOR = _taylors((1, 0, 1))[0]
@@ -270,21 +276,21 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         "cache-dit",
         _cache_dit,
-        _DB(0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+        _DB(*_THRESHOLDS),
         _DB(0.0)[0],
         library="cache_dit",
     ),
     Peer(
         "cache-dit-taylorseer",
         partial(_cache_dit, taylor_order=1),
-        _DB(0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+        _DB(*_THRESHOLDS),
         _DB(0.0)[0],
         library="cache_dit",
     ),
     Peer(
         "first-block",
         _first_block,
-        _thresholds("threshold", 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+        _thresholds("threshold", *_THRESHOLDS),
         _thresholds("threshold", 0.0)[0],
     ),
     Peer(

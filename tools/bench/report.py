@@ -65,6 +65,7 @@ def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
     lanes, options = lanes_of(groups), bench.options
     return {
         "model": bench.model.name,
+        "weights": "trained" if bench.model.trained else "random: fidelity means nothing",
         "steps": options.steps,
         "machine": machine(),
         "versions": versions(),
@@ -74,7 +75,9 @@ def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
         "seconds": sum(group["seconds"] for group in groups),
         "lowering": options.lowering,
         "dense_compile_seconds": bench.dense_compile_seconds,
-        "best": [{"min_ssim": level, **best_at(lanes, level)} for level in SSIM_LEVELS],
+        "best": [{"min_ssim": level, **best_at(lanes, level)} for level in SSIM_LEVELS]
+        if bench.model.trained
+        else [],
         "lanes": lanes,
         "forms": {group["method"]: group["forms"] for group in groups if "forms" in group},
         "failures": failures_of(groups),
@@ -87,7 +90,8 @@ def show(console: Console, data: Data) -> None:
     for failure in data["failures"]:
         named = " ".join(part for part in (failure["method"], failure["setting"]) if part)
         console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True, markup=False)
-    console.print(best_table(data))
+    if data["best"]:
+        console.print(best_table(data))
 
 
 def lane_table(data: Data) -> Table:
@@ -110,7 +114,8 @@ def lane_table(data: Data) -> Table:
             f"{lane['psnr']:.1f} dB",
             f"{lane['compile_seconds']:.0f} s",
         )
-    table.caption = f"medians of {data['repetitions']} generations, each of another prompt"
+    generations = f"medians of {data['repetitions']} generations, each of another prompt"
+    table.caption = f"weights: {data['weights']}; {generations}"
     return table
 
 
