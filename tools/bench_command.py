@@ -29,9 +29,9 @@ def run_bench(
     """
     name = f"{model.name}-{options.steps}"
     path = out / f"{name}.json"
-    with open_checkpoint(path, restart) as checkpoint, console.status("starting") as status:
+    with open_checkpoint(path, restart) as checkpoint:
         checkpoint.begin(_request(model, options))
-        bench = Bench(model, options, checkpoint, status.update)
+        bench = Bench(model, options, checkpoint, console.log)
         data = as_json(bench, bench.run())
         write_text_atomically(path, json.dumps(data, indent=1) + "\n")
         if model.trained:

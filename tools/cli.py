@@ -271,7 +271,7 @@ def bench(
     options = BenchOptions(
         steps, peers_named(peers), _numbers(budgets, "--budgets"), repetitions, max_variants
     )
-    run_bench(Console(), model_named(model), options, out, restart)
+    run_bench(Console(log_path=False), model_named(model), options, out, restart)
 
 
 def _source(plan: Path, out: Path) -> Plan:

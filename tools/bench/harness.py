@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class Bench:
         """Return one group per method: dense, ours, peers."""
         groups = [self._kept(EAGER, self._eager), self._kept(OURS, self._ours)]
         for peer in self.options.peers:
-            groups.append(self._kept(peer.name, lambda peer=peer: self._peer(peer)))
+            groups.append(self._kept(peer.name, partial(self._peer, peer)))
         return groups
 
     def _kept(self, method: str, make: Callable[[], Data]) -> Group:
@@ -166,11 +167,14 @@ class Bench:
         names = [f"plan-{budget:g}" for budget in self.options.budgets]
         kept = [self._checkpoint.peek(name) for name in names]
         if None in kept:  # a search that was killed goes on where it was
-            kept = [self._checkpoint.data(name, lambda p=p: p) for name, p in self._searched(names)]
+            kept = self._searched()
+            for name, data in zip(names, kept, strict=True):
+                self._checkpoint.put(name, data)
         plans = [Plan.parse(json.dumps(data)) for data in kept]
         return list({plan.strategies: plan for plan in plans}.values())
 
-    def _searched(self, names: Sequence[str]) -> list[tuple[str, Data]]:
+    def _searched(self) -> list[Data]:
+        """Search them."""
         options, model = self.options, self.model
         self._tell("profiling, for our plans")
         prompts = model.calibration_prompts(options.steps)
@@ -180,12 +184,10 @@ class Bench:
             chooser = make_global(work, prompts, target, Objective.LATENCY, options.max_variants)
             made = SearchOptions(target, max_variants=options.max_variants)
             search = Search(work, chooser, made, prompts, prompts)
-            plans = [
-                search.plan(Found(chooser.rows(budget), budget), 0.0) for budget in options.budgets
+            return [
+                search.plan(Found(chooser.rows(budget), budget), 0.0).model_dump(mode="json")
+                for budget in options.budgets
             ]
-        return [
-            (name, plan.model_dump(mode="json")) for name, plan in zip(names, plans, strict=True)
-        ]
 
     def _peer(self, peer: Peer) -> Data:
         failures: list[Data] = []

@@ -126,7 +126,7 @@ def _image_ids(tokens: int) -> Tensor:
 def _picture(latents: Tensor) -> Tensor:
     if latents.ndim == 3:  # packed: tokens and channels
         side = round(latents.shape[1] ** 0.5)
-        latents = latents.transpose(1, 2).unflatten(2, (side, side))
+        latents = latents.transpose(1, 2).reshape(len(latents), -1, side, side)
     return latents[:, :3].float().sigmoid()
 
 
