@@ -267,9 +267,9 @@ def _mags(*triples: tuple[float, int, float]) -> tuple[Setting, ...]:
     )
 
 
-_THRESHOLDS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.18)
+_THRESHOLDS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.2)
 _DB = partial(_thresholds, "residual_diff_threshold", Fn_compute_blocks=1, max_warmup_steps=3)
-_TAYLORS = ((2, 3, 1), (3, 3, 1), (4, 3, 1), (5, 3, 1), (3, 3, 2), (2, 1, 1))
+_TAYLORS = ((2, 8, 1), (2, 3, 1), (2, 1, 1), (3, 3, 1), (3, 3, 2), (4, 3, 1), (5, 3, 1))
 _DENSE_TAYLOR = _taylors((1, 0, 1))[0]
 
 PEERS: tuple[Peer, ...] = (
@@ -333,7 +333,15 @@ PEERS: tuple[Peer, ...] = (
     Peer(
         "mag-cache",
         _mag,
-        _mags((0.03, 1, 0.2), (0.06, 2, 0.2), (0.12, 3, 0.2), (0.24, 4, 0.2), (0.24, 4, 0.1)),
+        _mags(
+            (0.015, 1, 0.2),
+            (0.03, 1, 0.2),
+            (0.03, 2, 0.2),
+            (0.06, 2, 0.2),
+            (0.09, 3, 0.2),
+            (0.12, 3, 0.2),
+            (0.24, 4, 0.1),
+        ),
         _mags((0.0, 0, 1.0))[0],
         calibrate=_mag_ratios,
     ),
