@@ -23,6 +23,7 @@ ASSET_SUFFIXES = (".json", ".md", ".safetensors")
 CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.cli:run"}
 BACKENDS = {"ditfastattn": "ditfastattn.backend:ditfastattn"}
 HEAVY = (
+    "cache_dit",
     "diffusers",
     "matplotlib",
     "onnx",

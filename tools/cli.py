@@ -246,6 +246,42 @@ def validate(
     )
 
 
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="The model.")] = "demo",
+    steps: Steps = 20,
+    peers: Annotated[
+        str, typer.Option(help="Caching libraries to compare with, with commas; or all, none.")
+    ] = "all",
+    repetitions: Annotated[
+        int, typer.Option(min=10, help="Timed generations of each, each of another prompt.")
+    ] = 10,
+    budgets: Annotated[
+        str, typer.Option(help="Budgets of drift of our plans, with commas.")
+    ] = "0.1,0.2,0.3,0.45,0.6,0.8,1.1",
+    max_variants: Annotated[
+        int, typer.Option(min=0, help="Most distinct step variants of our plans; 0: no cap.")
+    ] = 6,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")] = Path(
+        "benchmarks/bench"
+    ),
+    restart: Annotated[bool, typer.Option(help="Forget an unfinished run.")] = False,
+) -> None:
+    """Compare our plans with caching libraries: speed and fidelity, everything in one run.
+
+    Every speedup is over the compiled dense model, timed in turns. A run that was killed goes on.
+    """
+    from ditfastattn.tools.bench.harness import BenchOptions
+    from ditfastattn.tools.bench.models import model_named
+    from ditfastattn.tools.bench.peers import peers_named
+    from ditfastattn.tools.bench_command import run_bench
+
+    options = BenchOptions(
+        steps, peers_named(peers), _numbers(budgets, "--budgets"), repetitions, max_variants
+    )
+    run_bench(Console(log_path=False), model_named(model), options, out, restart)
+
+
 def _source(plan: Path, out: Path) -> Plan:
     if plan.resolve() == out.resolve():
         raise ConfigError(
@@ -271,6 +307,15 @@ def _integers(text: str, option: str) -> list[int]:
     except ValueError as error:
         raise ConfigError(
             "classes are whole numbers", where=option, got=text, expected="for example 0,3,5"
+        ) from error
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            "these are not numbers", where=option, got=text, expected="for example 0.2,0.4"
         ) from error
 
 

@@ -119,8 +119,19 @@ def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) ->
     _write_png(figure, Path(path))
 
 
-_LINES = ("#0072b2", "#e69f00", "#26323f", "#009e73")
-_MARKERS = ("o", "s", "^", "D")
+_LINES = (
+    "#0072b2",
+    "#e69f00",
+    "#26323f",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#999999",
+    "#7a5195",
+    "#8c6d31",
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
 def curves(
@@ -130,7 +141,18 @@ def curves(
     up: str,
     labels: Sequence[str] = (),
 ) -> None:
-    """Draw a line of points per series; ``labels`` annotate the points of the first one."""
+    """Draw a line of points per series; ``labels`` annotate the points of the first one.
+
+    Raises:
+        ConfigError: there are more series than colours.
+    """
+    if len(series) > len(_LINES):
+        raise ConfigError(
+            "too many lines for one figure",
+            where=str(path),
+            got=len(series),
+            expected=f"{len(_LINES)} or fewer",
+        )
     figure = Figure(figsize=(6.4, 4.0), dpi=_DOTS_PER_INCH, layout="constrained")
     axis = figure.subplots()
     for (name, points), colour, marker in zip(series.items(), _LINES, _MARKERS, strict=False):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+TRIES = 3  # of a repetition that something disturbs
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -38,17 +40,48 @@ def measure_pairs(
 
     Both must be warm. GPU work is waited for.
     """
-    first: list[float] = []
-    second: list[float] = []
+    return measure_turns(baseline, [candidate], repetitions)[0]
+
+
+def measure_turns(
+    baseline: Callable[[int], None],
+    candidates: Sequence[Callable[[int], None]],
+    repetitions: int,
+    disturbances: Callable[[], int] = lambda: 0,
+) -> list[PairedTiming]:
+    """Call all in turns, ``repetitions`` times; return how each candidate compares in its pairs.
+
+    Each repetition begins with the next one. Where ``disturbances`` has counted something during a
+    repetition (a compilation, say), it is timed again, up to ``TRIES`` times.
+    """
+    calls = [baseline, *candidates]
+    samples: list[list[float]] = [[] for _ in calls]
     for repetition in range(repetitions):
-        if repetition % 2:
-            second.append(_seconds(candidate, repetition))
-            first.append(_seconds(baseline, repetition))
-        else:
-            first.append(_seconds(baseline, repetition))
-            second.append(_seconds(candidate, repetition))
-    ratios = [slow / fast for slow, fast in zip(first, second, strict=True)]
-    return PairedTiming(summarize(first), summarize(second), summarize(ratios))
+        for index, seconds in _turn(calls, repetition, disturbances).items():
+            samples[index].append(seconds)
+    slow, *others = samples
+    return [
+        PairedTiming(summarize(slow), summarize(fast), summarize(_ratios(slow, fast)))
+        for fast in others
+    ]
+
+
+def _turn(
+    calls: Sequence[Callable[[int], None]], repetition: int, disturbances: Callable[[], int]
+) -> dict[int, float]:
+    """Return the seconds of each call, begun with another one in each repetition."""
+    order = [(repetition + place) % len(calls) for place in range(len(calls))]
+    found: dict[int, float] = {}
+    for _ in range(TRIES):
+        before = disturbances()
+        found = {index: _seconds(calls[index], repetition) for index in order}
+        if disturbances() == before:
+            break
+    return found
+
+
+def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(slow, fast, strict=True)]
 
 
 def summarize(samples: Sequence[float]) -> Timing:

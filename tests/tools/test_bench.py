@@ -1,0 +1,267 @@
+"""The benchmark against caching libraries, on a tiny untrained pipeline, nothing compiled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ditfastattn import ConfigError
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.lane import dense_lane
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.timing import measure_turns
+from ditfastattn.tools import cli
+from ditfastattn.tools.bench import harness
+from ditfastattn.tools.bench.forms import Form, PeerLane, fresh_copy, peer_lane
+from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, BenchOptions, fidelity
+from ditfastattn.tools.bench.models import BenchModel, model_named
+from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
+from ditfastattn.tools.bench.report import best_at
+from ditfastattn.tools.bench_command import run_bench
+from tests.helpers import randomize, tiny_digits_pipeline
+
+STEPS = 8
+PROMPTS = [
+    Prompt({"class_labels": [k], "num_inference_steps": STEPS, "guidance_scale": 2.0}, 1000 + k)
+    for k in range(2)
+]
+
+
+def tiny_pipeline() -> Any:
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    randomize(pipeline.transformer)
+    return pipeline
+
+
+TINY = BenchModel(
+    name="tiny",
+    open=tiny_pipeline,
+    call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
+    calibration={"class_labels": [0, 3], "guidance_scale": 2.0},
+    conditional_first=True,
+)
+
+
+def lane_of(peer: Peer, setting: Setting, pipeline: Any) -> PeerLane:
+    calibration = None
+    if peer.calibrate is not None:
+        subject = Subject(fresh_copy(pipeline.transformer), STEPS)
+
+        def generate(scope: Scope) -> None:
+            PeerLane(pipeline, subject.transformer, PROMPTS, scope).generate(0)
+
+        calibration = peer.calibrate(subject, generate)
+    return peer_lane(TINY, pipeline, PROMPTS, STEPS, peer, setting, Form.EAGER, calibration)
+
+
+def images(lane: Any) -> Tensor:
+    return torch.cat(lane.by_prompt())
+
+
+@pytest.fixture(params=PEERS, ids=lambda peer: peer.name)
+def peer(request: pytest.FixtureRequest) -> Peer:
+    found: Peer = request.param
+    pytest.importorskip(found.library)
+    return found
+
+
+def test_fidelity_is_what_a_hand_computes() -> None:
+    dense = torch.full((2, 1, 16, 16), 0.2)
+    dense[1] = 10.0 / 255.0
+    other = dense.clone()
+    other[0] += 0.1  # mean squared error 0.01: 20 dB
+    other[1] = 0.0  # in bytes this difference of -10 would wrap to 246
+    found = fidelity(dense, other)
+    assert found.psnrs == pytest.approx((20.0, 20.0 * math.log10(255.0 / 10.0)), abs=1e-3)
+    assert found.psnr == pytest.approx(sum(found.psnrs) / 2.0)
+    # Of two flat images only the luminance term is left; its constant is (0.01 * range) ** 2.
+    c1 = 1e-4
+    assert found.ssims[0] == pytest.approx((2 * 0.2 * 0.3 + c1) / (0.04 + 0.09 + c1), abs=1e-4)
+    assert found.worst_ssim == min(found.ssims)
+
+
+def test_equal_images_have_an_ssim_of_one_and_a_finite_psnr() -> None:
+    same = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = fidelity(same, same.clone())
+    assert (found.ssim, found.psnr) == (1.0, harness.MOST_PSNR)
+
+
+def test_a_peer_that_computes_everything_is_dense(peer: Peer) -> None:
+    pipeline = tiny_pipeline()
+    dense = images(dense_lane(pipeline, PROMPTS, Lowering.EAGER))
+    same = images(lane_of(peer, peer.dense, pipeline))
+    assert torch.allclose(same, dense, atol=1e-4)
+
+
+def test_a_peers_strongest_setting_changes_the_images_alike_each_time(peer: Peer) -> None:
+    pipeline = tiny_pipeline()
+    dense = images(dense_lane(pipeline, PROMPTS, Lowering.EAGER))
+    lane = lane_of(peer, peer.settings[-1], pipeline)
+    first = images(lane)
+    assert float((first - dense).abs().max()) > 1e-3
+    assert images(dense_lane(pipeline, PROMPTS, Lowering.EAGER)).equal(dense)  # the copy is apart
+    lane.images.clear()
+    lane.generate(1)
+    lane.generate(0)  # after another prompt
+    assert torch.equal(images(lane), first)
+
+
+@pytest.mark.parametrize("name", ["dit-tiny", "pixart-tiny", "sd3-tiny", "flux-tiny"])
+def test_models_of_random_weights_generate_what_their_prompt_says(name: str) -> None:
+    model = model_named(name)
+    pipeline = model.open()
+    pipeline.set_progress_bar_config(disable=True)
+    one, other = model.test_prompts(2, 2)
+    lane = dense_lane(pipeline, [one, other, one], Lowering.EAGER)
+    first, second, again = lane.by_prompt()
+    assert first.equal(again)
+    assert not first.equal(second)
+    assert first.shape[:2] == (1, 3)
+
+
+def test_a_copy_shares_the_weights() -> None:
+    transformer = tiny_pipeline().transformer
+    copied = fresh_copy(transformer)
+    assert copied is not transformer
+    pairs = zip(transformer.parameters(), copied.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+
+
+def test_lanes_take_turns_and_a_disturbed_repetition_is_timed_again() -> None:
+    order: list[str] = []
+    compiled = iter([0, 1, 1, 1, 1, 1])
+
+    def call(name: str) -> Callable[[int], None]:
+        return lambda _: order.append(name)
+
+    found = measure_turns(call("a"), [call("b"), call("c")], 2, lambda: next(compiled))
+    assert order == ["a", "b", "c", "a", "b", "c", "b", "c", "a"]
+    assert [len(timing.speedup.samples) for timing in found] == [2, 2]
+
+
+def options(*peers: Peer) -> BenchOptions:
+    return BenchOptions(4, peers, (0.0001, 1e6), 10, lowering=Lowering.EAGER)
+
+
+def without_ours(*peers: Peer) -> BenchOptions:
+    return replace(options(*peers), budgets=())
+
+
+def broken(*_: Any) -> Scope:
+    raise RuntimeError("no such block\nand more")
+
+
+def few(name: str) -> Peer:
+    (found,) = peers_named(name)
+    return replace(found, settings=found.settings[-1:])
+
+
+def test_the_bench_writes_every_lane_and_every_failure(tmp_path: Path) -> None:
+    failing = replace(few("first-block"), name="broken", apply=broken)
+    run_bench(Console(), TINY, options(few("first-block"), failing), tmp_path, False)
+    data = json.loads((tmp_path / "tiny-4.json").read_text(encoding="utf-8"))
+    assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 10)
+    assert data["seeds"] == list(range(1000, 1010))
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["machine"]["device"]
+    assert data["command"].startswith("ditfastattn")
+    methods = [lane["method"] for lane in data["lanes"]]
+    assert methods == [EAGER, OURS, OURS, "first-block"]
+    for lane in data["lanes"]:
+        assert len(lane["speedup"]["samples"]) == 10
+        assert lane["worst_ssim"] <= lane["ssim"] <= 1.0
+        assert lane["seconds"]["median"] > 0.0
+        assert lane["form"] == "eager"
+    eager, gentle, strong, first_block = data["lanes"]
+    assert eager["ssim"] == 1.0
+    assert gentle["ssim"] > strong["ssim"]
+    assert first_block["details"] == {"threshold": 0.2}
+    (failure,) = data["failures"]
+    assert failure["method"] == "broken"
+    assert failure["reason"] == "RuntimeError: no such block"
+    assert data["forms"]["broken"]["eager"]["failed"] == "RuntimeError: no such block"
+    assert (tmp_path / "tiny-4-ssim.png").stat().st_size > 1000
+    assert (tmp_path / "tiny-4-psnr.png").stat().st_size > 1000
+    assert not list(tmp_path.glob("*.search"))
+
+
+def test_a_resumed_run_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = replace(few("first-block"), name="killed", apply=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(Console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
+    measured: list[str] = []
+    measure = Bench._measure
+
+    def counted(self: Bench, entries: Any) -> Any:
+        measured.extend(entry.method for entry in entries)
+        return measure(self, entries)
+
+    monkeypatch.setattr(Bench, "_measure", counted)
+    resumed = replace(few("first-block"), name="killed")
+    data = run_bench(Console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
+    assert measured == ["killed"]
+    assert [lane["method"] for lane in data["lanes"]] == [EAGER, "pyramid", "killed"]
+
+
+def interrupted(*_: Any) -> Scope:
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
+    killed = replace(few("first-block"), apply=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(Console(), TINY, without_ours(killed), tmp_path, False)
+    with pytest.raises(ConfigError, match="budgets"):
+        run_bench(Console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
+
+
+def lane(method: str, ssim: float, speedup: float) -> dict[str, Any]:
+    named = {"method": method, "setting": "s", "form": "f", "worst_ssim": ssim, "psnr": 20.0}
+    return {**named, "ssim": ssim, "speedup": {"median": speedup}}
+
+
+def test_the_best_point_is_the_fastest_that_was_measured_good_enough() -> None:
+    lanes = [
+        lane(EAGER, 1.0, 9.0),
+        lane(OURS, 0.97, 1.5),
+        lane(OURS, 0.95, 2.0),
+        lane("first-block", 0.96, 1.8),
+        lane("pyramid", 0.9, 3.0),
+    ]
+    found = best_at(lanes, 0.95)
+    assert found["ours"] is not None
+    assert found["peer"] is not None
+    assert (found["ours"]["speedup"], found["ours"]["ssim"]) == (2.0, 0.95)
+    assert found["peer"]["method"] == "first-block"
+    assert best_at(lanes, 0.98) == {"ours": None, "peer": None}
+
+
+def test_peers_and_models_are_named() -> None:
+    assert [peer.name for peer in peers_named("pyramid,cache-dit")] == ["pyramid", "cache-dit"]
+    assert peers_named("all") == PEERS
+    assert peers_named("none") == ()
+    assert not model_named("sd3-tiny").trained
+    with pytest.raises(ConfigError, match="no such peer"):
+        peers_named("pyramid,none")
+    with pytest.raises(ConfigError, match="no such model"):
+        model_named("unknown")
+
+
+def test_the_command_checks_its_arguments(tmp_path: Path) -> None:
+    arguments = ["bench", "--out", str(tmp_path), "--budgets", "some"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert CliRunner().invoke(cli.app, ["bench", "--repetitions", "3"]).exit_code == 2

@@ -1,0 +1,1 @@
+"""Compare ditfastattn with the caching libraries that a user could pick instead."""

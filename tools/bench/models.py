@@ -1,0 +1,98 @@
+"""Name the models of the benchmark: how to open each, and what to generate with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.runtime.search.prompts import Prompt, split_prompts
+
+FIRST_TEST_SEED = 1000  # a search uses seeds from 0 and 500: no image is judged that it has seen
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """Describe a model.
+
+    Attributes:
+        name: its name in options and records.
+        open: returns its pipeline.
+        call: what test image ``k`` is called with, besides the steps.
+        calibration: the same of the prompts that plans are found on.
+        conditional_first: whether the first half of a guided batch is the conditional one.
+        guided: whether guidance doubles the batch.
+        timestep_scale: what turns the transformer's timestep into one from 0 to 1000.
+        trained: whether its images mean something.
+    """
+
+    name: str
+    open: Callable[[], Any]
+    call: Callable[[int], Mapping[str, Any]]
+    calibration: Mapping[str, Any]
+    conditional_first: bool = False
+    guided: bool = True
+    timestep_scale: float = 1.0
+    trained: bool = True
+
+    def test_prompts(self, count: int, steps: int) -> list[Prompt]:
+        """Return prompts whose seeds no search uses."""
+        return [
+            Prompt({**self.call(index), "num_inference_steps": steps}, FIRST_TEST_SEED + index)
+            for index in range(count)
+        ]
+
+    def calibration_prompts(self, steps: int) -> list[Prompt]:
+        """Return the prompts that plans are found on."""
+        return split_prompts(self.calibration_call(steps), 0)
+
+    def calibration_call(self, steps: int) -> dict[str, Any]:
+        """Return one call of all calibration prompts."""
+        return {**self.calibration, "num_inference_steps": steps}
+
+
+def _digits() -> Any:
+    from ditfastattn.tools.digits_pipeline import embedded_pipeline
+
+    pipeline = embedded_pipeline()
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    return pipeline
+
+
+DEMO = BenchModel(
+    name="demo",
+    open=_digits,
+    call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
+    calibration={"class_labels": [0, 3, 5, 8], "guidance_scale": 2.0},
+    conditional_first=True,
+)
+
+
+def model_named(name: str) -> BenchModel:
+    """Return the model of this name: the demo, or one of random weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from ditfastattn.tools.bench.random_models import ARCHITECTURES, random_pipeline
+
+    if name == DEMO.name:
+        return DEMO
+    if name not in ARCHITECTURES:
+        raise ConfigError(
+            "there is no such model",
+            where="--model",
+            got=name,
+            expected=", ".join([DEMO.name, *ARCHITECTURES]),
+        )
+    architecture = ARCHITECTURES[name]()
+    return BenchModel(
+        name=name,
+        open=lambda: random_pipeline(architecture),
+        call=lambda index: {"image": [index]},
+        calibration={"image": [0, 1]},
+        guided=architecture.guided,
+        timestep_scale=1.0 if architecture.guided else 1000.0,
+        trained=False,
+    )

@@ -1,0 +1,152 @@
+"""Report what was measured: JSON, tables, and the figures of fidelity against speedup."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, Data, Group
+from ditfastattn.tools.figures import curves
+from ditfastattn.tools.measure import machine
+
+SSIM_LEVELS = (0.85, 0.9, 0.95, 0.98, 0.99)
+_LIBRARIES = ("ditfastattn", "torch", "diffusers", "cache-dit")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries compared; "absent" where one is not installed."""
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def lanes_of(groups: Sequence[Group]) -> list[Data]:
+    """Return all lanes."""
+    return [lane for group in groups for lane in group["lanes"]]
+
+
+def failures_of(groups: Sequence[Group]) -> list[Data]:
+    """Return what could not be measured, each with its reason."""
+    return [failure for group in groups for failure in group["failures"]]
+
+
+def best_at(lanes: Sequence[Data], level: float) -> dict[str, Data | None]:
+    """Return the fastest lane of ours, and of all peers, whose mean SSIM is at least ``level``.
+
+    Nothing is interpolated; None where no measured lane is good enough.
+    """
+    good = [lane for lane in lanes if lane["ssim"] >= level and lane["method"] != EAGER]
+    return {
+        "ours": _fastest([lane for lane in good if lane["method"] == OURS]),
+        "peer": _fastest([lane for lane in good if lane["method"] != OURS]),
+    }
+
+
+def _fastest(lanes: Sequence[Data]) -> Data | None:
+    if not lanes:
+        return None
+    best = max(lanes, key=lambda lane: float(lane["speedup"]["median"]))
+    kept = {key: best[key] for key in ("method", "setting", "form", "ssim", "worst_ssim", "psnr")}
+    return {**kept, "speedup": best["speedup"]["median"]}
+
+
+def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
+    """Return everything as JSON data."""
+    lanes, options = lanes_of(groups), bench.options
+    return {
+        "model": bench.model.name,
+        "weights": "trained" if bench.model.trained else "random: fidelity means nothing",
+        "steps": options.steps,
+        "machine": machine(),
+        "versions": versions(),
+        "command": shlex.join(["ditfastattn", *sys.argv[1:]]),
+        "repetitions": options.repetitions,
+        "seeds": [prompt.seed for prompt in bench.prompts],
+        "seconds": sum(group["seconds"] for group in groups),
+        "lowering": options.lowering,
+        "dense_compile_seconds": bench.dense_compile_seconds,
+        "best": [{"min_ssim": level, **best_at(lanes, level)} for level in SSIM_LEVELS]
+        if bench.model.trained
+        else [],
+        "lanes": lanes,
+        "forms": {group["method"]: group["forms"] for group in groups if "forms" in group},
+        "failures": failures_of(groups),
+    }
+
+
+def show(console: Console, data: Data) -> None:
+    """Print the tables."""
+    console.print(lane_table(data))
+    for failure in data["failures"]:
+        named = " ".join(part for part in (failure["method"], failure["setting"]) if part)
+        console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True, markup=False)
+    if data["best"]:
+        console.print(best_table(data))
+
+
+def lane_table(data: Data) -> Table:
+    """Return a row per lane."""
+    table = Table(title=f"{data['model']}, {data['steps']} steps, against the compiled dense model")
+    for heading in ("method", "setting", "form"):
+        table.add_column(heading)
+    for heading in ("speedup", "quartiles", "SSIM", "worst", "PSNR", "compile"):
+        table.add_column(heading, justify="right")
+    for lane in data["lanes"]:
+        speedup = lane["speedup"]
+        table.add_row(
+            lane["method"],
+            lane["setting"],
+            lane["form"],
+            f"{speedup['median']:.2f}x",
+            f"{speedup['lower_quartile']:.2f}-{speedup['upper_quartile']:.2f}",
+            f"{lane['ssim']:.4f}",
+            f"{lane['worst_ssim']:.4f}",
+            f"{lane['psnr']:.1f} dB",
+            f"{lane['compile_seconds']:.0f} s",
+        )
+    generations = f"medians of {data['repetitions']} generations, each of another prompt"
+    table.caption = f"weights: {data['weights']}; {generations}"
+    return table
+
+
+def best_table(data: Data) -> Table:
+    """Return the fastest of ours and of the peers at each level of SSIM."""
+    table = Table(title="fastest measured point at a mean SSIM")
+    table.add_column("SSIM at least", justify="right")
+    table.add_column("ditfastattn", justify="right")
+    table.add_column("best peer", justify="right")
+    table.add_column("which")
+    for row in data["best"]:
+        ours, peer = row["ours"], row["peer"]
+        table.add_row(
+            f"{row['min_ssim']:g}",
+            f"{ours['speedup']:.2f}x" if ours else "none",
+            f"{peer['speedup']:.2f}x" if peer else "none",
+            f"{peer['method']}, {peer['setting']}" if peer else "",
+        )
+    return table
+
+
+def draw(data: Data, ssim: Path, psnr: Path) -> None:
+    """Draw fidelity against speedup, a line per method."""
+    images = f"{data['repetitions']} images"
+    for quality, path, label in (
+        ("ssim", ssim, f"SSIM to dense, mean of {images}"),
+        ("psnr", psnr, f"PSNR to dense in dB, mean of {images}"),
+    ):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for lane in data["lanes"]:
+            if lane["method"] != EAGER:
+                point = (float(lane["speedup"]["median"]), float(lane[quality]))
+                lines.setdefault(lane["method"], []).append(point)
+        curves(lines, path, "speedup over the compiled dense model (median of pairs)", label)
