@@ -8,6 +8,8 @@ graph that writes one returns it after the model's own outputs.
 Two slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
 last: whoever runs the graphs moves it over, a pointer and no copy. ``blocks.0.attn/distance`` is
 how far a step extrapolates, a number that the schedule fixes.
+
+``invariant/linear_4`` holds what is computed once per generation, by a graph of its own.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ def distance_slot(site: str) -> str:
     It counts steps since the last output, in units of the steps between the last two.
     """
     return f"{site}/distance"
+
+
+def invariant_slot(node: str) -> str:
+    """Name the slot of the step-invariant value of ``node``."""
+    return f"invariant/{node}"
 
 
 def read_cache(graph: Graph, slot: str, like: Tensor) -> Node:

@@ -40,11 +40,12 @@ def count_flops(graph: Graph) -> Flops:
     counts = Flops(0, 0)
     for node in graph.nodes:
         if node.op == "call_function":
-            counts += _count(node)
+            counts += count_node(node)
     return counts
 
 
-def _count(node: Node) -> Flops:
+def count_node(node: Node) -> Flops:
+    """Count one node."""
     if node.target in (ATTENTION, WINDOW_ATTENTION):
         return Flops(_attention(node), 0)
     if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):

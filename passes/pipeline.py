@@ -16,6 +16,7 @@ from ditfastattn.passes.base import Pass
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
+from ditfastattn.passes.hoist_invariants import HoistInvariants
 from ditfastattn.passes.ir import clone, graph_text, outputs
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
@@ -42,7 +43,10 @@ DENSE = SiteAction(Strategy.FULL)
 
 
 def variant_passes(
-    sites: Sequence[AttentionSite], actions: Sequence[SiteAction], layout: CfgLayout
+    sites: Sequence[AttentionSite],
+    actions: Sequence[SiteAction],
+    layout: CfgLayout,
+    invariants: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """Return the passes of one step variant, in the order they run."""
     pairs = tuple(zip(sites, actions, strict=True))
@@ -59,6 +63,7 @@ def variant_passes(
         ShareAcrossSteps(chosen(Strategy.SHARE_STEP)),
         ExtrapolateSteps(chosen(Strategy.EXTRAPOLATE)),
         ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
+        HoistInvariants(invariants),
         SinkBatchSlices(),
         EliminateDeadCode(),
     )
@@ -73,8 +78,11 @@ def rewrite(
     actions: Sequence[SiteAction],
     layout: CfgLayout,
     label: str = "variant",
+    invariants: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return a new graph for one step variant; ``captured`` is left as it is.
+
+    ``invariants`` names the nodes that the variant is to read from the prologue.
 
     Raises:
         ConfigError: a knob names an unknown pass.
@@ -87,7 +95,7 @@ def rewrite(
     inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
-    for step in variant_passes(sites, _fuelled(actions, knobs.fuel), layout):
+    for step in variant_passes(sites, _fuelled(actions, knobs.fuel), layout, invariants):
         if step.name in knobs.disabled:
             log.info("%s: %s: disabled", label, step.name)
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +29,22 @@ class Caches:
         return sum({id(item): item.nbytes for item in self._held.values()}.values())
 
     def read(
-        self, program: StepProgram, step: int, slots: Sequence[str], device: torch.device
+        self,
+        program: StepProgram,
+        step: int,
+        slots: Sequence[str],
+        device: torch.device,
+        invariants: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        """Return what ``slots`` hold at ``step``."""
+        """Return what ``slots`` hold at ``step``; ``invariants`` hold what no step changes."""
         distances = program.distances[step]
-        return [
-            _number(distances[slot], device) if slot in distances else self._held[slot]
-            for slot in slots
-        ]
+        found: list[Tensor] = []
+        for slot in slots:
+            if slot in distances:
+                found.append(_number(distances[slot], device))
+            else:
+                found.append(invariants[slot] if slot in invariants else self._held[slot])
+        return found
 
     def write(
         self, program: StepProgram, step: int, slots: Sequence[str], values: Sequence[Tensor]

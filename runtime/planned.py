@@ -47,6 +47,7 @@ from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.invariants import Hoisted, Prologue
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.matching import (
     check_lanes,
@@ -102,10 +103,12 @@ class Generation:
     calibrator: GreedyCalibrator | None = None
     timesteps: list[float] = field(default_factory=list)
     caches: Caches = field(default_factory=Caches)
+    hoisted: Hoisted = field(default_factory=Hoisted)
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
         self.caches.clear()
+        self.hoisted.clear()
         self.timesteps.clear()
         self.calibrator = None
         if self.clock is not None:
@@ -175,6 +178,8 @@ class Specialization:
         # A dense run needs no clock.
         self.timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latent = latent_position(captured)
+        varying = {index for index in (self.timestep, self._latent) if index is not None}
+        self._prologue = Prologue(captured, varying, options.lowering, options.inductor)
         self._attentions = attentions(self.report.sites)
         self._variants: dict[_VariantKey, CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
@@ -351,13 +356,16 @@ class Specialization:
         caches = generation.caches
         if step == 0:
             caches.clear()
+            generation.hoisted.clear()
             if program.shares_cfg and self._latent is not None:  # once a generation: it may wait
                 check_lanes(tensors[self._latent], self.captured.inputs[self._latent].name)
         layout = self.plans[generation.identity].sampler.cfg_layout
         actions = program.variants[program.schedule[step]]
 
+        invariants = self._prologue.values(generation.hoisted, tensors)
+
         def read(slots: Sequence[str]) -> list[Tensor]:
-            return caches.read(program, step, slots, tensors[0].device)
+            return caches.read(program, step, slots, tensors[0].device, invariants)
 
         variant = self._variant(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
@@ -379,7 +387,8 @@ class Specialization:
         with self._lock:
             if key not in self._variants:
                 label = f"variant-{len(self._variants):02d}"
-                module = rewrite(self.captured, program.sites, actions, layout, label)
+                hoisted = () if program is NOTHING else self._prologue.nodes
+                module = rewrite(self.captured, program.sites, actions, layout, label, hoisted)
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
                 example = [*tensors, *read(reads)]
                 flops = count_flops(module.graph)

@@ -102,7 +102,7 @@ class PlanStepper:
             return (self._known[at],)
         program, results = self._program, self._variants.results
         variant = self._variants.get(program.variants[program.schedule[at]])
-        caches = self._caches.read(program, at, variant.reads, args[0].device)
+        caches = self._caches.read(program, at, variant.reads, args[0].device, {})
         returned = variant.module(*args, *caches)
         self._caches.write(program, at, variant.writes, returned[results:])
         return tuple(returned[:results])
