@@ -16,6 +16,7 @@ from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window
 from ditfastattn.passes.outline import Region, live_outputs, outline
 from ditfastattn.passes.pipeline import rewrite
 from ditfastattn.passes.step_program import unroll
+from ditfastattn.runtime.caches import Caches
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,
@@ -37,17 +38,18 @@ def variants(
 ) -> Iterator[tuple[GraphModule, list[Tensor]]]:
     """Yield each step's graph, windows lowered, and its inputs."""
     found = captured_once(tiny)
-    program = unroll(strategies, found.graph, found.sites)
-    caches: dict[str, Tensor] = {}
+    program = unroll(strategies, found.graph, found.every)
+    caches = Caches()
     for step, variant in enumerate(program.schedule):
         actions = program.variants[variant]
-        module = rewrite(found.graph, found.sites, actions, CfgLayout.COND_FIRST)
+        module = rewrite(found.graph, found.every, actions, CfgLayout.COND_FIRST)
         reads, writes = read_slots(module.graph), written_slots(module.graph)
         lower_window_attention(module)
-        args = [*flat_inputs(tiny, step), *(caches[slot] for slot in reads)]
+        read = caches.read(program, step, reads, torch.device("cpu"), {})
+        args = [*flat_inputs(tiny, step), *read]
         with torch.no_grad():
             returned = module(*args)
-        caches.update(zip(writes, returned[len(returned) - len(writes) :], strict=True))
+        caches.write(program, step, writes, returned[len(returned) - len(writes) :])
         yield module, args
 
 
@@ -77,7 +79,7 @@ def dense_regions(tiny: TinyModel, edit: Edit = lambda module: None) -> tuple[Re
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_regions_compute_bitwise_what_the_graph_computes(name: str, seed: int) -> None:
     tiny = TINY_MODELS[name]()
-    for module, args in variants(tiny, mixed_strategies(captured_once(tiny).sites, seed)):
+    for module, args in variants(tiny, mixed_strategies(captured_once(tiny).every, seed)):
         with torch.no_grad():
             expected = module(*args)
         regions = outline(module, args)
@@ -90,7 +92,7 @@ def test_regions_compute_bitwise_what_the_graph_computes(name: str, seed: int) -
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_regions_hold_every_call_once_in_an_order_that_runs(name: str) -> None:
     tiny = TINY_MODELS[name]()
-    for module, args in variants(tiny, mixed_strategies(captured_once(tiny).sites, 3)):
+    for module, args in variants(tiny, mixed_strategies(captured_once(tiny).every, 3)):
         regions = outline(module, args)
         members = [node for region in regions for node in region.nodes]
         assert len(set(members)) == len(members)
@@ -115,7 +117,8 @@ def test_the_last_block_of_sd3_drops_its_text_and_differs() -> None:
 
 def test_a_neighbour_that_shares_guidance_changes_no_key() -> None:
     tiny = tiny_dit()
-    halved = (Strategy.FULL, Strategy.SHARE_CFG, Strategy.FULL)
+    full = Strategy.FULL
+    halved = (full, full, Strategy.SHARE_CFG, full, full, full)  # attention, feed-forward, ...
     (module, args), *_ = variants(tiny, [halved])
     _, first, second, third, *_ = outline(module, args)
     assert first.key == third.key == dense_regions(tiny)[1].key
@@ -126,7 +129,7 @@ def test_every_strategy_has_its_own_key_in_every_block() -> None:
     tiny = tiny_dit()
     keys: list[str] = []
     for strategy in Strategy:
-        *_, (module, args) = variants(tiny, uniform_strategies(captured_once(tiny).sites, strategy))
+        *_, (module, args) = variants(tiny, uniform_strategies(captured_once(tiny).every, strategy))
         _, *blocks, _, _ = outline(module, args)
         assert len({region.key for region in blocks}) == 1
         keys.append(blocks[0].key)
@@ -154,8 +157,14 @@ def change_operator(module: GraphModule) -> None:
 
 
 def change_wiring(module: GraphModule) -> None:
-    residual = next(n for n in calls(module.graph, aten.add.Tensor) if len(n.all_input_nodes) == 2)
+    (residual, *_) = (node for gate in _gated(module) for node in gate.users)
     residual.args = residual.args[::-1]
+
+
+def _gated(module: GraphModule) -> list[Node]:
+    projected = [node for node in calls(module.graph, aten.linear.default) if node.users]
+    users = (user for node in projected for user in node.users)
+    return [user for user in users if user.target is aten.mul.Tensor]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,7 @@ def test_a_model_without_repeated_layers_is_one_region() -> None:
 
 def test_values_are_freed_after_their_last_use() -> None:
     tiny = tiny_dit()
-    module, args = next(variants(tiny, mixed_strategies(captured_once(tiny).sites, 1)))
+    module, args = next(variants(tiny, mixed_strategies(captured_once(tiny).every, 1)))
     regions = outline(module, args)
     freed = live_outputs(regions, module.graph)
     made = [node for region in regions for node in region.outputs]
