@@ -157,14 +157,9 @@ def change_operator(module: GraphModule) -> None:
 
 
 def change_wiring(module: GraphModule) -> None:
-    (residual, *_) = (node for gate in _gated(module) for node in gate.users)
-    residual.args = residual.args[::-1]
-
-
-def _gated(module: GraphModule) -> list[Node]:
-    projected = [node for node in calls(module.graph, aten.linear.default) if node.users]
-    users = (user for node in projected for user in node.users)
-    return [user for user in users if user.target is aten.mul.Tensor]
+    sums = [n for n in calls(module.graph, aten.add.Tensor) if len(n.all_input_nodes) == 2]
+    in_first_block = sums[1]  # the first one adds the position code
+    in_first_block.args = in_first_block.args[::-1]
 
 
 @pytest.mark.parametrize(

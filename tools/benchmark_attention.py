@@ -1,0 +1,139 @@
+"""Time one attention layer under each strategy, compiled: the paper's Table 2.
+
+    python -m ditfastattn.tools.benchmark_attention --tokens 4096 --out benchmarks/attention
+
+The layer is a residual branch as a DiT block has it: projections, attention, output projection and
+gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
+the output for later steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.caches import read_slots
+from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.sites import find_sites
+from ditfastattn.runtime.lowering import Lowering, lower
+from ditfastattn.runtime.search.timing import measure_turns
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+LANES = 2  # the conditional and the unconditional half of one image
+STORING = "full, storing"
+
+
+class Branch(nn.Module):
+    """Add gated self-attention to ``[B, N, C]``."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        """Make the projections."""
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Return ``x`` plus the branch; ``gate`` is ``[B, 1, C]``."""
+        batch, tokens, width = x.shape
+        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        branch: Tensor = self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + gate * branch
+
+
+def captured_branch(module: nn.Module, x: Tensor, gate: Tensor) -> tuple[CapturedGraph, Any]:
+    """Return the captured graph of one call, and its flat inputs."""
+    found: list[tuple[CapturedGraph, Any]] = []
+
+    def backend(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        inputs = describe_inputs(graph)
+
+        def run(*args: Any) -> Any:
+            found.append((capture(graph, inputs, args), args))
+            return graph(*args)
+
+        return run
+
+    with torch.no_grad():
+        torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(x, gate)
+    return found[0]
+
+
+@app.command()
+def run(
+    tokens: Annotated[int, typer.Option(min=64)] = 4096,
+    heads: Annotated[int, typer.Option(min=1)] = 6,
+    head_dim: Annotated[int, typer.Option(min=8)] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repetitions: Annotated[int, typer.Option(min=10)] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/attention"),
+) -> None:
+    """Time the strategies in turns, and print their ratios to full attention."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    branch = Branch(heads, head_dim).to(device, kind).eval()
+    x = torch.randn(LANES, tokens, heads * head_dim, device=device, dtype=kind)
+    gate = torch.randn(LANES, 1, heads * head_dim, device=device, dtype=kind)
+    captured, args = captured_branch(branch, x, gate)
+    (site,) = find_sites(captured).sites
+    actions = {
+        strategy.value: SiteAction(strategy)
+        for strategy in Strategy
+        if strategy is not Strategy.EXTRAPOLATE
+    }
+    actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
+    calls: dict[str, Callable[[int], None]] = {}
+    for name, action in actions.items():
+        module = rewrite(captured, (site,), (action,), CfgLayout.COND_FIRST, name)
+        slots = {node: node.meta["val"] for node in module.graph.find_nodes(op="placeholder")}
+        caches = [
+            torch.randn(item.shape, dtype=item.dtype, device=device)
+            for item in list(slots.values())[len(args) :]
+        ]
+        assert len(caches) == len(read_slots(module.graph))
+        inputs = [*args, *caches]
+        calls[name] = partial(_once, lower(module, inputs, Lowering.INDUCTOR, {}), inputs)
+        for _ in range(3):
+            calls[name](0)
+    full, *others = calls
+    pairs = measure_turns(calls[full], [calls[name] for name in others], repetitions)
+    timings = {full: pairs[0].baseline}
+    timings |= {name: pair.candidate for name, pair in zip(others, pairs, strict=True)}
+    ratios = {name: 1.0 / pair.speedup.median for name, pair in zip(others, pairs, strict=True)}
+    data = {
+        "machine": machine(),
+        "arguments": {"tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype},
+        "window_per_side": site.window,
+        "ratio_to_full": ratios,
+        "seconds": {name: asdict(timing) for name, timing in timings.items()},
+    }
+    path = out / f"{device}-{tokens}-{dtype}.json"
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
+    Console().print_json(data=ratios)
+
+
+def _once(run: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor], _: int) -> None:
+    with torch.no_grad():
+        run(inputs)
+
+
+if __name__ == "__main__":
+    app()
