@@ -70,7 +70,8 @@ def calibrate(
         method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
             program), ``greedy`` (DiTFastAttn, Algorithm 1); ``auto`` is greedy for a threshold,
             else global.
-        objective: save measured ``latency``, or ``attention-flops``, which need no measurement.
+        objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
+            alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
         max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods

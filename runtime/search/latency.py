@@ -33,7 +33,8 @@ class Objective(StrEnum):
     """Name what a search saves."""
 
     LATENCY = "latency"  # measured seconds
-    ATTENTION_FLOPS = "attention-flops"  # counted; the same on every machine
+    FLOPS = "flops"  # of matrix products; counted, the same on every machine
+    ATTENTION_FLOPS = "attention-flops"
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ def _price_group(
         actions[_STORING] = _acting(session.sites, members, storing)
     built = {name: variants.get(row) for name, row in actions.items()}
     whole = (
-        _count(built)
-        if objective is Objective.ATTENTION_FLOPS
-        else _time(built, session.example, variants.results, repetitions)
+        _time(built, session.example, variants.results, repetitions)
+        if objective is Objective.LATENCY
+        else _count(built, objective)
     )
     stored = whole.pop(_STORING, whole[Strategy.FULL])
     cheapest = min(whole.values())
@@ -143,8 +144,12 @@ def _acting(
     return tuple(action if index in members else DENSE for index in range(len(sites)))
 
 
-def _count(built: dict[str, EagerVariant]) -> dict[str, float]:
-    return {name: float(variant.flops.attention) for name, variant in built.items()}
+def _count(built: dict[str, EagerVariant], objective: Objective) -> dict[str, float]:
+    whole = objective is Objective.FLOPS
+    return {
+        name: float(variant.flops.total if whole else variant.flops.attention)
+        for name, variant in built.items()
+    }
 
 
 def _time(

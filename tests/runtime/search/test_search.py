@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
-from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.passes.plan import CfgLayout, SiteKind
 from ditfastattn.runtime import calibrate_pipeline
 from ditfastattn.runtime.search.checkpoint import open_checkpoint
 from ditfastattn.runtime.search.prompts import split_prompts
@@ -220,6 +220,25 @@ def test_variants_are_capped(by_ssim: Plan, most: int) -> None:
     assert plan.calibration.held_out.worst >= 0.99
 
 
+def test_feed_forwards_are_shared_too_and_memory_is_bounded() -> None:
+    free = search(Target.min_ssim(0.99), objective="flops")
+    shared = {
+        site.kind
+        for index, site in enumerate(free.sites)
+        if any(row[index] is not Strategy.FULL for row in free.strategies)
+    }
+    assert SiteKind.FEED_FORWARD in shared
+    bound = free.calibration.cache_bytes / 2
+    capped = search(Target.min_ssim(0.99), objective="flops", max_cache_mb=bound / 2**20)
+    assert capped.calibration.cache_bytes <= bound
+    assert capped.changed > 0
+    assert capped.calibration.predicted_speedup is not None
+    assert free.calibration.predicted_speedup is not None
+    assert capped.calibration.predicted_speedup <= free.calibration.predicted_speedup
+    narrow = search(Target.min_ssim(0.99), objective="flops", attention_only=True)
+    assert {site.kind for site in narrow.sites} == {SiteKind.SELF}
+
+
 class Attention:
     """Attend uniformly, or sharply by scores that any change of the input throws over."""
 
@@ -247,9 +266,9 @@ def test_non_redundant_attention_stays_full_and_that_is_said(
     blocks: Any = made.transformer.transformer_blocks
     for block in blocks:
         block.attn1.set_processor(Attention(random))
-    target = Target.min_psnr(60.0)
+    options: dict[str, Any] = {"target": Target.min_psnr(60.0), "objective": "attention-flops"}
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):
-        plan = calibrate(made, CALL, target=target, objective="attention-flops", held_out=HELD_OUT)
+        plan = calibrate(made, CALL, attention_only=True, held_out=HELD_OUT, **options)
     if random:
         assert plan.changed <= 0.1 * len(plan.sites) * plan.sampler.steps
     else:  # the same model with attention that hardly changes
@@ -331,6 +350,7 @@ def test_lpips_without_its_weights_is_refused_before_anything_runs() -> None:
     [
         ({"class_labels": [1, 2], "num_inference_steps": 6}, {"max_variants": -1}, "capped"),
         ({**CALL}, {"max_variants": 2, "method": "greedy"}, "capped"),
+        ({**CALL}, {"max_cache_mb": 1.0, "method": "per-step"}, r"max_cache_mb[\s\S]*capped"),
         ({**CALL, "other": [1]}, {}, "one entry per image"),
     ],
 )
