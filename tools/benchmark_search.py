@@ -152,7 +152,7 @@ def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
     began = time.monotonic()
     with (
         open_checkpoint(out / "curve.json") as checkpoint,
-        open_session(embedded_pipeline_quietly(), _first(steps)) as session,
+        open_session(embedded_pipeline_quietly(), _first(steps), attention_only=True) as session,
     ):
         bench = _Bench(session, checkpoint, images, steps)
         chooser = bench.make_global(Objective.ATTENTION_FLOPS)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ditfastattn.errors import ConfigError, TargetMissedError
-from ditfastattn.passes.plan import Calibration, CfgLayout, Measured, Plan, Strategy
+from ditfastattn.passes.plan import Calibration, CfgLayout, Measured, Plan, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
@@ -66,7 +67,8 @@ def retarget(
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
     kept.prepare(prompts[0].call)
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
-    with holding, open_session(pipeline, prompts[0], cfg_layout, timestep) as session:
+    narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
+    with holding, open_session(pipeline, prompts[0], cfg_layout, timestep, narrow) as session:
         _check_model(plan, session)
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
         work = Work(session, Checkpoint(), at_most, on_progress)
@@ -81,17 +83,19 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
 
     A step takes the row of the plan's step nearest to its relative position, the earlier of two;
     the first step is full. A site that the plan does not know is full, and so is one where its
-    strategy is not legal here; these are reported in the log.
+    strategy is not legal here, or extrapolates before two steps have computed an output; these are
+    reported in the log.
     """
     known = {site.name: index for index, site in enumerate(plan.sites)}
     reasons: dict[str, str] = {}
+    computed: Counter[str] = Counter(site.name for site in session.sites)  # at the first step
 
     def choose(old: Row, site: AttentionSite) -> Strategy:
         if site.name not in known:
             reasons[site.name] = "the plan does not know this site"
             return Strategy.FULL
         wanted = old[known[site.name]]
-        reason = _why_not(wanted, site, session.layout)
+        reason = _why_not(wanted, site, session.layout, computed[site.name])
         if reason:
             reasons[f"{site.name}, {wanted}"] = reason
         return Strategy.FULL if reason else wanted
@@ -100,6 +104,8 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
     for step in range(1, session.steps):
         old = plan.strategies[_nearest(step, session.steps, plan.sampler.steps)]
         rows.append(tuple(choose(old, site) for site in session.sites))
+        pairs = zip(session.sites, rows[-1], strict=True)
+        computed.update(site.name for site, strategy in pairs if strategy.computes)
     _report(plan, session, reasons)
     return rows
 
@@ -110,7 +116,9 @@ def _nearest(step: int, steps: int, old_steps: int) -> int:
     return (2 * step * (old_steps - 1) + whole - 1) // (2 * whole)
 
 
-def _why_not(strategy: Strategy, site: AttentionSite, layout: CfgLayout) -> str:
+def _why_not(strategy: Strategy, site: AttentionSite, layout: CfgLayout, computed: int) -> str:
+    if strategy is Strategy.EXTRAPOLATE and computed < 2:
+        return "too few steps have computed an output"
     if strategy.shares_cfg and layout is CfgLayout.NONE:
         return "guidance is not batched"
     return site.declined.get(strategy, "")

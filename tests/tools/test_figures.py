@@ -27,10 +27,11 @@ from ditfastattn.tools.figures import STRATEGY_COLOURS, STRATEGY_LABELS, image_g
 
 
 def make_plan(sites: int, steps: int) -> Plan:
-    """Return a plan that is full at step 0 and then goes round all strategies."""
-    rows = [(Strategy.FULL,) * sites]
-    for step in range(1, steps):
-        rows.append(tuple(list(Strategy)[(step + site) % 5] for site in range(sites)))
+    """Return a plan that is full at first, as far as lines need it, then goes round all."""
+    rows = [(Strategy.FULL,) * sites] * 2
+    every = list(Strategy)
+    for step in range(2, steps):
+        rows.append(tuple(every[(step + site) % len(every)] for site in range(sites)))
     return Plan(
         model=Fingerprint(structure="s", weights="w", dtype="float32"),
         inputs={"hidden_states": (1, 64, 64)},
