@@ -93,12 +93,14 @@ def make_rows(
     sites: Sequence[AttentionSite], steps: int, variants: int
 ) -> list[tuple[Strategy, ...]]:
     """Return a full first step, then ``variants - 1`` drawn rows in turns, each over some steps."""
-    draw = random.Random(0)
+    random_ = random.Random(0)
     full = (Strategy.FULL,) * len(sites)
-    drawn = [
-        tuple(draw.choices(list(WEIGHTS), list(WEIGHTS.values()), k=len(sites)))
-        for _ in range(variants - 1)
-    ]
+
+    def draw(site: AttentionSite) -> Strategy:
+        legal = [strategy for strategy in WEIGHTS if strategy not in site.declined]
+        return random_.choices(legal, [WEIGHTS[strategy] for strategy in legal])[0]
+
+    drawn = [tuple(map(draw, sites)) for _ in range(variants - 1)]
     return [full, *(drawn[step * (variants - 1) // (steps - 1)] for step in range(steps - 1))]
 
 

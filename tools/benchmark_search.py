@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +21,9 @@ from torch import Tensor
 
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.flops import count_flops
-from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.calibrate_pipeline import DEFAULT_TARGET, calibrate
 from ditfastattn.runtime.calibration import GreedyCalibrator
-from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.planned import summary
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.lane import dense_lane, planned_lane
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import (
     PROFILED,
@@ -39,12 +34,10 @@ from ditfastattn.runtime.search.methods import (
 )
 from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
-from ditfastattn.runtime.search.search import Found, Search, SearchOptions
 from ditfastattn.runtime.search.session import Session, open_session
 from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.timing import measure_pairs
 from ditfastattn.runtime.search.work import SearchProgress, Work
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from ditfastattn.tools.figures import curves
@@ -55,7 +48,6 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 CALIBRATION_CLASSES = (0, 3, 5, 8)
 FIRST_TEST_SEED = 1000  # the searches use seeds from 0 and 500
 GREEDY_THRESHOLDS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15)  # the paper's D1 to D6
-DRIFT_BUDGETS = (0.2, 0.45, 0.8)
 PER_STEP_BUDGETS = (0.004, 0.01, 0.02, 0.04, 0.08, 0.15)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figure.")]
@@ -287,68 +279,6 @@ def _greedy_pass(pipeline: Any, prompt: Prompt, threshold: float) -> dict[str, A
             "algorithm_1_forwards": greedy.literal_forwards + session.steps,
             "forward_seconds": session.forward_seconds,
         }
-
-
-@app.command()
-def pareto(
-    out: Out = OUT,
-    steps: Steps = 20,
-    images: Annotated[int, typer.Option(min=10, help="Timed pairs, each of a new prompt.")] = 10,
-    max_variants: Annotated[int, typer.Option(help="Cap on step variants.")] = 6,
-) -> None:
-    """Measure speed, dense and planned both compiled, and quality over the budget of drift."""
-    began = time.monotonic()
-    pipeline = embedded_pipeline_quietly()
-    with (
-        open_checkpoint(out / "pareto.json") as checkpoint,
-        open_session(pipeline, _first(steps)) as session,
-    ):
-        bench = _Bench(session, checkpoint, images, steps)
-        chooser = bench.make_global(Objective.LATENCY, max_variants)
-        options = SearchOptions(DEFAULT_TARGET, max_variants=max_variants)
-        search = Search(bench.work, chooser, options, bench.calibration, bench.test)
-        points: list[dict[str, Any]] = []
-        for strength in DRIFT_BUDGETS:
-            plan = search.plan(Found(chooser.rows(strength), strength), 0.0)
-            session.release()
-            measured = checkpoint.data(f"drift-{strength:g}", partial(_compiled, bench, plan))
-            session.hold()
-            points.append({"drift": strength, "plan": summary(plan), **measured})
-            bench.console.print_json(data=points[-1])
-        _write(out / "pareto.json", points, began, steps=steps, images=images)
-        checkpoint.discard()
-    curves(
-        {
-            "mean": [(point["speedup"]["median"], point["ssim"]) for point in points],
-            "worst": [(point["speedup"]["median"], point["worst_ssim"]) for point in points],
-        },
-        out / "pareto.png",
-        "speedup, both compiled (median of pairs)",
-        f"SSIM to dense, {images} new prompts",
-        [f"drift {point['drift']:g}" for point in points],
-    )
-
-
-def _compiled(bench: _Bench, plan: Plan) -> dict[str, Any]:
-    """Time a plan against the compiled dense model, and compare their images."""
-    pipeline = bench.work.session.pipeline
-    with many_compilations():
-        dense = dense_lane(pipeline, bench.test, Lowering.INDUCTOR)
-        planned = planned_lane(pipeline, plan, bench.test, Lowering.INDUCTOR)
-        dense.warm_up()
-        seconds = planned.warm_up()
-        timing = measure_pairs(dense.generate, planned.generate, len(bench.test))
-    ssims = image_ssim(dense.stacked(), planned.stacked()).tolist()
-    return {
-        "ssim": sum(ssims) / len(ssims),
-        "worst_ssim": min(ssims),
-        "speedup": asdict(timing.speedup),
-        "dense_seconds": asdict(timing.baseline),
-        "planned_seconds": asdict(timing.candidate),
-        "compile_seconds": seconds,
-        "predicted_speedup": plan.calibration.predicted_speedup,
-        "variants": len(set(plan.strategies)),
-    }
 
 
 def embedded_pipeline_quietly() -> Any:

@@ -258,10 +258,10 @@ def bench(
     ] = 10,
     budgets: Annotated[
         str, typer.Option(help="Budgets of drift of our plans, with commas.")
-    ] = "0.1,0.2,0.3,0.45,0.6,0.8,1.1",
+    ] = "0.06,0.13,0.2,0.3,0.37,0.45,0.6",
     max_variants: Annotated[
         int, typer.Option(min=0, help="Most distinct step variants of our plans; 0: no cap.")
-    ] = 6,
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")] = Path(
         "benchmarks/bench"
     ),

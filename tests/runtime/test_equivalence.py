@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -78,3 +81,28 @@ def test_compiled_variants_equal_the_reference() -> None:
     expected = tiny.reference(strategies, sites, CfgLayout.COND_FIRST)
     plan = make_plan(tiny, strategies, feed_forwards=True)
     assert largest_difference(run_plan(tiny, plan, Lowering.INDUCTOR), expected) < 1e-5
+
+
+@pytest.mark.parametrize("lowering", list(Lowering))
+def test_bfloat16_equals_the_reference_in_bfloat16(lowering: Lowering) -> None:
+    narrow = in_bfloat16(TINY_MODELS["dit"]())
+    _, sites = capture_every_site(narrow)
+    strategies = mixed_strategies(sites, seed=3)
+    plan = make_plan(narrow, strategies, feed_forwards=True)
+    assert plan.model.dtype == "bfloat16"
+    expected = narrow.reference(strategies, sites, CfgLayout.COND_FIRST)
+    got = run_plan(narrow, plan, lowering)
+    assert {item.dtype for item in got} == {torch.bfloat16}
+    largest = max(float(item.abs().max()) for item in expected)
+    step = 2.0**-8  # of bfloat16's mantissa; the sums of a few layers lose several
+    assert largest_difference(got, expected) < 8 * step * largest
+
+
+def in_bfloat16(tiny: TinyModel) -> TinyModel:
+    model = copy.deepcopy(tiny.model).to(torch.bfloat16)
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        given = tiny.call(step, batch)
+        return {**given, "hidden_states": given["hidden_states"].to(torch.bfloat16)}
+
+    return TinyModel(model, call)

@@ -62,7 +62,7 @@ class BenchOptions:
     peers: tuple[Peer, ...]
     budgets: tuple[float, ...]
     repetitions: int = 10
-    max_variants: int = 6
+    max_variants: int = 0
     lowering: Lowering = Lowering.INDUCTOR
 
 
