@@ -14,6 +14,9 @@ After::
     %5 = input cache_linear_4: float32[2, 5, 16]
     %6 = aten.linear.default(%0, %3): float32[2, 64, 16]
     ...
+
+What depends on the timestep alone (its embedding; with adaLN-single every modulation) is found and
+moved the same way, and then computed once per timestep of the schedule.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.flops import count_node
 from ditfastattn.passes.ir import clone, find, value
 
+HOIST_INVARIANTS = "hoist-invariants"
+FOLD_TIMESTEPS = "fold-timesteps"
+
 
 @dataclass(frozen=True)
 class HoistInvariants:
-    """Read the nodes called ``nodes`` from the prologue."""
+    """Read the nodes called ``nodes`` from a prologue."""
 
     nodes: tuple[str, ...]
-    name: str = "hoist-invariants"
+    name: str = HOIST_INVARIANTS
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace those that the graph still uses."""
@@ -51,7 +57,8 @@ class HoistInvariants:
 def find_invariants(captured: CapturedGraph, varying: Collection[int]) -> tuple[str, ...]:
     """Return the nodes to hoist: the last ones that cost matrix products and never change.
 
-    ``varying`` holds the flat positions of the inputs that change from step to step.
+    ``varying`` holds the flat positions of the inputs that may change: latent and timestep for what
+    one generation shares; all arguments but the timestep for what its timesteps decide.
     """
     changes: dict[Node, bool] = {}
     depends: dict[Node, bool] = {}  # on an argument of the call, and not on parameters alone

@@ -6,7 +6,7 @@ Before::
 
 After, in blocks of queries, each with the keys it can see (``WindowKernel.BLOCKS``)::
 
-    %9 = aten.permute.default(...): float32[8, 12, 384, 32]
+    %9 = aten.as_strided.default(...): float32[8, 12, 384, 32]
     %12 = aten.scaled_dot_product_attention.default(%5, %9, %11, %4, ...): float32[8, 12, 128, 32]
 
 or as FlexAttention with a block mask (``WindowKernel.FLEX``)::
@@ -230,9 +230,11 @@ def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
         return padded.reshape(-1, band.blocks, band.block, q.shape[3]).transpose(0, 1)
 
     def spans(keys: Tensor) -> Tensor:
-        padded = pad(keys, (0, 0, band.window, band.window + rest))
-        merged = padded.reshape(-1, padded.shape[2], padded.shape[3])
-        return merged.unfold(1, band.span, band.block).permute(1, 0, 3, 2)
+        padded = pad(keys, (0, 0, band.window, band.window + rest)).contiguous()
+        batch, heads, tokens, head_dim = padded.shape
+        # Overlapping views: of unfold Inductor makes a copy, several times the size of the keys.
+        shape = (band.blocks, batch * heads, band.span, head_dim)
+        return padded.as_strided(shape, (band.block * head_dim, tokens * head_dim, head_dim, 1))
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.

@@ -18,6 +18,10 @@ Any cut is correct; a good one makes equal blocks equal. Module paths steer it: 
 member of a *repeated layer* (``blocks.3``) or what lies between two members. Two things would make
 equal blocks differ by their neighbours, and are undone: a view made in one region for another is
 made where it is used, and values cross regions contiguous.
+
+A member is cut further: its conditioning (shifts, scales, gates) apart from its residual stream,
+and the stream where it alone is alive, as it is between attention and feed-forward. A plan combines
+the forms of the parts freely, and the parts have fewer forms than their combinations.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -95,16 +100,86 @@ def outline(module: GraphModule, args: Sequence[Tensor]) -> tuple[Region, ...]:
 
 
 def _ranks(graph: Graph) -> Ranks:
-    """Give each call the number of its region, a run of calls of one member."""
+    """Give each call the number of its region, a run of calls of one part of one member."""
     calls = [node for node in graph.nodes if node.op == "call_function"]
+    made = {node: place for place, node in enumerate(calls)}
+    used = _last_uses(calls)
     ranks: Ranks = {}
-    rank, previous = 0, ""
-    for node, label in zip(calls, _labels(calls), strict=True):
-        rank, previous = rank + (label != previous), label
-        source = node.args[0] if node.target is operator.getitem else None
-        # Tensors cross regions, tuples of them do not.
-        ranks[node] = ranks[source] if isinstance(source, Node) else rank
+    rank = 0
+    for label, start, end in _runs(_labels(calls)):
+        inside = [n for n in used if made[n] < end and used[n] >= start]
+        inside = [n for n in inside if made[n] >= start or used[n] < end]
+        large = _large(inside, used, end) if label else frozenset()
+        conditioning = _conditioning(calls[start:end]) if label else frozenset()
+        first, rank = rank, rank + bool(conditioning)
+        for place in range(start, end):
+            node = calls[place]
+            source = node.args[0] if node.target is operator.getitem else None
+            if node in conditioning:
+                ranks[node] = first
+            else:  # tensors cross regions, tuples of them do not
+                ranks[node] = ranks[source] if isinstance(source, Node) else rank
+            alive = [n for n in large if made[n] <= place < used[n]]
+            rank += alive == [node] and node.target is aten.add.Tensor
+        rank += 1
     return ranks
+
+
+def _large(inside: Sequence[Node], used: Mapping[Node, int], end: int) -> frozenset[Node]:
+    """Return the values at least half as large as the largest that a member hands on."""
+    least = max((_bytes(node) for node in inside if used[node] >= end), default=0) / 2
+    return frozenset(node for node in inside if least and _bytes(node) >= least)
+
+
+def _conditioning(calls: Sequence[Node]) -> frozenset[Node]:
+    """Return the calls of a member that its residual stream has no part in.
+
+    They make shifts, scales and gates of the timestep; which of them a form uses is not to make
+    the rest of the member another one. The stream is what is large among all that comes in.
+    """
+    members = set(calls)
+    incoming = {source for node in calls for source in node.all_input_nodes} - members
+    activations = [source for source in incoming if not _is_static(source)]
+    least = max(map(_bytes, activations), default=0) / 2
+    depends = {source for source in activations if _bytes(source) >= least}
+    for node in calls:
+        if not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+    return frozenset(members - depends)
+
+
+def _is_static(node: Node) -> bool:
+    return node.op == "get_attr" or _STATIC in (node.meta.get("tensor_dict") or {})
+
+
+def _last_uses(calls: Sequence[Node]) -> dict[Node, int]:
+    """Return, for each call whose memory another reads, the place of the last one to do so."""
+    origins: dict[Node, Node] = {}
+    used: dict[Node, int] = {}
+    for place, node in enumerate(calls):
+        source = node.args[0] if node.args else None
+        tuple_or_view = not isinstance(node.meta["val"], Tensor) or node.target in VIEWS
+        borrowed = tuple_or_view or node.target is operator.getitem
+        shares = borrowed and isinstance(source, Node) and source in origins
+        origins[node] = origins[source] if shares else node  # type: ignore[index]  # a node then
+        for origin in {origins[read] for read in node.all_input_nodes if read in origins}:
+            used[origin] = place
+    return used
+
+
+def _runs(labels: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Return the label and the bounds of each run of calls of one member."""
+    start = 0
+    for label, group in groupby(labels):
+        end = start + len(list(group))
+        yield label, start, end
+        start = end
+
+
+def _bytes(node: Node) -> int:
+    result = node.meta["val"]
+    leaves = result if isinstance(result, (tuple, list)) else [result]
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _labels(calls: Sequence[Node]) -> list[str]:
@@ -239,8 +314,7 @@ def _key(
     lines: list[str] = []
     for index, node in enumerate(inputs):
         names[node] = f"i{index}"
-        static = node.op == "get_attr" or _STATIC in (node.meta.get("tensor_dict") or {})
-        lines.append(f"{_layout(_tensor(module, node))} {static}")
+        lines.append(f"{_layout(_tensor(module, node))} {_is_static(node)}")
 
     def name(source: Node) -> str:
         return names.get(source) or _body_text(getattr(module, str(source.target)))

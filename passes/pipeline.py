@@ -16,7 +16,7 @@ from ditfastattn.passes.base import Pass
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
-from ditfastattn.passes.hoist_invariants import HoistInvariants
+from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
 from ditfastattn.passes.ir import clone, graph_text, outputs
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
@@ -47,6 +47,7 @@ def variant_passes(
     actions: Sequence[SiteAction],
     layout: CfgLayout,
     invariants: tuple[str, ...] = (),
+    folded: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """Return the passes of one step variant, in the order they run."""
     pairs = tuple(zip(sites, actions, strict=True))
@@ -64,6 +65,7 @@ def variant_passes(
         ExtrapolateSteps(chosen(Strategy.EXTRAPOLATE)),
         ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
         HoistInvariants(invariants),
+        HoistInvariants(folded, FOLD_TIMESTEPS),
         SinkBatchSlices(),
         EliminateDeadCode(),
     )
@@ -79,10 +81,12 @@ def rewrite(
     layout: CfgLayout,
     label: str = "variant",
     invariants: tuple[str, ...] = (),
+    folded: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return a new graph for one step variant; ``captured`` is left as it is.
 
-    ``invariants`` names the nodes that the variant is to read from the prologue.
+    ``invariants`` and ``folded`` name the nodes that the variant is to read from a prologue: of the
+    generation, and of the timestep.
 
     Raises:
         ConfigError: a knob names an unknown pass.
@@ -95,7 +99,8 @@ def rewrite(
     inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
-    for step in variant_passes(sites, _fuelled(actions, knobs.fuel), layout, invariants):
+    passes = variant_passes(sites, _fuelled(actions, knobs.fuel), layout, invariants, folded)
+    for step in passes:
         if step.name in knobs.disabled:
             log.info("%s: %s: disabled", label, step.name)
             continue

@@ -1,74 +1,130 @@
-"""Compute the step-invariant part of a model once per generation, and notice when it must be again.
+"""Compute ahead what a step need not: once per generation, or once per timestep and model.
 
 The pipelines hand over the same prompt embeddings at every step. Should they not, or should they
-have been written to, what depends on them is computed anew: the result is exact either way.
+have been written to, what depends on them is computed anew. What depends on the timestep alone is
+the same in every generation of a schedule, until the weights it is computed from change. Either
+way the result is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from ditfastattn.passes.caches import written_slots
 from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.hoist_invariants import find_invariants, prologue
-from ditfastattn.runtime.lowering import Lowering, RunnableGraph, lower
+from ditfastattn.runtime.lowering import RunnableGraph, lower
+from ditfastattn.runtime.options import BackendOptions
+
+Values = Mapping[str, Tensor]
+NO_VALUES: Values = MappingProxyType({})
+
+
+class Prologue:
+    """Compute the values of one captured graph that do not depend on the ``varying`` inputs."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        varying: Collection[int],
+        options: BackendOptions,
+        disabled: bool = False,
+    ) -> None:
+        """Find what to compute ahead; it is lowered when first needed."""
+        self.nodes = () if disabled else find_invariants(captured, varying)
+        self._options = options
+        self._module = prologue(captured, self.nodes)
+        self._slots = written_slots(self._module.graph)
+        self._run: RunnableGraph | None = None
+        self.flops: Flops = count_flops(self._module.graph)
+        used = [bool(node.users) for node in self._module.graph.find_nodes(op="placeholder")]
+        entries = list(enumerate(captured.inputs))
+        self.weights = [index for index, entry in entries if entry.static and used[index]]
+        self.arguments = [
+            index for index, entry in entries if not entry.static and index not in varying
+        ]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Values:
+        """Return the value of each slot for a step on the flat ``tensors``."""
+        if self._run is None:
+            # A CUDA graph would write over what its last run has returned, and that is kept.
+            options = self._options
+            inductor = {k: v for k, v in options.inductor.items() if k != "triton.cudagraphs"}
+            self._run = lower(self._module, tensors, options.lowering, inductor, options.outline)
+        return dict(zip(self._slots, self._run(tensors), strict=True))
 
 
 @dataclass
 class Hoisted:
     """Hold a generation's step-invariant values, and the inputs that they were computed from."""
 
-    values: dict[str, Tensor] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
     sources: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget them."""
-        self.values.clear()
-        self.sources.clear()
+        self.values, self.sources = NO_VALUES, []
 
+    def at(self, prologue: Prologue, tensors: Sequence[Tensor]) -> Values:
+        """Return the values for a step on ``tensors``, computed unless they are known."""
+        if not prologue.nodes:
+            return NO_VALUES
+        return self.of([tensors[i] for i in prologue.arguments], lambda: prologue(tensors))
 
-class Prologue:
-    """Compute step-invariant values: of one captured graph, for any generation."""
-
-    def __init__(
-        self,
-        captured: CapturedGraph,
-        varying: Collection[int],
-        lowering: Lowering,
-        inductor: dict[str, Any],
-    ) -> None:
-        """Find what to hoist; it is lowered when first needed."""
-        self.nodes = find_invariants(captured, varying)
-        self._captured, self._lowering, self._inductor = captured, lowering, inductor
-        self._watched = [
-            index
-            for index, entry in enumerate(captured.inputs)
-            if index not in varying and not entry.static
-        ]
-        self._slots: tuple[str, ...] = ()
-        self._run: RunnableGraph | None = None
-
-    def values(self, hoisted: Hoisted, tensors: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Return the values for a step on ``tensors``, computed unless ``hoisted`` has them."""
-        if not self.nodes:
-            return hoisted.values
-        now = [(tensors[index], _version(tensors[index])) for index in self._watched]
-        if hoisted.sources and all(
+    def of(self, arguments: Sequence[Tensor], compute: Callable[[], Values]) -> Values:
+        """Return what was computed of ``arguments``, anew where they are others or changed."""
+        now = [(tensor, _version(tensor)) for tensor in arguments]
+        unchanged = len(self.sources) == len(now) > 0 and all(
             before is after and version == was and was >= 0
-            for (before, was), (after, version) in zip(hoisted.sources, now, strict=True)
-        ):
-            return hoisted.values
-        if self._run is None:
-            module = prologue(self._captured, self.nodes)
-            self._slots = written_slots(module.graph)
-            self._run = lower(module, tensors, self._lowering, self._inductor)
-        hoisted.values = dict(zip(self._slots, self._run(tensors), strict=True))
-        hoisted.sources = now
-        return hoisted.values
+            for (before, was), (after, version) in zip(self.sources, now, strict=True)
+        )
+        if not unchanged:
+            self.values, self.sources = compute(), now
+        return self.values
+
+
+@dataclass
+class FoldedTimesteps:
+    """Hold what each timestep alone decides, for all generations of one model."""
+
+    steps: dict[int, tuple[Tensor, Values]] = field(default_factory=dict)
+    weights: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
+
+    def at(
+        self, prologue: Prologue, step: int, timestep: Tensor, tensors: Sequence[Tensor]
+    ) -> Values:
+        """Return the values of ``step``, computed unless they are known for ``timestep``."""
+        if not prologue.nodes:
+            return NO_VALUES
+        if step == 0 and not self._same_weights(prologue, tensors):
+            self.steps.clear()
+            weights = (tensors[index] for index in prologue.weights)
+            self.weights = [(weakref.ref(weight), _version(weight)) for weight in weights]
+        known = self.steps.get(step)
+        if known is None or not _same_timestep(known[0], timestep):
+            known = self.steps[step] = timestep.clone(), prologue(tensors)
+        return known[1]
+
+    def _same_weights(self, prologue: Prologue, tensors: Sequence[Tensor]) -> bool:
+        weights = [tensors[index] for index in prologue.weights]
+        return len(weights) == len(self.weights) and all(
+            reference() is weight and was == _version(weight) >= 0
+            for (reference, was), weight in zip(self.weights, weights, strict=True)
+        )
+
+
+def _same_timestep(known: Tensor, timestep: Tensor) -> bool:
+    """Compare on the host; on a device, where that would wait, trust the clock for one number."""
+    if timestep.device.type == "cpu":
+        return torch.equal(known, timestep)
+    return timestep.dim() == 0 or timestep.numel() == 1 or not any(timestep.stride())
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ditfastattn.env import read_knobs
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.capture import (
@@ -31,6 +32,7 @@ from ditfastattn.passes.capture import (
 )
 from ditfastattn.passes.fingerprint import fingerprint, hash_tensors
 from ditfastattn.passes.flops import Flops, count_flops
+from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
 from ditfastattn.passes.ir import constant_tensors, graph_text, outputs, value
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import (
@@ -47,7 +49,7 @@ from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.invariants import Hoisted, Prologue
+from ditfastattn.runtime.invariants import FoldedTimesteps, Hoisted, Prologue
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.matching import (
     check_lanes,
@@ -104,6 +106,7 @@ class Generation:
     timesteps: list[float] = field(default_factory=list)
     caches: Caches = field(default_factory=Caches)
     hoisted: Hoisted = field(default_factory=Hoisted)
+    folded: FoldedTimesteps = field(default_factory=FoldedTimesteps)
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
@@ -178,8 +181,9 @@ class Specialization:
         # A dense run needs no clock.
         self.timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latent = latent_position(captured)
-        varying = {index for index in (self.timestep, self._latent) if index is not None}
-        self._prologue = Prologue(captured, varying, options.lowering, options.inductor)
+        self._prologue = self._make_prologue(HOIST_INVARIANTS, {self.timestep, self._latent})
+        arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+        self._timestep_prologue = self._make_prologue(FOLD_TIMESTEPS, arguments - {self.timestep})
         self._attentions = attentions(self.report.sites)
         self._variants: dict[_VariantKey, CompiledVariant] = {}
         self._programs: dict[Fingerprint, StepProgram] = {}
@@ -187,6 +191,13 @@ class Specialization:
         self._lock = threading.RLock()
         self._threads = threading.local()
         self._log_sites()
+
+    def _make_prologue(self, name: str, varying: Collection[int | None]) -> Prologue:
+        """Return the prologue of the pass ``name``, which hoists nothing where it is disabled."""
+        runs_dense = self.options.dense or not self.report.sites
+        disabled = runs_dense or name in read_knobs().disabled
+        positions = {index for index in varying if index is not None}
+        return Prologue(self.captured, positions, self.options, disabled)
 
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
@@ -243,7 +254,7 @@ class Specialization:
             variants=len(program.variants),
             peak_cache_bytes=program.peak_cache_bytes,
             dense=count_flops(self.captured.module.graph).times(steps),
-            planned=sum(flops, Flops(0, 0)) if len(flops) == steps else None,
+            planned=sum(flops, self._prologue.flops) if len(flops) == steps else None,
         )
 
     def calibrating(self) -> Generation:
@@ -362,7 +373,10 @@ class Specialization:
         layout = self.plans[generation.identity].sampler.cfg_layout
         actions = program.variants[program.schedule[step]]
 
-        invariants = self._prologue.values(generation.hoisted, tensors)
+        hoisted = generation.hoisted.at(self._prologue, tensors)
+        timestep = tensors[self.timestep]
+        folded = generation.folded.at(self._timestep_prologue, step, timestep, tensors)
+        invariants = {**hoisted, **folded}
 
         def read(slots: Sequence[str]) -> list[Tensor]:
             return caches.read(program, step, slots, tensors[0].device, invariants)
@@ -387,8 +401,8 @@ class Specialization:
         with self._lock:
             if key not in self._variants:
                 label = f"variant-{len(self._variants):02d}"
-                hoisted = () if program is NOTHING else self._prologue.nodes
-                module = rewrite(self.captured, program.sites, actions, layout, label, hoisted)
+                once, folded = self._prologue.nodes, self._timestep_prologue.nodes
+                module = rewrite(self.captured, program.sites, actions, layout, label, once, folded)
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
                 example = [*tensors, *read(reads)]
                 flops = count_flops(module.graph)
@@ -429,7 +443,8 @@ def _shared(captured: CapturedGraph, options: BackendOptions) -> Specialization:
     generation may be handed from one to the other.
     """
     constants = hash_tensors(constant_tensors(captured.module))
-    identity = f"{captured.inputs}\n{constants}\n{graph_text(captured.module.graph)}"
+    text = graph_text(captured.module.graph)
+    identity = f"{captured.inputs}\n{constants}\n{read_knobs()}\n{text}"
     with _registry_lock:
         for found in list(_registry):
             if found.identity == identity and found.options == options:

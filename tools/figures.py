@@ -111,7 +111,7 @@ def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) ->
     )
     axis.invert_yaxis()
     _label_map(axis, plan)
-    counts = f"attention sites: {sites}, steps: {steps}"
+    counts = f"sites: {sites}, steps: {steps}"
     axis.set_title(f"{attention_kept:.0%} of attention FLOPs kept ({counts})", fontsize=10)
     figure.legend(
         handles=_legend(plan), loc="outside lower center", ncols=3, fontsize=7.5, frameon=False

@@ -60,7 +60,13 @@ def test_there_is_nothing_to_hoist_where_only_a_table_is_read() -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of prologues."""
+    """Count the runs of the generation's prologues."""
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "fold-timesteps")
+    return count_prologues(monkeypatch)
+
+
+def count_prologues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of all prologues."""
     counted: list[int] = []
     lower = lowering.lower
 
@@ -135,3 +141,66 @@ def test_changed_conditions_are_noticed(change: str, runs: list[int]) -> None:
     text.copy_(start)
     assert largest_difference(got, changing.run(tiny.model)) < 1e-6
     assert len(runs) == len(got)
+
+
+@pytest.fixture
+def timestep_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of the timesteps' prologues."""
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "hoist-invariants")
+    return count_prologues(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
+def test_what_a_timestep_decides_is_computed_once_per_timestep(
+    name: str, timestep_runs: list[int]
+) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    for _ in range(2):
+        result = tiny.run(model)
+        assert largest_difference(result, tiny.run(tiny.model)) == 0.0
+        assert len(timestep_runs) == len(result)
+
+
+def test_the_timesteps_embedding_leaves_the_variants() -> None:
+    tiny = TINY_MODELS["pixart"]()
+    captured, sites = capture_every_site(tiny)
+    timestep = timestep_position(captured, "timestep")
+    arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+    nodes = find_invariants(captured, arguments - {timestep})
+    assert nodes
+    once = prologue(captured, nodes)
+    actions = [DENSE] * len(sites)
+    whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
+    folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, folded=nodes)
+    left, moved = count_flops(folded.graph), count_flops(once.graph)
+    assert moved.linear > 0
+    assert left.total + moved.total == count_flops(whole.graph).total
+    assert captured.node("timestep").name not in {
+        source.name for node in folded.graph.nodes for source in node.all_input_nodes
+    }
+
+
+def test_changed_weights_and_changed_timesteps_are_noticed(timestep_runs: list[int]) -> None:
+    tiny = TINY_MODELS["dit"]()
+    _, sites = capture_every_site(tiny)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    tiny.run(model)
+    before = len(timestep_runs)
+    with torch.no_grad():
+        for name, parameter in tiny.model.named_parameters():
+            if "timestep_embedder" in name:
+                parameter.mul_(1.5)
+    result = tiny.run(model)
+    assert len(timestep_runs) == 2 * before
+    assert largest_difference(result, tiny.run(tiny.model)) == 0.0
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        own = tiny.call(step, batch)
+        later = torch.arange(batch) > 0  # only the first element is the schedule's
+        return {**own, "timestep": own["timestep"] - 3 * later}
+
+    other = TinyModel(tiny.model, call)
+    assert largest_difference(other.run(model), other.run(tiny.model)) == 0.0
+    assert len(timestep_runs) == 3 * before

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.ir import calls, clone, outputs
+from ditfastattn.passes.ir import ATTENTION, aten, calls, clone, outputs
 from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.outline import Region, live_outputs, outline
 from ditfastattn.passes.pipeline import rewrite
@@ -29,7 +29,6 @@ from tests.helpers import (
     uniform_strategies,
 )
 
-aten = torch.ops.aten
 Edit = Callable[[GraphModule], None]
 
 
@@ -104,15 +103,29 @@ def test_regions_hold_every_call_once_in_an_order_that_runs(name: str) -> None:
 
 
 def test_equal_blocks_have_equal_keys() -> None:
-    head, *blocks, conditioning, tail = dense_regions(tiny_dit())
-    assert len(blocks) == 3
-    assert len({region.key for region in blocks}) == 1
-    assert len({region.key for region in (head, blocks[0], conditioning, tail)}) == 4
+    head, *blocks, table, conditioning, tail = dense_regions(tiny_dit())
+    assert len(blocks) == 3 * 3  # conditioning, attention, feed-forward
+    assert [r.key for r in blocks] == [r.key for r in blocks[:3]] * 3
+    assert len({region.key for region in (head, *blocks[:3], table, conditioning, tail)}) == 7
+
+
+def test_a_member_is_cut_where_its_residual_stream_alone_is_alive() -> None:
+    _, conditioning, attention, feed_forward, *_ = dense_regions(tiny_dit())
+    assert aten.embedding.default in {node.target for node in conditioning.nodes}
+    assert ATTENTION in {node.target for node in attention.nodes}
+    assert aten.gelu.default not in {node.target for node in attention.nodes}
+    assert aten.gelu.default in {node.target for node in feed_forward.nodes}
+    (stream,) = attention.outputs
+    assert stream.target is aten.add.Tensor
 
 
 def test_the_last_block_of_sd3_drops_its_text_and_differs() -> None:
-    _, first, second, last, _ = dense_regions(tiny_sd3())
-    assert first.key == second.key != last.key
+    # Conditioning, joint attention, the image's feed-forward; the text's unless it is the last.
+    _, *regions, _ = dense_regions(tiny_sd3())
+    keys = [region.key for region in regions]
+    assert keys[:4] == keys[4:8]
+    assert len(keys[8:]) == 3
+    assert {*keys[:4]}.isdisjoint(keys[8:10])
 
 
 def test_a_neighbour_that_shares_guidance_changes_no_key() -> None:
@@ -120,9 +133,13 @@ def test_a_neighbour_that_shares_guidance_changes_no_key() -> None:
     full = Strategy.FULL
     halved = (full, full, Strategy.SHARE_CFG, full, full, full)  # attention, feed-forward, ...
     (module, args), *_ = variants(tiny, [halved])
-    _, first, second, third, *_ = outline(module, args)
-    assert first.key == third.key == dense_regions(tiny)[1].key
-    assert second.key != first.key
+    keys = [region.key for region in outline(module, args)]
+    dense = [region.key for region in dense_regions(tiny)]
+    conditioning, attention = 4, 5  # of the second block
+    assert keys[conditioning] != dense[conditioning]  # half of it is used
+    assert keys[attention] != dense[attention]
+    del keys[conditioning : attention + 1], dense[conditioning : attention + 1]
+    assert keys == dense
 
 
 def test_every_strategy_has_its_own_key_in_every_block() -> None:
@@ -130,9 +147,9 @@ def test_every_strategy_has_its_own_key_in_every_block() -> None:
     keys: list[str] = []
     for strategy in Strategy:
         *_, (module, args) = variants(tiny, uniform_strategies(captured_once(tiny).every, strategy))
-        _, *blocks, _, _ = outline(module, args)
-        assert len({region.key for region in blocks}) == 1
-        keys.append(blocks[0].key)
+        blocks = outline(module, args)[1:10]
+        assert [r.key for r in blocks] == [r.key for r in blocks[:3]] * 3
+        keys.append(blocks[1].key)  # of the attention
     assert len(set(keys)) == len(Strategy)
 
 
@@ -167,9 +184,10 @@ def change_wiring(module: GraphModule) -> None:
     [change_constant, change_type_of_constant, change_keyword, change_operator, change_wiring],
 )
 def test_a_changed_block_gets_another_key(edit: Edit) -> None:
-    _, first, second, third, *_ = dense_regions(tiny_dit(), edit)
-    assert second.key == third.key
-    assert first.key != second.key
+    keys = [region.key for region in dense_regions(tiny_dit(), edit)]
+    first, second, third = keys[1:4], keys[4:7], keys[7:10]
+    assert second == third
+    assert first != second
 
 
 def test_other_shapes_get_other_keys() -> None:
@@ -177,7 +195,8 @@ def test_other_shapes_get_other_keys() -> None:
     smaller = captured_once(tiny, batch=2)
     args = [node.meta["val"] for node in smaller.graph.module.graph.find_nodes(op="placeholder")]
     regions = outline(clone(smaller.graph.module), args)
-    assert {r.key for r in regions}.isdisjoint(r.key for r in dense_regions(tiny))
+    common = {r.key for r in regions} & {r.key for r in dense_regions(tiny)}
+    assert len(common) == 1  # the frequencies of the timestep's embedding: a table
 
 
 def test_other_strides_of_an_input_get_another_key_and_still_agree() -> None:

@@ -1,0 +1,154 @@
+"""Measure what each exact pass gains: what it takes out of a step, and out of memory.
+
+    python -m ditfastattn.tools.benchmark_passes --out benchmarks/passes
+
+Every step of the plan is full, so that nothing but the exact passes differs between the lanes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import typer
+from rich.console import Console
+
+from ditfastattn.env import DISABLE
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
+from ditfastattn.passes.plan import Calibration, Plan, SiteKind, Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.step_program import unroll
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.session import Session, open_session
+from ditfastattn.runtime.search.steppers import DenseStepper
+from ditfastattn.runtime.search.timing import measure_turns
+from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.random_models import pixart, random_pipeline
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+PASSES = (HOIST_INVARIANTS, FOLD_TIMESTEPS)
+
+
+def _models() -> dict[str, tuple[Any, Any]]:
+    """Return pipelines, and the arguments of a call."""
+    text_to_image = pixart(32, 6, 6, 32, caption=4096, text=300)
+    text_to_image = replace(text_to_image, shape=(4, 64, 64))  # 1024 tokens
+    return {
+        "demo": (DEMO.open(), DEMO.call(0)),
+        "pixart, 6 layers, 300 text tokens": (random_pipeline(text_to_image), {"image": [0]}),
+    }
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/passes"),
+    steps: Annotated[int, typer.Option(min=2, help="Sampler steps.")] = 20,
+    repetitions: Annotated[int, typer.Option(min=10)] = 10,
+    plan: Annotated[
+        Path, typer.Option(help="A plan of the demo, whose caches are counted.")
+    ] = Path("benchmarks/demo/plan.json"),
+) -> None:
+    """Time generations with each pass alone, and both, against neither."""
+    data: dict[str, Any] = {
+        "machine": machine(),
+        "arguments": {"steps": steps, "repetitions": repetitions},
+        "caches": _caches(Plan.load(plan)),
+        "models": {},
+    }
+    for name, (pipeline, call) in _models().items():
+        data["models"][name] = _gains(pipeline, {**call, "num_inference_steps": steps}, repetitions)
+    write_text_atomically(out / "passes.json", json.dumps(data, indent=1) + "\n")
+    shown = {
+        name: {lane: timing["speedup"]["median"] for lane, timing in gains.items()}
+        for name, gains in data["models"].items()
+    }
+    Console().print_json(data={**shown, "caches": data["caches"]})
+
+
+def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, Any]:
+    prompt = Prompt(call, 0)
+    with open_session(pipeline, prompt) as session:
+        session.run(DenseStepper(session), prompt)
+        rows = [(Strategy.FULL,) * len(session.sites)] * session.steps
+        plan = session.plan(rows, session.timesteps, Calibration(method="manual"))
+    left_out = {
+        "neither": PASSES,
+        HOIST_INVARIANTS: (FOLD_TIMESTEPS,),
+        FOLD_TIMESTEPS: (HOIST_INVARIANTS,),
+        "both": (),
+    }
+    with many_compilations():
+        lanes = {"dense": _warm(dense_lane(pipeline, [prompt], Lowering.INDUCTOR), ())}
+        for name, disabled in left_out.items():
+            lanes[name] = _warm(planned_lane(pipeline, plan, [prompt], Lowering.INDUCTOR), disabled)
+    baseline = lanes.pop("neither")
+    calls = [lane.generate for lane in lanes.values()]
+    timings = measure_turns(baseline.generate, calls, repetitions)
+    differences = {
+        name: float((lane.images[0] - baseline.images[0]).abs().max())
+        for name, lane in lanes.items()
+    }
+    return {
+        name: {**asdict(timing), "largest_difference": differences[name]}
+        for name, timing in zip(lanes, timings, strict=True)
+    }
+
+
+def _warm(lane: Lane, disabled: tuple[str, ...]) -> Lane:
+    with patch.dict(os.environ, {DISABLE: ",".join(disabled)}):
+        lane.warm_up()
+    return lane
+
+
+def _caches(plan: Plan) -> dict[str, Any]:
+    """Return the bytes of the caches of a plan of the demo, kept while read and kept for good."""
+    pipeline = DEMO.open()
+    with open_session(pipeline, Prompt({**DEMO.call(0), "num_inference_steps": 2}, 0)) as session:
+        return {
+            "demo plan": _cache_bytes(session, plan.strategies),
+            "demo plan's attention alone": _cache_bytes(session, _attention_alone(session, plan)),
+        }
+
+
+def _attention_alone(session: Session, plan: Plan) -> list[tuple[Strategy, ...]]:
+    attention = [site.kind is not SiteKind.FEED_FORWARD for site in session.sites]
+    pairs = (zip(row, attention, strict=True) for row in plan.strategies)
+    return [tuple(s if kept else Strategy.FULL for s, kept in pair) for pair in pairs]
+
+
+def _cache_bytes(session: Session, rows: Any) -> dict[str, int]:
+    program = unroll(rows, session.captured, session.sites)
+    slots = {slot.name: slot.bytes for slot in program.slots}
+    return {
+        "peak": program.peak_cache_bytes,
+        "slots of the plan, all kept": sum(slots.values()),
+        "outputs and residuals of all sites": _everything(session),
+    }
+
+
+def _everything(session: Session) -> int:
+    """Return the bytes of each site's output, and of each attention's residual."""
+    total = 0
+    for site in session.sites:
+        total += _once(session, site, Strategy.SHARE_STEP)
+        if Strategy.WINDOW not in site.declined:
+            total += _once(session, site, Strategy.WINDOW)
+    return total
+
+
+def _once(session: Session, site: AttentionSite, strategy: Strategy) -> int:
+    program = unroll([[Strategy.FULL], [strategy]], session.captured, [site])
+    return sum(slot.bytes for slot in program.slots)
+
+
+if __name__ == "__main__":
+    app()
