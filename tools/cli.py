@@ -247,6 +247,51 @@ def validate(
 
 
 @app.command()
+def export(
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan; without one the dense model is exported.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
+    pipeline: Annotated[
+        Path | None, typer.Option(help="A digits pipeline's folder; without it the embedded one.")
+    ] = None,
+    guidance: Guidance = 2.0,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; without it the model's.")
+    ] = "",
+    fixed_batch: Annotated[bool, typer.Option(help="Take one batch size only.")] = False,
+) -> None:
+    """Write the model, run by a plan, as a bundle of ONNX graphs with one file of weights."""
+    from ditfastattn.tools.export_command import run_export
+
+    loaded = None if plan is None else Plan.load(plan)
+    call = _export_call(1 if loaded is None else loaded.sampler.steps, guidance)
+    run_export(Console(), _loaded(pipeline), call, loaded, out, dtype, not fixed_batch)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    pipeline: Annotated[
+        Path | None, typer.Option(help="A digits pipeline's folder; without it the embedded one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a dense bundle.")] = 20,
+    guidance: Guidance = 2.0,
+) -> None:
+    """Compare a bundle with its torch model, step by step; exit 1 where they differ."""
+    from ditfastattn.runtime.bundle.manifest import read_manifest
+    from ditfastattn.tools.export_command import run_verify
+
+    manifest = read_manifest(bundle)
+    planned = manifest.sampler.steps if manifest.plan_sha256 else steps
+    run_verify(Console(), bundle, _loaded(pipeline), _export_call(planned, guidance))
+
+
+def _export_call(steps: int, guidance: float) -> dict[str, Any]:
+    return {"class_labels": [3], "num_inference_steps": steps, "guidance_scale": guidance}
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Option(help="The model.")] = "demo",
     steps: Steps = 20,

@@ -11,11 +11,15 @@ The main names::
     pipeline.transformer = torch.compile(
         pipeline.transformer, backend="ditfastattn", options={"plan": "plan.json"}
     )
+    ditfastattn.export(pipeline, {"class_labels": [1]}, "plan.json", "bundle")
+    pipeline.transformer = ditfastattn.load("bundle")
 """
 
 from __future__ import annotations
 
-from ditfastattn.errors import ConfigError, TargetMissedError, VerifyError
+import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
+from ditfastattn.errors import ConfigError, EngineError, TargetMissedError, VerifyError
+from ditfastattn.exporting import export, load, verify
 from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
@@ -29,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CfgLayout",
     "ConfigError",
+    "EngineError",
     "Plan",
     "Strategy",
     "Target",
@@ -37,8 +42,11 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "check_sampler",
+    "export",
+    "load",
     "reports",
     "reset",
     "retarget",
     "validate",
+    "verify",
 ]

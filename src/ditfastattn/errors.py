@@ -1,4 +1,4 @@
-"""Name the kinds of failure: the user's input, targets out of reach, and our own bugs."""
+"""Name the kinds of failure: the user's input, targets out of reach, engines, our own bugs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,7 @@ class TargetMissedError(ConfigError):
 
 class VerifyError(RuntimeError):
     """Report a graph that a pass left invalid: a bug of ours, with the lines around the fault."""
+
+
+class EngineError(RuntimeError):
+    """Report a runtime (ONNX Runtime, TensorRT) that failed while it ran a graph."""

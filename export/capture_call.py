@@ -1,0 +1,108 @@
+"""Capture the call that a pipeline makes of its transformer, at two batch sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
+from ditfastattn.runtime.lowering import many_compilations
+from ditfastattn.runtime.search.prompts import Prompt, generate
+
+
+class _Recorded(Exception):  # noqa: N818  # it ends a generation and reports no error
+    """End a generation once its first call of the transformer is known."""
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """Hold the arguments of one call of a transformer, by name."""
+
+    arguments: Mapping[str, Any]
+
+    @property
+    def batch(self) -> int:
+        """Return the first dimension of the latent, the first argument that is a tensor."""
+        first = next(item for item in self.arguments.values() if isinstance(item, Tensor))
+        return int(first.shape[0])
+
+    def doubled(self) -> RecordedCall:
+        """Return the call with twice the batch."""
+        batch = self.batch
+        doubled = {name: _doubled(item, batch) for name, item in self.arguments.items()}
+        return RecordedCall(doubled)
+
+
+def _doubled(item: Any, batch: int) -> Any:
+    if isinstance(item, Tensor):
+        return torch.cat([item, item]) if item.dim() and item.shape[0] == batch else item
+    if isinstance(item, (tuple, list)):
+        return type(item)(_doubled(part, batch) for part in item)
+    if isinstance(item, dict):
+        return {key: _doubled(part, batch) for key, part in item.items()}
+    return item
+
+
+def record_call(pipeline: Any, prompt: Prompt) -> RecordedCall:
+    """Return the first call that a generation makes of ``pipeline.transformer``."""
+    transformer: nn.Module = pipeline.transformer
+    parameters = inspect.signature(transformer.forward)
+    found: dict[str, Any] = {}
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.update(parameters.bind(*args, **kwargs).arguments)
+        raise _Recorded
+
+    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        generate(pipeline, prompt)
+    except _Recorded:
+        return RecordedCall(found)
+    finally:
+        hook.remove()
+    raise ConfigError(
+        "the pipeline did not call its transformer",
+        where="export(pipeline)",
+        remedy="give a call that makes at least one step",
+    )
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """Hold the graph of a call and its flat inputs."""
+
+    graph: CapturedGraph
+    tensors: tuple[Tensor, ...]
+
+
+def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
+    """Capture the one graph that ``model`` is on ``call``.
+
+    Raises:
+        ConfigError: Dynamo made more than one graph of it.
+    """
+    found: list[CapturedCall] = []
+
+    def backend(module: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        inputs = describe_inputs(module)
+
+        def run(*args: Any) -> Any:
+            tensors = tuple(item for item in args if isinstance(item, Tensor))
+            found.append(CapturedCall(capture(module, inputs, args), tensors))
+            return module(*args)
+
+        return run
+
+    plain = getattr(model, "_orig_mod", model)
+    with torch.no_grad(), many_compilations():
+        torch.compile(plain, backend=backend, fullgraph=True, dynamic=False)(**call.arguments)
+    if len(found) != 1:
+        raise ConfigError("the model is not one graph", got=f"{len(found)} graphs")
+    return found[0]

@@ -1,0 +1,91 @@
+"""Let torch decompose the operators that no export rule knows into ones that some rule does."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.ir import fake_mode
+
+
+def decompose_unknown(
+    module: GraphModule, known: Collection[Any], static: Collection[int] = ()
+) -> int:
+    """Replace in place each call of an operator outside ``known``; return how many there were.
+
+    What depends on the inputs at the positions ``static`` alone is computed at export, and may call
+    anything.
+
+    Raises:
+        ConfigError: an operator remains that no rule knows.
+    """
+    unknown = _unknown(module, known, static)
+    for node in unknown:
+        _paste(module, node, _decomposed(module, node))
+    remaining = _unknown(module, known, static)
+    if remaining:
+        raise ConfigError(
+            "operators that have no ONNX form",
+            where=str(remaining[0].meta.get("stack_trace", remaining[0].name)).strip(),
+            got=", ".join(sorted({str(node.target) for node in remaining})),
+            remedy="write the model without them, or add a rule in export/operators",
+        )
+    module.recompile()
+    return len(unknown)
+
+
+def _unknown(module: GraphModule, known: Collection[Any], static: Collection[int]) -> list[Node]:
+    placeholders = module.graph.find_nodes(op="placeholder")
+    depends = {node for index, node in enumerate(placeholders) if index not in static}
+    found: list[Node] = []
+    for node in module.graph.nodes:
+        if not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            named = node.op == "call_function" and node.target is not operator.getitem
+            found += [node] if named and node.target not in known else []
+    return found
+
+
+def _decomposed(module: GraphModule, node: Node) -> GraphModule:
+    sources = node.all_input_nodes
+
+    def call(*tensors: Any) -> Any:
+        given = dict(zip(sources, tensors, strict=True))
+        args = map_arg(node.args, given.__getitem__)
+        kwargs = map_arg(node.kwargs, given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+
+    with fake_mode(module.graph), torch.no_grad():
+        examples = [torch.empty_like(source.meta["val"]) for source in sources]
+        return make_fx(call, decomposition_table=dict(core_aten_decompositions()))(*examples)
+
+
+def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:
+    inputs = trace.graph.find_nodes(op="placeholder")
+    copies: dict[Node, Node] = dict(zip(inputs, node.all_input_nodes, strict=True))
+    with module.graph.inserting_before(node):
+        for inner in trace.graph.nodes:
+            if inner.op == "get_attr":
+                name = f"{node.name}_{inner.target}"
+                module.register_buffer(name, getattr(trace, str(inner.target)), persistent=False)
+                copies[inner] = module.graph.get_attr(name)
+                copies[inner].meta["val"] = inner.meta["val"]
+            elif inner.op == "call_function":
+                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta["stack_trace"] = node.meta.get("stack_trace", "")
+    returned: Any = trace.graph.output_node().args[0]
+    if isinstance(returned, Node):
+        node.replace_all_uses_with(copies[returned])
+    else:  # several results, each taken by its number
+        for user in list(node.users):
+            user.replace_all_uses_with(copies[returned[user.args[1]]])
+            module.graph.erase_node(user)
+    module.graph.erase_node(node)

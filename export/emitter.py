@@ -1,0 +1,163 @@
+"""Build an ONNX graph node by node: names, constants, weights, shapes that depend on the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper
+from torch import Tensor
+
+from ditfastattn.export.batch import BatchSize, Shape, Size
+from ditfastattn.export.weights import INLINE_BYTES, Weights, inline_tensor, onnx_type, raw_bytes
+
+OPSET: Final = 20
+
+
+@dataclass(frozen=True)
+class Value:
+    """Describe a value of the graph; ``tensor`` is its content where that is known at export."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    tensor: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
+
+@dataclass
+class Emitter:
+    """Collect nodes and initializers; ``prefix`` keeps the names of repeated graphs apart.
+
+    ``batch`` names the value whose first dimension is the batch, where it is free.
+    """
+
+    weights: Weights
+    prefix: str = ""
+    batch: str = ""
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    _constants: dict[Any, str] = field(default_factory=dict)
+    _computed: dict[Any, Any] = field(default_factory=dict)
+    _names: dict[str, int] = field(default_factory=dict)
+
+    def unique(self, base: str) -> str:
+        """Return a name no other value has."""
+        name = f"{self.prefix}{base}"
+        self._names[name] = self._names.get(name, 0) + 1
+        return name if self._names[name] == 1 else f"{name}:{self._names[name]}"
+
+    def op(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Add a node of one output; return its name. An empty input is left out."""
+        return self.split(kind, *inputs, count=1, name=name, **attributes)[0]
+
+    def split(
+        self, kind: str, *inputs: str, count: int, name: str = "", **attributes: Any
+    ) -> list[str]:
+        """Add a node of ``count`` outputs; return their names."""
+        base = name or kind
+        outputs = [self.unique(base) for _ in range(count)]
+        self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
+        return outputs
+
+    def use(self, value: Value) -> str:
+        """Return the name of ``value``; a known content becomes an initializer at first use."""
+        if value.tensor is None:
+            return value.name
+        return self.initializer(value.name, value.tensor)
+
+    def initializer(self, name: str, tensor: Tensor) -> str:
+        """Return the name of an initializer of this content: ``name``, unless that is taken."""
+        small = tensor.nbytes < INLINE_BYTES
+        key = (name, tensor.dtype, tuple(tensor.shape), None if not small else raw_bytes(tensor))
+        if key not in self._constants:
+            free = name if name not in self.initializers else self.unique(name)
+            make = inline_tensor if small else self.weights.store
+            self.initializers[free] = make(free, tensor)
+            self._constants[key] = free
+        return self._constants[key]
+
+    def constant(self, tensor: Tensor) -> str:
+        """Return the name of a constant that no weight's name stands for; equal ones are shared."""
+        data = raw_bytes(tensor)
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        dims = "x".join(map(str, tensor.shape))
+        return self.initializer(f"const_{onnx_type(tensor.dtype)}_{dims}_{digest}", tensor)
+
+    def scalar(self, number: float | bool, dtype: torch.dtype) -> str:
+        """Return a constant without dimensions."""
+        return self.constant(torch.tensor(number, dtype=dtype))
+
+    def ints(self, numbers: Sequence[int]) -> str:
+        """Return a constant vector of int64."""
+        return self.constant(torch.tensor(list(numbers), dtype=torch.int64))
+
+    def size(self, size: Size) -> str:
+        """Return one size as a vector ``[1]`` of int64."""
+        if isinstance(size, int):
+            return self.ints([size])
+        if size not in self._computed:
+            self._computed[size] = self._computed_size(size)
+        found: str = self._computed[size]
+        return found
+
+    def _computed_size(self, size: BatchSize) -> str:
+        found = self.op("Shape", self.batch, start=0, end=1, name="batch")
+        if size.factor.numerator != 1:
+            found = self.op("Mul", found, self.ints([size.factor.numerator]))
+        if size.factor.denominator != 1:
+            found = self.op("Div", found, self.ints([size.factor.denominator]))
+        return found
+
+    def sizes(self, shape: Shape) -> str:
+        """Return a shape as a vector of int64."""
+        if all(isinstance(size, int) for size in shape):
+            return self.ints([int(size) for size in shape if isinstance(size, int)])
+        if shape not in self._computed:
+            parts = [self.size(size) for size in shape]
+            self._computed[shape] = self.op("Concat", *parts, axis=0, name="sizes")
+        found: str = self._computed[shape]
+        return found
+
+    def target_shape(self, shape: Shape) -> str:
+        """Return a shape for ``Reshape``, which can tell one size by itself."""
+        free = [size for size in shape if not isinstance(size, int)]
+        if len(free) == 1:
+            return self.ints([size if isinstance(size, int) else -1 for size in shape])
+        return self.sizes(shape)
+
+    def reshape(self, name: str, shape: Shape) -> str:
+        """Reshape the value called ``name``."""
+        return self.op("Reshape", name, self.target_shape(shape))
+
+    def halves(self, name: str, axis: int) -> list[str]:
+        """Return the two halves of the value called ``name``, cut once."""
+        key = ("halves", name, axis)
+        if key not in self._computed:
+            self._computed[key] = self.split("Split", name, count=2, axis=axis, num_outputs=2)
+        found: list[str] = self._computed[key]
+        return found
+
+    def cast(self, name: str, dtype: torch.dtype) -> str:
+        """Convert the value called ``name``."""
+        return self.op("Cast", name, to=onnx_type(dtype))
+
+
+def value_info(value: Value, batch: str) -> onnx.ValueInfoProto:
+    """Describe a graph input or output; sizes that depend on the batch are named after it."""
+    dims = [size if isinstance(size, int) else _dim_name(size, batch) for size in value.shape]
+    return helper.make_tensor_value_info(value.name, onnx_type(value.dtype), dims)
+
+
+def _dim_name(size: BatchSize, batch: str) -> str:
+    top, bottom = size.factor.numerator, size.factor.denominator
+    times = batch if top == 1 else f"{top}*{batch}"
+    return times if bottom == 1 else f"{times}/{bottom}"

@@ -1,0 +1,131 @@
+"""Check an exported graph for what runtimes refuse, drop in silence, or run slowly.
+
+Each rule is a trap that was measured; see ARCHITECTURE.md for which runtime does what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, numpy_helper
+
+from ditfastattn.errors import VerifyError
+
+_SEQUENCES: Final = ("SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence")
+_NOT_IN_BF16: Final = ("Conv", "Einsum", "Sin", "Cos")  # below opset 22
+_HALF: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_NEWEST_OPSET: Final = 20
+
+Rule = Callable[[ModelProto, dict[str, int]], Iterator[str]]
+
+
+def lint(path: Path) -> None:
+    """Raise ``VerifyError`` if the graph in ``path`` walks into a trap, or is not valid ONNX."""
+    found = findings(path)
+    if found:
+        raise VerifyError(f"{path}: the exported graph is not sound:\n  " + "\n  ".join(found))
+
+
+def findings(path: Path) -> list[str]:
+    """Return what is wrong with the graph in ``path``, one line each."""
+    model = onnx.load(str(path), load_external_data=False)
+    types, found = _types(model.graph), list[str]()
+    try:
+        onnx.checker.check_model(str(path))  # a path: it looks for the weights beside it
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        types |= _types(inferred.graph)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        found.append(f"not valid ONNX: {error}")
+    return found + [line for rule in RULES for line in rule(model, types)]
+
+
+def _types(graph: GraphProto) -> dict[str, int]:
+    values = [*graph.value_info, *graph.input, *graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
+    """Return the nodes of a graph and of the graphs inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                yield from nodes_of(inner)
+
+
+def _opset(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    for entry in model.opset_import:
+        if entry.domain not in ("", "ai.onnx"):
+            yield f"operators of {entry.domain!r}: only one runtime has them"
+        elif entry.version > _NEWEST_OPSET:
+            yield f"opset {entry.version}: TensorRT reads up to {_NEWEST_OPSET} without loss"
+
+
+def _unknown(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    for node in nodes_of(model.graph):
+        if not defs.has(node.op_type, _NEWEST_OPSET, node.domain):
+            yield f"{node.name}: {node.op_type} is no operator of opset {_NEWEST_OPSET}"
+
+
+def _attention(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    for node in nodes_of(model.graph):
+        if node.op_type == "Attention":
+            yield (
+                f"{node.name}: Attention: TensorRT drops its window in silence and fails where two "
+                "share keys or one lies in an If; write MatMul, Softmax, MatMul"
+            )
+
+
+def _sequences(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    for node in nodes_of(model.graph):
+        if node.op_type in _SEQUENCES:
+            yield f"{node.name}: {node.op_type}: TensorRT has no sequences; write Split"
+
+
+def _bf16(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    for node in nodes_of(model.graph):
+        given = {types.get(name, 0) for name in node.input}
+        if node.op_type in _NOT_IN_BF16 and TensorProto.BFLOAT16 in given:
+            yield f"{node.name}: {node.op_type} takes no bfloat16 below opset 22"
+
+
+def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    """Find additive masks of true infinities, of which fp16 softmax makes NaN."""
+    for tensor in model.graph.initializer:
+        external = tensor.data_location == TensorProto.EXTERNAL
+        if tensor.data_type == TensorProto.FLOAT16 and not external:
+            content = numpy_helper.to_array(tensor)
+            if content.size and bool((content == float("-inf")).any()):
+                yield f"{tensor.name}: minus infinity in fp16; write -6e4"
+
+
+def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    """Find scores computed in fp32 from halves: TensorRT does not fuse that attention."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        maker = makers.get(node.input[0]) if node.op_type == "Softmax" else None
+        while maker is not None and maker.op_type in ("Add", "Mul", "Div", "Where"):
+            maker = makers.get(maker.input[0])
+        if maker is None or maker.op_type != "MatMul":
+            continue
+        for name in maker.input:
+            cast = makers.get(name)
+            while cast is not None and cast.op_type in ("Mul", "Transpose", "Reshape", "Gather"):
+                cast = makers.get(cast.input[0])
+            if cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in _HALF:
+                yield f"{maker.name}: scores of halves in fp32: TensorRT does not fuse them"
+
+
+RULES: Final[tuple[Rule, ...]] = (
+    _opset,
+    _unknown,
+    _attention,
+    _sequences,
+    _bf16,
+    _infinities,
+    _widened_scores,
+)

@@ -1,0 +1,13 @@
+"""Say how each ATen operator is written in ONNX: one rule an operator, in one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditfastattn.export.operators.base import Rule
+from ditfastattn.export.operators.elementwise import ELEMENTWISE
+from ditfastattn.export.operators.norms import NORMS
+from ditfastattn.export.operators.products import PRODUCTS
+from ditfastattn.export.operators.shapes import SHAPES
+
+RULES: dict[Any, Rule] = {**ELEMENTWISE, **NORMS, **PRODUCTS, **SHAPES}

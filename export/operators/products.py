@@ -1,0 +1,207 @@
+"""Write matrix products, convolutions and attention in ONNX.
+
+Attention is MatMul-Softmax-MatMul, which runtimes fuse; a window is the same over blocks of
+queries, each with the keys it can see, gathered by a constant index: the work outside is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten, axis_of
+from ditfastattn.export.operators.elementwise import finite_minimum, operand
+from ditfastattn.export.operators.shapes import transpose
+from ditfastattn.passes.ir import ATTENTION
+from ditfastattn.passes.lower_window_attention import Band
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION
+
+
+def transposed(emitter: Emitter, matrix: Value) -> str:
+    """Return the transpose of a matrix; a weight is stored that way, so that no copy is made."""
+    if matrix.tensor is None:
+        return transpose(emitter, matrix.name, [1, 0])
+    return emitter.initializer(f"{matrix.name}.T", matrix.tensor.t())
+
+
+def _linear(emitter: Emitter, call: Call) -> str:
+    source, weight = call.args[:2]
+    bias: Value | None = call.get(2, "bias")
+    product = emitter.op("MatMul", emitter.use(source), transposed(emitter, weight))
+    return product if bias is None else emitter.op("Add", product, emitter.use(bias))
+
+
+def _matmul(emitter: Emitter, call: Call) -> str:
+    left, right = (emitter.use(item) for item in call.args[:2])
+    return emitter.op("MatMul", left, right, name=call.name)
+
+
+def _addmm(emitter: Emitter, call: Call) -> str:
+    bias, left, right = (emitter.use(item) for item in call.args[:3])
+    if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
+        raise ConfigError("a scaled addmm cannot be exported", where=f"node {call.name}")
+    return emitter.op("Add", emitter.op("MatMul", left, right), bias, name=call.name)
+
+
+def _convolution(emitter: Emitter, call: Call) -> str:
+    """Write ``conv2d`` or ``conv3d``; padding may be given by name."""
+    weight: Value = call.args[1]
+    bias: Value | None = call.get(2, "bias")
+    rank = weight.rank - 2
+    stride, dilation = (
+        _each(call.get(3, "stride", 1), rank),
+        _each(call.get(5, "dilation", 1), rank),
+    )
+    padding: Any = call.get(4, "padding", 0)
+    if padding == "same":
+        kernel = [int(size) for size in weight.shape[2:] if isinstance(size, int)]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [side // 2 for side in total] + [side - side // 2 for side in total]
+    else:
+        pads = 2 * ([0] * rank if padding == "valid" else _each(padding, rank))
+    given = [call.first, weight, *([] if bias is None else [bias])]
+    halved = call.dtype == torch.bfloat16  # Conv takes none below opset 22
+    dtype = torch.float32 if halved else call.dtype
+    result = emitter.op(
+        "Conv",
+        *(operand(emitter, item, dtype) for item in given),
+        name=call.name,
+        strides=stride,
+        pads=pads,
+        dilations=dilation,
+        group=call.get(6, "groups", 1),
+    )
+    return emitter.cast(result, call.dtype) if halved else result
+
+
+def _each(item: Any, rank: int) -> list[int]:
+    listed = [item] if isinstance(item, int) else list(item)
+    return listed * rank if len(listed) == 1 else listed
+
+
+def _attention(emitter: Emitter, call: Call) -> str:
+    query, key, value_ = (emitter.use(item) for item in call.args[:3])
+    head_dim = call.first.shape[-1]
+    scale: Any = call.get(6, "scale")
+    assert isinstance(head_dim, int)
+    if call.get(7, "enable_gqa", False):
+        key, value_ = (_repeat_heads(emitter, call, item) for item in call.args[1:3])
+    biases = [_bias(emitter, call.get(3, "attn_mask"), call)]
+    if call.get(5, "is_causal", False):
+        biases.append(_causal_bias(emitter, call))
+    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    kept = [bias for bias in biases if bias]
+    return attend(emitter, call, (query, key, value_), factor, kept, call.first.rank)
+
+
+def attend(
+    emitter: Emitter,
+    call: Call,
+    tensors: tuple[str, str, str],
+    scale: float,
+    biases: list[str],
+    rank: int = 4,
+) -> str:
+    """Return softmax(scale Q K^T + biases) V; the last two axes are tokens and channels."""
+    query, key, value_ = tensors
+    scaled = emitter.op("Mul", query, emitter.scalar(scale, call.dtype))
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    scores = emitter.op(
+        "MatMul", scaled, transpose(emitter, key, order), name=f"{call.name}.scores"
+    )
+    for bias in biases:
+        scores = emitter.op("Add", scores, bias)
+    weights = emitter.op("Softmax", scores, axis=-1, name=f"{call.name}.weights")
+    return emitter.op("MatMul", weights, value_, name=call.name)
+
+
+def _bias(emitter: Emitter, mask: Value | None, call: Call) -> str:
+    """Return the mask as what is added to the scores; "" where there is none."""
+    if mask is None:
+        return ""
+    if mask.dtype != torch.bool:
+        return operand(emitter, mask, call.dtype)
+    seen, hidden = (
+        emitter.scalar(number, call.dtype) for number in (0.0, finite_minimum(call.dtype))
+    )
+    return emitter.op("Where", emitter.use(mask), seen, hidden)
+
+
+def _causal_bias(emitter: Emitter, call: Call) -> str:
+    queries, keys = call.first.shape[-2], call.args[1].shape[-2]
+    assert isinstance(queries, int)
+    assert isinstance(keys, int)
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril()
+    return emitter.constant(_additive(seen, call.dtype))
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, finite_minimum(dtype))
+
+
+def _repeat_heads(emitter: Emitter, call: Call, item: Value) -> str:
+    heads, own = call.first.shape[1], item.shape[1]
+    assert isinstance(heads, int)
+    assert isinstance(own, int)
+    if heads == own:
+        return emitter.use(item)
+    apart = emitter.op("Unsqueeze", emitter.use(item), emitter.ints([2]))
+    spread = emitter.op("Expand", apart, emitter.ints([1, 1, heads // own, 1, 1]))
+    return emitter.reshape(spread, (item.shape[0], heads, *item.shape[2:]))
+
+
+def _window_attention(emitter: Emitter, call: Call) -> str:
+    tokens = call.first.shape[2]
+    assert isinstance(tokens, int)
+    window, scale = call.args[3:5]
+    band = Band(tokens, min(window, tokens), call.dtype, torch.device("cpu"))
+    if band.span >= tokens:
+        position = torch.arange(tokens)
+        seen = (position[:, None] - position).abs() <= band.window
+        tensors = emitter.use(call.args[0]), emitter.use(call.args[1]), emitter.use(call.args[2])
+        bias = emitter.constant(_additive(seen, call.dtype))
+        return attend(emitter, call, tensors, scale, [bias])
+    return _in_blocks(emitter, call, band, scale)
+
+
+def _in_blocks(emitter: Emitter, call: Call, band: Band, scale: float) -> str:
+    rest = band.blocks * band.block - band.tokens
+    head_dim = call.first.shape[3]
+    assert isinstance(head_dim, int)
+    query, key, value_ = (emitter.use(item) for item in call.args[:3])
+    if rest:
+        query = emitter.op("Pad", query, emitter.ints([0, 0, 0, 0, 0, 0, rest, 0]))
+    query = emitter.op("Reshape", query, emitter.ints([0, 0, band.blocks, band.block, head_dim]))
+    start = torch.arange(band.blocks)[:, None] * band.block
+    place = start + torch.arange(band.span) - band.window  # [blocks, span], of each block's keys
+    index = emitter.constant(place.clamp(0, band.tokens - 1))
+    keys, values = (emitter.op("Gather", item, index, axis=2) for item in (key, value_))
+    near = torch.arange(band.block)[:, None] - (torch.arange(band.span) - band.window)
+    inside = _additive(near.abs() <= band.window, call.dtype)  # [block, span]
+    edge = _additive((place >= 0) & (place < band.tokens), call.dtype)[:, None]  # [blocks, 1, span]
+    biases = [emitter.constant(inside), emitter.constant(edge)]
+    attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
+    merged = emitter.op("Reshape", attended, emitter.ints([0, 0, -1, head_dim]))
+    if not rest:
+        return merged
+    cut = [emitter.ints([number]) for number in (0, band.tokens, axis_of(2, 4), 1)]
+    return emitter.op("Slice", merged, *cut, name=call.name)
+
+
+PRODUCTS: dict[Any, Rule] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.conv3d.padding: _convolution,
+    ATTENTION: _attention,
+    WINDOW_ATTENTION: _window_attention,
+}

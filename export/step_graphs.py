@@ -1,0 +1,187 @@
+"""Make the ONNX graphs of a bundle: one per distinct step, and the prologue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import onnx
+import torch
+from torch.fx import GraphModule, Node
+
+from ditfastattn.export.batch import BatchSize, Shape, Symbols, find_batch
+from ditfastattn.export.capture_call import CapturedCall
+from ditfastattn.export.decompose import decompose_unknown
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.operators import RULES
+from ditfastattn.export.to_onnx import GraphSource, emit, finish
+from ditfastattn.export.weights import Weights
+from ditfastattn.passes.caches import read_slots, written_slots
+from ditfastattn.passes.hoist_invariants import prologue
+from ditfastattn.passes.ir import outputs
+from ditfastattn.passes.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.bundle.manifest import Multiple, TensorSpec, VariantSpec
+
+BATCH = "batch"
+PROLOGUE_FILE = "prologue.onnx"
+
+
+@dataclass(frozen=True)
+class Captures:
+    """Hold one model captured at two batch sizes; the very same one twice where it is fixed."""
+
+    first: CapturedCall
+    second: CapturedCall
+    batches: tuple[int, int]
+    sites: tuple[tuple[AttentionSite, ...], tuple[AttentionSite, ...]]
+
+    @property
+    def fixed(self) -> bool:
+        """Tell whether the batch is fixed."""
+        return self.first is self.second
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """Hold a rewritten graph, ready to be written: of one step, or the prologue."""
+
+    source: GraphSource
+    inputs: tuple[Value, ...]
+    reads: tuple[str, ...]
+    results: tuple[Value, ...]
+    writes: tuple[str, ...]
+    written: tuple[Value, ...]
+
+
+def variant_graph(
+    captures: Captures,
+    actions: Sequence[SiteAction],
+    layout: CfgLayout,
+    invariants: tuple[str, ...],
+    label: str,
+) -> StepGraph:
+    """Return the graph of one step variant."""
+    first = rewrite(captures.first.graph, captures.sites[0], actions, layout, label, invariants)
+    if captures.fixed:
+        return _step_graph(captures, first, first)
+    graph, sites = captures.second.graph, captures.sites[1]
+    second = rewrite(graph, sites, actions, layout, label, invariants)
+    return _step_graph(captures, first, second)
+
+
+def prologue_graph(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
+    """Return the graph of what is computed once per generation."""
+    first = prologue(captures.first.graph, nodes)
+    second = first if captures.fixed else prologue(captures.second.graph, nodes)
+    return _step_graph(captures, first, second)
+
+
+def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> StepGraph:
+    positions = [i for i, entry in enumerate(captures.first.graph.inputs) if entry.static]
+    decompose_unknown(first, RULES.keys(), positions)
+    if second is not first:
+        decompose_unknown(second, RULES.keys(), positions)
+    symbols = find_batch(first, second, captures.batches)
+    graph = first.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    entries = captures.first.graph.inputs
+    statics = {
+        index: (entry.name, captures.first.tensors[index])
+        for index, entry in enumerate(entries)
+        if entry.static
+    }
+    slots = read_slots(graph)
+    names = [*(entry.name for entry in entries), *slots]
+    inputs = [
+        Value(name, _shape(symbols, node), node.meta["val"].dtype)
+        for index, (name, node) in enumerate(zip(names, placeholders, strict=True))
+        if index not in statics
+    ]
+    writes = written_slots(graph)
+    returned = [node for node in outputs(graph) if isinstance(node, Node)]
+    count = len(returned) - len(writes)
+    names = [*output_names(count), *writes]
+    results = [
+        Value(name, _shape(symbols, node), node.meta["val"].dtype)
+        for name, node in zip(names, returned, strict=True)
+    ]
+    return StepGraph(
+        GraphSource(first, symbols, statics),
+        tuple(inputs),
+        slots,
+        tuple(results[:count]),
+        writes,
+        tuple(results[count:]),
+    )
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """Name the model's outputs."""
+    return ("sample",) if count == 1 else tuple(f"output_{index}" for index in range(count))
+
+
+def _shape(symbols: Symbols, node: Node) -> Shape:
+    shape: Any = symbols.shapes[node]
+    return tuple(shape)
+
+
+def written_name(slot: str) -> str:
+    """Name the graph output that is the new content of ``slot``."""
+    return f"{slot}.new"
+
+
+def used_inputs(step: StepGraph) -> list[Value]:
+    """Return the inputs that the graph needs."""
+    nodes = step.source.module.graph.find_nodes(op="placeholder")
+    given = [node for index, node in enumerate(nodes) if index not in step.source.statics]
+    return [value for value, node in zip(step.inputs, given, strict=True) if node.users]
+
+
+def batch_source(inputs: Sequence[Value]) -> str:
+    """Return the first of ``inputs`` whose first dimension is the batch, "" without one."""
+    whole = BatchSize(Fraction(1))
+    return next((v.name for v in inputs if v.shape and v.shape[0] == whole), "")
+
+
+def write_graph(step: StepGraph, weights: Weights, name: str) -> onnx.ModelProto:
+    """Return the ONNX model of ``step``; its weights are appended to ``weights``."""
+    used = used_inputs(step)
+    emitter = Emitter(weights, batch=batch_source(used))
+    returned = emit(emitter, step.source, step.inputs)
+    labels = [*(value.name for value in step.results), *map(written_name, step.writes)]
+    return finish(emitter, name, used, list(zip(labels, returned, strict=True)), BATCH)
+
+
+def describe(step: StepGraph, file: str) -> VariantSpec:
+    """Return the manifest's entry of ``step``."""
+    used = {value.name for value in used_inputs(step)}
+    return VariantSpec(
+        file=file,
+        inputs=tuple(v.name for v in step.inputs if v.name in used and v.name not in step.reads),
+        reads=tuple((slot, slot) for slot in step.reads if slot in used),
+        writes=tuple((slot, written_name(slot)) for slot in step.writes),
+    )
+
+
+def spec(value: Value) -> TensorSpec:
+    """Return the manifest's description of a value."""
+    return TensorSpec(name=value.name, shape=sizes(value.shape), dtype=dtype_name(value.dtype))
+
+
+def sizes(shape: Shape) -> tuple[int | Multiple, ...]:
+    """Return a shape as the manifest holds it."""
+    return tuple(
+        size
+        if isinstance(size, int)
+        else Multiple(numerator=size.factor.numerator, denominator=size.factor.denominator)
+        for size in shape
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,158 @@
+"""Write one captured graph, dense or a step variant, as ONNX.
+
+The graph is taken as the passes left it; no optimizer runs afterwards. What depends on weights and
+constants alone is computed here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.batch import BatchSize, Symbols
+from ditfastattn.export.emitter import OPSET, Emitter, Value, value_info
+from ditfastattn.export.operators import RULES
+from ditfastattn.export.operators.base import Call
+from ditfastattn.passes.ir import outputs
+
+IR_VERSION = 10  # the newest that goes with the opset, for older runtimes
+PRODUCER = "ditfastattn"
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """Hold a graph that is to be written.
+
+    Attributes:
+        module: the graph.
+        symbols: its arguments and shapes, the batch marked in them.
+        statics: the content of its static inputs and their names, by position.
+    """
+
+    module: GraphModule
+    symbols: Symbols
+    statics: Mapping[int, tuple[str, Tensor]]
+
+
+def emit(emitter: Emitter, source: GraphSource, given: Sequence[Value]) -> list[Value]:
+    """Add the nodes of a graph to ``emitter``; return what the graph returns.
+
+    ``given`` stands for the inputs that are not static, in order.
+    """
+    module, symbols = source.module, source.symbols
+    values: dict[Node, Any] = {}
+    rest = iter(given)
+    for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        if position in source.statics:
+            name, tensor = source.statics[position]
+            values[node] = Value(name, tuple(tensor.shape), tensor.dtype, tensor)
+        else:
+            values[node] = next(rest)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            held: Tensor = getattr(module, str(node.target))
+            values[node] = Value(node.name, tuple(held.shape), held.dtype, held)
+        elif node.op == "call_function":
+            values[node] = _emit_node(emitter, node, symbols, values)
+    returned = [item for item in outputs(module.graph) if isinstance(item, Node)]
+    return [values[node] for node in returned]
+
+
+def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[Node, Any]) -> Any:
+    args = map_arg(symbols.args[node], values.__getitem__)
+    kwargs = map_arg(symbols.kwargs[node], values.__getitem__)
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    known = _known(node, symbols, values)
+    if known is not None:
+        return known
+    result: Any = node.meta["val"]
+    first = result if isinstance(result, Tensor) else result[0]
+    shape: Any = symbols.shapes[node]
+    rule = RULES.get(node.target)
+    if rule is None:  # static, but for the batch
+        raise ConfigError(
+            "the operator has no ONNX form at a free batch",
+            where=str(node.meta.get("stack_trace", node.name)).strip(),
+            got=node.target,
+            remedy="export with a fixed batch, or add a rule in export/operators",
+        )
+    made = rule(emitter, Call(node.name, args, kwargs, shape, first.dtype))
+    if isinstance(made, str):
+        return Value(made, shape, first.dtype)
+    return [
+        Value(name, part, item.dtype) for name, part, item in zip(made, shape, result, strict=True)
+    ]
+
+
+def _known(node: Node, symbols: Symbols, values: Mapping[Node, Any]) -> Any:
+    """Return what ``node`` computes where it depends on weights and constants alone."""
+    inputs = [values[source] for source in node.all_input_nodes]
+    if any(not isinstance(item, Value) or item.tensor is None for item in inputs):
+        return None
+    if _mentions_batch((symbols.args[node], symbols.kwargs[node], symbols.shapes[node])):
+        return None
+    args = map_arg(node.args, lambda source: values[source].tensor)
+    kwargs = map_arg(node.kwargs, lambda source: values[source].tensor)
+    with torch.no_grad():
+        result = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+    if isinstance(result, Tensor):
+        return _constant(node.name, result)
+    return [_constant(f"{node.name}.{index}", part) for index, part in enumerate(result)]
+
+
+def _constant(name: str, tensor: Tensor) -> Value:
+    return Value(name, tuple(tensor.shape), tensor.dtype, tensor)
+
+
+def _mentions_batch(item: Any) -> bool:
+    if isinstance(item, (tuple, list)):
+        return any(map(_mentions_batch, item))
+    if isinstance(item, dict):
+        return any(map(_mentions_batch, item.values()))
+    return isinstance(item, BatchSize)
+
+
+def finish(
+    emitter: Emitter,
+    name: str,
+    inputs: Sequence[Value],
+    returned: Sequence[tuple[str, Value]],
+    batch: str,
+) -> onnx.ModelProto:
+    """Return the model of what ``emitter`` has collected.
+
+    Args:
+        emitter: the nodes and initializers.
+        name: the graph's name.
+        inputs: the graph's inputs.
+        returned: the graph's outputs and the values that they are.
+        batch: the name of the batch dimension.
+    """
+    results: list[Value] = []
+    for label, value in returned:
+        emitter.nodes.append(helper.make_node("Identity", [emitter.use(value)], [label]))
+        results.append(replace(value, name=label, tensor=None))
+    graph = helper.make_graph(
+        emitter.nodes,
+        name,
+        [value_info(value, batch) for value in inputs],
+        [value_info(value, batch) for value in results],
+        list(emitter.initializers.values()),
+    )
+    return helper.make_model(
+        graph,
+        producer_name=PRODUCER,
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )

@@ -1,0 +1,61 @@
+"""Load a bundle as a transformer for a pipeline."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ditfastattn.runtime.bundle.manifest import Manifest, VariantSpec, check_files, read_manifest
+from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_location
+from ditfastattn.runtime.bundle.transformer import BundleTransformer
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    *,
+    threads: int = 0,
+    share_threads: bool = False,
+    low_memory: bool = False,
+) -> BundleTransformer:
+    """Return a transformer that runs the bundle in ``folder`` by ONNX Runtime.
+
+    Args:
+        folder: the bundle.
+        providers: execution providers, in order of preference; each must load.
+        threads: of each graph on the CPU; 0 leaves it to ONNX Runtime.
+        share_threads: use one pool for all sessions of the process; those of others must then ask
+            for it too.
+        low_memory: let all graphs share one weights file's pages and one arena of activations: a
+            fraction of the memory, and slower.
+
+    Raises:
+        ConfigError: the bundle is not whole or not ours, or a provider did not load.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    check_files(root, manifest)
+    options = SessionOptions(tuple(providers), threads, share_threads, low_memory)
+    graphs = [open_graph(root, manifest, variant, options) for variant in manifest.variants]
+    prologue = None
+    if manifest.prologue is not None:
+        prologue = open_graph(root, manifest, manifest.prologue, options)
+    log.info("%s: %d graphs on %s", root, len(graphs), ", ".join(graphs[0].providers))
+    return BundleTransformer(manifest, graphs, prologue, graphs[0].device)
+
+
+def open_graph(
+    root: Path, manifest: Manifest, spec: VariantSpec, options: SessionOptions
+) -> OnnxGraph:
+    """Open one graph of a bundle whose files have been checked."""
+    path = root / spec.file
+    check_location(path, manifest.weights)
+    inputs = [*spec.inputs, *(name for _, name in spec.reads)]
+    results = [output.name for output in manifest.outputs]
+    if spec is manifest.prologue:
+        results = []
+    return OnnxGraph(path, inputs, [*results, *(name for _, name in spec.writes)], options)

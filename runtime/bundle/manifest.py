@@ -1,0 +1,299 @@
+"""Define a bundle's manifest: what each file is, and how the graphs hang together.
+
+A bundle is a folder. Its manifest is read strictly, and no file is opened before its name is known
+to lie in the folder and its content to be what the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.plan import Fingerprint, Sampler
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
+
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Multiple(_Record):
+    """Stand for a size that is ``numerator / denominator`` times the batch."""
+
+    numerator: Positive
+    denominator: Positive
+
+    def of(self, batch: int) -> int:
+        """Return the size at ``batch``; ``ValueError`` where it is no whole number."""
+        size = Fraction(self.numerator, self.denominator) * batch
+        if size.denominator != 1:
+            raise ValueError(f"a batch of {batch} is no multiple of {size.denominator}")
+        return int(size)
+
+
+class TensorSpec(_Record):
+    """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
+
+    name: str
+    shape: tuple[Positive | Multiple, ...]
+    dtype: str
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """Return the shape at ``batch``."""
+        return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
+
+
+class SlotSpec(_Record):
+    """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads)."""
+
+    name: str
+    shape: tuple[Positive | Multiple, ...]
+    dtype: str
+    lives: tuple[tuple[Natural, Natural], ...]
+    source: str = ""
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """Return the shape at ``batch``."""
+        return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
+
+
+class VariantSpec(_Record):
+    """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
+
+    ``reads`` and ``writes`` pair a slot with the name of the graph's input or output.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    reads: tuple[tuple[str, str], ...]
+    writes: tuple[tuple[str, str], ...]
+
+
+class FileSpec(_Record):
+    """Record a file's content."""
+
+    bytes: Natural
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelSpec(_Record):
+    """Describe the transformer that a bundle stands in for."""
+
+    class_name: str
+    parameters: tuple[str, ...]  # of its forward, in order
+    config: dict[str, Any]
+    fingerprint: Fingerprint
+    dtype: str
+
+
+class LoopSpec(_Record):
+    """Describe the unrolled sampler: noise and conditions in, latents out."""
+
+    file: str
+    noise: TensorSpec
+    conditions: tuple[TensorSpec, ...]
+    latents: str
+    guidance_scale: float
+
+
+class Manifest(_Record):
+    """Describe a bundle.
+
+    Attributes:
+        schema_version: of this format.
+        ditfastattn: the version that wrote it.
+        opset: of the graphs.
+        model: what it stands in for.
+        plan_sha256: of the plan's file, "" for a dense bundle.
+        sampler: the schedule the plan is for.
+        fixed_batch: the only batch it takes; 0 where the batch is free.
+        batch_multiple: what a free batch must be a multiple of.
+        timestep: the input that tells the step.
+        latent: the input that is denoised, "" where it is not known.
+        shares_guidance: whether some step computes the conditional half alone.
+        inputs: of the model.
+        outputs: of the model.
+        variants: the distinct steps.
+        schedule: the variant of each step.
+        slots: the caches.
+        distances: how far each step extrapolates, by slot.
+        prologue: what is computed once per generation.
+        loop: the unrolled sampler.
+        weights: the file that holds all weights.
+        files: every file of the bundle.
+    """
+
+    schema_version: Literal[1] = 1
+    ditfastattn: str
+    opset: Positive
+    model: ModelSpec
+    plan_sha256: str
+    sampler: Sampler
+    fixed_batch: Natural
+    batch_multiple: Positive
+    timestep: str
+    latent: str = ""
+    shares_guidance: bool = False
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
+    schedule: tuple[Natural, ...]
+    slots: tuple[SlotSpec, ...]
+    distances: tuple[dict[str, float], ...]
+    prologue: VariantSpec | None = None
+    loop: LoopSpec | None = None
+    weights: str
+    files: dict[str, FileSpec]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileSpec]) -> dict[str, FileSpec]:
+        for name in files:
+            path = PurePosixPath(name)
+            if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+                raise ValueError(f"{name!r} is no path inside the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        graphs = [*self.variants, *([self.prologue] if self.prologue else [])]
+        named = [graph.file for graph in graphs] + [self.weights]
+        named += [self.loop.file] if self.loop else []
+        for file in named:
+            if file not in self.files:
+                raise ValueError(f"{file!r} is not among the files")
+        if len(self.schedule) != self.sampler.steps or len(self.distances) != self.sampler.steps:
+            raise ValueError(f"schedule: {len(self.schedule)} steps, not {self.sampler.steps}")
+        if len(self.sampler.timesteps) != self.sampler.steps:
+            raise ValueError(f"sampler.timesteps: {len(self.sampler.timesteps)} values")
+        if any(variant >= len(self.variants) for variant in self.schedule):
+            raise ValueError(f"schedule: there are {len(self.variants)} variants")
+        inputs = {spec.name for spec in self.inputs}
+        if self.timestep not in inputs:
+            raise ValueError(f"timestep: {self.timestep!r} is no input")
+        for graph in graphs:
+            if not inputs.issuperset(graph.inputs):
+                raise ValueError(f"{graph.file}: inputs that the model has not")
+        self._check_slots()
+        return self
+
+    def _check_slots(self) -> None:
+        """Every slot that a step reads has been written before."""
+        once = {slot for slot, _ in self.prologue.writes} if self.prologue else set()
+        known = {slot.name for slot in self.slots} | once
+        written = set(once)
+        for step, index in enumerate(self.schedule):
+            variant = self.variants[index]
+            given = written | set(self.distances[step])
+            for slot, _ in variant.reads:
+                if slot not in given:
+                    raise ValueError(f"step {step} reads {slot!r}, which no step has written")
+            written |= {
+                moved.name
+                for moved in self.slots
+                if moved.source in written and any(began == step for began, _ in moved.lives)
+            }
+            for slot, _ in variant.writes:
+                if slot not in known:
+                    raise ValueError(f"{variant.file} writes {slot!r}, which is no slot")
+                written.add(slot)
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest, the last file of a bundle: without it there is none."""
+        write_text_atomically(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of the bundle in ``folder``; the other files are not touched.
+
+    Raises:
+        ConfigError: there is none, it is of another version, or it is not valid.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "there is no bundle", where=str(path), got=error, remedy=_EXPORT_AGAIN
+        ) from error
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            "the manifest is not JSON", where=str(path), got=error, remedy=_EXPORT_AGAIN
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            "the bundle is of another schema version",
+            where=f"{path}: schema_version",
+            got=version,
+            expected=SCHEMA_VERSION,
+            remedy=f"{_EXPORT_AGAIN}, or use the ditfastattn that wrote it",
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            first["msg"],
+            where=f"{path}: {'.'.join(str(part) for part in first['loc']) or 'manifest'}",
+            got=repr(first.get("input"))[:120],
+            remedy=_EXPORT_AGAIN,
+        ) from error
+
+
+def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Compare each file of the bundle with what the manifest says.
+
+    Raises:
+        ConfigError: a file is absent, a link out of the bundle, truncated or changed.
+    """
+    root = Path(folder).resolve()
+    for name, spec in manifest.files.items():
+        path = root / name
+        where = str(path)
+        if root not in path.resolve().parents:
+            raise ConfigError(
+                "the file lies outside the bundle", where=where, got=path.resolve(), expected=root
+            )
+        if not path.is_file():
+            raise ConfigError("the file is missing", where=where, remedy=_EXPORT_AGAIN)
+        size = path.stat().st_size
+        if size != spec.bytes:
+            raise ConfigError(
+                "the file is not whole",
+                where=where,
+                got=f"{size} bytes",
+                expected=f"{spec.bytes} bytes",
+                remedy="copy the bundle again, or export it again",
+            )
+        found = file_hash(path)
+        if found != spec.sha256:
+            raise ConfigError(
+                "the file has changed since it was exported",
+                where=where,
+                got=f"sha256 {found}",
+                expected=f"sha256 {spec.sha256}",
+                remedy="copy the bundle again, or export it again",
+            )
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,284 @@
+"""Stand in for a pipeline's transformer with the graphs of a bundle."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.step_program import CacheSlot, StepProgram
+from ditfastattn.runtime.bundle.manifest import Manifest, SlotSpec, TensorSpec
+from ditfastattn.runtime.caches import Caches
+from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.invariants import Hoisted, Values
+from ditfastattn.runtime.matching import check_lanes
+
+Result = tuple[tuple[int, ...], torch.dtype]
+Engine = Callable[[Sequence[Tensor], Sequence[Result]], list[Tensor]]
+
+
+class Config(dict[str, Any]):
+    """Hold the transformer's configuration, read as ``config.name`` or ``config["name"]``."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an entry."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass
+class _Generation:
+    """Hold what changes during a generation."""
+
+    clock: StepClock
+    caches: Caches = field(default_factory=Caches)
+    hoisted: Hoisted = field(default_factory=Hoisted)
+    batch: int = 0
+
+    def reset(self) -> None:
+        """Forget the generation under way."""
+        self.clock.reset()
+        self.caches.clear()
+        self.hoisted.clear()
+
+
+class BundleTransformer(nn.Module):
+    """Answer as the exported transformer does, step by step of its schedule.
+
+    It takes the arguments of the original's forward, and has its config, dtype and a device. The
+    clock and caches are one set per thread.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engines: Sequence[Engine],
+        prologue: Engine | None,
+        device: torch.device,
+    ) -> None:
+        """Take one engine per variant."""
+        super().__init__()
+        self.manifest = manifest
+        self.config = Config(manifest.model.config)
+        self._engines, self._prologue = tuple(engines), prologue
+        self._device = device
+        self._program = _program(manifest)
+        self._slots = {slot.name: slot for slot in manifest.slots}
+        self._threads = threading.local()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the latents."""
+        found: torch.dtype = getattr(torch, self.manifest.model.dtype)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors must be."""
+        return self._device
+
+    @contextmanager
+    def cache_context(self, name: str) -> Generator[None]:
+        """Accept diffusers' naming of guidance lanes; ours are batched."""
+        yield
+
+    def reset(self) -> None:
+        """Forget the generation under way in this thread, for example after an interrupted one."""
+        self._generation().reset()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; arguments and result are those of the exported model.
+
+        Raises:
+            ConfigError: an argument's shape or dtype is not the bundle's, or the timestep is not
+                the schedule's.
+            EngineError: the runtime failed.
+        """
+        given = self._bind(args, kwargs)
+        generation = self._generation()
+        try:
+            results = self._step(generation, given)
+        except BaseException:
+            generation.reset()
+            raise
+        if given.get("return_dict", True) is False:
+            return tuple(results)
+        return _output(results)
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        names = self.manifest.model.parameters
+        if len(args) > len(names):
+            raise ConfigError("too many arguments", got=len(args), expected=", ".join(names))
+        given = dict(zip(names, args, strict=False))
+        unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(given)))
+        if unknown:
+            raise ConfigError(
+                "unknown or repeated arguments", got=", ".join(unknown), expected=", ".join(names)
+            )
+        return {**given, **kwargs}
+
+    def _generation(self) -> _Generation:
+        if not hasattr(self._threads, "generation"):
+            clock = StepClock(
+                self.manifest.sampler.timesteps, f"argument {self.manifest.timestep!r}"
+            )
+            self._threads.generation = _Generation(clock)
+        found: _Generation = self._threads.generation
+        return found
+
+    def _step(self, generation: _Generation, given: Mapping[str, Any]) -> list[Tensor]:
+        manifest, program = self.manifest, self._program
+        batch = self._batch(given)
+        inputs = {
+            spec.name: _argument(spec, given, batch, self._device) for spec in manifest.inputs
+        }
+        timestep = read_timestep(inputs[manifest.timestep])
+        step = generation.clock.tick(timestep) if manifest.plan_sha256 else 0
+        if step == 0:
+            generation.caches.clear()
+            generation.hoisted.clear()
+            generation.batch = batch
+            if manifest.shares_guidance and manifest.latent:
+                check_lanes(inputs[manifest.latent], f"argument {manifest.latent!r}")
+        elif batch != generation.batch:
+            raise ConfigError(
+                "the batch has changed within a generation",
+                where=f"step {step}",
+                got=batch,
+                expected=generation.batch,
+            )
+        once = self._invariants(generation, inputs, batch)
+        variant = manifest.variants[manifest.schedule[step]]
+        slots = [slot for slot, _ in variant.reads]
+        caches = generation.caches.read(program, step, slots, self._device, once)
+        tensors = [*(inputs[name] for name in variant.inputs), *caches]
+        expected = [_result(spec, batch) for spec in manifest.outputs]
+        written = [slot for slot, _ in variant.writes]
+        expected += [_result(self._slots[slot], batch) for slot in written]
+        results = self._engines[manifest.schedule[step]](tensors, expected)
+        count = len(manifest.outputs)
+        generation.caches.write(program, step, written, results[count:])
+        return results[:count]
+
+    def _batch(self, given: Mapping[str, Any]) -> int:
+        manifest = self.manifest
+        spec = next(spec for spec in manifest.inputs if spec.shape)
+        batch = len(_lookup(spec.name, given))
+        if manifest.fixed_batch and batch != manifest.fixed_batch:
+            raise ConfigError(
+                "the bundle was exported for another batch",
+                where=f"argument {spec.name!r}",
+                got=batch,
+                expected=manifest.fixed_batch,
+                remedy="export it with a free batch",
+            )
+        if batch % manifest.batch_multiple:
+            raise ConfigError(
+                "the batch does not hold both halves of guidance",
+                where=f"argument {spec.name!r}",
+                got=batch,
+                expected=f"a multiple of {manifest.batch_multiple}",
+            )
+        return batch
+
+    def _invariants(
+        self, generation: _Generation, inputs: Mapping[str, Tensor], batch: int
+    ) -> Values:
+        spec, prologue = self.manifest.prologue, self._prologue
+        if spec is None or prologue is None:
+            return {}
+        tensors = [inputs[name] for name in spec.inputs]
+
+        def compute() -> Values:
+            written = [slot for slot, _ in spec.writes]
+            expected = [_result(self._slots[slot], batch) for slot in written]
+            return dict(zip(written, prologue(tensors, expected), strict=True))
+
+        return generation.hoisted.of(tensors, compute)
+
+
+def _program(manifest: Manifest) -> StepProgram:
+    """Return the manifest's caches as the step program that ``Caches`` follows."""
+    slots = tuple(
+        CacheSlot(slot.name, (), slot.dtype, 0, slot.lives, slot.source) for slot in manifest.slots
+    )
+    return StepProgram(
+        sites=(),
+        variants=(),
+        schedule=manifest.schedule,
+        slots=slots,
+        distances=manifest.distances,
+        written=(),
+    )
+
+
+def _result(spec: TensorSpec | SlotSpec, batch: int) -> Result:
+    return spec.sizes(batch), getattr(torch, spec.dtype)
+
+
+def _lookup(name: str, given: Mapping[str, Any]) -> Any:
+    """Return the argument called ``name``: ``conditions.mask`` lies in the dict ``conditions``."""
+    found: Any = given
+    for part in name.split("."):
+        try:
+            found = found[int(part)] if isinstance(found, (list, tuple)) else found[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            found = None
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            "a tensor argument of the model is missing",
+            where=f"argument {name!r}",
+            got=type(found).__name__,
+            expected="what the model was exported with",
+        )
+    return found
+
+
+def _argument(
+    spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torch.device
+) -> Tensor:
+    tensor: Tensor = _lookup(spec.name, given)
+    expected = spec.sizes(batch)
+    if tuple(tensor.shape) != expected:
+        raise ConfigError(
+            "the bundle is for another shape: a resolution or length is fixed at export",
+            where=f"argument {spec.name!r}",
+            got=list(tensor.shape),
+            expected=list(expected),
+            remedy="export a bundle for this shape",
+        )
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if tensor.dtype != dtype:
+        if tensor.is_floating_point() != dtype.is_floating_point and not _is_timestep(tensor):
+            raise ConfigError(
+                "the argument has another dtype",
+                where=f"argument {spec.name!r}",
+                got=tensor.dtype,
+                expected=dtype,
+            )
+        tensor = tensor.to(dtype)
+    return tensor.to(device)
+
+
+def _is_timestep(tensor: Tensor) -> bool:
+    """Tell whether a tensor may be a timestep, which schedulers give as integers or floats."""
+    return tensor.dim() <= 1
+
+
+def _output(results: list[Tensor]) -> Any:
+    if len(results) != 1:
+        return tuple(results)
+    try:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    except ImportError:
+        return SimpleNamespace(sample=results[0])
+    return Transformer2DModelOutput(sample=results[0])

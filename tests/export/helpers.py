@@ -1,0 +1,79 @@
+"""Export tiny models, and run single graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
+import torch
+from torch import Tensor, nn
+
+from ditfastattn import CfgLayout, Strategy
+from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.capture_call import RecordedCall, capture_call
+from ditfastattn.export.lint import findings
+from ditfastattn.export.step_graphs import Captures, used_inputs, variant_graph, write_graph
+from ditfastattn.export.weights import Weights
+from ditfastattn.runtime.bundle.manifest import Manifest
+from tests.helpers import TinyModel, make_plan
+
+
+def export_tiny(
+    tiny: TinyModel,
+    rows: Sequence[Sequence[Strategy]] | None,
+    out: Path,
+    layout: CfgLayout = CfgLayout.COND_FIRST,
+    options: ExportOptions | None = None,
+) -> Manifest:
+    """Export ``tiny`` with a plan of ``rows`` over all its sites, or dense."""
+    plan = None if rows is None else make_plan(tiny, rows, layout, feed_forwards=True)
+    torch._dynamo.reset()
+    return export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
+
+
+def write_module(
+    module: nn.Module, arguments: Mapping[str, Any], folder: Path, fixed: bool = False
+) -> tuple[Path, list[str]]:
+    """Write ``module`` as one graph; return its path and the names of its inputs."""
+    call = RecordedCall(arguments)
+    torch._dynamo.reset()
+    first = capture_call(module.eval(), call)
+    second = first if fixed else capture_call(module, call.doubled())
+    captures = Captures(first, second, (call.batch, 2 * call.batch), ((), ()))
+    step = variant_graph(captures, (), CfgLayout.NONE, (), "module")
+    weights = Weights(folder / "weights.bin", "weights.bin")
+    model = write_graph(step, weights, "module")
+    weights.close()
+    path = folder / "module.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path, [value.name for value in used_inputs(step)]
+
+
+def run_graph(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run a graph by ONNX Runtime."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    results = session.run(None, {name: item.numpy() for name, item in inputs.items()})
+    return [torch.from_numpy(result) for result in results]
+
+
+def assert_same(
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    folder: Path,
+    tolerance: float = 1e-5,
+    fixed: bool = False,
+) -> None:
+    """Assert that the graph of ``module`` is sound and computes the same, at two batch sizes."""
+    path, names = write_module(module, arguments, folder, fixed)
+    assert findings(path) == []
+    for call in (RecordedCall(arguments), *(() if fixed else (RecordedCall(arguments).doubled(),))):
+        with torch.no_grad():
+            expected = module(**call.arguments)
+        results = run_graph(path, {name: call.arguments[name] for name in names})
+        wanted = expected if isinstance(expected, (tuple, list)) else [expected]
+        for got, item in zip(results, wanted, strict=True):
+            assert got.shape == item.shape
+            assert got.dtype == item.dtype
+            assert torch.allclose(got, item, atol=tolerance, rtol=tolerance)

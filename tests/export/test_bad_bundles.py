@@ -1,0 +1,237 @@
+"""A bundle that is broken, foreign or malicious is refused with a clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ditfastattn import ConfigError, EngineError, Strategy, load
+from ditfastattn.runtime.bundle.manifest import MANIFEST, check_files, file_hash, read_manifest
+from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph
+from tests.export.helpers import export_tiny
+from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a sound bundle; tests work on copies."""
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    folder = tmp_path_factory.mktemp("whole") / "bundle"
+    export_tiny(tiny, uniform_strategies(sites, Strategy.SHARE_STEP), folder)
+    return folder
+
+
+@pytest.fixture
+def bundle(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def edit(bundle: Path, change: Callable[[Data], Any]) -> None:
+    data = json.loads((bundle / MANIFEST).read_text())
+    change(data)
+    (bundle / MANIFEST).write_text(json.dumps(data))
+
+
+def test_a_truncated_file_is_named_with_its_sizes(bundle: Path) -> None:
+    weights = bundle / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"weights\.bin: the file is not whole(.|\n)*bytes"):
+        load(bundle)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "variant_00.onnx", "plan.json"])
+def test_a_changed_byte_is_noticed(name: str, bundle: Path) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="has changed since it was exported"):
+        load(bundle)
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "variant_01.onnx").unlink()
+    with pytest.raises(ConfigError, match=r"variant_01\.onnx: the file is missing"):
+        load(bundle)
+
+
+def test_a_newer_manifest_is_refused(bundle: Path) -> None:
+    edit(bundle, lambda data: data.update(schema_version=2))
+    with pytest.raises(ConfigError, match=r"another schema version(.|\n)*got: +2"):
+        load(bundle)
+
+
+def test_an_absent_or_broken_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no bundle"):
+        load(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\x", "C:x", ""])
+def test_a_path_out_of_the_bundle_is_refused(name: str, bundle: Path) -> None:
+    spec = {"bytes": 1, "sha256": "0" * 64}
+    edit(bundle, lambda data: data["files"].update({name: spec}))
+    with pytest.raises(ConfigError, match="no path inside the bundle"):
+        load(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.bin"
+    shutil.move(bundle / "weights.bin", outside)
+    (bundle / "weights.bin").symlink_to(outside)
+    with pytest.raises(ConfigError, match="outside the bundle"):
+        load(bundle)
+
+
+def refer_elsewhere(path: Path, location: str) -> None:
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = location
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "plan.json"])
+def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: Path) -> None:
+    path = bundle / "variant_00.onnx"
+    refer_elsewhere(path, location)
+    spec = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    edit(bundle, lambda data: data["files"].update({path.name: spec}))
+    with pytest.raises(ConfigError, match="not the bundle's weights"):
+        load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["schedule"].pop(), "schedule"),
+        (lambda d: d["schedule"].__setitem__(0, 99), "variants"),
+        (lambda d: d["schedule"].__setitem__(0, 1), "no step has written"),
+        (lambda d: d["files"].pop("weights.bin"), "not among the files"),
+        (lambda d: d.update(timestep="when"), "is no input"),
+        (lambda d: d["variants"][0].update(inputs=["other"]), "the model has not"),
+        (lambda d: d.update(surprise=1), "Extra inputs"),
+        (lambda d: d["slots"].clear(), "is no slot"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(
+    change: Callable[[Data], Any], message: str, bundle: Path
+) -> None:
+    edit(bundle, change)
+    with pytest.raises(ConfigError, match=message):
+        load(bundle)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+
+
+def places(item: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of each value in ``item``."""
+    inner = item.items() if isinstance(item, dict) else enumerate(item)
+    found: list[tuple[Any, ...]] = []
+    for key, value in inner:
+        found.append((*path, key))
+        if isinstance(value, (dict, list)):
+            found += places(value, (*path, key))
+    return found
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_manifest_is_read_or_refused(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = json.loads((whole / MANIFEST).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        *outer, last = data.draw(st.sampled_from(places(content)))
+        holder = content
+        for key in outer:
+            holder = holder[key]
+        holder[last] = data.draw(JSON)
+        if not places(content):
+            break
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with suppress(ConfigError):  # any other error fails
+        check_files(tmp_path, read_manifest(tmp_path))
+
+
+def test_another_resolution_is_refused(bundle: Path) -> None:
+    transformer = load(bundle)
+    call = tiny_dit().call(0, 4)
+    larger = {**call, "hidden_states": torch.zeros(4, 4, 16, 16)}
+    with pytest.raises(ConfigError, match=r"another shape(.|\n)*got: +\[4, 4, 16, 16\]"):
+        transformer(**larger)
+    wrong = {**call, "hidden_states": call["hidden_states"].to(torch.int64)}
+    with pytest.raises(ConfigError, match="another dtype"):
+        transformer(**wrong)
+
+
+def test_different_lanes_are_refused_where_guidance_is_shared(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, uniform_strategies(sites, Strategy.SHARE_CFG), tmp_path / "bundle")
+    call = tiny.call(0, 4)
+    different = torch.arange(4.0)[:, None, None, None] + call["hidden_states"]
+    with pytest.raises(ConfigError, match="different latents"):
+        load(tmp_path / "bundle")(**{**call, "hidden_states": different})
+
+
+def test_a_provider_that_is_not_there_is_an_error(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did not load(.|\n)*CUDAExecutionProvider"):
+        load(bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_a_session_that_dies_leaves_no_half_generation(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_dit()
+    transformer = load(bundle)
+    expected = tiny.run(transformer)
+    call = OnnxGraph.__call__
+    runs: list[int] = []
+
+    def failing(self: OnnxGraph, *args: Any) -> Any:
+        runs.append(1)
+        if len(runs) == 3:
+            raise EngineError("variant_01.onnx: ONNX Runtime failed: out of memory")
+        return call(self, *args)
+
+    monkeypatch.setattr(OnnxGraph, "__call__", failing)
+    with pytest.raises(EngineError, match="out of memory"):
+        tiny.run(transformer)
+    assert largest_difference(tiny.run(transformer), expected) == 0.0
+
+
+def test_a_run_that_onnxruntime_refuses_is_an_engine_error(bundle: Path) -> None:
+    transformer = load(bundle)
+    graph: Any = transformer._engines[0]
+    shapes = [((4, 4, 8, 8), torch.float32)] * len(graph._outputs)
+    with pytest.raises(EngineError, match=r"variant_00\.onnx: ONNX Runtime failed"):
+        graph([torch.zeros(1, 2, 3)] * len(graph._inputs), shapes)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_memory_modes_agree(low_memory: bool, bundle: Path) -> None:
+    tiny = tiny_dit()
+    expected = tiny.run(load(bundle))
+    assert largest_difference(tiny.run(load(bundle, low_memory=low_memory)), expected) < 1e-5

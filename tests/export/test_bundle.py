@@ -1,0 +1,275 @@
+"""A bundle run by ONNX Runtime computes what the plan interpreter does, at any batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from onnx.reference import ReferenceEvaluator
+
+from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
+from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
+from tests.export.helpers import export_tiny
+from tests.helpers import (
+    TIMESTEPS,
+    TINY_MODELS,
+    TinyModel,
+    capture_every_site,
+    largest_difference,
+    make_plan,
+    mixed_strategies,
+    tiny_digits_pipeline,
+    tiny_dit,
+    uniform_strategies,
+)
+from tests.plans import plan_for
+
+LAYOUTS = [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_a_mixed_plan_equals_the_plan_interpreter(
+    name: str, layout: CfgLayout, tmp_path: Path
+) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    rows = mixed_strategies(sites, seed=5)
+    export_tiny(tiny, rows, tmp_path / "bundle", layout)
+    bundle = load(tmp_path / "bundle")
+    expected = tiny.reference(rows, sites, layout)
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4  # the next generation
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_each_strategy_equals_the_plan_interpreter(strategy: Strategy, tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, strategy)
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    assert len(manifest.variants) <= 3
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
+
+
+def test_a_dense_bundle_is_the_model_at_any_step(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    manifest = export_tiny(tiny, None, tmp_path / "bundle")
+    assert len(manifest.variants) == 1
+    bundle = load(tmp_path / "bundle")
+    for batch in (1, 2, 5):
+        assert largest_difference(tiny.run(bundle, batch), tiny.run(tiny.model, batch)) < 1e-4
+
+
+def test_the_batch_is_free(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, Strategy.WINDOW_SHARE_CFG)
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    assert manifest.fixed_batch == 0
+    assert manifest.batch_multiple == 2
+    bundle = load(tmp_path / "bundle")
+    four = tiny.run(bundle, 4)
+
+    def eight(step: int, batch: int) -> dict[str, Any]:
+        call = tiny.call(step, 4)
+        halves = {k: v.chunk(2) for k, v in call.items() if isinstance(v, torch.Tensor)}
+        return {**call, **{k: torch.cat([a, a, b, b]) for k, (a, b) in halves.items()}}
+
+    twice = TinyModel(tiny.model, eight).run(bundle, 8)
+    wanted = [torch.cat([a, a, b, b]) for a, b in (out.chunk(2) for out in four)]
+    assert largest_difference(twice, wanted) < 1e-5
+    with pytest.raises(ConfigError, match="a multiple of 2"):
+        tiny.run(bundle, 3)
+
+
+def test_a_fixed_batch_refuses_others(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle", options=ExportOptions(dynamic_batch=False))
+    bundle = load(tmp_path / "bundle")
+    assert largest_difference(tiny.run(bundle, 4), tiny.run(tiny.model, 4)) < 1e-4
+    with pytest.raises(ConfigError, match="another batch"):
+        tiny.run(bundle, 2)
+
+
+def test_onnx_own_evaluator_agrees(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle")
+    evaluator = ReferenceEvaluator(str(tmp_path / "bundle" / "variant_00.onnx"))
+    call = tiny.call(0, 2)
+    given = {name: call[name].numpy() for name in evaluator.input_names}
+    (result,) = evaluator.run(None, given)
+    with torch.no_grad():
+        expected = tiny.model(**call)[0]
+    assert float((torch.from_numpy(result) - expected).abs().max()) < 1e-4
+
+
+def test_fp16_is_half_the_size_and_close(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "full")
+    manifest = export_tiny(tiny, None, tmp_path / "half", options=ExportOptions(dtype="float16"))
+    sizes = [(tmp_path / name / "weights.bin").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert manifest.model.dtype == "float16"
+    bundle = load(tmp_path / "half")
+    assert bundle.dtype == torch.float16
+    call = tiny.call(0, 2)
+    got = bundle(**{**call, "hidden_states": call["hidden_states"].half()})[0]
+    with torch.no_grad():
+        expected = tiny.model(**call)[0]
+    assert got.dtype == torch.float16
+    assert float((got - expected).abs().max()) < 5e-2
+
+
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_bf16_is_valid_onnx(name: str, tmp_path: Path) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    options = ExportOptions(dtype="bfloat16")  # the export lints; no provider here runs it
+    rows = mixed_strategies(sites, seed=2)
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle", options=options)
+    assert {spec.dtype for spec in manifest.outputs} == {"bfloat16"}
+
+
+def test_variants_share_one_file_of_weights_each_content_once(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, None, tmp_path / "dense")
+    manifest = export_tiny(tiny, mixed_strategies(sites, seed=5), tmp_path / "planned")
+    assert len(manifest.variants) > 3
+    sizes = [(tmp_path / n / "weights.bin").stat().st_size for n in ("dense", "planned")]
+    assert sizes[1] <= 1.05 * sizes[0]
+
+
+def test_shared_steps_hold_no_attention(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, Strategy.SHARE_STEP)
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    kinds = [
+        {node.op_type for node in onnx.load(tmp_path / "bundle" / v.file).graph.node}
+        for v in manifest.variants
+    ]
+    assert "Softmax" in kinds[manifest.schedule[0]]
+    assert not {"Softmax", "Gelu"} & kinds[manifest.schedule[1]]
+
+
+def test_the_texts_keys_are_computed_once_per_generation(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["pixart"]()
+    _, sites = capture_every_site(tiny)
+    manifest = export_tiny(tiny, mixed_strategies(sites, seed=1), tmp_path / "bundle")
+    assert manifest.prologue is not None
+    assert manifest.prologue.inputs == ("encoder_hidden_states",)
+    assert all("encoder_hidden_states" not in variant.inputs for variant in manifest.variants)
+
+
+def test_a_pipeline_runs_the_bundle_and_verify_says_so(tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(DPMSolverMultistepScheduler())
+    call = {"class_labels": [1, 4], "num_inference_steps": 4, "guidance_scale": 2.0}
+    steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG]
+    plan = plan_for(pipeline, call, steps)
+    export(pipeline, call, plan, tmp_path / "bundle")
+    found = verify(tmp_path / "bundle", pipeline, call)
+    assert found.passed
+    assert len(found.step_errors) == 4
+    assert set(found.variant_errors) == {f"variant_{index:02d}.onnx" for index in range(4)}
+    assert found.psnr > 50
+    pipeline.transformer = load(tmp_path / "bundle")  # type: ignore[assignment]  # it stands in
+    generator = torch.Generator().manual_seed(0)
+    images: Any = pipeline(**call, generator=generator, output_type="pt")  # type: ignore[arg-type]
+    assert images.images.shape == (2, 1, 16, 16)
+
+
+def test_verify_notices_other_weights(tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    call = {"class_labels": [1], "num_inference_steps": 2}
+    export(pipeline, call, None, tmp_path / "bundle")
+    with torch.no_grad():
+        pipeline.transformer.proj_out_2.bias.add_(1.0)
+    assert not verify(tmp_path / "bundle", pipeline, call).passed
+
+
+def test_the_forward_is_the_models(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    call = tiny.call(0, 2)
+    latent = call.pop("hidden_states")
+    assert bundle(latent, **{**call, "return_dict": True}).sample.shape == latent.shape
+    assert bundle.config.sample_size == bundle.config["sample_size"] == 8
+    with pytest.raises(ConfigError, match="unknown or repeated"):
+        bundle(latent, nonsense=1)
+    with pytest.raises(ConfigError, match="missing"):
+        bundle(latent)
+
+
+def test_a_step_out_of_the_schedule_is_refused(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, uniform_strategies(sites, Strategy.SHARE_STEP), tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    bundle(**tiny.call(0, 4))
+    wrong = {**tiny.call(1, 4), "timestep": torch.full((4,), int(TIMESTEPS[3]))}
+    with pytest.raises(ConfigError, match="another timestep"):
+        bundle(**wrong)
+
+
+def test_an_export_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    occupied = tmp_path / "folder"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no bundle"):
+        export_tiny(tiny, None, occupied)
+    assert (occupied / "thesis.txt").read_text() == "mine"
+    export_tiny(tiny, None, tmp_path / "bundle")
+    first = read_manifest(tmp_path / "bundle")
+    export_tiny(tiny, None, tmp_path / "bundle", options=ExportOptions(dynamic_batch=False))
+    assert read_manifest(tmp_path / "bundle").fixed_batch == 4 != first.fixed_batch
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "folder"]
+
+
+def test_a_failing_export_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle")
+    before = (tmp_path / "bundle" / MANIFEST).read_text()
+    module = sys.modules[export_model.__module__]  # ditfastattn.export itself is the function
+    monkeypatch.setattr(module, "lint", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_tiny(tiny, None, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / MANIFEST).read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    other, tiny = tiny_dit(1), tiny_dit()
+    _, sites = capture_every_site(other)
+    rows = uniform_strategies(sites, Strategy.SHARE_STEP)
+    plan = make_plan(other, rows, feed_forwards=True)
+    with pytest.raises(ConfigError, match=r"plan\.model\.weights"):
+        export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_tells_the_caches(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, uniform_strategies(sites, Strategy.EXTRAPOLATE), tmp_path / "bundle")
+    data = json.loads((tmp_path / "bundle" / MANIFEST).read_text())
+    names = {slot["name"]: slot for slot in data["slots"]}
+    site = sites[0].name
+    assert names[f"{site}/previous.0"]["source"] == f"{site}/output.0"
+    assert names[f"{site}/output.0"]["shape"][0] == {"numerator": 1, "denominator": 1}
+    assert data["distances"][2][f"{site}/distance"] == 1.0

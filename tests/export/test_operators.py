@@ -1,0 +1,202 @@
+"""Each operator's rule computes in ONNX Runtime what torch does, at any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # as torch's users name it
+from torch import Tensor, nn
+
+from ditfastattn import ConfigError
+from tests.export.helpers import assert_same, write_module
+from tests.helpers import noise
+
+Function = Callable[[Tensor], Any]
+
+
+class Calls(nn.Module):
+    """Call a function of ``[B, 6, 8]``."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+X = noise(0, 2, 6, 8)
+FUNCTIONS: dict[str, Function] = {
+    "numbers": lambda x: (2 - x) * 0.5 + x / 3 - 1,
+    "alpha": lambda x: torch.add(x, x, alpha=3) + torch.rsub(x, 2, alpha=2),
+    "powers": lambda x: x**2 + (x.abs() + 1) ** 0.5 + (x.abs() + 1) ** -1.5,
+    "exponentials": lambda x: x.exp() + (x.abs() + 1).log() + x.sigmoid() + x.tanh(),
+    "trigonometry": lambda x: x.sin() + x.cos(),
+    "roots": lambda x: (x.abs() + 1).sqrt() + (x.abs() + 1).rsqrt() + (x.abs() + 1).reciprocal(),
+    "activations": lambda x: F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh") + F.relu(x),
+    "clamp": lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0.1),
+    "where": lambda x: torch.where(x > 0, x, 0.0) + torch.where(x <= 0.2, x, -x),
+    "comparisons": lambda x: ((x < 0.5) & ~(x == 0)).float() + (x != 0).to(x.dtype),
+    "masked fill": lambda x: x.masked_fill(x > 1, -5.0),
+    "integers": lambda x: torch.arange(6) * x.sum(-1) + x.sum(-1).to(torch.int64),
+    "casts": lambda x: x.double().float() * x.half().float(),
+    "mean": lambda x: x.mean(-1, keepdim=True) + x.sum((1, 2))[:, None, None] + x.amax(1, True),
+    "variance": lambda x: x.var(-1) + x.var(-1, correction=0),
+    "softmax": lambda x: x.softmax(1),
+    "layer norm": lambda x: F.layer_norm(x, [8]) + F.layer_norm(x, [6, 8], torch.ones(6, 8)),
+    "rms norm": lambda x: F.rms_norm(x, [8], torch.arange(8.0), 1e-6),
+    "group norm": lambda x: F.group_norm(x, 3, torch.arange(6.0), torch.ones(6)),
+    "views": lambda x: x.view(2 * x.shape[0], 3, 8).flatten(1).reshape(-1, 4, 6),
+    "reshape with two batches": lambda x: x.reshape(x.shape[0], -1).expand(3, -1, -1).mT.mT,
+    "transposes": lambda x: x.transpose(1, 2).permute(1, 0, 2).movedim(0, 1),
+    "slices": lambda x: x[:, 1:5:2, -3:] + x[:, :2, :3],
+    "halves": lambda x: x[: x.shape[0] // 2] + x[x.shape[0] // 2 :],
+    "chunk": lambda x: torch.cat(x.chunk(3, 1)[::-1], 1),
+    "split": lambda x: torch.cat([*torch.split(x, [1, 5], 1), *torch.split(x, 4, 1)], 1),
+    "chunk of the batch": lambda x: x.chunk(2)[1] * 2,
+    "unbind": lambda x: x.unbind(1)[2] + x[:, -1],
+    "squeeze": lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(-1).squeeze(1),
+    "expand": lambda x: torch.ones(6, 1, 1).expand(-1, x.shape[0], 8).transpose(0, 1) + x,
+    "repeat": lambda x: x.repeat(2, 1, 3) + x.repeat(2, 1, 3),
+    "repeat interleave": lambda x: x.repeat_interleave(3, dim=0),
+    "stack": lambda x: torch.stack([x, 2 * x], dim=1),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
+    "flip": lambda x: x.flip(1, 2),
+    "fill": lambda x: (
+        x + torch.zeros(x.shape[0], 1, 1) + torch.ones_like(x) + torch.full_like(x, 2)
+    ),
+    "permuting einsum": lambda x: torch.einsum("bnc->cbn", x),
+    "einsum": lambda x: torch.einsum("bnc,bmc->bnm", x, x),
+    "products": lambda x: x @ x.mT + torch.bmm(x, x.mT),
+    "pixel shuffle": lambda x: F.pixel_shuffle(x.reshape(x.shape[0], 4, 3, 4), 2),
+    "decomposed": lambda x: F.mish(x) + torch.lerp(x, 2 * x, 0.25) + F.softplus(x),
+}
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_a_function_computes_the_same(name: str, tmp_path: Path) -> None:
+    assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 5), nn.Linear(5, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.two(F.silu(self.one(x)))
+        return result
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 2, stride=2)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding="same", groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.depthwise(self.patches(x.reshape(x.shape[0], 3, 4, 4)))
+        return result
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.table((x.sum(-1) * 10).to(torch.int64) % 11)
+        return result
+
+
+class Gather(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.tensor([3, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.places] + x.index_select(1, self.places)  # type: ignore[arg-type, index]
+
+
+@pytest.mark.parametrize("make", [Linear, Convolutions, Embedding, Gather])
+def test_a_layer_computes_the_same(make: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert_same(make(), {"x": X}, tmp_path)
+
+
+def attention(**options: Any) -> Function:
+    def attend(x: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], 6, 2, 4).transpose(1, 2)
+        keys = heads[:, :1] if options.get("enable_gqa") else heads
+        return F.scaled_dot_product_attention(heads, 2 * keys, keys - 1, **options)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"enable_gqa": True},
+        {"attn_mask": noise(3, 6, 6)},
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(2)},
+    ],
+    ids=str,
+)
+def test_attention_computes_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+    assert_same(Calls(attention(**options)), {"x": X}, tmp_path)
+
+
+class Windowed(nn.Module):
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+        result: Tensor = torch.ops.ditfastattn.window_attention(
+            heads, 2 * heads, heads - 1, self.window, 0.5
+        )
+        return result
+
+
+@pytest.mark.parametrize("tokens", [8, 128, 200, 256])
+@pytest.mark.parametrize("window", [0, 1, 16, 40])
+def test_a_window_computes_the_same(tokens: int, window: int, tmp_path: Path) -> None:
+    assert_same(Windowed(window), {"x": noise(1, 2, tokens, 8)}, tmp_path)
+
+
+def test_a_window_in_blocks_skips_the_work_outside(tmp_path: Path) -> None:
+    import onnx
+
+    path, _ = write_module(Windowed(32), {"x": noise(1, 2, 512, 8)}, tmp_path)
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    sizes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in inferred.graph.value_info
+    }
+    softmax = next(node for node in inferred.graph.node if node.op_type == "Softmax")
+    assert sizes[softmax.input[0]][1:] == [2, 16, 32, 96]  # blocks of 32 queries see 96 keys
+
+
+def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no ONNX form(.|\n)*sort"):
+        write_module(Calls(lambda x: x.sort(-1).values), {"x": X}, tmp_path)
+
+
+def test_a_model_that_depends_on_the_batch_otherwise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="depends on the batch"):
+        write_module(Calls(lambda x: x + float(x.shape[0] ** 2)), {"x": X}, tmp_path)
+    with pytest.raises(ConfigError, match="another batch size"):
+        write_module(Calls(lambda x: x.exp() if len(x) > 2 else x.sin()), {"x": X}, tmp_path)
+
+
+def test_a_fixed_batch_takes_what_a_free_one_cannot(tmp_path: Path) -> None:
+    module = Calls(lambda x: x + float(x.shape[0] ** 2))
+    assert_same(module, {"x": X}, tmp_path, fixed=True)
