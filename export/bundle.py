@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call, record_call
 from ditfastattn.export.emitter import OPSET
+from ditfastattn.export.linear_scheduler import LinearSchedule, linear_schedule
 from ditfastattn.export.lint import lint
+from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
 from ditfastattn.export.step_graphs import (
     PROLOGUE_FILE,
     Captures,
@@ -43,6 +45,7 @@ from ditfastattn.passes.step_program import StepProgram, unroll
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
     FileSpec,
+    LoopSpec,
     Manifest,
     ModelSpec,
     SlotSpec,
@@ -72,12 +75,14 @@ class ExportOptions:
     Attributes:
         dtype: of weights and activations; "" keeps the model's.
         dynamic_batch: whether it takes any batch.
+        loop: whether the whole generation is written as one graph too.
         timestep: the name of the model's timestep argument.
         on_progress: is told what was written, and how many of how many.
     """
 
     dtype: str = ""
     dynamic_batch: bool = True
+    loop: bool = False
     timestep: str = "timestep"
     on_progress: Progress = lambda what, done, of: None
 
@@ -109,7 +114,19 @@ def export(
             loaded, pipeline.scheduler, argument_of(pipeline, prompt.call, "guidance_scale")
         )
     recorded = record_call(pipeline, prompt)
-    return export_model(pipeline.transformer, recorded, loaded, out, options)
+    chosen = options or ExportOptions()
+    schedule = _schedule(pipeline.scheduler, loaded) if chosen.loop else None
+    return export_model(pipeline.transformer, recorded, loaded, out, chosen, schedule)
+
+
+def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
+    if plan is None:
+        raise ConfigError(
+            "a loop needs a plan, which fixes its steps",
+            where="export(loop=True)",
+            remedy="give a plan; one that is full everywhere is dense",
+        )
+    return linear_schedule(scheduler, plan.sampler.steps)
 
 
 def export_model(
@@ -118,12 +135,16 @@ def export_model(
     plan: Plan | None,
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
+    schedule: LinearSchedule | None = None,
 ) -> Manifest:
-    """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``."""
+    """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``.
+
+    With ``schedule``, what the scheduler does, the whole generation is written as one graph too.
+    """
     folder = Path(out)
     _check_folder(folder)
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
-    exported = _Export(plain, call, plan, options or ExportOptions())
+    exported = _Export(plain, call, plan, options or ExportOptions(), schedule)
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -162,9 +183,14 @@ class _Export:
     """Hold what one export works on."""
 
     def __init__(
-        self, model: nn.Module, call: RecordedCall, plan: Plan | None, options: ExportOptions
+        self,
+        model: nn.Module,
+        call: RecordedCall,
+        plan: Plan | None,
+        options: ExportOptions,
+        schedule: LinearSchedule | None,
     ) -> None:
-        self.plan, self.options = plan, options
+        self.plan, self.options, self.schedule = plan, options, schedule
         self.model, self.call = model, call
         first = capture_call(model, call)
         static = static_tensors(first.graph, first.tensors)
@@ -214,7 +240,8 @@ class _Export:
     def write(self, folder: Path) -> Manifest:
         """Write all files to ``folder``, the manifest last."""
         weights = Weights(folder / WEIGHTS_FILE, WEIGHTS_FILE)
-        count = len(self.program.variants) + bool(self.invariants)
+        count = len(self.program.variants) + bool(self.invariants) + bool(self.schedule)
+        loop = None
         try:
             variants: list[VariantSpec] = []
             graphs: list[StepGraph] = []
@@ -227,12 +254,15 @@ class _Export:
             prologue = None
             if once is not None:
                 prologue = self._written(once, weights, folder, PROLOGUE_FILE)
-                self.options.on_progress(PROLOGUE_FILE, count, count)
+                self.options.on_progress(PROLOGUE_FILE, len(variants) + 1, count)
+            if self.schedule is not None:
+                loop = self._loop(self.schedule, graphs, once, weights, folder)
+                self.options.on_progress(LOOP_FILE, count, count)
         finally:
             weights.close()
         if self.plan is not None:
             self.plan.save(folder / PLAN_FILE)
-        manifest = self._manifest(folder, graphs, variants, once, prologue)
+        manifest = self._manifest(folder, graphs, variants, once, prologue, loop)
         manifest.save(folder)
         return manifest
 
@@ -246,6 +276,43 @@ class _Export:
         lint(folder / file)
         return describe(graph, file)
 
+    def _loop(
+        self,
+        schedule: LinearSchedule,
+        graphs: list[StepGraph],
+        once: StepGraph | None,
+        weights: Weights,
+        folder: Path,
+    ) -> LoopSpec:
+        plan, latent = self.plan, self.latent
+        if plan is None or latent is None:
+            raise ConfigError("the model's latent was not found", where="export(loop=True)")
+        timestep: Tensor = self.call.arguments[self.timestep]
+        scale = plan.sampler.guidance_scale or 1.0
+        source = LoopSource(
+            graphs=tuple(graphs),
+            prologue=once,
+            program=self.program,
+            schedule=schedule,
+            timesteps=tuple(torch.full_like(timestep, t) for t in plan.sampler.timesteps),
+            latent=self.captures.first.graph.inputs[latent].name,
+            timestep=self.timestep,
+            layout=self.layout,
+            guidance_scale=scale,
+        )
+        loop = write_loop(source, weights)
+        (folder / LOOP_FILE).write_bytes(loop.model.SerializeToString())
+        weights.flush()
+        lint(folder / LOOP_FILE)
+        return LoopSpec(
+            file=LOOP_FILE,
+            noise=spec(loop.noise),
+            noise_scale=schedule.noise_scale,
+            conditions=tuple(map(spec, loop.conditions)),
+            latents=LATENTS,
+            guidance_scale=scale,
+        )
+
     def _manifest(
         self,
         folder: Path,
@@ -253,6 +320,7 @@ class _Export:
         variants: list[VariantSpec],
         once: StepGraph | None,
         prologue: VariantSpec | None,
+        loop: LoopSpec | None,
     ) -> Manifest:
         import ditfastattn
 
@@ -280,6 +348,7 @@ class _Export:
             slots=self._slots(graphs, once),
             distances=program.distances,
             prologue=prologue,
+            loop=loop,
             weights=WEIGHTS_FILE,
             files={
                 path.name: FileSpec(bytes=path.stat().st_size, sha256=file_hash(path))

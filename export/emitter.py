@@ -45,7 +45,8 @@ class Emitter:
     batch: str = ""
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
-    _constants: dict[Any, str] = field(default_factory=dict)
+    _initialized: dict[Any, str] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)
     _computed: dict[Any, Any] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
 
@@ -75,22 +76,25 @@ class Emitter:
         return self.initializer(value.name, value.tensor)
 
     def initializer(self, name: str, tensor: Tensor) -> str:
-        """Return the name of an initializer of this content: ``name``, unless that is taken."""
-        small = tensor.nbytes < INLINE_BYTES
-        key = (name, tensor.dtype, tuple(tensor.shape), None if not small else raw_bytes(tensor))
-        if key not in self._constants:
-            free = name if name not in self.initializers else self.unique(name)
-            make = inline_tensor if small else self.weights.store
-            self.initializers[free] = make(free, tensor)
-            self._constants[key] = free
-        return self._constants[key]
+        """Return the name of an initializer of this content: ``name``, unless there is one."""
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if memory not in self._initialized:
+            self._kept.append(tensor)  # its memory is not to become another tensor's
+            data = hashlib.sha256(raw_bytes(tensor)).digest()
+            content = (data, tensor.shape, tensor.dtype)
+            if content not in self._initialized:
+                free = name
+                while free in self.initializers:
+                    free = self.unique(name)
+                make = inline_tensor if tensor.nbytes < INLINE_BYTES else self.weights.store
+                self.initializers[free] = make(free, tensor)
+                self._initialized[content] = free
+            self._initialized[memory] = self._initialized[content]
+        return self._initialized[memory]
 
     def constant(self, tensor: Tensor) -> str:
-        """Return the name of a constant that no weight's name stands for; equal ones are shared."""
-        data = raw_bytes(tensor)
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        dims = "x".join(map(str, tensor.shape))
-        return self.initializer(f"const_{onnx_type(tensor.dtype)}_{dims}_{digest}", tensor)
+        """Return the name of a constant that no weight's name stands for."""
+        return self.initializer("constant", tensor)
 
     def scalar(self, number: float | bool, dtype: torch.dtype) -> str:
         """Return a constant without dimensions."""

@@ -260,13 +260,14 @@ def export(
         str, typer.Option(help="float32, float16 or bfloat16; without it the model's.")
     ] = "",
     fixed_batch: Annotated[bool, typer.Option(help="Take one batch size only.")] = False,
+    loop: Annotated[bool, typer.Option(help="Also write a whole generation as one graph.")] = False,
 ) -> None:
     """Write the model, run by a plan, as a bundle of ONNX graphs with one file of weights."""
     from ditfastattn.tools.export_command import run_export
 
     loaded = None if plan is None else Plan.load(plan)
     call = _export_call(1 if loaded is None else loaded.sampler.steps, guidance)
-    run_export(Console(), _loaded(pipeline), call, loaded, out, dtype, not fixed_batch)
+    run_export(Console(), _loaded(pipeline), call, loaded, out, dtype, not fixed_batch, loop)
 
 
 @app.command()

@@ -26,6 +26,7 @@ def run_export(
     out: Path,
     dtype: str,
     dynamic_batch: bool,
+    loop: bool,
 ) -> Manifest:
     """Export with a progress bar, and say what was written."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -42,6 +43,7 @@ def run_export(
             out,
             dtype=dtype,
             dynamic_batch=dynamic_batch,
+            loop=loop,
             on_progress=show,
         )
     weights = manifest.files[manifest.weights].bytes / _MEGABYTE
@@ -68,6 +70,8 @@ def run_verify(console: Console, folder: Path, pipeline: Any, call: Mapping[str,
     console.print(table)
     error, psnr = found.bounds
     console.print(f"a whole generation: PSNR {found.psnr:.1f} dB (at least {psnr:g})")
+    if found.loop_error:
+        console.print(f"the unrolled loop: largest error of its latents {found.loop_error:.1e}")
     if not found.passed:
         raise TargetMissedError(
             "the bundle does not compute what its model does",

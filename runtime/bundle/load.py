@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ditfastattn.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import Manifest, VariantSpec, check_files, read_manifest
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_location
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
@@ -45,7 +46,25 @@ def load(
     if manifest.prologue is not None:
         prologue = open_graph(root, manifest, manifest.prologue, options)
     log.info("%s: %d graphs on %s", root, len(graphs), ", ".join(graphs[0].providers))
-    return BundleTransformer(manifest, graphs, prologue, graphs[0].device)
+
+    def open_loop() -> OnnxGraph:
+        return _open_loop(root, manifest, options)
+
+    return BundleTransformer(manifest, graphs, prologue, graphs[0].device, open_loop)
+
+
+def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxGraph:
+    loop = manifest.loop
+    if loop is None:
+        raise ConfigError(
+            "the bundle has no unrolled loop",
+            where=str(root),
+            remedy="export it with loop=True (--loop), or step it by a pipeline",
+        )
+    path = root / loop.file
+    check_location(path, manifest.weights)
+    inputs = [loop.noise.name, *(spec.name for spec in loop.conditions)]
+    return OnnxGraph(path, inputs, [loop.latents], options)
 
 
 def open_graph(

@@ -101,10 +101,14 @@ class ModelSpec(_Record):
 
 
 class LoopSpec(_Record):
-    """Describe the unrolled sampler: noise and conditions in, latents out."""
+    """Describe the unrolled sampler: noise and conditions in, latents out.
+
+    The graph multiplies standard normal noise by ``noise_scale``, as the pipeline would.
+    """
 
     file: str
     noise: TensorSpec
+    noise_scale: float
     conditions: tuple[TensorSpec, ...]
     latents: str
     guidance_scale: float

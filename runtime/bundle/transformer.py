@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.errors import ConfigError
+from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.passes.step_program import CacheSlot, StepProgram
 from ditfastattn.runtime.bundle.manifest import Manifest, SlotSpec, TensorSpec
 from ditfastattn.runtime.caches import Caches
@@ -64,13 +66,15 @@ class BundleTransformer(nn.Module):
         engines: Sequence[Engine],
         prologue: Engine | None,
         device: torch.device,
+        open_loop: Callable[[], Engine],
     ) -> None:
-        """Take one engine per variant."""
+        """Take one engine per variant, and what opens that of the loop when it is needed."""
         super().__init__()
         self.manifest = manifest
         self.config = Config(manifest.model.config)
         self._engines, self._prologue = tuple(engines), prologue
         self._device = device
+        self._open_loop = functools.cache(open_loop)
         self._program = _program(manifest)
         self._slots = {slot.name: slot for slot in manifest.slots}
         self._threads = threading.local()
@@ -95,6 +99,28 @@ class BundleTransformer(nn.Module):
         """Forget the generation under way in this thread, for example after an interrupted one."""
         self._generation().reset()
 
+    def generate(self, noise: Tensor, **conditions: Any) -> Tensor:
+        """Return the latents of a whole generation, by the bundle's unrolled loop.
+
+        Args:
+            noise: standard normal, the shape of the latents, one row per image.
+            **conditions: the model's other arguments, both halves of guidance as it takes them.
+
+        Raises:
+            ConfigError: the bundle has no loop, or an argument is not the loop's.
+            EngineError: the runtime failed.
+        """
+        engine = self._open_loop()
+        loop = self.manifest.loop
+        assert loop is not None  # it was opened
+        lanes = 1 if self.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+        batch = lanes * len(noise)
+        given = {**conditions, loop.noise.name: noise}
+        specs = [loop.noise, *loop.conditions]
+        tensors = [_argument(spec, given, batch, self._device) for spec in specs]
+        (latents,) = engine(tensors, [_result(loop.noise, batch)])
+        return latents
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step; arguments and result are those of the exported model.
 
@@ -103,7 +129,7 @@ class BundleTransformer(nn.Module):
                 the schedule's.
             EngineError: the runtime failed.
         """
-        given = self._bind(args, kwargs)
+        given = self.bind(args, kwargs)
         generation = self._generation()
         try:
             results = self._step(generation, given)
@@ -114,7 +140,8 @@ class BundleTransformer(nn.Module):
             return tuple(results)
         return _output(results)
 
-    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, as the model's forward would take them."""
         names = self.manifest.model.parameters
         if len(args) > len(names):
             raise ConfigError("too many arguments", got=len(args), expected=", ".join(names))

@@ -21,6 +21,7 @@ def export(
     *,
     dtype: str = "",
     dynamic_batch: bool = True,
+    loop: bool = False,
     timestep: str = "timestep",
     on_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Manifest:
@@ -33,6 +34,8 @@ def export(
         out: the bundle's folder. A bundle that is there is replaced once the new one is whole.
         dtype: of weights and activations, as torch names it; "" keeps the model's.
         dynamic_batch: whether the bundle takes any batch.
+        loop: whether the whole generation is written as one graph too, scheduler and guidance
+            inside.
         timestep: the name of the model's timestep argument.
         on_progress: is told which file was written, and how many of how many.
 
@@ -42,7 +45,7 @@ def export(
     """
     from ditfastattn.export import bundle
 
-    options = bundle.ExportOptions(dtype, dynamic_batch, timestep, on_progress)
+    options = bundle.ExportOptions(dtype, dynamic_batch, loop, timestep, on_progress)
     return bundle.export(pipeline, call, plan, out, options)
 
 

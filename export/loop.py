@@ -1,0 +1,213 @@
+"""Write a whole generation as one graph: noise and conditions in, latents out.
+
+Each step is its variant's graph with the timestep known, so that all it decides is computed at
+export; the steps share their weights. Guidance and scheduler are a few sums between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import onnx
+import torch
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.batch import BatchSize, Shape, Size
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep
+from ditfastattn.export.step_graphs import BATCH, StepGraph
+from ditfastattn.export.to_onnx import emit, finish
+from ditfastattn.export.weights import Weights
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.passes.step_program import StepProgram
+
+LOOP_FILE = "loop.onnx"
+NOISE, LATENTS = "noise", "latents"
+
+
+@dataclass(frozen=True)
+class LoopSource:
+    """Hold what a loop is made of.
+
+    Attributes:
+        graphs: the variants.
+        prologue: what is computed once, or None.
+        program: the schedule and the caches.
+        schedule: what the scheduler does.
+        timesteps: what the model is given as the timestep of each step, ``[lanes]``.
+        latent: the name of the model's latent input.
+        timestep: the name of its timestep input.
+        layout: the order of the guidance halves.
+        guidance_scale: of the generation.
+    """
+
+    graphs: tuple[StepGraph, ...]
+    prologue: StepGraph | None
+    program: StepProgram
+    schedule: LinearSchedule
+    timesteps: tuple[Tensor, ...]
+    latent: str
+    timestep: str
+    layout: CfgLayout
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Hold the written loop, its noise input and its conditions."""
+
+    model: onnx.ModelProto
+    noise: Value
+    conditions: tuple[Value, ...]
+
+
+def write_loop(source: LoopSource, weights: Weights) -> Loop:
+    """Return the loop's graph; its weights are those of the variants."""
+    first = source.graphs[0]
+    slots = {slot for graph in source.graphs for slot in graph.reads}
+    inputs = {value.name: value for value in first.inputs if value.name not in slots}
+    conditions = tuple(
+        value for name, value in inputs.items() if name not in (source.latent, source.timestep)
+    )
+    lanes = inputs[source.latent]
+    guided = source.layout is not CfgLayout.NONE
+    noise = Value(NOISE, _halved(lanes.shape) if guided else lanes.shape, lanes.dtype)
+    emitter = Emitter(weights, prefix="start/")
+    writer = _Writer(source, emitter, noise, lanes)
+    latents = writer.run({value.name: value for value in conditions})
+    used = _used(emitter, conditions)
+    model = finish(emitter, "loop", [noise, *used], [(LATENTS, latents)], BATCH)
+    return Loop(model, noise, used)
+
+
+def _used(emitter: Emitter, conditions: Sequence[Value]) -> tuple[Value, ...]:
+    read = {name for node in emitter.nodes for name in node.input}
+    return tuple(value for value in conditions if value.name in read)
+
+
+def _halved(shape: Shape) -> Shape:
+    batch = shape[0]
+    half: Size = batch // 2 if isinstance(batch, int) else BatchSize(batch.factor / 2)
+    return (half, *shape[1:])
+
+
+class _Writer:
+    """Write the steps one after the other."""
+
+    def __init__(self, source: LoopSource, emitter: Emitter, noise: Value, lanes: Value) -> None:
+        self.source, self.emitter = source, emitter
+        self.noise, self.lanes = noise, lanes
+        self.caches: dict[str, Value] = {}
+
+    def run(self, conditions: Mapping[str, Value]) -> Value:
+        """Write all steps; return the last latents."""
+        source, emitter = self.source, self.emitter
+        present = self._scaled(self.noise, source.schedule.noise_scale)
+        first = self._lanes(present)
+        if isinstance(self.lanes.shape[0], BatchSize):
+            emitter.batch = first.name
+        once = self._prologue(conditions)
+        latents, outputs = [present], list[Value]()
+        for step, how in enumerate(source.schedule.steps):
+            emitter.prefix = f"step_{step}/"
+            given = self._lanes(self._scaled(latents[-1], how.input_scale)) if step else first
+            outputs.append(self._guided(self._model(step, given, conditions, once)))
+            latents.append(self._next(how, latents, outputs))
+        return latents[-1]
+
+    def _prologue(self, conditions: Mapping[str, Value]) -> dict[str, Value]:
+        graph = self.source.prologue
+        if graph is None:
+            return {}
+        given = [conditions.get(value.name, value) for value in graph.inputs]
+        return dict(zip(graph.writes, emit(self.emitter, graph.source, given), strict=True))
+
+    def _model(
+        self,
+        step: int,
+        latents: Value,
+        conditions: Mapping[str, Value],
+        once: Mapping[str, Value],
+    ) -> Value:
+        source, program = self.source, self.source.program
+        graph = source.graphs[program.schedule[step]]
+        timestep = source.timesteps[step]
+        known = {
+            source.latent: latents,
+            source.timestep: self._timestep(step, timestep),
+            **conditions,
+            **once,
+            **self.caches,
+            **{
+                slot: _constant(f"distance_{step}_{slot}", torch.tensor(distance))
+                for slot, distance in program.distances[step].items()
+            },
+        }
+        results = emit(self.emitter, graph.source, [known[value.name] for value in graph.inputs])
+        count = len(graph.results)
+        for slot, before in program.moves_at(step):
+            self.caches[slot] = self.caches[before]
+        self.caches.update(zip(graph.writes, results[count:], strict=True))
+        live = program.live_after(step)
+        self.caches = {slot: value for slot, value in self.caches.items() if slot in live}
+        return results[0]
+
+    def _timestep(self, step: int, timestep: Tensor) -> Value:
+        """Return the timestep of all lanes; of a free batch it is one row that broadcasts."""
+        alike = bool((timestep == timestep.flatten()[0]).all())
+        if not isinstance(self.lanes.shape[0], BatchSize):
+            return _constant(f"timestep_{step}", timestep)
+        if not alike or timestep.dim() > 1:
+            raise ConfigError("the timestep differs among lanes", where=f"step {step}")
+        if timestep.dim() == 0:
+            return _constant(f"timestep_{step}", timestep)
+        one = self.emitter.constant(timestep[:1])
+        shape: Shape = (BatchSize(Fraction(1)),)
+        name = self.emitter.op("Expand", one, self.emitter.sizes(shape), name="timestep")
+        return Value(name, shape, timestep.dtype)
+
+    def _lanes(self, latents: Value) -> Value:
+        if self.source.layout is CfgLayout.NONE:
+            return latents
+        name = self.emitter.op("Concat", latents.name, latents.name, axis=0, name="lanes")
+        return replace(self.lanes, name=name)
+
+    def _guided(self, output: Value) -> Value:
+        """Return what guidance makes of the model's output; a learned variance is left out."""
+        emitter, source = self.emitter, self.source
+        channels, wanted = output.shape[1], self.noise.shape[1]
+        name = emitter.use(output)
+        if channels != wanted and len(output.shape) > 3:
+            cuts = [emitter.ints([number]) for number in (0, wanted, 1)]  # type: ignore[list-item]
+            name = emitter.op("Slice", name, *cuts, name="noise_prediction")
+        if source.layout is CfgLayout.NONE:
+            return replace(self.noise, name=name)
+        halves = emitter.split("Split", name, count=2, axis=0, num_outputs=2, name="halves")
+        ordered = halves if source.layout is CfgLayout.COND_FIRST else halves[::-1]
+        conditional, unconditional = ordered
+        difference = emitter.op("Sub", conditional, unconditional)
+        scale = emitter.scalar(source.guidance_scale, self.noise.dtype)
+        name = emitter.op("Add", unconditional, emitter.op("Mul", difference, scale), name="guided")
+        return replace(self.noise, name=name)
+
+    def _next(self, how: LinearStep, latents: Sequence[Value], outputs: Sequence[Value]) -> Value:
+        terms = [self._scaled(latents[-1 - ago], factor) for ago, factor in how.latents]
+        terms += [self._scaled(outputs[-1 - ago], factor) for ago, factor in how.outputs]
+        total = terms[0]
+        for term in terms[1:]:
+            name = self.emitter.op("Add", total.name, term.name, name="latents")
+            total = replace(total, name=name)
+        return total
+
+    def _scaled(self, value: Value, factor: float) -> Value:
+        if factor == 1.0:
+            return value
+        scale = self.emitter.scalar(factor, value.dtype)
+        return replace(value, name=self.emitter.op("Mul", value.name, scale, name="scaled"))
+
+
+def _constant(name: str, tensor: Tensor) -> Value:
+    return Value(name, tuple(tensor.shape), tensor.dtype, tensor)

@@ -1,0 +1,109 @@
+"""The unrolled loop is the pipeline's generation: schedule, guidance and caches inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+from ditfastattn import ConfigError, Strategy, export, load, verify
+from ditfastattn.export.linear_scheduler import linear_schedule
+from tests.helpers import tiny_digits_pipeline
+from tests.plans import plan_for
+
+SCHEDULERS: dict[str, Any] = {
+    "ddim": lambda: DDIMScheduler(clip_sample=False),
+    "ddim of v": lambda: DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+    "dpm-solver++": DPMSolverMultistepScheduler,
+    "dpm-solver++ of karras": lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "euler": EulerDiscreteScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+@pytest.mark.parametrize("steps", [1, 4, 11])
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_the_recurrence_is_the_scheduler(name: str, steps: int) -> None:
+    scheduler = SCHEDULERS[name]()
+    found = linear_schedule(scheduler, steps)
+    generator = torch.Generator().manual_seed(1)
+    noise, *outputs = torch.randn(steps + 1, 1, 1, 4, 4, generator=generator).double()
+    scheduler.set_timesteps(steps)
+    sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    latents = [found.noise_scale * noise]
+    for step, timestep in enumerate(scheduler.timesteps):
+        assert found.steps[step].timestep == float(timestep)
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(sample, timestep)
+            assert torch.allclose(scaled, found.steps[step].input_scale * latents[-1], atol=1e-4)
+        sample = scheduler.step(outputs[step], timestep, sample, return_dict=False)[0].double()
+        how = found.steps[step]
+        parts = [latents[-1 - ago] * factor for ago, factor in how.latents]
+        parts += [outputs[step - ago] * factor for ago, factor in how.outputs]
+        latents.append(torch.stack(parts).sum(0))
+        assert torch.allclose(latents[-1], sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_multistep_solver_needs_few_terms() -> None:
+    found = linear_schedule(DPMSolverMultistepScheduler(), 20)
+    assert max(len(step.latents) + len(step.outputs) for step in found.steps) <= 4
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler(clip_sample=True), DDPMScheduler()], ids=["clips", "draws noise"]
+)
+def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
+    with pytest.raises(ConfigError, match="not linear"):
+        linear_schedule(scheduler, 4)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(SCHEDULERS[name]())
+    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 5, "guidance_scale": 2.0}
+    steps = [
+        Strategy.FULL,
+        Strategy.WINDOW_SHARE_CFG,
+        Strategy.FULL,
+        Strategy.EXTRAPOLATE,
+        Strategy.SHARE_STEP,
+    ]
+    plan = plan_for(pipeline, call, steps)
+    out = tmp_path / "bundle"
+    manifest = export(pipeline, call, plan, out, loop=True, dynamic_batch=not fixed)
+    assert manifest.loop is not None
+    assert [spec.name for spec in manifest.loop.conditions] == ["class_labels"]
+    found = verify(out, pipeline, call)
+    assert found.passed
+    assert 0 < found.loop_error < 1e-3
+    images = 1 if fixed else 3
+    noise = torch.randn(images, 1, 16, 16, generator=torch.Generator().manual_seed(7))
+    labels = torch.tensor([1, 2, 3][:images] + [10] * images)
+    latents = load(out).generate(noise, class_labels=labels)
+    pipeline.transformer = load(out)  # type: ignore[assignment]  # it stands in
+    generator = torch.Generator().manual_seed(7)
+    call["class_labels"] = [1, 2, 3][:images]
+    expected = pipeline(**call, generator=generator, output_type="pt", return_dict=False)
+    assert float(((latents / 2 + 0.5).clamp(0, 1) - expected[0]).abs().max()) < 1e-3
+
+
+def test_a_bundle_without_a_loop_says_so(tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(SCHEDULERS["ddim"]())
+    call = {"class_labels": [1], "num_inference_steps": 2}
+    export(pipeline, call, None, tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="no unrolled loop"):
+        load(tmp_path / "bundle").generate(torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ConfigError, match="a loop needs a plan"):
+        export(pipeline, call, None, tmp_path / "other", loop=True)
