@@ -1,0 +1,158 @@
+"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size, memory.
+
+python -m ditfastattn.tools.benchmark_export --out benchmarks/export
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
+import torch
+import typer
+from rich.console import Console
+
+import ditfastattn
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.plan import Calibration, Plan, Strategy
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.search.session import open_session
+from ditfastattn.runtime.search.steppers import DenseStepper
+from ditfastattn.runtime.search.timing import PairedTiming, measure_turns
+from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+FOUR = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG)
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/export"),
+    plan: Annotated[Path, typer.Option(help="A plan of the demo.")] = Path(
+        "benchmarks/demo/plan.json"
+    ),
+    repetitions: Annotated[int, typer.Option(min=10, help="Timed generations of each.")] = 10,
+) -> None:
+    """Export the demo dense, by a plan and with four variants; time and weigh the bundles."""
+    loaded = Plan.load(plan)
+    pipeline = DEMO.open()
+    call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        plans = {"dense": None, "planned": loaded, "four variants": _four_variants(pipeline, call)}
+        bundles = {
+            name: _exported(pipeline, call, made, root / name) for name, made in plans.items()
+        }
+        memory = {
+            f"{name}{', low memory' if low else ''}": _alone(root / name, low)
+            for name in plans
+            for low in (False, True)
+        }
+        speed = _speed(pipeline, call, loaded, root, repetitions)
+    data = {
+        "machine": {**machine(), "onnxruntime": onnxruntime.__version__},
+        "arguments": {"plan": str(plan), "repetitions": repetitions},
+        "bundles": bundles,
+        "memory": memory,
+        "speed": {name: asdict(timing) for name, timing in speed.items()},
+    }
+    write_text_atomically(out / "export.json", json.dumps(data, indent=1) + "\n")
+    medians = {name: timing.speedup.median for name, timing in speed.items()}
+    Console().print_json(data={"bundles": bundles, "memory": memory, "speedup": medians})
+
+
+def _four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
+    """Return a plan of four distinct steps in turns."""
+    prompt = Prompt(call, 0)
+    with open_session(pipeline, prompt) as session:
+        session.run(DenseStepper(session), prompt)
+        rows = [
+            tuple(
+                Strategy.FULL if FOUR[step % 4] in site.declined else FOUR[step % 4]
+                for site in session.sites
+            )
+            for step in range(session.steps)
+        ]
+        calibration = Calibration(method="manual")
+        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
+
+
+def _exported(
+    pipeline: Any, call: Mapping[str, Any], plan: Plan | None, folder: Path
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    manifest = ditfastattn.export(pipeline, call, plan, folder, loop=plan is not None)
+    sizes = {name: spec.bytes for name, spec in manifest.files.items()}
+    loop = sizes.pop("loop.onnx", 0)
+    return {
+        "variants": len(manifest.variants),
+        "bytes": sum(sizes.values()),
+        "loop_bytes": loop,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
+    """Return the memory that a bundle takes in a process of its own."""
+    command = [sys.executable, "-m", "ditfastattn.tools.benchmark_export", "weigh", str(folder)]
+    command += ["--low-memory"] if low_memory else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@app.command(hidden=True)
+def weigh(folder: Path, low_memory: bool = False) -> None:
+    """Print how much this process's peak has grown by loading a bundle, and by generating."""
+    pipeline = DEMO.open()
+    call = {**DEMO.call(3), "num_inference_steps": 20}
+    before = _peak_bytes()
+    bundle = ditfastattn.load(folder, low_memory=low_memory)
+    loaded = _peak_bytes()
+    Lane(pipeline, bundle, [Prompt(call, 0)]).warm_up()
+    after = _peak_bytes()
+    print(json.dumps({"loaded_bytes": loaded - before, "warm_bytes": after - before}))
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _speed(
+    pipeline: Any, call: Mapping[str, Any], plan: Plan, root: Path, repetitions: int
+) -> dict[str, PairedTiming]:
+    """Time planned against dense, in ONNX Runtime and in torch, all four in turns."""
+    prompts = [Prompt(call, 0)]
+    bundles = {name: ditfastattn.load(root / name) for name in ("dense", "planned")}
+    with many_compilations():
+        torch_lanes = [
+            dense_lane(pipeline, prompts, Lowering.INDUCTOR),
+            planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR),
+        ]
+        lanes = [Lane(pipeline, bundle, prompts) for bundle in bundles.values()]
+        for lane in [*lanes, *torch_lanes]:
+            lane.warm_up()
+            lane.warm_up()
+    found: dict[str, PairedTiming] = {}
+    for name, (dense, planned) in {"onnxruntime": lanes, "torch": torch_lanes}.items():
+        (found[name],) = measure_turns(dense.generate, [planned.generate], repetitions)
+    across = measure_turns(torch_lanes[1].generate, [lanes[1].generate], repetitions)[0]
+    found["planned, onnxruntime over torch"] = across
+    torch._dynamo.reset()
+    return found
+
+
+if __name__ == "__main__":
+    app()
