@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
-import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ditfastattn.export.emitter import OPSET
 from ditfastattn.export.linear_scheduler import LinearSchedule, linear_schedule
 from ditfastattn.export.lint import lint
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
+from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, growing
 from ditfastattn.export.step_graphs import (
     PROLOGUE_FILE,
     Captures,
@@ -35,15 +35,15 @@ from ditfastattn.export.step_graphs import (
     variant_graph,
     write_graph,
 )
-from ditfastattn.export.weights import Weights
+from ditfastattn.passes.capture import GraphInput
 from ditfastattn.passes.fingerprint import fingerprint
 from ditfastattn.passes.hoist_invariants import find_invariants
+from ditfastattn.passes.ir import graph_text
 from ditfastattn.passes.pipeline import SiteAction
 from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan, Sampler
 from ditfastattn.passes.sites import AttentionSite, find_sites
 from ditfastattn.passes.step_program import StepProgram, unroll
 from ditfastattn.runtime.bundle.manifest import (
-    MANIFEST,
     FileSpec,
     LoopSpec,
     Manifest,
@@ -61,11 +61,12 @@ from ditfastattn.runtime.matching import (
 )
 from ditfastattn.runtime.search.prompts import argument_of, split_prompts
 
-log = logging.getLogger(__name__)
-
-WEIGHTS_FILE = "weights.bin"
 PLAN_FILE = "plan.json"
 Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ExportOptions:
     dynamic_batch: bool = True
     loop: bool = False
     timestep: str = "timestep"
-    on_progress: Progress = lambda what, done, of: None
+    on_progress: Progress = _silent
 
 
 def export(
@@ -141,42 +142,16 @@ def export_model(
 
     With ``schedule``, what the scheduler does, the whole generation is written as one graph too.
     """
-    folder = Path(out)
-    _check_folder(folder)
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
-    exported = _Export(plain, call, plan, options or ExportOptions(), schedule)
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        manifest = exported.write(partial)
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with growing(Path(out)) as folder:
+        exported = _Export(plain, call, plan, options or ExportOptions(), schedule)
+        partial = PartialBundle(folder, exported.request)
+        try:
+            manifest = exported.write(partial)
+        finally:
+            partial.weights.close()
+        partial.put_in_place(Path(out))
     return manifest
-
-
-def _check_folder(folder: Path) -> None:
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not (folder / MANIFEST).is_file():
-        raise ConfigError(
-            "there is something that is no bundle",
-            where=str(folder),
-            expected="a folder that is absent, empty or a bundle",
-            remedy="choose another folder",
-        )
-
-
-def _replace(made: Path, folder: Path) -> None:
-    """Put ``made`` in the place of ``folder``."""
-    if not folder.exists():
-        os.replace(made, folder)
-        return
-    old = folder.parent / f".{folder.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    os.replace(made, folder)
-    shutil.rmtree(old)
 
 
 class _Export:
@@ -237,29 +212,42 @@ class _Export:
         """Return the order of the guidance halves."""
         return CfgLayout.NONE if self.plan is None else self.plan.sampler.cfg_layout
 
-    def write(self, folder: Path) -> Manifest:
-        """Write all files to ``folder``, the manifest last."""
-        weights = Weights(folder / WEIGHTS_FILE, WEIGHTS_FILE)
+    @property
+    def request(self) -> str:
+        """Return what two exports must share to be one."""
+        import ditfastattn
+
+        options = replace(self.options, on_progress=_silent)
+        shapes = [(e.name, t.shape) for e, t in self._arguments()]
+        parts = (ditfastattn.__version__, self.identity, self.plan, options, self.schedule, shapes)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _arguments(self) -> list[tuple[GraphInput, Tensor]]:
+        first = self.captures.first
+        pairs = zip(first.graph.inputs, first.tensors, strict=True)
+        return [(entry, tensor) for entry, tensor in pairs if not entry.static]
+
+    def write(self, partial: PartialBundle) -> Manifest:
+        """Write all files to the folder of ``partial``, the manifest last."""
+        folder = partial.folder
         count = len(self.program.variants) + bool(self.invariants) + bool(self.schedule)
         loop = None
-        try:
-            variants: list[VariantSpec] = []
-            graphs: list[StepGraph] = []
-            for index, actions in enumerate(self.program.variants):
-                file = f"variant_{index:02d}.onnx"
-                graphs.append(self._variant(actions, file))
-                variants.append(self._written(graphs[-1], weights, folder, file))
-                self.options.on_progress(file, index + 1, count)
-            once = prologue_graph(self.captures, self.invariants) if self.invariants else None
-            prologue = None
-            if once is not None:
-                prologue = self._written(once, weights, folder, PROLOGUE_FILE)
-                self.options.on_progress(PROLOGUE_FILE, len(variants) + 1, count)
-            if self.schedule is not None:
-                loop = self._loop(self.schedule, graphs, once, weights, folder)
-                self.options.on_progress(LOOP_FILE, count, count)
-        finally:
-            weights.close()
+        variants: list[VariantSpec] = []
+        graphs: list[StepGraph] = []
+        for index, actions in enumerate(self.program.variants):
+            file = f"variant_{index:02d}.onnx"
+            graphs.append(self._variant(actions, file))
+            variants.append(self._written(graphs[-1], partial, file))
+            self.options.on_progress(file, index + 1, count)
+        once = prologue_graph(self.captures, self.invariants) if self.invariants else None
+        prologue = None
+        if once is not None:
+            prologue = self._written(once, partial, PROLOGUE_FILE)
+            self.options.on_progress(PROLOGUE_FILE, len(variants) + 1, count)
+        if self.schedule is not None:
+            loop = self._loop(self.schedule, graphs, once, partial)
+            self.options.on_progress(LOOP_FILE, count, count)
+        partial.close()
         if self.plan is not None:
             self.plan.save(folder / PLAN_FILE)
         manifest = self._manifest(folder, graphs, variants, once, prologue, loop)
@@ -269,11 +257,14 @@ class _Export:
     def _variant(self, actions: tuple[SiteAction, ...], label: str) -> StepGraph:
         return variant_graph(self.captures, actions, self.layout, self.invariants, label)
 
-    def _written(self, graph: StepGraph, weights: Weights, folder: Path, file: str) -> VariantSpec:
-        model = write_graph(graph, weights, file.removesuffix(".onnx"))
-        (folder / file).write_bytes(model.SerializeToString())
-        weights.flush()
-        lint(folder / file)
+    def _written(self, graph: StepGraph, partial: PartialBundle, file: str) -> VariantSpec:
+        key = hashlib.sha256(graph_text(graph.source.module.graph).encode()).hexdigest()
+        if not partial.has(file, key):
+            model = write_graph(graph, partial.weights, file.removesuffix(".onnx"))
+            (partial.folder / file).write_bytes(model.SerializeToString())
+            partial.weights.flush()
+            lint(partial.folder / file)
+            partial.keep(file, key)
         return describe(graph, file)
 
     def _loop(
@@ -281,8 +272,7 @@ class _Export:
         schedule: LinearSchedule,
         graphs: list[StepGraph],
         once: StepGraph | None,
-        weights: Weights,
-        folder: Path,
+        partial: PartialBundle,
     ) -> LoopSpec:
         plan, latent = self.plan, self.latent
         if plan is None or latent is None:
@@ -300,10 +290,11 @@ class _Export:
             layout=self.layout,
             guidance_scale=scale,
         )
-        loop = write_loop(source, weights)
-        (folder / LOOP_FILE).write_bytes(loop.model.SerializeToString())
-        weights.flush()
-        lint(folder / LOOP_FILE)
+        loop = write_loop(source, partial.weights)
+        path = partial.folder / LOOP_FILE
+        path.write_bytes(loop.model.SerializeToString())
+        partial.weights.flush()
+        lint(path)
         return LoopSpec(
             file=LOOP_FILE,
             noise=spec(loop.noise),

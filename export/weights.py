@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import torch
@@ -76,8 +77,23 @@ class Weights:
     _places: dict[bytes, _Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Begin with an empty file."""
-        self._file = self.path.open("wb")
+        """Begin with an empty file, or behind what is known to be in it."""
+        self._file = self.path.open("r+b" if self.size else "wb")
+        self._file.truncate(self.size)
+        self._file.seek(self.size)
+
+    @classmethod
+    def resumed(cls, path: Path, location: str, state: Mapping[str, Any]) -> Weights:
+        """Go on behind what ``state`` says; begin anew where it is empty."""
+        places = {
+            bytes.fromhex(key): _Place(*place) for key, place in state.get("places", {}).items()
+        }
+        return cls(path, location, state.get("size", 0), places)
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``resumed`` takes, as JSON."""
+        places = {key.hex(): [p.offset, p.length] for key, p in self._places.items()}
+        return {"size": self.size, "places": places}
 
     def flush(self) -> None:
         """Let others read what was stored so far."""

@@ -7,7 +7,6 @@ shortcut adds (residual bookkeeping) are in the price.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ def _count(built: dict[str, EagerVariant], objective: Objective) -> dict[str, fl
 def _time(
     built: dict[str, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
 ) -> dict[str, float]:
-    """Return the median seconds of each variant; they take turns, so that drift hits all alike."""
+    """Return the least seconds of each variant, which others disturb least; they take turns."""
     caches: dict[str, Tensor] = {}
     unit = torch.ones((), device=example[0].device)  # the distance of an extrapolation
     with torch.no_grad():
@@ -169,7 +168,7 @@ def _time(
             for name, variant in built.items():
                 inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
                 samples[name].append(_seconds(partial(variant.module, *inputs)))
-    return {name: statistics.median(taken[1:]) for name, taken in samples.items()}
+    return {name: min(taken[1:]) for name, taken in samples.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:

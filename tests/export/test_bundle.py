@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.partial import growing
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_tiny
 from tests.helpers import (
@@ -246,11 +247,73 @@ def test_a_failing_export_leaves_what_was_there(
     export_tiny(tiny, None, tmp_path / "bundle")
     before = (tmp_path / "bundle" / MANIFEST).read_text()
     module = sys.modules[export_model.__module__]  # ditfastattn.export itself is the function
-    monkeypatch.setattr(module, "lint", lambda path: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    refused = ConfigError("no")
+
+    def refuse(path: Path) -> None:
+        raise refused
+
+    monkeypatch.setattr(module, "lint", refuse)
+    with pytest.raises(ConfigError, match="no"):
         export_tiny(tiny, None, tmp_path / "bundle")
     assert (tmp_path / "bundle" / MANIFEST).read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_killed_export_goes_on_with_the_next_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    rows = mixed_strategies(sites, seed=5)
+    whole = export_tiny(tiny, rows, tmp_path / "whole")
+    module = sys.modules[export_model.__module__]
+    written: list[str] = []
+    write = module.write_graph
+
+    def noting(graph: Any, weights: Any, name: str) -> Any:
+        if len(written) == 2 and name == "variant_02":
+            raise KeyboardInterrupt
+        written.append(name)
+        return write(graph, weights, name)
+
+    monkeypatch.setattr(module, "write_graph", noting)
+    with pytest.raises(KeyboardInterrupt):
+        export_tiny(tiny, rows, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    written.append("killed")
+    with (tmp_path / ".bundle.partial" / "weights.bin").open("ab") as file:
+        file.write(b"half a tensor")
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    assert written[:4] == ["variant_00", "variant_01", "killed", "variant_02"]
+    assert manifest.files == whole.files
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "whole"]
+
+
+def test_what_another_export_left_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[export_model.__module__]
+    describe = module.describe
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "describe", fail)
+    with pytest.raises(OSError, match="no space"):
+        export_tiny(tiny_dit(1), None, tmp_path / "bundle")
+    assert (tmp_path / ".bundle.partial").exists()
+    monkeypatch.setattr(module, "describe", describe)
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    assert largest_difference(tiny.run(bundle), tiny.run(tiny.model)) < 1e-4
+
+
+def test_two_exports_do_not_write_one_bundle(tmp_path: Path) -> None:
+    with growing(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
+        export_tiny(tiny_dit(), None, tmp_path / "bundle")
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -92,3 +92,21 @@ def test_pairs_take_turns_and_ratios_are_paired() -> None:
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert len(result.speedup.samples) == 4
     assert summarize([1.0, 2.0, 3.0]).median == 2.0
+
+
+def test_a_plan_is_exported_and_the_bundle_verified(saved: Path, tmp_path: Path) -> None:
+    plan, bundle, runner = tmp_path / "plan.json", tmp_path / "bundle", CliRunner()
+    common = ["--pipeline", str(saved)]
+    searched = ["calibrate", *common, "--out", str(plan), "--classes", "1", "--steps", "3"]
+    assert runner.invoke(cli.app, [*searched, "--threshold", "0.3"]).exit_code == 0
+    arguments = ["export", *common, "--plan", str(plan), "--out", str(bundle), "--loop"]
+    exported = runner.invoke(cli.app, arguments)
+    assert exported.exit_code == 0, exported.output
+    assert "step variants for 3 steps" in exported.output
+    verified = runner.invoke(cli.app, ["verify", str(bundle), *common])
+    assert verified.exit_code == 0, verified.output
+    assert "variant_00.onnx" in verified.output
+    assert "the unrolled loop" in verified.output
+    (bundle / "weights.bin").write_bytes(b"")
+    broken = runner.invoke(cli.app, ["verify", str(bundle), *common])
+    assert isinstance(broken.exception, ConfigError)

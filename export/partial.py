@@ -1,0 +1,118 @@
+"""Hold the folder in which a bundle grows, so that a killed export goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.weights import Weights
+from ditfastattn.files import write_text_atomically
+from ditfastattn.runtime.bundle.manifest import MANIFEST
+
+WEIGHTS_FILE: Final = "weights.bin"
+_STATE: Final = "partial.json"
+
+
+@dataclass
+class PartialBundle:
+    """Know which files are whole; ``request`` says what the export is of."""
+
+    folder: Path
+    request: str
+    done: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take over what an export of the same request has left."""
+        state = self._read()
+        if state.get("request") != self.request:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            state = {}
+        self.done = dict(state.get("done", {}))
+        self.weights = Weights.resumed(
+            self.folder / WEIGHTS_FILE, WEIGHTS_FILE, state.get("weights", {})
+        )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads((self.folder / _STATE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        whole = (self.folder / WEIGHTS_FILE).is_file()
+        size = (self.folder / WEIGHTS_FILE).stat().st_size if whole else -1
+        return state if size >= state["weights"]["size"] else {}
+
+    def has(self, file: str, key: str) -> bool:
+        """Tell whether ``file`` was written whole, for the graph of this ``key``."""
+        return self.done.get(file) == key and (self.folder / file).is_file()
+
+    def keep(self, file: str, key: str) -> None:
+        """Say that ``file`` and its weights are written."""
+        self.weights.flush()
+        self.done[file] = key
+        state = {"request": self.request, "done": self.done, "weights": self.weights.state()}
+        write_text_atomically(self.folder / _STATE, json.dumps(state))
+
+    def close(self) -> None:
+        """End writing: what is left is the bundle's own files."""
+        self.weights.close()
+        (self.folder / _STATE).unlink(missing_ok=True)
+
+    def put_in_place(self, out: Path) -> None:
+        """Let ``out`` be this bundle; a bundle that is there goes."""
+        if not out.exists():
+            os.replace(self.folder, out)
+            return
+        old = out.parent / f".{out.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(self.folder, out)
+        shutil.rmtree(old)
+
+
+@contextmanager
+def growing(out: Path) -> Generator[Path]:
+    """Hold the folder in which the bundle for ``out`` grows.
+
+    It stays when the export is killed or fails by the machine's fault, and goes when the export
+    itself was refused.
+
+    Raises:
+        ConfigError: there is something that is no bundle at ``out``, or another export is writing.
+    """
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if occupied and not (out / MANIFEST).is_file():
+        raise ConfigError(
+            "there is something that is no bundle",
+            where=str(out),
+            expected="a folder that is absent, empty or a bundle",
+            remedy="choose another folder",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.parent / f".{out.name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            "another export is writing this bundle",
+            where=str(out),
+            remedy="wait for it, stop it, or export to another folder",
+        ) from error
+    folder = out.parent / f".{out.name}.partial"
+    try:
+        yield folder
+    except (ConfigError, RuntimeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
