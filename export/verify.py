@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.export.bundle import PLAN_FILE
+from ditfastattn.export.contents import PLAN_FILE
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.bundle.manifest import Manifest, read_manifest

@@ -1,0 +1,119 @@
+"""Describe a bundle's files: make its manifest."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditfastattn.export.emitter import OPSET, Value
+from ditfastattn.export.prepare import PreparedModel
+from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
+from ditfastattn.passes.plan import CfgLayout, Sampler
+from ditfastattn.runtime.bundle.manifest import (
+    FileSpec,
+    LoopSpec,
+    Manifest,
+    ModelSpec,
+    SlotSpec,
+    VariantSpec,
+    file_hash,
+)
+
+PLAN_FILE = "plan.json"
+_NO_SCHEDULE = Sampler(steps=1, timesteps=(0.0,), cfg_layout=CfgLayout.NONE)  # of a dense bundle
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Hold what was written: graphs, and the manifest's entries of them."""
+
+    graphs: tuple[StepGraph, ...]
+    variants: tuple[VariantSpec, ...]
+    once: StepGraph | None
+    prologue: VariantSpec | None
+    loop: LoopSpec | None
+
+
+def make_manifest(
+    prepared: PreparedModel, contents: Contents, folder: Path, weights: str
+) -> Manifest:
+    """Return the manifest of the files in ``folder``, all of them written."""
+    from ditfastattn import __version__
+
+    plan, program, first = prepared.plan, prepared.program, contents.graphs[0]
+    return Manifest(
+        ditfastattn=__version__,
+        opset=OPSET,
+        model=_model(prepared),
+        plan_sha256="" if plan is None else file_hash(folder / PLAN_FILE),
+        sampler=_NO_SCHEDULE if plan is None else plan.sampler,
+        fixed_batch=prepared.call.batch if prepared.captures.fixed else 0,
+        batch_multiple=_multiple(contents.graphs),
+        timestep=prepared.timestep,
+        latent=prepared.latent,
+        shares_guidance=program.shares_cfg,
+        inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
+        outputs=tuple(map(spec, first.results)),
+        variants=contents.variants,
+        schedule=program.schedule,
+        slots=_slots(prepared, contents),
+        distances=program.distances,
+        prologue=contents.prologue,
+        loop=contents.loop,
+        weights=weights,
+        files={
+            path.name: FileSpec(bytes=path.stat().st_size, sha256=file_hash(path))
+            for path in sorted(folder.iterdir())
+        },
+    )
+
+
+def _model(prepared: PreparedModel) -> ModelSpec:
+    config = dict(getattr(prepared.model, "config", {}))
+    public = {key: item for key, item in config.items() if not key.startswith("_")}
+    return ModelSpec(
+        class_name=type(prepared.model).__name__,
+        parameters=tuple(inspect.signature(prepared.model.forward).parameters),
+        config=json.loads(json.dumps(public, default=str)),
+        fingerprint=prepared.identity,
+        dtype=dtype_name(prepared.dtype),
+    )
+
+
+def _slots(prepared: PreparedModel, contents: Contents) -> tuple[SlotSpec, ...]:
+    """Return the slots with their shapes, which follow from who writes them."""
+    once = contents.once.written if contents.once else ()
+    values = {v.name: v for graph in contents.graphs for v in graph.written}
+
+    def made(
+        name: str, value: Value, lives: tuple[tuple[int, int], ...], source: str = ""
+    ) -> SlotSpec:
+        shape, dtype = sizes(value.shape), dtype_name(value.dtype)
+        return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
+
+    stepped = [
+        made(slot.name, values[slot.source or slot.name], slot.lives, slot.source)
+        for slot in prepared.program.slots
+    ]
+    return (*stepped, *(made(value.name, value, ()) for value in once))
+
+
+def _multiple(graphs: Sequence[StepGraph]) -> int:
+    """Return what a batch must be a multiple of for all sizes to be whole."""
+    found = [
+        size.factor.denominator
+        for graph in graphs
+        for shape in graph.source.symbols.shapes.values()
+        for size in _flat(shape)
+        if not isinstance(size, int)
+    ]
+    return math.lcm(1, *found)
+
+
+def _flat(shape: Any) -> list[Any]:
+    return [s for part in shape for s in _flat(part)] if isinstance(shape, tuple) else [shape]

@@ -1,0 +1,159 @@
+"""Get a model ready for export: captured at two batches, its plan matched, its caches known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.export.step_graphs import Captures
+from ditfastattn.export.weights import ONNX_TYPES
+from ditfastattn.passes.capture import GraphInput
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.hoist_invariants import find_invariants
+from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
+from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.runtime.matching import (
+    latent_position,
+    planned_sites,
+    static_tensors,
+    timestep_position,
+)
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+def silent(what: str, done: int, of: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Say what a bundle is to be like.
+
+    Attributes:
+        dtype: of weights and activations; "" keeps the model's.
+        dynamic_batch: whether it takes any batch.
+        loop: whether the whole generation is written as one graph too.
+        timestep: the name of the model's timestep argument.
+        on_progress: is told what was written, and how many of how many.
+    """
+
+    dtype: str = ""
+    dynamic_batch: bool = True
+    loop: bool = False
+    timestep: str = "timestep"
+    on_progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """Hold what is exported.
+
+    Attributes:
+        model: in the dtype of the bundle.
+        dtype: that dtype.
+        call: what it is called with.
+        plan: what it is run by, or None.
+        identity: of the model that the plan is for, before any change of dtype.
+        captures: its graph at two batches.
+        program: the distinct steps, their schedule and caches.
+        invariants: the nodes that are computed once per generation.
+        timestep: the name of the input that tells the step.
+        latent: the name of the input that is denoised, "" where it is not known.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+    call: RecordedCall
+    plan: Plan | None
+    identity: Fingerprint
+    captures: Captures
+    program: StepProgram
+    invariants: tuple[str, ...]
+    timestep: str
+    latent: str
+
+    @property
+    def layout(self) -> CfgLayout:
+        """Return the order of the guidance halves."""
+        return CfgLayout.NONE if self.plan is None else self.plan.sampler.cfg_layout
+
+    def arguments(self) -> list[tuple[GraphInput, Tensor]]:
+        """Return the inputs of the graph that are the call's own, and their examples."""
+        first = self.captures.first
+        pairs = zip(first.graph.inputs, first.tensors, strict=True)
+        return [(entry, tensor) for entry, tensor in pairs if not entry.static]
+
+
+def prepare(
+    model: nn.Module, call: RecordedCall, plan: Plan | None, options: ExportOptions
+) -> PreparedModel:
+    """Capture ``model`` and match ``plan``.
+
+    Raises:
+        ConfigError: the plan is for another model or call; there is no such dtype.
+    """
+    original = capture_call(model, call)
+    static = static_tensors(original.graph, original.tensors)
+    found = find_sites(original.graph).sites
+    identity = fingerprint(original.graph, found, static)
+    sites = () if plan is None else planned_sites(plan, original.graph, found, identity)
+    own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
+    dtype = _dtype(options.dtype) if options.dtype else own
+    first = original
+    if dtype != own:  # a plan is of the model's own dtype: it was matched before
+        model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
+        first = capture_call(model, call)
+    second = capture_call(model, call.doubled()) if options.dynamic_batch else first
+    both = _again(sites, first), _again(sites, second)
+    batches = call.batch, call.batch * (1 + options.dynamic_batch)
+    timestep = timestep_position(first.graph, options.timestep)
+    latent = latent_position(first.graph)
+    varying = {timestep} if latent is None else {timestep, latent}
+    rows = [[]] if plan is None else plan.strategies
+    merged = plan is not None and plan.merge_variants
+    return PreparedModel(
+        model=model,
+        dtype=dtype,
+        call=call,
+        plan=plan,
+        identity=identity,
+        captures=Captures(first, second, batches, both),
+        program=unroll(rows, first.graph, both[0], merged),
+        invariants=() if plan is None else find_invariants(first.graph, varying),
+        timestep=first.graph.inputs[timestep].name,
+        latent="" if latent is None else first.graph.inputs[latent].name,
+    )
+
+
+def _again(sites: tuple[AttentionSite, ...], captured: CapturedCall) -> tuple[AttentionSite, ...]:
+    """Return the planned sites of another capture of the same model."""
+    known = {site.name: site for site in find_sites(captured.graph).sites}
+    return tuple(known[site.name] for site in sites)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {str(d).removeprefix("torch."): d for d in ONNX_TYPES if d.is_floating_point}
+    if name not in known:
+        raise ConfigError(
+            "there is no such dtype to export", where="dtype", got=name, expected=", ".join(known)
+        )
+    return known[name]
+
+
+def _cast(item: Any, dtype: torch.dtype) -> Any:
+    if isinstance(item, Tensor):
+        return item.to(dtype) if item.is_floating_point() and item.dim() > 1 else item
+    if isinstance(item, (tuple, list)):
+        return type(item)(_cast(part, dtype) for part in item)
+    if isinstance(item, dict):
+        return {key: _cast(part, dtype) for key, part in item.items()}
+    return item
