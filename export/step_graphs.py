@@ -89,7 +89,7 @@ def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> 
     graph = first.graph
     placeholders = graph.find_nodes(op="placeholder")
     entries = captures.first.graph.inputs
-    statics = {
+    static = {
         index: (entry.name, captures.first.tensors[index])
         for index, entry in enumerate(entries)
         if entry.static
@@ -99,7 +99,7 @@ def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> 
     inputs = [
         Value(name, _shape(symbols, node), node.meta["val"].dtype)
         for index, (name, node) in enumerate(zip(names, placeholders, strict=True))
-        if index not in statics
+        if index not in static
     ]
     writes = written_slots(graph)
     returned = [node for node in outputs(graph) if isinstance(node, Node)]
@@ -110,7 +110,7 @@ def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> 
         for name, node in zip(names, returned, strict=True)
     ]
     return StepGraph(
-        GraphSource(first, symbols, statics),
+        GraphSource(first, symbols, static),
         tuple(inputs),
         slots,
         tuple(results[:count]),
@@ -137,7 +137,7 @@ def written_name(slot: str) -> str:
 def used_inputs(step: StepGraph) -> list[Value]:
     """Return the inputs that the graph needs."""
     nodes = step.source.module.graph.find_nodes(op="placeholder")
-    given = [node for index, node in enumerate(nodes) if index not in step.source.statics]
+    given = [node for index, node in enumerate(nodes) if index not in step.source.static]
     return [value for value, node in zip(step.inputs, given, strict=True) if node.users]
 
 

@@ -36,12 +36,12 @@ class GraphSource:
     Attributes:
         module: the graph.
         symbols: its arguments and shapes, the batch marked in them.
-        statics: the content of its static inputs and their names, by position.
+        static: the content of its static inputs and their names, by position.
     """
 
     module: GraphModule
     symbols: Symbols
-    statics: Mapping[int, tuple[str, Tensor]]
+    static: Mapping[int, tuple[str, Tensor]]
 
 
 def emit(emitter: Emitter, source: GraphSource, given: Sequence[Value]) -> list[Value]:
@@ -53,8 +53,8 @@ def emit(emitter: Emitter, source: GraphSource, given: Sequence[Value]) -> list[
     values: dict[Node, Any] = {}
     rest = iter(given)
     for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        if position in source.statics:
-            name, tensor = source.statics[position]
+        if position in source.static:
+            name, tensor = source.static[position]
             values[node] = Value(name, tuple(tensor.shape), tensor.dtype, tensor)
         else:
             values[node] = next(rest)

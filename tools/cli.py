@@ -288,6 +288,14 @@ def verify(
     run_verify(Console(), bundle, _loaded(pipeline), _export_call(planned, guidance))
 
 
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what can run here, why not, and what to install."""
+    from ditfastattn.tools.doctor_command import run_doctor
+
+    run_doctor(Console())
+
+
 def _export_call(steps: int, guidance: float) -> dict[str, Any]:
     return {"class_labels": [3], "num_inference_steps": steps, "guidance_scale": guidance}
 

@@ -14,6 +14,11 @@ from torch import Tensor
 from ditfastattn.errors import ConfigError, EngineError
 
 _INSTALL = 'pip install "ditfastattn[onnx]"'
+_ON_CUDA = (
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "NvTensorRTRTXExecutionProvider",
+)
 _ELEMENT_TYPES = {  # of onnx.TensorProto
     torch.float32: 1,
     torch.uint8: 2,
@@ -154,7 +159,7 @@ class OnnxGraph:
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self._session, self._inputs, self._outputs = session, tuple(inputs), tuple(outputs)
         self._path = path
-        self._device = torch.device("cuda" if "CUDA" in options.providers[0] else "cpu")
+        self._device = torch.device("cuda" if options.providers[0] in _ON_CUDA else "cpu")
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +182,8 @@ class OnnxGraph:
         for name, tensor in zip(self._outputs, made, strict=True):
             binding.bind_output(name, *self._place(tensor))
         try:
+            if self._device.type == "cuda":  # the session runs on a stream of its own
+                torch.cuda.current_stream().synchronize()
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()

@@ -1,0 +1,49 @@
+"""The doctor says what is there, why something cannot be used, and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from ditfastattn.tools import cli, doctor_command
+from ditfastattn.tools.doctor_command import Finding, examine
+
+
+def found(name: str) -> Finding:
+    return next(item for item in examine() if item.name == name)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
+    monkeypatch.setattr(doctor_command, "_version", lambda name: versions.get(name, ""))
+
+
+def test_what_is_installed_here_is_reported() -> None:
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0
+    assert "torch" in result.output
+    assert "CPU" in found("onnxruntime").can
+    assert all(item.can or item.cannot for item in examine())
+    assert all(item.remedy for item in examine() if item.cannot == "not installed")
+
+
+def test_a_missing_runtime_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {})
+    assert found("onnxruntime").cannot == "not installed"
+    assert "ditfastattn[onnx]" in found("onnxruntime").remedy
+    assert found("tensorrt-rtx").remedy == "pip install tensorrt-rtx"
+
+
+def test_two_onnxruntimes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"})
+    assert "overwrite each other" in found("onnxruntime").cannot
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"tensorrt-rtx": "1.0"})
+    monkeypatch.setattr(doctor_command, "_imported", lambda name: (None, "it does not load: libx"))
+    assert found("tensorrt-rtx").cannot == "it does not load: libx"
+
+
+def test_no_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "torch.compile" in found("C++ compiler").remedy
