@@ -50,7 +50,8 @@ def load(
     def open_loop() -> OnnxGraph:
         return _open_loop(root, manifest, options)
 
-    return BundleTransformer(manifest, graphs, prologue, graphs[0].device, open_loop)
+    device, loaded = graphs[0].device, graphs[0].providers
+    return BundleTransformer(manifest, graphs, prologue, device, open_loop, loaded)
 
 
 def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxGraph:

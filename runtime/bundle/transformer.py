@@ -67,9 +67,14 @@ class BundleTransformer(nn.Module):
         prologue: Engine | None,
         device: torch.device,
         open_loop: Callable[[], Engine],
+        providers: tuple[str, ...],
     ) -> None:
-        """Take one engine per variant, and what opens that of the loop when it is needed."""
+        """Take one engine per variant, and what opens that of the loop when it is needed.
+
+        ``providers`` names the execution providers that have loaded.
+        """
         super().__init__()
+        self.providers = providers
         self.manifest = manifest
         self.config = Config(manifest.model.config)
         self._engines, self._prologue = tuple(engines), prologue

@@ -207,6 +207,7 @@ def test_the_forward_is_the_models(tmp_path: Path) -> None:
     call = tiny.call(0, 2)
     latent = call.pop("hidden_states")
     assert bundle(latent, **{**call, "return_dict": True}).sample.shape == latent.shape
+    assert bundle.providers == ("CPUExecutionProvider",)
     assert bundle.config.sample_size == bundle.config["sample_size"] == 8
     with pytest.raises(ConfigError, match="unknown or repeated"):
         bundle(latent, nonsense=1)
