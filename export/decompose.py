@@ -65,7 +65,8 @@ def _decomposed(module: GraphModule, node: Node) -> GraphModule:
 
     with fake_mode(module.graph), torch.no_grad():
         examples = [torch.empty_like(source.meta["val"]) for source in sources]
-        return make_fx(call, decomposition_table=dict(core_aten_decompositions()))(*examples)
+        rules: dict[Any, Any] = dict(core_aten_decompositions())
+        return make_fx(call, decomposition_table=rules)(*examples)
 
 
 def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:

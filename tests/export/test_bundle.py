@@ -108,7 +108,8 @@ def test_onnx_own_evaluator_agrees(tmp_path: Path) -> None:
     export_tiny(tiny, None, tmp_path / "bundle")
     evaluator = ReferenceEvaluator(str(tmp_path / "bundle" / "variant_00.onnx"))
     call = tiny.call(0, 2)
-    given = {name: call[name].numpy() for name in evaluator.input_names}
+    names = [str(name) for name in evaluator.input_names]
+    given = {name: call[name].numpy() for name in names}
     (result,) = evaluator.run(None, given)
     with torch.no_grad():
         expected = tiny.model(**call)[0]
