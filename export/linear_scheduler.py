@@ -1,23 +1,38 @@
 """Find what a scheduler does to latents, as numbers: a recurrence that any runtime can compute.
 
-DDIM, DPM-Solver++, Euler, flow matching and their like are linear in the noise and the model's
-outputs. Run on basis vectors in place of images, a scheduler says its own coefficients; nothing of
-its formulas is written down here.
+DDIM, DPM-Solver++, Euler, flow matching and their like are linear in the noise, the model's outputs
+and, where they clip their estimate of the image, in what was clipped. Run on basis vectors in place
+of images, a scheduler says its own coefficients; nothing of its formulas is written down here.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ditfastattn.errors import ConfigError
 
-_HISTORY = 4  # of earlier latents and outputs that a multistep solver may use
+_HISTORY = 4  # of earlier latents, outputs and clipped estimates that a multistep solver may use
 _TOLERANCE = 1e-5  # relative: schedulers' tables are fp32
+
+Terms = tuple[tuple[int, float], ...]  # how many steps ago (0: of this step), and a factor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Say what is clipped in a step, as a sum of latents and outputs, and between which bounds."""
+
+    latents: Terms
+    outputs: Terms
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -27,14 +42,18 @@ class LinearStep:
     Attributes:
         timestep: what the model is called with, before the pipeline changes it.
         input_scale: what the latents are multiplied with for the model.
-        latents: pairs (how many steps ago, factor); 0 is the present latents.
-        outputs: the same of the model's outputs.
+        latents: of the latents; 0 steps ago are the present ones.
+        outputs: of the model's outputs.
+        clipped: of what was clipped.
+        clip: what is clipped in this step, if anything.
     """
 
     timestep: float
     input_scale: float
-    latents: tuple[tuple[int, float], ...]
-    outputs: tuple[tuple[int, float], ...]
+    latents: Terms
+    outputs: Terms
+    clipped: Terms = ()
+    clip: Clip | None = None
 
 
 @dataclass(frozen=True)
@@ -49,43 +68,83 @@ def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
     """Return what ``scheduler`` does in ``count`` steps.
 
     Raises:
-        ConfigError: it draws noise, clips, or is otherwise not linear.
+        ConfigError: it draws noise, clips by what the images hold, or is otherwise not linear.
     """
-    probe = copy.deepcopy(scheduler)
-    latents, scales, timesteps = _run(probe, count, torch.eye(count + 1, dtype=torch.float64))
-    _check_linear(scheduler, count, latents[-1])
-    basis = torch.eye(count + 1, dtype=torch.float64)[1:]  # row t: the model's output at step t
-    steps = tuple(
-        LinearStep(timesteps[t], scales[t], *_recurrence(latents, basis, t)) for t in range(count)
-    )
-    return LinearSchedule(float(latents[0][0]), steps)
+    # One direction for the noise, one for the output of each step, one for what each step clips.
+    basis = torch.eye(1 + 2 * count, dtype=torch.float64)
+    probe = _Probe(basis[1 + count :])
+    run = _run(copy.deepcopy(scheduler), basis[: 1 + count], probe)
+    outputs, clipped = basis[1 : 1 + count], probe.clipped
+    steps = []
+    for step in range(count):
+        present = run.latents[: step + 1], outputs[: step + 1]
+        terms = _terms(run.latents[step + 1], (*present, clipped[: step + 1]))
+        clip = None
+        if step in probe.clips:
+            argument, low, high = probe.clips[step]
+            clip = Clip(*_terms(argument, (*present, clipped[:step]))[:2], low, high)
+        scale, timestep = run.scales[step], run.timesteps[step]
+        steps.append(LinearStep(timestep, scale, *terms, clip))
+    schedule = LinearSchedule(float(run.latents[0][0]), tuple(steps))
+    _check(scheduler, schedule)
+    return schedule
 
 
-def _run(
-    scheduler: Any, count: int, content: Tensor
-) -> tuple[list[Tensor], list[float], list[float]]:
+class _Probe(TorchFunctionMode):
+    """Let a step's clipping of an image return a direction of its own, and note what it clipped."""
+
+    def __init__(self, clipped: Tensor) -> None:
+        super().__init__()
+        self.clipped = clipped
+        self.clips: dict[int, tuple[Tensor, float, float]] = {}
+        self.step = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = dict(zip(("input", "min", "max"), args, strict=False)) | (kwargs or {})
+        size = self.clipped.shape[-1]
+        clips = func in (torch.clamp, Tensor.clamp) and named["input"].numel() == size
+        if not clips or self.step in self.clips:
+            return func(*args, **(kwargs or {}))
+        low, high = (float(torch.as_tensor(named[name]).flatten()[0]) for name in ("min", "max"))
+        self.clips[self.step] = named["input"].flatten().double(), low, high
+        return self.clipped[self.step].reshape(named["input"].shape)
+
+
+@dataclass(frozen=True)
+class _Run:
+    latents: list[Tensor]
+    scales: list[float]
+    timesteps: list[float]
+
+
+def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
     """Step from ``content[0]`` as the noise, with ``content[1 + t]`` as the output of step t."""
+    count = len(content) - 1
     scheduler.set_timesteps(count)
-    sample = content[0] * float(scheduler.init_noise_sigma if _scales_noise(scheduler) else 1.0)
-    latents, scales, timesteps = [sample], list[float](), list[float]()
+    sample = content[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    run = _Run([sample], [], [])
     for t, timestep in enumerate(scheduler.timesteps):
-        scales.append(_input_scale(scheduler, timestep))
-        timesteps.append(float(timestep))
+        run.scales.append(_input_scale(scheduler, timestep))
+        run.timesteps.append(float(timestep))
+        if t == count:
+            break
         # As an image of one channel: schedulers reshape what they get.
         image, output = sample.reshape(1, 1, 1, -1), content[1 + t].reshape(1, 1, 1, -1)
-        sample = scheduler.step(output, timestep, image, return_dict=False)[0].reshape(-1).double()
-        latents.append(sample)
-    if len(timesteps) != count:
+        if probe is not None:
+            probe.step = t
+        with probe or nullcontext():
+            made = scheduler.step(output, timestep, image, return_dict=False)[0]
+        sample = made.reshape(-1).double()
+        run.latents.append(sample)
+    if len(run.timesteps) != count:
         raise ConfigError(
             "the scheduler calls the model more than once a step",
             where=type(scheduler).__name__,
-            got=f"{len(timesteps)} calls in {count} steps",
+            got=f"{len(scheduler.timesteps)} calls in {count} steps",
         )
-    return latents, scales, timesteps
-
-
-def _scales_noise(scheduler: Any) -> bool:
-    return hasattr(scheduler, "init_noise_sigma")
+    return run
 
 
 def _input_scale(scheduler: Any, timestep: Any) -> float:
@@ -94,39 +153,55 @@ def _input_scale(scheduler: Any, timestep: Any) -> float:
     return float(scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), timestep)[0])
 
 
-def _check_linear(scheduler: Any, count: int, coefficients: Tensor) -> None:
-    """Compare with a run on large random numbers: clipping and drawn noise show."""
+def _check(scheduler: Any, schedule: LinearSchedule) -> None:
+    """Compare with a run on large random numbers: what the recurrence does not say shows."""
     generator = torch.Generator().manual_seed(0)
+    count = len(schedule.steps)
     content = 3 * torch.randn(count + 1, 16, generator=generator, dtype=torch.float64)
-    wanted = coefficients @ content
-    got = _run(copy.deepcopy(scheduler), count, content)[0][-1]
+    wanted = _run(copy.deepcopy(scheduler), content).latents[-1]
+    got = follow(schedule, content[0], list(content[1:]))[-1]
     error = float((got - wanted).abs().max() / wanted.abs().max())
-    if error > 1e-4:
+    if not error < 1e-4:
         raise ConfigError(
-            "the scheduler is not linear: it clips, thresholds or draws noise",
+            "the scheduler is not linear: it draws noise, or thresholds by what the images hold",
             where=type(scheduler).__name__,
             got=f"a relative error of {error:.1e} as a linear recurrence",
             remedy="export without the loop, and let the pipeline's scheduler step",
         )
 
 
-def _recurrence(
-    latents: list[Tensor], basis: Tensor, step: int
-) -> tuple[tuple[tuple[int, float], ...], tuple[tuple[int, float], ...]]:
-    """Write the next latents as few earlier latents and outputs as suffice."""
-    wanted = latents[step + 1]
-    for depth in range(1, min(_HISTORY, step + 1) + 1):
-        columns = [latents[step - ago] for ago in range(depth)]
-        columns += [basis[step - ago] for ago in range(depth)]
-        matrix = torch.stack(columns, dim=1)
+def follow(schedule: LinearSchedule, noise: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the latents before the first step and after each, given the model's outputs."""
+    latents, clipped = [schedule.noise_scale * noise], list[Tensor]()
+
+    def total(*parts: tuple[Sequence[Tensor], Terms]) -> Tensor:
+        scaled = [held[-1 - ago] * factor for held, terms in parts for ago, factor in terms]
+        return torch.stack(scaled).sum(0)
+
+    for step, how in enumerate(schedule.steps):
+        given = outputs[: step + 1]
+        if how.clip is not None:
+            image = total((latents, how.clip.latents), (given, how.clip.outputs))
+            clipped.append(image.clamp(how.clip.low, how.clip.high))
+        else:
+            clipped.append(torch.zeros_like(noise))
+        terms = (latents, how.latents), (given, how.outputs), (clipped, how.clipped)
+        latents.append(total(*terms))
+    return latents
+
+
+def _terms(wanted: Tensor, bases: tuple[Sequence[Tensor], ...]) -> tuple[Terms, Terms, Terms]:
+    """Write ``wanted`` as few of the last latents, outputs and clipped estimates as suffice."""
+    whole = max(map(len, bases))
+    for depth in [*range(1, min(_HISTORY, whole) + 1), whole]:
+        lasts = [list(basis)[::-1][:depth] for basis in bases]
+        matrix = torch.stack([column for last in lasts for column in last], dim=1)
         solved = torch.linalg.lstsq(matrix, wanted[:, None], driver="gelsd").solution[:, 0]
         if float((matrix @ solved - wanted).abs().max()) < _TOLERANCE * float(wanted.abs().max()):
-            return _listed(solved[:depth]), _listed(solved[depth:])
-    # Else in full: the noise and every output so far.
-    ago = range(step + 1)
-    scale = float(wanted[0] / latents[0][0])
-    return ((step, scale),), tuple((a, float(wanted[1 + step - a])) for a in ago)
+            break
+    latents, outputs, clipped = solved.split([len(last) for last in lasts])
+    return _listed(latents), _listed(outputs), _listed(clipped)
 
 
-def _listed(factors: Tensor) -> tuple[tuple[int, float], ...]:
+def _listed(factors: Tensor) -> Terms:
     return tuple((ago, float(factor)) for ago, factor in enumerate(factors) if abs(factor) > 1e-12)

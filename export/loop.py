@@ -17,7 +17,7 @@ from torch import Tensor
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep
+from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep, Terms
 from ditfastattn.export.step_graphs import BATCH, StepGraph
 from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
@@ -101,6 +101,7 @@ class _Writer:
         self.source, self.emitter = source, emitter
         self.noise, self.lanes = noise, lanes
         self.caches: dict[str, Value] = {}
+        self.clipped: list[Value] = []
 
     def run(self, conditions: Mapping[str, Value]) -> Value:
         """Write all steps; return the last latents."""
@@ -194,12 +195,24 @@ class _Writer:
         return replace(self.noise, name=name)
 
     def _next(self, how: LinearStep, latents: Sequence[Value], outputs: Sequence[Value]) -> Value:
-        terms = [self._scaled(latents[-1 - ago], factor) for ago, factor in how.latents]
-        terms += [self._scaled(outputs[-1 - ago], factor) for ago, factor in how.outputs]
-        total = terms[0]
-        for term in terms[1:]:
-            name = self.emitter.op("Add", total.name, term.name, name="latents")
-            total = replace(total, name=name)
+        """Return the next latents; what the scheduler clips is kept for later steps."""
+        if how.clip is not None:
+            terms = [(latents, how.clip.latents), (outputs, how.clip.outputs)]
+            image = self._sum("image", *terms)
+            bounds = [self.emitter.scalar(b, image.dtype) for b in (how.clip.low, how.clip.high)]
+            name = self.emitter.op("Clip", image.name, *bounds, name="clipped")
+            self.clipped.append(replace(image, name=name))
+        else:
+            self.clipped.append(latents[-1])  # stands at its place; no factor refers to it
+        return self._sum(
+            "latents", (latents, how.latents), (outputs, how.outputs), (self.clipped, how.clipped)
+        )
+
+    def _sum(self, label: str, *terms: tuple[Sequence[Value], Terms]) -> Value:
+        scaled = [self._scaled(held[-1 - ago], factor) for held, t in terms for ago, factor in t]
+        total = scaled[0]
+        for term in scaled[1:]:
+            total = replace(total, name=self.emitter.op("Add", total.name, term.name, name=label))
         return total
 
     def _scaled(self, value: Value, factor: float) -> Value:

@@ -17,15 +17,17 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from ditfastattn import ConfigError, Strategy, export, load, verify
-from ditfastattn.export.linear_scheduler import linear_schedule
+from ditfastattn.export.linear_scheduler import follow, linear_schedule
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": lambda: DDIMScheduler(clip_sample=False),
     "ddim of v": lambda: DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+    "ddim that clips": lambda: DDIMScheduler(clip_sample=True),
     "dpm-solver++": DPMSolverMultistepScheduler,
     "dpm-solver++ of karras": lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "dpm-solver++ that clips": lambda: DPMSolverMultistepScheduler(thresholding=True),
     "euler": EulerDiscreteScheduler,
     "flow": FlowMatchEulerDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
@@ -41,18 +43,20 @@ def test_the_recurrence_is_the_scheduler(name: str, steps: int) -> None:
     noise, *outputs = torch.randn(steps + 1, 1, 1, 4, 4, generator=generator).double()
     scheduler.set_timesteps(steps)
     sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    latents = [found.noise_scale * noise]
+    latents = follow(found, noise, outputs)
     for step, timestep in enumerate(scheduler.timesteps):
         assert found.steps[step].timestep == float(timestep)
         if hasattr(scheduler, "scale_model_input"):
             scaled = scheduler.scale_model_input(sample, timestep)
-            assert torch.allclose(scaled, found.steps[step].input_scale * latents[-1], atol=1e-4)
+            assert torch.allclose(scaled, found.steps[step].input_scale * latents[step], atol=1e-4)
         sample = scheduler.step(outputs[step], timestep, sample, return_dict=False)[0].double()
-        how = found.steps[step]
-        parts = [latents[-1 - ago] * factor for ago, factor in how.latents]
-        parts += [outputs[step - ago] * factor for ago, factor in how.outputs]
-        latents.append(torch.stack(parts).sum(0))
-        assert torch.allclose(latents[-1], sample, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(latents[step + 1], sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_clip_says_its_bounds() -> None:
+    found = linear_schedule(SCHEDULERS["dpm-solver++ that clips"](), 4)
+    assert all(step.clip and (step.clip.low, step.clip.high) == (-1, 1) for step in found.steps)
+    assert all(step.clip is None for step in linear_schedule(SCHEDULERS["euler"](), 4).steps)
 
 
 def test_a_multistep_solver_needs_few_terms() -> None:
@@ -61,7 +65,9 @@ def test_a_multistep_solver_needs_few_terms() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", [DDIMScheduler(clip_sample=True), DDPMScheduler()], ids=["clips", "draws noise"]
+    "scheduler",
+    [DPMSolverMultistepScheduler(thresholding=True, sample_max_value=3.0), DDPMScheduler()],
+    ids=["thresholds", "draws noise"],
 )
 def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
     with pytest.raises(ConfigError, match="not linear"):
@@ -69,7 +75,7 @@ def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("name", ["ddim", "ddim that clips", "dpm-solver++ that clips"])
 def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -> None:
     pipeline = tiny_digits_pipeline(SCHEDULERS[name]())
     call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 5, "guidance_scale": 2.0}
