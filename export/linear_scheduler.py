@@ -74,7 +74,7 @@ def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
     basis = torch.eye(1 + 2 * count, dtype=torch.float64)
     probe = _Probe(basis[1 + count :])
     run = _run(copy.deepcopy(scheduler), basis[: 1 + count], probe)
-    outputs, clipped = basis[1 : 1 + count], probe.clipped
+    outputs, clipped = list(basis[1 : 1 + count]), list(probe.clipped)
     steps = []
     for step in range(count):
         present = run.latents[: step + 1], outputs[: step + 1]
