@@ -190,17 +190,27 @@ def follow(schedule: LinearSchedule, noise: Tensor, outputs: Sequence[Tensor]) -
     return latents
 
 
-def _terms(wanted: Tensor, bases: tuple[Sequence[Tensor], ...]) -> tuple[Terms, Terms, Terms]:
+_AllTerms = tuple[Terms, Terms, Terms]  # of latents, outputs and clipped estimates
+
+
+def _terms(wanted: Tensor, bases: tuple[Sequence[Tensor], ...]) -> _AllTerms:
     """Write ``wanted`` as few of the last latents, outputs and clipped estimates as suffice."""
     whole = max(map(len, bases))
-    for depth in [*range(1, min(_HISTORY, whole) + 1), whole]:
-        lasts = [list(basis)[::-1][:depth] for basis in bases]
-        matrix = torch.stack([column for last in lasts for column in last], dim=1)
-        solved = torch.linalg.lstsq(matrix, wanted[:, None], driver="gelsd").solution[:, 0]
-        if float((matrix @ solved - wanted).abs().max()) < _TOLERANCE * float(wanted.abs().max()):
-            break
-    latents, outputs, clipped = solved.split([len(last) for last in lasts])
-    return _listed(latents), _listed(outputs), _listed(clipped)
+    for depth in range(1, min(_HISTORY, whole) + 1):
+        terms, error = _fit(wanted, bases, depth)
+        if error < _TOLERANCE * float(wanted.abs().max()):
+            return terms
+    return _fit(wanted, bases, whole)[0]
+
+
+def _fit(
+    wanted: Tensor, bases: tuple[Sequence[Tensor], ...], depth: int
+) -> tuple[_AllTerms, float]:
+    lasts = [list(basis)[::-1][:depth] for basis in bases]
+    matrix = torch.stack([column for last in lasts for column in last], dim=1)
+    solved = torch.linalg.lstsq(matrix, wanted[:, None], driver="gelsd").solution[:, 0]
+    latents, outputs, clipped = map(_listed, solved.split([len(last) for last in lasts]))
+    return (latents, outputs, clipped), float((matrix @ solved - wanted).abs().max())
 
 
 def _listed(factors: Tensor) -> Terms:
