@@ -2,7 +2,8 @@
 
 The unit is the whole step: all sites of a kind take the strategy at once and the step's time is
 compared with the dense one's, so that what dies with an attention (norms, projections) and what a
-shortcut adds (residual bookkeeping) are in the price.
+shortcut adds (residual bookkeeping) are in the price. Each kind is priced with the others computed;
+what all of them save together, which is less than the sum, is measured too and shared out.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from ditfastattn.passes.caches import previous_of
 from ditfastattn.passes.pipeline import DENSE, SiteAction
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.session import Session
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
 from ditfastattn.runtime.site_evaluator import legal_strategies
 
 _REPETITIONS = 5
+_WARM_UP = 2  # rounds: the first ones of a process are slow
 _STORING = "storing a residual"
+_Row = tuple[str, str]  # what it is of, and the strategy
 
 
 class Objective(StrEnum):
@@ -93,48 +97,65 @@ def measure_costs(
         legal = legal_strategies(site, session.layout)
         key = (site.kind, site.tokens, site.heads, site.head_dim, site.window, legal)
         groups.setdefault(key, []).append(index)
-    prices: dict[int, dict[str, float]] = {}
-    dense = 0.0
+    rows = _everywhere(session.sites)
     for members in groups.values():
-        found, dense = _price_group(variants, members, objective, repetitions)
-        prices |= dict.fromkeys(members, found)
-    order = range(len(session.sites))
+        rows |= _group_rows(session, members)
+    built = {name: variants.get(row) for name, row in rows.items()}
+    if objective is Objective.LATENCY:
+        whole = _time(built, session.example, variants.results, repetitions)
+    else:
+        whole = _count(built, objective)
+    step, together = whole[_FULL], whole[_FULL] - whole[_SHARED]
+    prices = {g: _group_prices(whole, members) for g, members in enumerate(groups.values())}
+    alone = sum(len(m) * prices[g][Strategy.FULL] for g, m in enumerate(groups.values()))
+    factor = together / alone if alone > 0.0 and together > 0.0 else 1.0
+    group_of = {index: g for g, members in enumerate(groups.values()) for index in members}
+    found = [prices[group_of[index]] for index in range(len(session.sites))]
     return CostTable(
-        step=dense,
+        step=step,
         sites=tuple(
-            {strategy: prices[index].get(strategy, float("inf")) for strategy in Strategy}
-            for index in order
+            {strategy: factor * each.get(strategy, float("inf")) for strategy in Strategy}
+            for each in found
         ),
-        residual=tuple(prices[index].get(_STORING, 0.0) for index in order),
+        residual=tuple(factor * each.get(_STORING, 0.0) for each in found),
     )
 
 
-def _price_group(
-    variants: Variants, members: Sequence[int], objective: Objective, repetitions: int
-) -> tuple[dict[str, float], float]:
-    """Return the prices per site of one group, and a dense step's price."""
-    session = variants.session
-    site = session.sites[members[0]]
-    actions: dict[str, tuple[SiteAction, ...]] = {}
-    for strategy in (Strategy.FULL, *legal_strategies(site, session.layout)):
-        writes = strategy is Strategy.FULL
-        actions[strategy] = _acting(
-            session.sites, members, SiteAction(strategy, writes_output=writes)
-        )
+_FULL: _Row = ("all", Strategy.FULL)
+_SHARED: _Row = ("all", Strategy.SHARE_STEP)
+
+
+def _everywhere(sites: Sequence[AttentionSite]) -> dict[_Row, tuple[SiteAction, ...]]:
+    """Return the rows in which all sites are computed, or all shared."""
+    return {
+        _FULL: tuple(SiteAction(Strategy.FULL, writes_output=True) for _ in sites),
+        _SHARED: tuple(SiteAction(Strategy.SHARE_STEP) for _ in sites),
+    }
+
+
+def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, tuple[SiteAction, ...]]:
+    """Return the rows in which one group takes a strategy and the others are computed."""
+    site, first = session.sites[members[0]], str(members[0])
+    rows = {
+        (first, strategy): _acting(session.sites, members, SiteAction(strategy))
+        for strategy in legal_strategies(site, session.layout)
+        if strategy is not Strategy.FULL
+    }
     if site.window:
         storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
-        actions[_STORING] = _acting(session.sites, members, storing)
-    built = {name: variants.get(row) for name, row in actions.items()}
-    whole = (
-        _time(built, session.example, variants.results, repetitions)
-        if objective is Objective.LATENCY
-        else _count(built, objective)
-    )
-    stored = whole.pop(_STORING, whole[Strategy.FULL])
-    cheapest = min(whole.values())
-    each = {name: (total - cheapest) / len(members) for name, total in whole.items()}
-    each[_STORING] = max(0.0, stored - whole[Strategy.FULL]) / len(members)
-    return each, whole[Strategy.FULL]
+        rows[first, _STORING] = _acting(session.sites, members, storing)
+    return rows
+
+
+def _group_prices(whole: dict[_Row, float], members: Sequence[int]) -> dict[str, float]:
+    """Return the prices per site of one group: what each strategy costs above the cheapest."""
+    own = {name: price for (first, name), price in whole.items() if first == str(members[0])}
+    stored = own.pop(_STORING, whole[_FULL])
+    own[Strategy.FULL] = whole[_FULL]
+    cheapest = min(own.values())
+    each = {name: (price - cheapest) / len(members) for name, price in own.items()}
+    each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
+    return each
 
 
 def _acting(
@@ -143,7 +164,7 @@ def _acting(
     return tuple(action if index in members else DENSE for index in range(len(sites)))
 
 
-def _count(built: dict[str, EagerVariant], objective: Objective) -> dict[str, float]:
+def _count(built: dict[_Row, EagerVariant], objective: Objective) -> dict[_Row, float]:
     whole = objective is Objective.FLOPS
     return {
         name: float(variant.flops.total if whole else variant.flops.attention)
@@ -152,8 +173,8 @@ def _count(built: dict[str, EagerVariant], objective: Objective) -> dict[str, fl
 
 
 def _time(
-    built: dict[str, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
-) -> dict[str, float]:
+    built: dict[_Row, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
+) -> dict[_Row, float]:
     """Return the least seconds of each variant, which others disturb least; they take turns."""
     caches: dict[str, Tensor] = {}
     unit = torch.ones((), device=example[0].device)  # the distance of an extrapolation
@@ -163,12 +184,12 @@ def _time(
                 returned = variant.module(*example)
                 for slot, item in zip(variant.writes, returned[results:], strict=True):
                     caches |= {slot: item, previous_of(slot): item}
-        samples: dict[str, list[float]] = {name: [] for name in built}
-        for _ in range(repetitions + 1):
+        samples: dict[_Row, list[float]] = {name: [] for name in built}
+        for _ in range(repetitions + _WARM_UP):
             for name, variant in built.items():
                 inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
                 samples[name].append(_seconds(partial(variant.module, *inputs)))
-    return {name: min(taken[1:]) for name, taken in samples.items()}
+    return {name: min(taken[_WARM_UP:]) for name, taken in samples.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:
