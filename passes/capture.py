@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.canonicalize import canonicalize
+from ditfastattn.passes.functionalize import functionalize
 
 _PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
 
@@ -133,18 +134,16 @@ def capture(
     for index, node in zip(positions, traced.graph.find_nodes(op="placeholder"), strict=True):
         # Inductor reads this to know which inputs keep their address between calls.
         node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
-    _refuse_mutation(traced)
+    _refuse_writes(functionalize(traced))
     canonicalize(traced)
     return CapturedGraph(traced, kept)
 
 
-def _refuse_mutation(module: GraphModule) -> None:
-    for node in module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise ConfigError(
-                "the model writes to a tensor in place",
-                where=str(node.meta.get("stack_trace", node.name)).strip(),
-                got=node.target,
-                remedy="use the out-of-place form of this operation in the model",
-            )
+def _refuse_writes(writes: Sequence[Node]) -> None:
+    for node in writes:
+        raise ConfigError(
+            "the model writes in place to an input, or to a tensor that it views elsewhere",
+            where=str(node.meta.get("stack_trace", node.name)).strip(),
+            got=node.target,
+            remedy="use the out-of-place form of this operation in the model",
+        )
