@@ -69,16 +69,16 @@ class TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_dit(seed: int = 0) -> TinyModel:
-    """Return a class-conditional DiT of three layers, 16 tokens."""
+def tiny_dit(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
+    """Return a class-conditional DiT of three layers, 16 tokens unless told."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=head_dim,
         in_channels=4,
         out_channels=4,
         num_layers=3,
-        sample_size=8,
+        sample_size=size,
         patch_size=2,
         num_embeds_ada_norm=10,
         activation_fn="gelu-approximate",
@@ -88,7 +88,7 @@ def tiny_dit(seed: int = 0) -> TinyModel:
 
     def call(step: int, batch: int) -> dict[str, Any]:
         return {
-            "hidden_states": lanes(step, batch),
+            "hidden_states": lanes(step, batch, size),
             "timestep": timestep(step, batch),
             "class_labels": torch.arange(batch),
             "return_dict": False,
@@ -98,17 +98,17 @@ def tiny_dit(seed: int = 0) -> TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_pixart(seed: int = 0) -> TinyModel:
-    """Return a PixArt of two layers: self- and masked cross-attention, 16 tokens."""
+def tiny_pixart(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
+    """Return a PixArt of two layers: self- and masked cross-attention, 16 tokens unless told."""
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=head_dim,
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        cross_attention_dim=16,
-        sample_size=8,
+        cross_attention_dim=2 * head_dim,
+        sample_size=size,
         caption_channels=12,
         norm_num_groups=1,
     )
@@ -117,7 +117,7 @@ def tiny_pixart(seed: int = 0) -> TinyModel:
         mask = torch.ones(batch, 5)
         mask[::2, 3:] = 0
         return {
-            "hidden_states": lanes(step, batch),
+            "hidden_states": lanes(step, batch, size),
             "encoder_hidden_states": noise(99, batch, 5, 12),
             "timestep": timestep(step, batch),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
@@ -129,26 +129,26 @@ def tiny_pixart(seed: int = 0) -> TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_sd3(seed: int = 0) -> TinyModel:
-    """Return an SD3 of three layers: joint attention over 16 image and 5 text tokens."""
+def tiny_sd3(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
+    """Return an SD3 of three layers: joint attention over image tokens (16) and 5 of text."""
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=size,
         patch_size=2,
         in_channels=4,
         num_layers=3,
-        attention_head_dim=8,
+        attention_head_dim=head_dim,
         num_attention_heads=2,
         joint_attention_dim=16,
-        caption_projection_dim=16,
+        caption_projection_dim=2 * head_dim,
         pooled_projection_dim=16,
         out_channels=4,
-        pos_embed_max_size=8,
+        pos_embed_max_size=size,
     )
 
     def call(step: int, batch: int) -> dict[str, Any]:
         return {
-            "hidden_states": lanes(step, batch),
+            "hidden_states": lanes(step, batch, size),
             "encoder_hidden_states": noise(99, batch, 5, 16),
             "pooled_projections": noise(98, batch, 16),
             "timestep": timestep(step, batch),
@@ -166,11 +166,11 @@ def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lanes(step: int, batch: int) -> Tensor:
+def lanes(step: int, batch: int, size: int = 8) -> Tensor:
     """Return latents as batched guidance has them, twice the same; an odd batch has no guidance."""
     if batch % 2:
-        return noise(step, batch, 4, 8, 8)
-    return noise(step, batch // 2, 4, 8, 8).repeat(2, 1, 1, 1)
+        return noise(step, batch, 4, size, size)
+    return noise(step, batch // 2, 4, size, size).repeat(2, 1, 1, 1)
 
 
 def timestep(step: int, batch: int) -> Tensor:

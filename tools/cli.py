@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import ditfastattn
-from ditfastattn.errors import ConfigError, TargetMissedError
+from ditfastattn.errors import ConfigError, EngineError, TargetMissedError
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.tensorrt.engines import Layout
+from ditfastattn.runtime.tensorrt.library import CURRENT
 from ditfastattn.tools.target_options import (
     LowerBound,
     MaxLatency,
@@ -40,6 +42,10 @@ Classes = Annotated[str, typer.Option(help="Classes to calibrate on, with commas
 Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration's generation.")]
+
+Target = Annotated[
+    str, typer.Option(help="Compute capability of the GPU, such as sm89; current: this machine's.")
+]
 
 
 @app.callback()
@@ -261,13 +267,42 @@ def export(
     ] = "",
     fixed_batch: Annotated[bool, typer.Option(help="Take one batch size only.")] = False,
     loop: Annotated[bool, typer.Option(help="Also write a whole generation as one graph.")] = False,
+    tensorrt: Annotated[bool, typer.Option(help="Then build TensorRT engines of it.")] = False,
+    target: Target = CURRENT,
 ) -> None:
     """Write the model, run by a plan, as a bundle of ONNX graphs with one file of weights."""
+    from ditfastattn.tools.build_command import run_build
     from ditfastattn.tools.export_command import run_export
 
     loaded = None if plan is None else Plan.load(plan)
     call = _export_call(1 if loaded is None else loaded.sampler.steps, guidance)
     run_export(Console(), _loaded(pipeline), call, loaded, out, dtype, not fixed_batch, loop)
+    if tensorrt:
+        run_build(Console(), out, target)
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    target: Target = CURRENT,
+    layout: Annotated[
+        Layout, typer.Option(help="Engine per step variant, one of all, or the whole loop.")
+    ] = Layout.AUTO,
+    images: Annotated[
+        str, typer.Option(help="Least, usual and most images of a call, with commas.")
+    ] = "1,1,4",
+    max_engine_mb: Annotated[
+        float, typer.Option(min=0.0, help="MiB of weights that engines of all variants may hold.")
+    ] = 2048.0,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for each engine.")] = 3600.0,
+    library: Annotated[
+        str, typer.Option(help="tensorrt or tensorrt_rtx; without it, what suits this machine.")
+    ] = "",
+) -> None:
+    """Build TensorRT engines from a bundle; those that are there already are kept."""
+    from ditfastattn.tools.build_command import run_build
+
+    run_build(Console(), bundle, target, layout, images, max_engine_mb, time_limit, library)
 
 
 @app.command()
@@ -374,12 +409,12 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 
 def run() -> None:
-    """Run the command; a missed target (exit 1) or user's error (2) has no traceback."""
+    """Run the command: a missed target or failed engine exits with 1, a user's error with 2."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, EngineError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
-        raise SystemExit(1 if isinstance(error, TargetMissedError) else 2) from error
+        raise SystemExit(1 if isinstance(error, (TargetMissedError, EngineError)) else 2) from error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ditfastattn.errors import ConfigError
+from ditfastattn.runtime.tensorrt.library import CURRENT, find_library
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -99,11 +102,26 @@ def _onnxruntime() -> Finding:
 def _tensorrt(module: str, distribution: str) -> Finding:
     version = _version(distribution)
     if not version:
-        return Finding(distribution, "", "", "not installed", f"pip install {distribution}")
-    library, reason = _imported(module)
-    if library is None:
-        return Finding(distribution, version, "", reason, "reinstall it")
-    return Finding(distribution, version, "", "ditfastattn does not build engines yet")
+        remedy = f'pip install "ditfastattn[{distribution}]"'
+        return Finding(distribution, "", "", "not installed", remedy)
+    try:
+        library = find_library(module)
+    except ConfigError as error:
+        return Finding(distribution, version, "", str(error.__cause__ or error), "reinstall it")
+    named = [target for target in library.targets if target != CURRENT]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        where = f"this GPU (sm{major}{minor})"
+        return Finding(distribution, version, f"build engines and run them on {where}")
+    if not named:
+        return Finding(distribution, version, "", "it builds on the GPU alone", "install a GPU")
+    return Finding(
+        distribution,
+        version,
+        f"build engines for {', '.join(named)}",
+        "no CUDA device: none can run here",
+        "run them on a machine with a GPU",
+    )
 
 
 def _imported(module: str) -> tuple[Any, str]:

@@ -136,7 +136,7 @@ def _everywhere(sites: Sequence[AttentionSite]) -> dict[_Row, tuple[SiteAction, 
 def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, tuple[SiteAction, ...]]:
     """Return the rows in which one group takes a strategy and the others are computed."""
     site, first = session.sites[members[0]], str(members[0])
-    rows = {
+    rows: dict[_Row, tuple[SiteAction, ...]] = {
         (first, strategy): _acting(session.sites, members, SiteAction(strategy))
         for strategy in legal_strategies(site, session.layout)
         if strategy is not Strategy.FULL

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
 from ditfastattn.errors import ConfigError, EngineError, TargetMissedError, VerifyError
-from ditfastattn.exporting import export, load, verify
+from ditfastattn.exporting import build, export, load, verify
 from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
@@ -40,6 +40,7 @@ __all__ = [
     "TargetMissedError",
     "Validation",
     "VerifyError",
+    "build",
     "calibrate",
     "check_sampler",
     "export",

@@ -6,11 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ditfastattn.errors import ConfigError
+
 if TYPE_CHECKING:
     from ditfastattn.export.verify import Verification
     from ditfastattn.passes.plan import Plan
     from ditfastattn.runtime.bundle.manifest import Manifest
     from ditfastattn.runtime.bundle.transformer import BundleTransformer
+    from ditfastattn.runtime.tensorrt.engines import Engines
 
 
 def export(
@@ -49,15 +52,77 @@ def export(
     return bundle.export(pipeline, call, plan, out, options)
 
 
+def build(
+    folder: str | os.PathLike[str],
+    *,
+    target: str = "current",
+    layout: str = "auto",
+    images: tuple[int, int, int] = (1, 1, 4),
+    max_engine_mb: float = 2048.0,
+    time_limit: float = 3600.0,
+    library: str = "",
+    on_progress: Callable[[str, str, float], None] = lambda graph, phase, done: None,
+) -> Engines:
+    """Build TensorRT engines from the bundle in ``folder``, into its folder ``engines/<target>``.
+
+    Args:
+        folder: the bundle.
+        target: a compute capability such as ``sm89``, for which TensorRT-RTX needs no GPU, or
+            ``current``, this machine's GPU.
+        layout: ``variants`` (an engine per distinct step), ``switch`` (one that holds all),
+            ``loop`` (one for the whole generation) or ``auto``.
+        images: the least, usual and most images of a call.
+        max_engine_mb: the MiB of weights that the engines of all variants may hold, each its own,
+            before ``auto`` takes the switch.
+        time_limit: of each build, in seconds; each runs in a process of its own.
+        library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
+        on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
+
+    Raises:
+        ConfigError: the bundle is not whole; TensorRT is absent, or cannot build for the target.
+        EngineError: a build failed; what was built before is kept.
+    """
+    from ditfastattn.export.tensorrt import build as building
+    from ditfastattn.runtime.tensorrt.engines import layout_named
+
+    options = building.BuildOptions(
+        target, layout_named(layout), images, max_engine_mb, time_limit, library, on_progress
+    )
+    return building.build(folder, options)
+
+
 def load(
     folder: str | os.PathLike[str],
     providers: Sequence[str] = ("CPUExecutionProvider",),
     *,
+    runtime: str = "onnx",
     threads: int = 0,
     share_threads: bool = False,
     low_memory: bool = False,
+    target: str = "",
+    cuda_graphs: bool = False,
 ) -> BundleTransformer:
-    """Return a transformer that runs the bundle in ``folder``; see ``runtime.bundle.load``."""
+    """Return a transformer that runs the bundle in ``folder``.
+
+    Args:
+        folder: the bundle.
+        providers: execution providers, in order of preference; each must load.
+        runtime: ``onnx`` (ONNX Runtime) or ``tensorrt``, the engines that ``build`` has made.
+        threads: of each ONNX graph on the CPU; 0 leaves it to ONNX Runtime.
+        share_threads: see ``runtime.bundle.load``.
+        low_memory: see ``runtime.bundle.load``.
+        target: whose TensorRT engines to take; without one, those of this GPU.
+        cuda_graphs: capture each TensorRT engine as a CUDA graph.
+
+    Raises:
+        ConfigError: the bundle is not whole or not ours, or what was asked for is not here.
+    """
+    if runtime == "tensorrt":
+        from ditfastattn.runtime.tensorrt import load as loading_engines
+
+        return loading_engines.load(folder, target=target, cuda_graphs=cuda_graphs)
+    if runtime != "onnx":
+        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt")
     from ditfastattn.runtime.bundle import load as loading
 
     return loading.load(

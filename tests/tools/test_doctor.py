@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from ditfastattn import ConfigError
 from ditfastattn.tools import cli, doctor_command
 from ditfastattn.tools.doctor_command import Finding, examine
 
@@ -30,7 +32,7 @@ def test_a_missing_runtime_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None
     pretend(monkeypatch, {})
     assert found("onnxruntime").cannot == "not installed"
     assert "ditfastattn[onnx]" in found("onnxruntime").remedy
-    assert found("tensorrt-rtx").remedy == "pip install tensorrt-rtx"
+    assert found("tensorrt-rtx").remedy == 'pip install "ditfastattn[tensorrt-rtx]"'
 
 
 def test_two_onnxruntimes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +42,19 @@ def test_two_onnxruntimes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {"tensorrt-rtx": "1.0"})
-    monkeypatch.setattr(doctor_command, "_imported", lambda name: (None, "it does not load: libx"))
-    assert found("tensorrt-rtx").cannot == "it does not load: libx"
+
+    def fail(name: str) -> None:
+        raise ConfigError("TensorRT does not load") from OSError("libx is missing")
+
+    monkeypatch.setattr(doctor_command, "find_library", fail)
+    assert found("tensorrt-rtx").cannot == "libx is missing"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_tensorrt_can_do_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert "sm89" in found("tensorrt-rtx").can
+    assert "none can run here" in found("tensorrt-rtx").cannot
 
 
 def test_no_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,265 @@
+"""Build a bundle's TensorRT engines; those that are there already are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import onnx
+import torch
+from filelock import FileLock, Timeout
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.export.lint import lint, nodes_of
+from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
+from ditfastattn.export.tensorrt.job import Job, Profile, run_job
+from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
+from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
+from ditfastattn.runtime.bundle.manifest import (
+    MANIFEST,
+    FileSpec,
+    Manifest,
+    SlotSpec,
+    TensorSpec,
+    VariantSpec,
+    check_files,
+    file_hash,
+    read_manifest,
+)
+from ditfastattn.runtime.tensorrt.engines import (
+    ENGINES_FOLDER,
+    Engines,
+    EngineSpec,
+    Layout,
+    SwitchSpec,
+    check_engine,
+    read_engines,
+)
+from ditfastattn.runtime.tensorrt.library import CURRENT, Library, find_library
+
+__all__ = ["BuildOptions", "Layout", "build"]
+
+_LARGEST: Final = 1.2  # of a switch's engine, against the weights
+_TOLD: Final = 3  # warnings of one build
+
+
+def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -> Engines:
+    """Build engines from the bundle in ``folder``, into its folder ``engines/<target>``.
+
+    Returns:
+        What was built, as ``engines.json`` holds it; each engine's log lies beside it.
+
+    Raises:
+        ConfigError: the bundle is not whole; TensorRT is absent, or cannot build for the target.
+        EngineError: a build failed; what was built before is kept.
+    """
+    chosen = options or BuildOptions()
+    root = Path(folder)
+    manifest = read_manifest(root)
+    check_files(root, manifest)
+    library = find_library(chosen.library)
+    _check_target(library, chosen.target)
+    layout, reason = choose_layout(root, manifest, chosen)
+    out = root / ENGINES_FOLDER / chosen.target
+    out.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(manifest, chosen.images, layout)
+    with _alone(out), _graphs(root, manifest, layout, rows[1]) as (graphs, switch):
+        engines = Engines(
+            library=library.name,
+            version=library.version,
+            target=chosen.target,
+            device=torch.cuda.get_device_name() if chosen.target == CURRENT else "",
+            layout=layout,
+            reason=reason,
+            rows=rows,
+            manifest_sha256=file_hash(root / MANIFEST),
+            switch=switch,
+        )
+        return _Builder(manifest, engines, chosen, out).build(graphs)
+
+
+def _check_target(library: Library, target: str) -> None:
+    if target not in library.targets:
+        raise ConfigError(
+            f"{library.name} cannot build for this target",
+            got=target,
+            expected=", ".join(library.targets),
+        )
+    if target == CURRENT and not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no GPU here to build for",
+            got=CURRENT,
+            expected=", ".join(name for name in library.targets if name != CURRENT)
+            or "a machine with a GPU",
+            remedy="name the target's compute capability (--target sm89), or build on its machine",
+        )
+
+
+@contextmanager
+def _alone(out: Path) -> Generator[None]:
+    lock = FileLock(out / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError("another build is writing these engines", where=str(out)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Hold a graph to build from, and its inputs of which a shape may depend on the batch."""
+
+    name: str
+    path: Path
+    inputs: Mapping[str, TensorSpec | SlotSpec]
+
+
+@contextmanager
+def _graphs(
+    root: Path, manifest: Manifest, layout: Layout, rows: int
+) -> Generator[tuple[list[_Graph], SwitchSpec | None]]:
+    """Hold the graphs that the layout's engines are built from."""
+    specs: dict[str, TensorSpec | SlotSpec] = {slot.name: slot for slot in manifest.slots}
+    specs |= {spec.name: spec for spec in manifest.inputs}
+
+    def of(variant: VariantSpec) -> _Graph:
+        inputs = {name: specs[name] for name in variant.inputs}
+        inputs |= {name: specs[slot] for slot, name in variant.reads if slot in specs}
+        return _Graph(variant.file, root / variant.file, inputs)
+
+    if layout is Layout.LOOP:
+        assert manifest.loop is not None  # the layout was checked
+        given = {spec.name: spec for spec in (manifest.loop.noise, *manifest.loop.conditions)}
+        yield [_Graph(manifest.loop.file, root / manifest.loop.file, given)], None
+        return
+    once = [] if manifest.prologue is None else [of(manifest.prologue)]
+    if layout is Layout.VARIANTS:
+        yield [*map(of, manifest.variants), *once], None
+        return
+    made = make_switch(root, manifest, rows)
+    handle, path = tempfile.mkstemp(dir=root, prefix=".switch.", suffix=".onnx")  # by the weights
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(made.model.SerializeToString())
+        yield [_Graph(SWITCH_FILE, Path(path), {}), *once], made.spec  # its batch is fixed
+    finally:
+        Path(path).unlink()
+
+
+class _Builder:
+    def __init__(
+        self, manifest: Manifest, engines: Engines, options: BuildOptions, out: Path
+    ) -> None:
+        self._manifest, self._engines, self._options = manifest, engines, options
+        self._out = out
+        self._before = _known(out)
+
+    def build(self, graphs: list[_Graph]) -> Engines:
+        """Build one engine after the other; ``engines.json`` grows with them."""
+        for graph in graphs:
+            made = self._engine(graph)
+            self._engines = self._engines.model_copy(
+                update={"engines": (*self._engines.engines, made)}
+            )
+            self._engines.save(self._out)
+        kept = {spec.file for spec in self._engines.engines}
+        for path in self._out.glob("*.engine"):
+            if path.name not in kept:
+                path.unlink()
+                path.with_suffix(".log").unlink(missing_ok=True)
+        return self._engines
+
+    def _engine(self, graph: _Graph) -> EngineSpec:
+        lint(graph.path)
+        engines, options = self._engines, self._options
+        profiles = self._profiles(graph)
+        key = self._key(graph, profiles)
+        if key in self._before:
+            options.on_progress(graph.name, "is there already", 1.0)
+            return self._before[key]
+        file = f"{Path(graph.name).stem}-{key[:12]}.engine"
+        engine = self._out / file
+        log = engine.with_suffix(".log")
+        job = Job(engines.library, graph.path, engine, log, engines.target, profiles)
+        began = time.monotonic()
+        run_job(job, options.time_limit, partial(options.on_progress, graph.name))
+        content = FileSpec(bytes=engine.stat().st_size, sha256=file_hash(engine))
+        found = read_log(log)
+        model = onnx.load(str(graph.path), load_external_data=False)
+        # Every softmax of an exported graph is an attention's.
+        wanted = [node.name for node in nodes_of(model.graph) if node.op_type == "Softmax"]
+        return EngineSpec(
+            file=file,
+            graph=graph.name,
+            key=key,
+            content=content,
+            seconds=round(time.monotonic() - began, 1),
+            attentions=len(wanted),
+            fused=len(found.attentions),
+            findings=tuple(self._findings(wanted, found, content.bytes)),
+        )
+
+    def _profiles(self, graph: _Graph) -> dict[str, Profile]:
+        """Return the shapes of the inputs that depend on the batch."""
+        if self._manifest.fixed_batch:
+            return {}
+        least, usual, most = self._engines.rows
+        return {
+            name: (spec.sizes(least), spec.sizes(usual), spec.sizes(most))
+            for name, spec in graph.inputs.items()
+            if any(not isinstance(size, int) for size in spec.shape)
+        }
+
+    def _key(self, graph: _Graph, profiles: Mapping[str, Profile]) -> str:
+        engines = self._engines
+        parts = {
+            "graph": file_hash(graph.path),
+            "weights": self._manifest.files[self._manifest.weights].sha256,
+            "library": [engines.library, engines.version],
+            "target": [engines.target, engines.device],
+            "profiles": profiles,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _findings(self, wanted: list[str], found: BuildLog, size: int) -> list[str]:
+        lines = [f"error: {message}" for message in found.errors[:_TOLD]]
+        lines += [f"warning: {message}" for message in dict.fromkeys(found.warnings[:_TOLD])]
+        missing = len(wanted) - len(found.attentions)
+        if missing > 0:
+            why = self._manifest.model.dtype == "float32"
+            remedy = ": fp32 is not fused, export in float16 or bfloat16" if why else ""
+            lines.append(
+                f"{missing} of {len(wanted)} attentions are not one fused kernel each{remedy}"
+            )
+        weights = self._manifest.files[self._manifest.weights].bytes
+        if self._engines.layout is Layout.SWITCH and size > _LARGEST * weights:
+            lines.append(f"the engine is {size / weights:.2f} times as large as the weights")
+        return lines
+
+
+def _known(out: Path) -> dict[str, EngineSpec]:
+    """Return the engines that are there and whole, by their keys."""
+    try:
+        before = read_engines(out).engines
+    except ConfigError:
+        return {}
+    found: dict[str, EngineSpec] = {}
+    for spec in before:
+        try:
+            check_engine(out, spec)
+        except ConfigError:
+            continue
+        found[spec.key] = spec
+    return found

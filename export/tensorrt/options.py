@@ -1,0 +1,109 @@
+"""Say what engines are to be built, and decide in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import onnx
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.tensorrt.engines import Layout
+from ditfastattn.runtime.tensorrt.library import CURRENT
+
+_MEGABYTE: Final = 2**20
+_SWITCHED: Final = 8  # variants: a builder's time grows faster than their number
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Say what engines are to be built.
+
+    Attributes:
+        target: a compute capability such as ``sm89``, or ``current``, this machine's GPU.
+        layout: the form; see ``choose_layout``.
+        images: the least, usual and most images of a call.
+        max_engine_mb: the MiB of weights that engines of all variants may hold, each its own,
+            before ``auto`` takes the switch.
+        time_limit: for each build, in seconds.
+        library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
+        on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
+    """
+
+    target: str = CURRENT
+    layout: Layout = Layout.AUTO
+    images: tuple[int, int, int] = (1, 1, 4)
+    max_engine_mb: float = 2048.0
+    time_limit: float = 3600.0
+    library: str = ""
+    on_progress: Callable[[str, str, float], None] = lambda graph, phase, done: None
+
+
+def rows_of(
+    manifest: Manifest, images: tuple[int, int, int], layout: Layout = Layout.VARIANTS
+) -> tuple[int, int, int]:
+    """Return the rows of calls with so many images: guidance doubles them.
+
+    A switch takes the usual number alone: builders fail on a free batch inside an ``If``.
+
+    Raises:
+        ConfigError: the numbers do not grow, or the bundle is for another batch.
+    """
+    least, usual, most = images
+    if not 0 < least <= usual <= most:
+        raise ConfigError("images must not shrink", got=images, expected="least, usual, most")
+    if manifest.fixed_batch:
+        least = usual = most = manifest.fixed_batch
+        return least, usual, most
+    lanes = 1 if manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+    if (lanes * least) % manifest.batch_multiple:
+        lanes *= manifest.batch_multiple
+    if layout is Layout.SWITCH:
+        least = most = usual
+    return lanes * least, lanes * usual, lanes * most
+
+
+def choose_layout(root: Path, manifest: Manifest, options: BuildOptions) -> tuple[Layout, str]:
+    """Return the form to build, and why.
+
+    Raises:
+        ConfigError: the bundle has not what the form needs.
+    """
+    wanted, count = options.layout, len(manifest.variants)
+    if wanted is Layout.LOOP and manifest.loop is None:
+        raise ConfigError(
+            "the bundle has no unrolled loop", where=str(root), remedy="export it with --loop"
+        )
+    if wanted is Layout.SWITCH and count == 1:
+        raise ConfigError("there is one step variant: nothing to switch between", where=str(root))
+    if wanted is not Layout.AUTO:
+        return wanted, "it was asked for"
+    if count == 1:
+        return Layout.VARIANTS, "there is one step variant"
+    held = sum(weight_bytes(root / variant.file) for variant in manifest.variants) / _MEGABYTE
+    once = manifest.files[manifest.weights].bytes / _MEGABYTE
+    sizes = f"{count} engines hold {held:.0f} MiB of weights, one switch {once:.0f} MiB"
+    if held <= options.max_engine_mb:
+        return Layout.VARIANTS, f"{sizes}: within the limit of {options.max_engine_mb:g} MiB"
+    if count > _SWITCHED:
+        return (
+            Layout.VARIANTS,
+            f"{sizes}: over the limit of {options.max_engine_mb:g} MiB, but a switch of more than "
+            f"{_SWITCHED} variants does not build in reasonable time; cap them (--max-variants)",
+        )
+    return Layout.SWITCH, f"{sizes}: over the limit of {options.max_engine_mb:g} MiB"
+
+
+def weight_bytes(path: Path) -> int:
+    """Return how many bytes of weights a graph refers to."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return sum(
+        int(entry.value)
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )

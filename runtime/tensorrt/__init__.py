@@ -1,0 +1,1 @@
+"""Run TensorRT engines: find the library, read what was built, answer as the transformer."""

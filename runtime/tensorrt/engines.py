@@ -1,0 +1,193 @@
+"""Describe the engines that were built from a bundle: ``engines.json`` beside them.
+
+They lie in the bundle's folder ``engines``, in a folder named after their target.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.files import write_text_atomically
+from ditfastattn.runtime.bundle.manifest import (
+    FileSpec,
+    Natural,
+    Positive,
+    SlotSpec,
+    TensorSpec,
+    file_hash,
+)
+
+ENGINES: Final = "engines.json"
+ENGINES_FOLDER: Final = "engines"
+_REMEDY: Final = "build them again (`ditfastattn build`)"
+
+
+class Layout(StrEnum):
+    """Say how a plan's step variants become engines."""
+
+    AUTO = "auto"
+    VARIANTS = "variants"  # one engine per distinct step
+    SWITCH = "switch"  # one engine that holds all of them, the weights once
+    LOOP = "loop"  # the whole generation as one engine
+
+
+def layout_named(name: str) -> Layout:
+    """Return the layout called ``name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in list(Layout):
+        raise ConfigError("there is no such layout", got=name, expected=", ".join(Layout))
+    return Layout(name)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PortSpec(_Record):
+    """Describe an input or output of a switch that cache slots go through."""
+
+    name: str
+    like: TensorSpec | SlotSpec
+
+
+class SwitchVariant(_Record):
+    """Say which ports a variant uses, in the order of its reads and writes."""
+
+    reads: tuple[Natural, ...]
+    writes: tuple[Natural, ...]
+
+
+class SwitchSpec(_Record):
+    """Describe the graph that holds all variants.
+
+    Attributes:
+        variant: the input that says which is wanted, an int32 without dimensions.
+        inputs: of the model, in the graph's order.
+        reads: the inputs that slots are given through.
+        writes: the outputs that slots are returned through.
+        variants: which of these each variant uses.
+    """
+
+    variant: str
+    inputs: tuple[str, ...]
+    reads: tuple[PortSpec, ...]
+    writes: tuple[PortSpec, ...]
+    variants: tuple[SwitchVariant, ...]
+
+
+class EngineSpec(_Record):
+    """Describe one engine.
+
+    Attributes:
+        file: its content.
+        graph: the ONNX graph that it was built from.
+        key: of all that it was built from; an equal key is an equal engine.
+        content: what the file holds.
+        seconds: the build took.
+        attentions: of the graph.
+        fused: the kernels among the engine's that are a whole attention.
+        findings: what its log says that a user should know.
+    """
+
+    file: str
+    graph: str
+    key: str
+    content: FileSpec
+    seconds: float
+    attentions: Natural
+    fused: Natural
+    findings: tuple[str, ...] = ()
+
+
+class Engines(_Record):
+    """Describe the engines of one target.
+
+    Attributes:
+        schema_version: of this format.
+        library: the module that built them, and runs them.
+        version: of it.
+        target: the compute capability, or ``current``.
+        device: the GPU of a ``current`` target.
+        layout: which form was built.
+        reason: why that form.
+        rows: the least, usual and most rows of a call, both halves of guidance counted.
+        manifest_sha256: of the bundle's manifest.
+        engines: the engines, by the graph's name.
+        switch: how the switch is used, if there is one.
+    """
+
+    schema_version: Literal[1] = 1
+    library: str
+    version: str
+    target: str
+    device: str = ""
+    layout: Layout
+    reason: str
+    rows: tuple[Positive, Positive, Positive]
+    manifest_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    engines: tuple[EngineSpec, ...] = ()
+    switch: SwitchSpec | None = None
+
+    @field_validator("engines")
+    @classmethod
+    def _inside(cls, engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
+        for spec in engines:
+            if Path(spec.file).name != spec.file:
+                raise ValueError(f"{spec.file!r} is no file's name")
+        return engines
+
+    def of(self, graph: str) -> EngineSpec | None:
+        """Return the engine that was built from ``graph``."""
+        return next((spec for spec in self.engines if spec.graph == graph), None)
+
+    def save(self, folder: Path) -> None:
+        """Write ``engines.json``."""
+        write_text_atomically(folder / ENGINES, self.model_dump_json(indent=1) + "\n")
+
+
+def read_engines(folder: str | os.PathLike[str]) -> Engines:
+    """Read ``engines.json`` in ``folder``.
+
+    Raises:
+        ConfigError: there is none, or it is not valid.
+    """
+    path = Path(folder) / ENGINES
+    try:
+        return Engines.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "no engines were built here", where=str(path), got=error, remedy=_REMEDY
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            first["msg"],
+            where=f"{path}: {'.'.join(str(part) for part in first['loc']) or 'content'}",
+            got=repr(first.get("input"))[:120],
+            remedy=_REMEDY,
+        ) from error
+
+
+def check_engine(folder: Path, spec: EngineSpec) -> Path:
+    """Return the engine's path.
+
+    Raises:
+        ConfigError: it is missing, or is not what was built.
+    """
+    path = folder / spec.file
+    if path.is_symlink() or not path.is_file():
+        raise ConfigError("the engine is missing", where=str(path), remedy=_REMEDY)
+    if path.stat().st_size != spec.content.bytes or file_hash(path) != spec.content.sha256:
+        raise ConfigError(
+            "the engine has changed since it was built", where=str(path), remedy=_REMEDY
+        )
+    return path

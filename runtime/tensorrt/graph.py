@@ -1,0 +1,147 @@
+"""Run one TensorRT engine on torch tensors, without copies, on torch's stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError, EngineError
+from ditfastattn.runtime.bundle.transformer import Result
+from ditfastattn.runtime.tensorrt.library import Library
+
+
+class TensorRTGraph:
+    """Hold an engine, and run it on tensors in the order of ``inputs`` and ``outputs``.
+
+    Each thread has an execution context of its own; all work is queued on the thread's current
+    stream, and nothing waits for it.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        path: Path,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        """Load the engine in ``path``, whose content was checked.
+
+        Raises:
+            ConfigError: TensorRT refuses it, or it has other inputs and outputs.
+        """
+        trt = library.module
+        self._log = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._log)  # must outlive the engine
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise ConfigError(
+                "TensorRT refuses the engine",
+                where=str(path),
+                expected=f"an engine of {library.name} {library.version} for {_gpu(device)}",
+                remedy="build it again on this machine (`ditfastattn build`)",
+            )
+        present = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        if present != {*inputs, *outputs}:
+            raise ConfigError(
+                "the engine has other inputs and outputs than its bundle says",
+                where=str(path),
+                got=", ".join(sorted(present)),
+                expected=", ".join(sorted({*inputs, *outputs})),
+                remedy="build it again (`ditfastattn build`)",
+            )
+        self._engine, self._path, self._device = engine, path, device
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._threads = threading.local()
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors must be."""
+        return self._device
+
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
+        """Queue a run on ``tensors``; ``results`` holds the shape and dtype of each output.
+
+        Raises:
+            EngineError: TensorRT refused a shape, or failed.
+        """
+        made = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in results]
+        self.run([tensor.contiguous() for tensor in tensors], made)
+        return made
+
+    def run(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Queue a run from ``tensors`` into ``results``, all of them contiguous."""
+        context = self._context()
+        for name, tensor in zip(self._inputs, tensors, strict=True):
+            # An engine knows sizes within its profile alone, and the context says so.
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise EngineError(
+                    f"{self._path}: the engine was not built for {name!r} of shape "
+                    f"{list(tensor.shape)}; build it for more images (--images)"
+                )
+            context.set_tensor_address(name, tensor.data_ptr())
+        for name, tensor in zip(self._outputs, results, strict=True):
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(_stream(self._device)):
+            raise EngineError(f"{self._path}: TensorRT failed; its messages are on stderr")
+
+    def _context(self) -> Any:
+        if not hasattr(self._threads, "context"):
+            self._threads.context = self._engine.create_execution_context()
+        return self._threads.context
+
+
+class CudaGraph:
+    """Replay an engine's kernels as one CUDA graph: what is launched costs the host nothing.
+
+    A graph is bound to addresses. Inputs are copied into its own, and outputs out of its own; it is
+    captured once per set of shapes and thread.
+    """
+
+    def __init__(self, graph: TensorRTGraph) -> None:
+        """Take the engine's graph."""
+        self._graph = graph
+        self._threads = threading.local()
+
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
+        """Run as ``TensorRTGraph`` does."""
+        if not hasattr(self._threads, "captured"):
+            self._threads.captured = {}
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        captured: dict[Any, _Captured] = self._threads.captured
+        if shapes not in captured:
+            captured[shapes] = _Captured(self._graph, tensors, results)
+        return captured[shapes](tensors)
+
+
+class _Captured:
+    def __init__(
+        self, graph: TensorRTGraph, tensors: Sequence[Tensor], results: Sequence[Result]
+    ) -> None:
+        self._inputs = [tensor.clone().contiguous() for tensor in tensors]
+        device = graph.device
+        self._outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in results]
+        graph.run(self._inputs, self._outputs)  # the first run allocates, which a capture must not
+        torch.cuda.current_stream(device).synchronize()
+        self._replayed = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._replayed):
+            graph.run(self._inputs, self._outputs)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        for own, given in zip(self._inputs, tensors, strict=True):
+            own.copy_(given, non_blocking=True)
+        self._replayed.replay()
+        return [output.clone() for output in self._outputs]
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

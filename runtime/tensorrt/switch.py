@@ -1,0 +1,60 @@
+"""Run one variant by the engine that holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.transformer import Engine, Result
+from ditfastattn.runtime.tensorrt.engines import SwitchSpec
+
+
+def through_switch(manifest: Manifest, switch: SwitchSpec) -> Manifest:
+    """Return the manifest as the switch sees it: every variant is given all of the inputs."""
+    variants = [
+        variant.model_copy(update={"inputs": switch.inputs}) for variant in manifest.variants
+    ]
+    return manifest.model_copy(update={"variants": tuple(variants)})
+
+
+class SwitchedVariant:
+    """Run one variant: its slots go through its ports, and anything through the others."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        switch: SwitchSpec,
+        index: int,
+        device: torch.device,
+    ) -> None:
+        """Take the engine of the whole switch."""
+        self._engine, self._manifest, self._switch = engine, manifest, switch
+        self._ports = switch.variants[index]
+        self._number = torch.tensor(index, dtype=torch.int32, device=device)
+
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
+        """Run on the model's inputs and the variant's reads; return outputs and writes."""
+        switch, count = self._switch, len(self._manifest.outputs)
+        inputs, slots = tensors[: len(switch.inputs)], tensors[len(switch.inputs) :]
+        batch = len(next(tensor for tensor in inputs if tensor.dim()))
+        given = dict(zip(self._ports.reads, slots, strict=True))
+        reads = [
+            given[port] if port in given else self._filler(port, batch)
+            for port in range(len(switch.reads))
+        ]
+        expected = [
+            (spec.like.sizes(batch), getattr(torch, spec.like.dtype)) for spec in switch.writes
+        ]
+        returned = self._engine([self._number, *inputs, *reads], [*results[:count], *expected])
+        ports = returned[count:]
+        return [*returned[:count], *(ports[port] for port in self._ports.writes)]
+
+    def _filler(self, port: int, batch: int) -> Tensor:
+        """Return what is given to a port that the variant does not read."""
+        like = self._switch.reads[port].like
+        dtype: torch.dtype = getattr(torch, like.dtype)
+        return torch.empty(like.sizes(batch), dtype=dtype, device=self._number.device)

@@ -1,0 +1,322 @@
+"""TensorRT engines hold what the plan says: read off the builder's own log, without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from onnx import TensorProto, helper
+
+import ditfastattn
+from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyError
+from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.linear_scheduler import linear_schedule
+from ditfastattn.export.lint import lint
+from ditfastattn.export.tensorrt.build import BuildOptions, build
+from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
+from ditfastattn.export.tensorrt.job import Job, run_job
+from ditfastattn.export.tensorrt.options import choose_layout, rows_of
+from ditfastattn.passes.plan import SiteKind
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.bundle.manifest import read_manifest
+from ditfastattn.runtime.tensorrt.engines import (
+    ENGINES,
+    ENGINES_FOLDER,
+    Engines,
+    Layout,
+    read_engines,
+)
+from tests.export.helpers import export_tiny
+from tests.helpers import STEPS, TINY_MODELS, TinyModel, capture_every_site, make_plan
+
+TARGET = "sm89"
+TOKENS, HEAD_DIM = 256, 32
+
+needs_builder = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None,
+    reason="tensorrt-rtx, which builds without a GPU, is not installed",
+)
+
+FULL, SHARE, WINDOW, BOTH, CFG = (
+    Strategy.FULL,
+    Strategy.SHARE_STEP,
+    Strategy.WINDOW,
+    Strategy.WINDOW_SHARE_CFG,
+    Strategy.SHARE_CFG,
+)
+
+
+def wide(name: str) -> TinyModel:
+    """Return a model of few layers whose attention is large enough to be fused."""
+    return TINY_MODELS[name](size=32, head_dim=HEAD_DIM)
+
+
+def four_rows(sites: Sequence[AttentionSite]) -> list[tuple[Strategy, ...]]:
+    """Return four distinct steps, one of them twice: computed, shared, windowed, halved."""
+    wanted = [
+        [FULL, FULL, FULL],
+        [SHARE, FULL, WINDOW],
+        [BOTH, SHARE, FULL],
+        [CFG, WINDOW, SHARE],
+        [FULL, FULL, FULL],
+        [SHARE, SHARE, SHARE],
+    ]
+    assert len(wanted) == STEPS
+    return [
+        tuple(FULL if row[i % 3] in site.declined else row[i % 3] for i, site in enumerate(sites))
+        for row in wanted
+    ]
+
+
+def half_bundle(tiny: TinyModel, out: Path, loop: bool = False) -> list[tuple[Strategy, ...]]:
+    """Export ``tiny`` in fp16; return the rows of its plan."""
+    _, sites = capture_every_site(tiny)
+    rows = four_rows(sites)
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    torch._dynamo.reset()
+    schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS) if loop else None
+    options = ExportOptions(dtype="float16", loop=loop)
+    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options, schedule)
+    return rows
+
+
+def log_of(folder: Path, engines: Engines, graph: str) -> BuildLog:
+    spec = engines.of(graph)
+    assert spec is not None
+    return read_log((folder / ENGINES_FOLDER / TARGET / spec.file).with_suffix(".log"))
+
+
+@needs_builder
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: Path) -> None:
+    tiny = wide(name)
+    _, sites = capture_every_site(tiny)
+    rows = half_bundle(tiny, tmp_path)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.VARIANTS))
+    manifest = read_manifest(tmp_path)
+    for step, variant in enumerate(manifest.schedule):
+        graph = manifest.variants[variant].file
+        computed = [
+            site
+            for site, strategy in zip(sites, rows[step], strict=True)
+            if site.kind is not SiteKind.FEED_FORWARD and strategy.computes
+        ]
+        spec = engines.of(graph)
+        assert spec is not None
+        assert spec.findings == ()
+        # A step that stores a residual computes the window beside the full attention.
+        stored = [slot for slot, _ in manifest.variants[variant].writes if "residual" in slot]
+        assert spec.fused == spec.attentions == len(computed) + len(stored)
+        log = log_of(tmp_path, engines, graph)
+        assert log.errors == ()
+        assert len(log.attentions) == spec.fused
+
+
+@needs_builder
+def test_a_window_is_attended_in_blocks(tmp_path: Path) -> None:
+    tiny = wide("dit")
+    _, sites = capture_every_site(tiny)
+    half_bundle(tiny, tmp_path)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.VARIANTS))
+    manifest = read_manifest(tmp_path)
+    whole = log_of(tmp_path, engines, manifest.variants[manifest.schedule[0]].file)
+    windowed = log_of(tmp_path, engines, manifest.variants[manifest.schedule[1]].file)
+
+    def seen(log: BuildLog, kind: str) -> set[tuple[int, int]]:
+        """Return how many queries see how many keys, in the kernels of attentions so named."""
+        found = [kernel for kernel in log.attentions if kernel.nodes[0].startswith(kind)]
+        return {(kernel.shapes[0][1], kernel.shapes[1][2]) for kernel in found}
+
+    window = sites[0].window
+    assert 0 < window < TOKENS // 4
+    assert seen(whole, "scaled_dot_product_attention") == {(TOKENS, TOKENS)}
+    assert seen(windowed, "window_attention") == {(window, 3 * window)}  # a block and both sides
+
+
+@needs_builder
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_one_switch_holds_all_variants_and_the_weights_once(name: str, tmp_path: Path) -> None:
+    half_bundle(wide(name), tmp_path)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.SWITCH))
+    spec = engines.of("switch.onnx")
+    assert spec is not None
+    assert spec.fused == spec.attentions > 0
+    assert [line for line in spec.findings if "attention" in line] == []
+    assert engines.rows == (2, 2, 2)  # a switch takes one batch
+    assert engines.switch is not None
+    assert len(engines.switch.variants) == len(read_manifest(tmp_path).variants)
+    assert not (tmp_path / ENGINES_FOLDER / TARGET / "weights.bin").exists()
+
+
+@needs_builder
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_the_loop_is_one_engine(name: str, tmp_path: Path) -> None:
+    half_bundle(wide(name), tmp_path, loop=True)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.LOOP))
+    (spec,) = engines.engines
+    assert spec.graph == "loop.onnx"
+    assert spec.fused == spec.attentions > 0
+    assert spec.findings == ()
+
+
+@needs_builder
+def test_what_is_built_is_kept_and_what_is_stale_goes(tmp_path: Path) -> None:
+    export_tiny(wide("dit"), None, tmp_path, options=ExportOptions(dtype="float16"))
+    out = tmp_path / ENGINES_FOLDER / TARGET
+    first = build(tmp_path, BuildOptions(TARGET)).engines[0]
+    written = (out / first.file).stat().st_mtime_ns
+    told: list[str] = []
+    options = BuildOptions(TARGET, on_progress=lambda graph, phase, done: told.append(phase))
+    assert build(tmp_path, options).engines[0] == first
+    assert told == ["is there already"]
+    assert (out / first.file).stat().st_mtime_ns == written
+    other = build(tmp_path, BuildOptions(TARGET, images=(1, 2, 8))).engines[0]
+    assert other.key != first.key
+    assert sorted(path.name for path in out.glob("*.engine")) == [other.file]
+    (out / other.file).write_bytes(b"cut")
+    assert build(tmp_path, BuildOptions(TARGET, images=(1, 2, 8))).engines[0].key == other.key
+    assert (out / other.file).stat().st_size > 3
+    assert read_engines(out).rows == (1, 2, 8)
+
+
+@needs_builder
+def test_attention_in_fp32_is_reported_as_not_fused(tmp_path: Path) -> None:
+    export_tiny(wide("dit"), None, tmp_path)
+    (spec,) = build(tmp_path, BuildOptions(TARGET)).engines
+    assert spec.fused == 0
+    assert any("not one fused kernel" in line and "float16" in line for line in spec.findings)
+
+
+def test_a_window_by_the_attention_operator_is_caught(tmp_path: Path) -> None:
+    """The negative control: TensorRT parses it, and drops the window without a word."""
+    shape: list[str | int | None] = ["batch", 2, TOKENS, HEAD_DIM]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, shape) for n in "qkvo"]
+    node = helper.make_node("Attention", ["q", "k", "v"], ["o"], "windowed", is_causal=0)
+    graph = helper.make_graph([node], "windowed", values[:3], values[3:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    path = tmp_path / "windowed.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(VerifyError, match="Attention: TensorRT drops its window"):
+        lint(path)
+
+
+def test_a_graph_that_is_not_sound_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    export_tiny(TINY_MODELS["dit"](), None, tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise VerifyError(f"{path.name} is not sound")
+
+    monkeypatch.setattr(sys.modules[build.__module__], "lint", refuse)
+    with pytest.raises(VerifyError, match=r"variant_00.onnx is not sound"):
+        build(tmp_path, BuildOptions(TARGET))
+    assert not list((tmp_path / ENGINES_FOLDER / TARGET).glob("*.engine"))
+
+
+FAKE = """
+import os, signal, sys, time
+class ILogger: pass
+class NetworkDefinitionCreationFlag: pass
+class ProfilingVerbosity: DETAILED = 0
+class Config: pass
+class Builder:
+    def __init__(self, logger): self.logger = logger
+    def create_network(self, flags): return None
+    def create_builder_config(self): return Config()
+    def build_serialized_network(self, network, config):
+        how = os.environ["FAKE"]
+        self.logger.log("Severity.ERROR", "the reason")
+        if how == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "hang": time.sleep(60)
+        return None if how == "nothing" else b"an engine"
+class OnnxParser:
+    num_errors = 0
+    def __init__(self, network, logger): pass
+    def parse_from_file(self, path): return True
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("crash", "died of SIGSEGV"), ("hang", "took longer than 2 s"), ("nothing", "made no engine")],
+)
+def test_a_builder_that_dies_takes_nobody_along(
+    how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fake_trt.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAKE", how)
+    engine, log = tmp_path / "made.engine", tmp_path / "made.log"
+    job = Job("fake_trt", tmp_path / "graph.onnx", engine, log, "current", {})
+    with pytest.raises(EngineError, match=said) as caught:
+        run_job(job, 2.0, lambda phase, done: None)
+    assert "the reason" in str(caught.value)
+    assert str(log) in str(caught.value)
+    assert not engine.exists()
+    monkeypatch.setenv("FAKE", "well")
+    run_job(job, 60.0, lambda phase, done: None)
+    assert engine.read_bytes() == b"an engine"
+
+
+def test_auto_says_why(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["dit"]()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, four_rows(sites), tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert 1 < len(manifest.variants) <= STEPS
+    layout, reason = choose_layout(tmp_path, manifest, BuildOptions(TARGET))
+    assert layout is Layout.VARIANTS
+    assert "within the limit of 2048 MiB" in reason
+    layout, reason = choose_layout(tmp_path, manifest, BuildOptions(TARGET, max_engine_mb=0.0))
+    assert layout is Layout.SWITCH
+    assert "over the limit" in reason
+    with pytest.raises(ConfigError, match="no unrolled loop"):
+        choose_layout(tmp_path, manifest, BuildOptions(TARGET, Layout.LOOP))
+
+
+def test_images_become_rows_of_both_halves(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["dit"]()
+    _, sites = capture_every_site(tiny)
+    guided = export_tiny(tiny, four_rows(sites), tmp_path / "guided")
+    assert rows_of(guided, (1, 2, 4)) == (2, 4, 8)
+    assert rows_of(guided, (1, 2, 4), Layout.SWITCH) == (4, 4, 4)
+    dense = export_tiny(tiny, None, tmp_path / "dense")
+    assert rows_of(dense, (1, 2, 4)) == (1, 2, 4)
+    fixed = ExportOptions(dynamic_batch=False)
+    assert (
+        rows_of(export_tiny(tiny, None, tmp_path / "fixed", options=fixed), (1, 2, 4)) == (4,) * 3
+    )
+    with pytest.raises(ConfigError, match="must not shrink"):
+        rows_of(dense, (2, 1, 4))
+
+
+def test_a_target_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    export_tiny(TINY_MODELS["dit"](), None, tmp_path)
+    with pytest.raises(ConfigError, match="cannot build for this target") as caught:
+        build(tmp_path, BuildOptions("sm90"))
+    assert "sm89" in str(caught.value)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU here to build for"):
+            build(tmp_path, BuildOptions())
+    with pytest.raises(ConfigError, match="no such layout"):
+        ditfastattn.build(tmp_path, target=TARGET, layout="both")
+    with pytest.raises(ConfigError, match="no such TensorRT library"):
+        ditfastattn.build(tmp_path, target=TARGET, library="tensorflow")
+
+
+def test_engines_json_is_read_strictly(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no engines were built"):
+        read_engines(tmp_path)
+    (tmp_path / ENGINES).write_text('{"schema_version": 2}')
+    with pytest.raises(ConfigError, match="schema_version"):
+        read_engines(tmp_path)
