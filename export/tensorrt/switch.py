@@ -4,12 +4,17 @@ TensorRT's engines share no weights, but the branches of an ``If`` share those o
 them. Branches must return the same outputs, while variants read and write different cache slots:
 slots go through *ports*, inputs and outputs of a shape, that each variant uses for its own.
 
+What is computed per image and not per token (the conditioning of all blocks) is moved in front of
+the branches: builders merge such products, each branch other ones, and would hold merged copies of
+their weights.
+
 The batch is fixed: TensorRT-RTX 1.7 fails on a free one inside an ``If``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +27,9 @@ from ditfastattn.runtime.tensorrt.engines import PortSpec, SwitchSpec, SwitchVar
 
 SWITCH_FILE: Final = "switch.onnx"
 VARIANT: Final = "variant"
+
+
+_Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -107,16 +115,23 @@ class _Joiner:
         self._manifest, self._models, self._rows = manifest, models, rows
         self._initializers = _Initializers()
         self._reads, self._writes = _Ports("read"), _Ports("write")
+        self._shared: dict[_Key, str] = {}  # what is computed in front of the branches
+        self._front: list[NodeProto] = []
 
     def join(self) -> Switch:
         used = [self._used(index) for index in range(len(self._models))]
+        keys = [self._per_image(model) for model in self._models]
+        often = Counter(key for each in keys for key in set(each.values()))
         first = self._models[0].graph
         outputs = [info for info in first.output if info.name in self._outputs]
-        branches = [self._branch(index, variant, outputs) for index, variant in enumerate(used)]
+        branches = [
+            self._branch(index, variant, outputs, {n: k for n, k in each.items() if often[k] > 1})
+            for index, (variant, each) in enumerate(zip(used, keys, strict=True))
+        ]
         chosen = self._choose(branches, 0)
         inputs = self._inputs()
         names = [*(info.name for info in outputs), *(info.name for info in self._writes.infos)]
-        nodes = list(chosen.node)
+        nodes = [*self._front, *chosen.node]
         nodes += [
             helper.make_node("Identity", [inner.name], [name], name)
             for inner, name in zip(chosen.output, names, strict=True)
@@ -172,8 +187,47 @@ class _Joiner:
         infos = {info.name: info for model in self._models for info in model.graph.input}
         return [infos[spec.name] for spec in self._manifest.inputs if spec.name in used]
 
+    def _per_image(self, model: ModelProto) -> dict[str, _Key]:
+        """Return keys of the values that are a vector per image, and depend on such alone.
+
+        Values of equal keys are equal, whatever the variant.
+        """
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        inputs = {spec.name for spec in self._manifest.inputs}
+        keys: dict[str, _Key] = {"": ()}
+        keys |= {info.name: (info.name,) for info in graph.input if info.name in inputs}
+        keys |= {t.name: (self._initializers.add(t),) for t in graph.initializer}
+        sizes = {info.name: _sizes(info) for info in graph.value_info}
+        found: dict[str, _Key] = {}
+        for node in graph.node:
+            small = all(self._is_small(sizes.get(name)) for name in node.output)
+            if not small or any(name not in keys for name in node.input):
+                continue
+            given = tuple(keys[name] for name in node.input)
+            named = sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
+            for place, name in enumerate(node.output):
+                found[name] = keys[name] = (node.op_type, tuple(named), given, place)
+        return found
+
+    def _is_small(self, sizes: tuple[int, ...] | None) -> bool:
+        return sizes is not None and (
+            len(sizes) < 2 or (len(sizes) == 2 and sizes[0] <= self._rows)
+        )
+
+    def _move(self, node: NodeProto, names: dict[str, str], keys: Mapping[str, _Key]) -> None:
+        """Compute ``node`` in front of the branches, unless that is done there already."""
+        if keys[node.output[0]] not in self._shared:
+            prefix = f"shared_{len(self._front)}/"
+            self._front.append(_renamed(node, names, prefix))
+            self._shared |= {keys[name]: names[name] for name in node.output}
+        names.update({name: self._shared[keys[name]] for name in node.output})
+
     def _branch(
-        self, index: int, used: SwitchVariant, outputs: Sequence[ValueInfoProto]
+        self,
+        index: int,
+        used: SwitchVariant,
+        outputs: Sequence[ValueInfoProto],
+        shared: Mapping[str, _Key],
     ) -> GraphProto:
         """Return one variant as a branch: the model's outputs, then all ports."""
         variant, graph = self._manifest.variants[index], self._models[index].graph
@@ -183,7 +237,12 @@ class _Joiner:
             names[name] = self._reads.infos[port].name
         for tensor in graph.initializer:
             names[tensor.name] = self._initializers.add(tensor)
-        nodes = [_renamed(node, names, prefix) for node in graph.node]
+        nodes: list[NodeProto] = []
+        for node in graph.node:
+            if node.output[0] in shared:
+                self._move(node, names, shared)
+            else:
+                nodes.append(_renamed(node, names, prefix))
         written = {
             port: names[name] for port, (_, name) in zip(used.writes, variant.writes, strict=True)
         }
@@ -245,6 +304,13 @@ _SIZES: Final[dict[int, int]] = {
     TensorProto.BFLOAT16: 2,
     TensorProto.DOUBLE: 8,
 }
+
+
+def _sizes(info: ValueInfoProto) -> tuple[int, ...] | None:
+    """Return a shape; None where a size is not known."""
+    kind = info.type.tensor_type
+    known = kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim)
+    return tuple(dim.dim_value for dim in kind.shape.dim) if known else None
 
 
 def _fix(graph: GraphProto, manifest: Manifest, rows: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from onnx import TensorProto, helper
+from typer.testing import CliRunner
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyError
@@ -33,8 +34,17 @@ from ditfastattn.runtime.tensorrt.engines import (
     Layout,
     read_engines,
 )
+from ditfastattn.tools import cli
+from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from tests.export.helpers import export_tiny
-from tests.helpers import STEPS, TINY_MODELS, TinyModel, capture_every_site, make_plan
+from tests.helpers import (
+    STEPS,
+    TINY_MODELS,
+    TinyModel,
+    capture_every_site,
+    make_plan,
+)
+from tests.plans import plan_for
 
 TARGET = "sm89"
 TOKENS, HEAD_DIM = 256, 32
@@ -164,6 +174,36 @@ def test_the_loop_is_one_engine(name: str, tmp_path: Path) -> None:
     assert spec.graph == "loop.onnx"
     assert spec.fused == spec.attentions > 0
     assert spec.findings == ()
+
+
+@needs_builder
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout.VARIANTS, Layout.SWITCH, Layout.LOOP])
+def test_the_embedded_model_builds_in_every_form(layout: Layout, tmp_path: Path) -> None:
+    pipeline = embedded_pipeline()
+    call = {"class_labels": [3], "num_inference_steps": 4, "guidance_scale": 2.0}
+    plan = plan_for(pipeline, call, [FULL, BOTH, SHARE, FULL])
+    torch._dynamo.reset()
+    ditfastattn.export(pipeline, call, plan, tmp_path, dtype="float16", loop=True)
+    engines = build(tmp_path, BuildOptions(TARGET, layout))
+    for spec in engines.engines:
+        assert spec.fused == spec.attentions
+        assert [line for line in spec.findings if "times as large" not in line] == []
+    # Step 0 stores residuals: a window beside each full attention. Step 2 has none.
+    variants = [12, 6, 0, 6]
+    counted = variants if layout is Layout.VARIANTS else [sum(variants)]
+    assert sorted(spec.fused for spec in engines.engines) == sorted(counted)
+
+
+@needs_builder
+def test_the_command_builds_and_says_what(tmp_path: Path) -> None:
+    export_tiny(wide("dit"), None, tmp_path)
+    result = CliRunner().invoke(cli.app, ["build", str(tmp_path), "--target", TARGET])
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "variant_00.onnx" in told
+    assert "3 of 3 attentions are not one fused kernel each" in told
+    assert "layout variants: there is one step variant" in told
 
 
 @needs_builder
