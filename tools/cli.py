@@ -56,9 +56,10 @@ def main(
 ) -> None:
     """Set up logging."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
-    logging.getLogger("ditfastattn").setLevel(level)
-    logging.getLogger("ditfastattn").addHandler(handler)
+    logger = logging.getLogger("ditfastattn")
+    logger.setLevel(level)
+    if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False))
 
 
 @app.command()

@@ -208,6 +208,7 @@ def test_counted_prices_are_the_graphs_flops(session: Session) -> None:
     assert costs.plan(rows) == pytest.approx(variants.flops(rows).attention)
 
 
+@pytest.mark.measured
 def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session) -> None:
     costs = measure_costs(Variants(session), Objective.LATENCY, repetitions=3)
     assert 0.0 < costs.step < 10.0
