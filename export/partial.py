@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
-
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.weights import Weights
-from ditfastattn.files import write_text_atomically
+from ditfastattn.files import sole_writer, write_text_atomically
 from ditfastattn.runtime.bundle.manifest import MANIFEST
 
 WEIGHTS_FILE: Final = "weights.bin"
@@ -98,21 +96,12 @@ def growing(out: Path) -> Generator[Path]:
             remedy="choose another folder",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.parent / f".{out.name}.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            "another export is writing this bundle",
-            where=str(out),
-            remedy="wait for it, stop it, or export to another folder",
-        ) from error
-    folder = out.parent / f".{out.name}.partial"
-    try:
-        yield folder
-    except (ConfigError, RuntimeError):
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+    lock, folder = (out.parent / f".{out.name}.{kind}" for kind in ("lock", "partial"))
+    what = "another export is writing this bundle"
+    remedy = "wait for it, stop it, or export to another folder"
+    with sole_writer(lock, out, what, remedy, remove=True):
+        try:
+            yield folder
+        except (ConfigError, RuntimeError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise

@@ -16,7 +16,6 @@ from typing import Final
 
 import onnx
 import torch
-from filelock import FileLock, Timeout
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.lint import lint, nodes_of
@@ -24,11 +23,11 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
 from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
+from ditfastattn.files import sole_writer
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
     FileSpec,
     Manifest,
-    SlotSpec,
     TensorSpec,
     VariantSpec,
     check_files,
@@ -72,7 +71,8 @@ def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -
     out = root / ENGINES_FOLDER / chosen.target
     out.mkdir(parents=True, exist_ok=True)
     rows = rows_of(manifest, chosen.images, layout)
-    with _alone(out), _graphs(root, manifest, layout, rows[1]) as (graphs, switch):
+    alone = sole_writer(out / ".lock", out, "another build is writing these engines")
+    with alone, _graphs(root, manifest, layout, rows[1]) as (graphs, switch):
         engines = Engines(
             library=library.name,
             version=library.version,
@@ -104,26 +104,13 @@ def _check_target(library: Library, target: str) -> None:
         )
 
 
-@contextmanager
-def _alone(out: Path) -> Generator[None]:
-    lock = FileLock(out / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError("another build is writing these engines", where=str(out)) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @dataclass(frozen=True)
 class _Graph:
     """Hold a graph to build from, and its inputs of which a shape may depend on the batch."""
 
     name: str
     path: Path
-    inputs: Mapping[str, TensorSpec | SlotSpec]
+    inputs: Mapping[str, TensorSpec]
 
 
 @contextmanager
@@ -131,7 +118,7 @@ def _graphs(
     root: Path, manifest: Manifest, layout: Layout, rows: int
 ) -> Generator[tuple[list[_Graph], SwitchSpec | None]]:
     """Hold the graphs that the layout's engines are built from."""
-    specs: dict[str, TensorSpec | SlotSpec] = {slot.name: slot for slot in manifest.slots}
+    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
     specs |= {spec.name: spec for spec in manifest.inputs}
 
     def of(variant: VariantSpec) -> _Graph:

@@ -22,7 +22,7 @@ from typing import Any, Final
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ditfastattn.runtime.bundle.manifest import Manifest, SlotSpec, TensorSpec
+from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
 from ditfastattn.runtime.tensorrt.engines import PortSpec, SwitchSpec, SwitchVariant
 
 SWITCH_FILE: Final = "switch.onnx"
@@ -63,16 +63,12 @@ class _Ports:
     specs: list[PortSpec] = field(default_factory=list)
     _like: dict[bytes, list[int]] = field(default_factory=dict)
 
-    def take(
-        self, infos: Sequence[ValueInfoProto], specs: Sequence[TensorSpec | SlotSpec]
-    ) -> tuple[int, ...]:
+    def take(self, infos: Sequence[ValueInfoProto], specs: Sequence[TensorSpec]) -> tuple[int, ...]:
         """Return a port of its own for each value of one variant."""
         taken: dict[bytes, int] = {}
         return tuple(self._next(info, spec, taken) for info, spec in zip(infos, specs, strict=True))
 
-    def _next(
-        self, info: ValueInfoProto, spec: TensorSpec | SlotSpec, taken: dict[bytes, int]
-    ) -> int:
+    def _next(self, info: ValueInfoProto, spec: TensorSpec, taken: dict[bytes, int]) -> int:
         key = info.type.SerializeToString(deterministic=True)
         like = self._like.setdefault(key, [])
         rank = taken.get(key, 0)
@@ -315,7 +311,7 @@ def _sizes(info: ValueInfoProto) -> tuple[int, ...] | None:
 
 def _fix(graph: GraphProto, manifest: Manifest, rows: int) -> None:
     """Put numbers in the place of the batch, in the shapes of a graph's inputs and outputs."""
-    specs: dict[str, TensorSpec | SlotSpec] = {slot.name: slot for slot in manifest.slots}
+    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
     specs |= {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
     names = {made: slot for variant in manifest.variants for slot, made in variant.writes}
     for info in (*graph.input, *graph.output):

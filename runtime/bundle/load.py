@@ -64,8 +64,7 @@ def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxG
         )
     path = root / loop.file
     check_location(path, manifest.weights)
-    inputs = [loop.noise.name, *(spec.name for spec in loop.conditions)]
-    return OnnxGraph(path, inputs, [loop.latents], options)
+    return OnnxGraph(path, loop.graph_inputs, [loop.latents], options)
 
 
 def open_graph(
@@ -74,8 +73,4 @@ def open_graph(
     """Open one graph of a bundle whose files have been checked."""
     path = root / spec.file
     check_location(path, manifest.weights)
-    inputs = [*spec.inputs, *(name for _, name in spec.reads)]
-    results = [output.name for output in manifest.outputs]
-    if spec is manifest.prologue:
-        results = []
-    return OnnxGraph(path, inputs, [*results, *(name for _, name in spec.writes)], options)
+    return OnnxGraph(path, spec.graph_inputs, manifest.graph_outputs(spec), options)

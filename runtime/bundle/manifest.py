@@ -57,18 +57,11 @@ class TensorSpec(_Record):
         return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
 
 
-class SlotSpec(_Record):
+class SlotSpec(TensorSpec):
     """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads)."""
 
-    name: str
-    shape: tuple[Positive | Multiple, ...]
-    dtype: str
     lives: tuple[tuple[Natural, Natural], ...]
     source: str = ""
-
-    def sizes(self, batch: int) -> tuple[int, ...]:
-        """Return the shape at ``batch``."""
-        return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
 
 
 class VariantSpec(_Record):
@@ -81,6 +74,11 @@ class VariantSpec(_Record):
     inputs: tuple[str, ...]
     reads: tuple[tuple[str, str], ...]
     writes: tuple[tuple[str, str], ...]
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """Return the names of the graph's inputs, in order."""
+        return (*self.inputs, *(name for _, name in self.reads))
 
 
 class FileSpec(_Record):
@@ -112,6 +110,11 @@ class LoopSpec(_Record):
     conditions: tuple[TensorSpec, ...]
     latents: str
     guidance_scale: float
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """Return the names of the graph's inputs, in order."""
+        return (self.noise.name, *(spec.name for spec in self.conditions))
 
 
 class Manifest(_Record):
@@ -215,6 +218,11 @@ class Manifest(_Record):
                 if slot not in known:
                     raise ValueError(f"{variant.file} writes {slot!r}, which is no slot")
                 written.add(slot)
+
+    def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
+        """Return the names of a graph's outputs, in order; the prologue has none of the model's."""
+        results = () if graph is self.prologue else self.outputs
+        return (*(spec.name for spec in results), *(name for _, name in graph.writes))
 
     def save(self, folder: Path) -> None:
         """Write the manifest, the last file of a bundle: without it there is none."""

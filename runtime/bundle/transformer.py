@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.passes.step_program import CacheSlot, StepProgram
-from ditfastattn.runtime.bundle.manifest import Manifest, SlotSpec, TensorSpec
+from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import Hoisted, Values
@@ -253,7 +253,7 @@ def _program(manifest: Manifest) -> StepProgram:
     )
 
 
-def _result(spec: TensorSpec | SlotSpec, batch: int) -> Result:
+def _result(spec: TensorSpec, batch: int) -> Result:
     return spec.sizes(batch), getattr(torch, spec.dtype)
 
 

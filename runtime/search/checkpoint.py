@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.files import replacing, write_text_atomically
+from ditfastattn.files import replacing, sole_writer, write_text_atomically
 
 
 class Checkpoint:
@@ -110,21 +109,11 @@ def open_checkpoint(plan: Path, restart: bool = False) -> Generator[Checkpoint]:
     """
     folder = plan.with_name(plan.name + ".search")
     _make(plan.parent)
-    lock = FileLock(plan.with_name(f".{plan.name}.lock"), blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            "another search is writing this plan",
-            where=str(plan),
-            remedy="wait for it, stop it, or write to another file",
-        ) from error
-    try:
+    lock, what = plan.with_name(f".{plan.name}.lock"), "another search is writing this plan"
+    with sole_writer(lock, plan, what, "wait for it, stop it, or write to another file"):
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
         yield Checkpoint(folder)
-    finally:
-        lock.release()
 
 
 def _make(folder: Path) -> None:

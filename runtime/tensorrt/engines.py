@@ -18,7 +18,6 @@ from ditfastattn.runtime.bundle.manifest import (
     FileSpec,
     Natural,
     Positive,
-    SlotSpec,
     TensorSpec,
     file_hash,
 )
@@ -56,7 +55,7 @@ class PortSpec(_Record):
     """Describe an input or output of a switch that cache slots go through."""
 
     name: str
-    like: TensorSpec | SlotSpec
+    like: TensorSpec
 
 
 class SwitchVariant(_Record):

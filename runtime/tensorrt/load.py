@@ -124,8 +124,7 @@ def load_engines(
                 where=str(out),
                 remedy="build it (`ditfastattn build --layout loop`)",
             )
-        inputs = [loop.noise.name, *(spec.name for spec in loop.conditions)]
-        return opened.engine(loop.file, inputs, [loop.latents])
+        return opened.engine(loop.file, loop.graph_inputs, [loop.latents])
 
     providers = (f"{library.name} {library.version}",)
     return BundleTransformer(manifest, variants, prologue, device, open_loop, providers)
@@ -154,12 +153,7 @@ class _Opened:
 
     def variant(self, manifest: Manifest, variant: VariantSpec) -> Engine:
         """Open the engine of one step variant, or of the prologue."""
-        outputs = [] if variant is manifest.prologue else [s.name for s in manifest.outputs]
-        return self.engine(
-            variant.file,
-            [*variant.inputs, *(name for _, name in variant.reads)],
-            [*outputs, *(name for _, name in variant.writes)],
-        )
+        return self.engine(variant.file, variant.graph_inputs, manifest.graph_outputs(variant))
 
     def engine(self, graph: str, inputs: Sequence[str], outputs: Sequence[str]) -> Engine:
         """Open the engine that was built from ``graph``."""
