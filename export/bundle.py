@@ -33,7 +33,7 @@ from ditfastattn.passes.ir import graph_text
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.bundle.manifest import LoopSpec, Manifest, VariantSpec
 from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.search.prompts import argument_of, split_prompts
+from ditfastattn.runtime.search.prompts import argument_of, guidance_argument, split_prompts
 
 __all__ = ["ExportOptions", "export", "export_model"]
 
@@ -61,9 +61,8 @@ def export(
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     prompt = split_prompts(call, 0)[0]
     if loaded is not None:
-        check_sampler(
-            loaded, pipeline.scheduler, argument_of(pipeline, prompt.call, "guidance_scale")
-        )
+        guidance = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
+        check_sampler(loaded, pipeline.scheduler, guidance)
     recorded = record_call(pipeline, prompt)
     chosen = options or ExportOptions()
     schedule = _schedule(pipeline.scheduler, loaded) if chosen.loop else None

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
+from ditfastattn.runtime.denoiser import check_own_forward, replace_forward, transformer_of
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.search.prompts import Prompt, generate
 
@@ -52,7 +53,8 @@ def _doubled(item: Any, batch: int) -> Any:
 
 def record_call(pipeline: Any, prompt: Prompt) -> RecordedCall:
     """Return the first call that a generation makes of ``pipeline.transformer``."""
-    transformer: nn.Module = pipeline.transformer
+    transformer = transformer_of(pipeline, "export(pipeline)")
+    check_own_forward(transformer)
     parameters = inspect.signature(transformer.forward)
     found: dict[str, Any] = {}
 
@@ -101,8 +103,15 @@ def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
         return run
 
     plain = getattr(model, "_orig_mod", model)
-    with torch.no_grad(), many_compilations():
-        torch.compile(plain, backend=backend, fullgraph=True, dynamic=False)(**call.arguments)
+    undo = replace_forward(
+        plain,
+        lambda forward: torch.compile(forward, backend=backend, fullgraph=True, dynamic=False),
+    )
+    try:
+        with torch.no_grad(), many_compilations():
+            plain(**call.arguments)
+    finally:
+        undo()
     if len(found) != 1:
         raise ConfigError("the model is not one graph", got=f"{len(found)} graphs")
     return found[0]

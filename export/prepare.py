@@ -14,14 +14,13 @@ from ditfastattn.errors import ConfigError
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
-from ditfastattn.passes.capture import GraphInput
+from ditfastattn.passes.capture import GraphInput, latent_position
 from ditfastattn.passes.fingerprint import fingerprint
 from ditfastattn.passes.hoist_invariants import find_invariants
 from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
 from ditfastattn.passes.sites import AttentionSite, find_sites
 from ditfastattn.passes.step_program import StepProgram, unroll
 from ditfastattn.runtime.matching import (
-    latent_position,
     planned_sites,
     static_tensors,
     timestep_position,
@@ -99,8 +98,16 @@ def prepare(
     """Capture ``model`` and match ``plan``.
 
     Raises:
-        ConfigError: the plan is for another model or call; there is no such dtype.
+        ConfigError: the plan is for another model or call, or for two calls a step; there is no
+            such dtype.
     """
+    if plan is not None and plan.sampler.cfg_layout is CfgLayout.SEPARATE:
+        raise ConfigError(
+            "a plan whose steps call the model twice cannot be exported yet",
+            where="plan.sampler.cfg_layout",
+            got=plan.sampler.cfg_layout,
+            remedy="export a plan without guidance, or run this one with torch.compile",
+        )
     original = capture_call(model, call)
     static = static_tensors(original.graph, original.tensors)
     found = find_sites(original.graph).sites

@@ -21,6 +21,7 @@ from ditfastattn.export.weights import Weights
 from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.hoist_invariants import prologue
 from ditfastattn.passes.ir import outputs
+from ditfastattn.passes.merge_linears import merge_linears
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.passes.sites import AttentionSite
@@ -82,9 +83,9 @@ def prologue_graph(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
 
 def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> StepGraph:
     positions = [i for i, entry in enumerate(captures.first.graph.inputs) if entry.static]
-    decompose_unknown(first, RULES.keys(), positions)
-    if second is not first:
-        decompose_unknown(second, RULES.keys(), positions)
+    for module in (first,) if second is first else (first, second):
+        decompose_unknown(module, RULES.keys(), positions)
+        merge_linears(module, positions)
     symbols = find_batch(first, second, captures.batches)
     graph = first.graph
     placeholders = graph.find_nodes(op="placeholder")

@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.canonicalize import canonicalize
 from ditfastattn.passes.functionalize import functionalize
+from ditfastattn.passes.ir import value
+from ditfastattn.passes.recognize_attention import Unrecognized, recognize_attention
 
 _PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
 
@@ -40,10 +42,14 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders."""
+    """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders.
+
+    ``unrecognized`` names what computes attention in a form that no pass understands.
+    """
 
     module: GraphModule
     inputs: tuple[GraphInput, ...]
+    unrecognized: tuple[Unrecognized, ...] = ()
 
     @property
     def dynamic_names(self) -> tuple[str, ...]:
@@ -58,6 +64,21 @@ class CapturedGraph:
                 found: Node = node
                 return found
         raise LookupError(name)
+
+
+def latent_position(captured: CapturedGraph) -> int | None:
+    """Return which flat input is the latent: the first with the rank and size of the output."""
+    output = value(captured.module.graph.output_node().all_input_nodes[0])
+    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
+        found = value(node)
+        same_size = (
+            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
+        )
+        if not entry.static and found.is_floating_point() and same_size:
+            return index
+    return None
 
 
 def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
@@ -134,9 +155,13 @@ def capture(
     for index, node in zip(positions, traced.graph.find_nodes(op="placeholder"), strict=True):
         # Inductor reads this to know which inputs keep their address between calls.
         node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
+    for node in traced.graph.find_nodes(op="get_attr"):
+        held = getattr(traced, str(node.target))
+        if isinstance(held, Tensor):  # a literal of the model's code: Dynamo's fake is of its mode
+            node.meta["val"] = mode.from_tensor(held, static_shapes=True)
     _refuse_writes(functionalize(traced))
     canonicalize(traced)
-    return CapturedGraph(traced, kept)
+    return CapturedGraph(traced, kept, recognize_attention(traced))
 
 
 def _refuse_writes(writes: Sequence[Node]) -> None:

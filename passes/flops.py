@@ -61,5 +61,6 @@ def _attention(node: Node) -> int:
     batch, heads, queries, head_dim = value(node.args[0]).shape
     keys = value(node.args[1]).shape[-2]
     windowed = node.target is WINDOW_ATTENTION
-    pairs = kept_pairs(queries, argument(node, 3, "window")) if windowed else queries * keys
+    text = sum(argument(node, place, name, 0) for place, name in ((5, "before"), (6, "after")))
+    pairs = kept_pairs(queries, argument(node, 3, "window"), text) if windowed else queries * keys
     return 4 * batch * heads * int(pairs) * head_dim

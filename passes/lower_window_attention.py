@@ -60,12 +60,34 @@ _MAX_BIAS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Band:
-    """Hold what the constants of a window depend on."""
+    """Hold what the constants of a window depend on.
+
+    ``tokens`` are those of the band; ``before`` and ``after`` it stand the ones that see, and are
+    seen by, all.
+    """
 
     tokens: int
     window: int
     dtype: torch.dtype
     device: torch.device
+    before: int = 0
+    after: int = 0
+
+    @property
+    def text(self) -> int:
+        """Return how many tokens stand outside the band."""
+        return self.before + self.after
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of the band, and the others, of ``[B, H, N, D]``."""
+        stop = self.before + self.tokens
+        outside = torch.cat([tensor[:, :, : self.before], tensor[:, :, stop:]], dim=2)
+        return tensor[:, :, self.before : stop], outside
+
+    def joined(self, band: Tensor, outside: Tensor) -> Tensor:
+        """Undo ``split``."""
+        first, last = outside[:, :, : self.before], outside[:, :, self.before :]
+        return torch.cat([first, band, last], dim=2)
 
     @property
     def block(self) -> int:
@@ -79,13 +101,13 @@ class Band:
 
     @property
     def span(self) -> int:
-        """Return how many keys the queries of one block see together."""
+        """Return how many keys of the band the queries of one block see together."""
         return self.block + 2 * self.window
 
     @property
     def bias_bytes(self) -> int:
         """Return the size of what ``band_bias`` builds."""
-        return self.blocks * self.block * self.span * self.dtype.itemsize
+        return self.blocks * self.block * (self.span + self.text) * self.dtype.itemsize
 
 
 def lower_window_attention(
@@ -111,8 +133,21 @@ def lower_window_attention(
 def _band(node: Node) -> Band:
     query = value(_sources(node)[0])
     window: Any = node.args[3]
-    tokens = query.shape[2]
-    return Band(tokens, min(window, tokens), query.dtype, query.device)
+    text: Any = node.args[5:7] or (0, 0)
+    return band_of(query.shape[2], window, query.dtype, query.device, *text)
+
+
+def band_of(
+    tokens: int,
+    window: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    before: int = 0,
+    after: int = 0,
+) -> Band:
+    """Return the band of a window over ``tokens`` in all, text among them."""
+    image = tokens - before - after
+    return Band(image, min(window, image), dtype, device, before, after)
 
 
 def _is_static(node: Node) -> bool:
@@ -236,20 +271,32 @@ def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
         shape = (band.blocks, batch * heads, band.span, head_dim)
         return padded.as_strided(shape, (band.block * head_dim, tokens * head_dim, head_dim, 1))
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def in_blocks(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.
-        blocks = scaled_dot_product_attention(
-            queries(q), spans(k), spans(v), attn_mask=bias, scale=scale
-        )
+        blocks = scaled_dot_product_attention(queries(q), keys, values, attn_mask=bias, scale=scale)
         merged = blocks.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
-        return _token_major(merged[:, :, : band.tokens] if rest else merged)
+        return merged[:, :, : band.tokens] if rest else merged
+
+    def with_text(near: Tensor, text: Tensor) -> Tensor:
+        every = text.reshape(1, -1, band.text, text.shape[3]).expand(band.blocks, -1, -1, -1)
+        return torch.cat([near, every], dim=2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        if not band.text:
+            return _token_major(in_blocks(q, spans(k), spans(v), bias))
+        (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
+        near_q, text_q = band.split(q)
+        keys, values = with_text(spans(near_k), text_k), with_text(spans(near_v), text_v)
+        image = in_blocks(near_q, keys, values, bias)
+        text = scaled_dot_product_attention(text_q, k, v, scale=scale)
+        return _token_major(band.joined(image, text))
 
     return run, (band_bias(band),)
 
 
 @lru_cache(maxsize=4)  # step variants are lowered one by one, and share what they can
 def band_bias(band: Band) -> Tensor:
-    """Return the bias of each block, 0 inside the band, ``[blocks, 1, block, span]``.
+    """Return the bias of each block, 0 inside the band, ``[blocks, 1, block, span + text]``.
 
     Queries past the last token see everything: without a key their softmax would be NaN.
     """
@@ -259,13 +306,22 @@ def band_bias(band: Band) -> Tensor:
         key = start + torch.arange(band.span, device=band.device) - band.window
         seen = ((query - key).abs() <= band.window) & (key >= 0) & (key < band.tokens)
         seen = seen | (query >= band.tokens)
+        text = torch.ones((*seen.shape[:2], band.text), dtype=torch.bool, device=band.device)
+        seen = torch.cat([seen, text], dim=-1)
         bias = torch.zeros(seen.shape, dtype=band.dtype, device=band.device)
         return bias.masked_fill(~seen, -math.inf)[:, None]
 
 
 def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
+    total = band.tokens + band.text
+    stop = band.before + band.tokens
+
     def in_band(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query - key).abs() <= band.window
+        near = (query - key).abs() <= band.window
+        if not band.text:
+            return near
+        text = (query < band.before) | (query >= stop) | (key < band.before) | (key >= stop)
+        return near | text
 
     def run(
         q: Tensor,
@@ -283,7 +339,7 @@ def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
             whole_indices,
             BLOCK_SIZE=FLEX_BLOCK,
             mask_mod=in_band,
-            seq_lengths=(band.tokens, band.tokens),
+            seq_lengths=(total, total),
             compute_q_blocks=False,  # only the backward reads them
         )
         return _token_major(flex.flex_attention(q, k, v, block_mask=mask, scale=scale))
@@ -297,13 +353,18 @@ def band_blocks(band: Band) -> Constants:
 
     Found from the blocks' corners: ``create_block_mask`` would look at all ``[N, N]`` pairs.
     """
-    side = FLEX_BLOCK
+    side, total = FLEX_BLOCK, band.tokens + band.text
+    stop = band.before + band.tokens
     with torch.inference_mode(False):
-        first = torch.arange(0, band.tokens, side, device=band.device)
+        first = torch.arange(0, total, side, device=band.device)
         distance = (first[:, None] - first[None, :]).abs()
         near = (distance - side + 1).clamp(min=0) <= band.window
-        inner = first + side <= band.tokens
-        whole = (distance + side - 1 <= band.window) & inner[:, None] & inner[None, :]
+        inner = first + side <= total
+        some = (first < band.before) | ((first + side).clamp(max=total) > stop)  # of it is text
+        only = (first + side <= band.before) | (first >= stop)
+        whole = distance + side - 1 <= band.window
+        whole = (whole | only[:, None] | only[None, :]) & inner[:, None] & inner[None, :]
+        near = near | some[:, None] | some[None, :]
         return *_counted(near & ~whole), *_counted(whole)
 
 

@@ -47,11 +47,22 @@ class Strategy(StrEnum):
 
 
 class CfgLayout(StrEnum):
-    """Name the order of the guidance halves along the batch of one call."""
+    """Name how the guidance halves reach the model: along the batch of one call, or one by one."""
 
     NONE = "none"  # one lane only: sharing across guidance is illegal
     COND_FIRST = "cond-first"
     UNCOND_FIRST = "uncond-first"
+    SEPARATE = "separate"  # two calls a step, the conditional one first
+
+    @property
+    def calls(self) -> int:
+        """Return how often a step calls the model."""
+        return 2 if self is CfgLayout.SEPARATE else 1
+
+    @property
+    def batched(self) -> bool:
+        """Tell whether the halves of a call's batch are those of guidance."""
+        return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 
 
 class SiteKind(StrEnum):

@@ -34,6 +34,8 @@ class ShareAcrossCfg:
 
     def run(self, module: GraphModule) -> PassResult:
         """Rewrite each frontier node."""
+        if self.layout is CfgLayout.SEPARATE:  # the other half is another call, with its own graph
+            return PassResult(0)
         second = self.layout is CfgLayout.UNCOND_FIRST
         for site in self.sites:
             for member in site.frontier:

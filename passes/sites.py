@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.capture import CapturedGraph, module_path
+from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
-from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, users_outside, value
-from ditfastattn.passes.plan import PlannedSite, SiteKind, Strategy
+from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
+from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
 _WINDOW_FRACTION = 8  # the paper's window: N/8 tokens on each side
@@ -30,8 +31,9 @@ class AttentionSite:
     """Describe one site of a captured graph: an attention, or a feed-forward as one head.
 
     ``node`` and ``frontier`` name graph nodes; ``node`` is the attention, or where the feed-forward
-    leaves. ``ordinal`` is the place among *all* attention, or all linear, nodes. ``declined`` says
-    why a strategy is not legal here.
+    leaves. ``ordinal`` is the place among *all* attention, or all linear, nodes. ``text`` counts
+    the tokens before and after the image's, in joint attention. ``declined`` says why a strategy is
+    not legal here.
     """
 
     name: str
@@ -44,7 +46,19 @@ class AttentionSite:
     head_dim: int
     grid: tuple[int, ...]
     window: int
+    text: tuple[int, int] = (0, 0)
     declined: dict[Strategy, str] = field(default_factory=dict)
+
+    def why_not(self, strategy: Strategy, layout: CfgLayout) -> str:
+        """Return why ``strategy`` is not legal here under ``layout``, or "".
+
+        Between calls of their own, guidance's halves need not be those of a batch.
+        """
+        if strategy.shares_cfg and layout is CfgLayout.SEPARATE:
+            return self.declined.get(Strategy.WINDOW, "") if strategy.windowed else ""
+        if strategy.shares_cfg and layout is CfgLayout.NONE:
+            return "guidance has one lane"
+        return self.declined.get(strategy, "")
 
     def planned(self) -> PlannedSite:
         """Return what a plan records of this site."""
@@ -65,7 +79,10 @@ def attentions(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
 
 @dataclass(frozen=True)
 class DeclinedAttention:
-    """Name an attention node that is not a site, and why."""
+    """Name an attention that is not a site, and why.
+
+    ``ordinal`` is as a site's; -1 where the attention is no node of its own.
+    """
 
     name: str
     ordinal: int
@@ -84,6 +101,7 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     """Return every site of ``captured``, and each declined attention with its reason."""
     graph = captured.module.graph
     ancestry = _Ancestry(captured)
+    streams = _find_streams(captured, ancestry)
     sites: list[AttentionSite] = []
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
@@ -93,7 +111,11 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
         else:
-            sites.append(_describe(node, name, ordinal, captured, ancestry))
+            sites.append(_describe(node, name, ordinal, captured, ancestry, streams))
+    for other in captured.unrecognized:
+        node = find(graph, other.node)
+        name = _unique(module_path(node) or node.name, names)
+        declined.append(DeclinedAttention(name, -1, other.reason))
     for branch in find_feed_forwards(graph, ancestry.is_static):
         path = _common_path([module_path(linear) for linear in branch.linears])
         name = _unique(path or f"feed_forward.{branch.ordinal}", names)
@@ -127,12 +149,23 @@ def _describe_feed_forward(branch: FeedForward, name: str, graph: Graph) -> Atte
 
 
 def _describe(
-    node: Node, name: str, ordinal: int, captured: CapturedGraph, ancestry: _Ancestry
+    node: Node,
+    name: str,
+    ordinal: int,
+    captured: CapturedGraph,
+    ancestry: _Ancestry,
+    streams: _Streams | None,
 ) -> AttentionSite:
     _, heads, tokens, head_dim = value(node.args[0]).shape
     kind = _kind(node, ancestry)
+    joined = streams is not None and kind is not SiteKind.CROSS and tokens == streams.tokens
+    kind = SiteKind.JOINT if joined else kind
+    text = streams.text if streams is not None and joined else (0, 0)
+    image = tokens - sum(text)
     declined: dict[Strategy, str] = {}
-    no_window = _why_no_window(node, kind, tokens)
+    no_window = _why_no_window(node, kind, image, text)
+    if not no_window and streams is not None and not streams.reaches(node, ancestry):
+        no_window = "its queries do not depend on the latent"
     if no_window:
         declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
     no_guidance = _why_no_shared_guidance(node, captured.module.graph)
@@ -147,8 +180,9 @@ def _describe(
         tokens=tokens,
         heads=heads,
         head_dim=head_dim,
-        grid=_grid(node, tokens),
-        window=0 if no_window else max(1, tokens // _WINDOW_FRACTION),
+        grid=_grid(node, image),
+        window=0 if no_window else max(1, image // _WINDOW_FRACTION),
+        text=text,
         declined=declined,
     )
 
@@ -198,6 +232,54 @@ def _kind(node: Node, ancestry: _Ancestry) -> SiteKind:
     return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """Hold how text and image tokens stand in what joins them, and which input is the latent."""
+
+    tokens: int
+    text: tuple[int, int]
+    latent: str
+
+    def reaches(self, node: Node, ancestry: _Ancestry) -> bool:
+        """Tell whether the latent reaches the queries of ``node``."""
+        query: Node = argument(node, 0, "query")
+        return self.latent in ancestry.roots(query)
+
+
+def _find_streams(captured: CapturedGraph, ancestry: _Ancestry) -> _Streams | None:
+    """Return the first place that joins tokens of the latent with others that do not depend on it.
+
+    Later ones hold both streams already, and are told by their count of tokens.
+    """
+    position = latent_position(captured)
+    if position is None:
+        return None
+    latent = captured.inputs[position].name
+    for node in calls(captured.module.graph, aten.cat.default):
+        parts: Any = node.args[0]
+        joined = value(node)
+        dim = int(argument(node, 1, "dim", 0)) % joined.dim()
+        if joined.dim() < 3 or dim in (0, joined.dim() - 1) or len(parts) != 2:
+            continue
+        inside = [latent in ancestry.roots(part) for part in parts]
+        other = parts[0] if inside[1] else parts[1]
+        if sum(inside) == 1 and not ancestry.is_static(other) and _attends(node, dim):
+            sizes = [value(part).shape[dim] for part in parts]
+            text = (0, sizes[1]) if inside[0] else (sizes[0], 0)
+            return _Streams(joined.shape[dim], text, latent)
+    return None
+
+
+def _attends(joined: Node, dim: int) -> bool:
+    """Tell whether some attention's queries have the tokens of ``joined``."""
+    tokens = value(joined).shape[dim]
+    after = closure(joined.graph, [joined], lambda _: True)
+    return any(
+        node in after and value(node.args[0]).shape[-2] == tokens
+        for node in calls(joined.graph, ATTENTION)
+    )
+
+
 def _joins_streams(key: Node) -> bool:
     """Tell whether the keys are concatenated, along the tokens, from several projections."""
     tokens = value(key).shape[-2]
@@ -219,9 +301,11 @@ def _concatenates(node: Node, tokens: int) -> bool:
     return dim > 0 and bool(joined.shape[dim] == tokens) and joined.dim() >= 3
 
 
-def _why_no_window(node: Node, kind: SiteKind, tokens: int) -> str:
-    if kind is not SiteKind.SELF:
+def _why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]) -> str:
+    if kind is SiteKind.CROSS:
         return f"a band window is defined for self-attention, this is {kind}-attention"
+    if kind is SiteKind.JOINT and not any(text):
+        return "text and image tokens of this joint attention were not told apart"
     if attention_mask(node) is not None:
         return "the attention has a mask"
     if argument(node, 5, "is_causal", False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from ditfastattn.errors import VerifyError
@@ -12,7 +13,7 @@ from ditfastattn.passes.caches import distance_slot, output_slot, previous_slot,
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find, value
 from ditfastattn.passes.pipeline import SiteAction
-from ditfastattn.passes.plan import Strategy
+from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 
 
@@ -37,7 +38,9 @@ class StepProgram:
     """Hold the distinct step variants, the schedule ``step -> variant`` and the cache slots.
 
     ``distances[step]`` says how far each site that extrapolates goes, by the name of its input;
-    ``written[step]`` is how many bytes of caches the step makes.
+    ``written[step]`` is how many bytes of caches the step makes. Where guidance calls the model
+    twice a step, each lane has a program and caches of its own; what the second one shares it
+    ``adopted`` from the first.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -46,6 +49,11 @@ class StepProgram:
     slots: tuple[CacheSlot, ...]
     distances: tuple[dict[str, float], ...]
     written: tuple[int, ...]
+    adopted: tuple[frozenset[str], ...] = ()
+
+    def adopted_at(self, step: int) -> frozenset[str]:
+        """Return the output slots that the step's first call hands to this, its second."""
+        return self.adopted[step] if self.adopted else frozenset()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -112,11 +120,25 @@ class StepProgram:
 NOTHING = StepProgram(sites=(), variants=(), schedule=(), slots=(), distances=(), written=())
 
 
+class Lane(Enum):
+    """Name which of a step's calls of the model a program is for."""
+
+    ONLY = "only"
+    FIRST = "first"
+    SECOND = "second"
+
+
+def lanes_of(layout: CfgLayout) -> tuple[Lane, ...]:
+    """Return a step's calls in order."""
+    return (Lane.FIRST, Lane.SECOND) if layout is CfgLayout.SEPARATE else (Lane.ONLY,)
+
+
 def unroll(
     strategies: Sequence[Sequence[Strategy]],
     captured: CapturedGraph,
     sites: Sequence[AttentionSite],
     merge_variants: bool = False,
+    lane: Lane = Lane.ONLY,
 ) -> StepProgram:
     """Return the step program of ``strategies[step][site]`` for a graph whose sites are ``sites``.
 
@@ -125,7 +147,7 @@ def unroll(
     at the price of some caches that nobody reads.
     """
     chosen = [[row[index] for row in strategies] for index in range(len(sites))]
-    columns = [_site_actions(column) for column in chosen]
+    columns = [_site_actions(column, lane) for column in chosen]
     rows = list(zip(*columns, strict=True)) if columns else [()] * len(strategies)
     if merge_variants:
         rows = _merged(rows)
@@ -137,11 +159,12 @@ def unroll(
         schedule=tuple(variants.index(row) for row in rows),
         slots=tuple(
             slot
-            for site, column in zip(sites, columns, strict=True)
-            for slot in _slots(site, column, captured)
+            for site, column, strategy in zip(sites, columns, chosen, strict=True)
+            for slot in _slots(site, column, strategy, captured)
         ),
         distances=_distances(sites, chosen, len(strategies)),
         written=tuple(_written(sites, row, captured) for row in rows),
+        adopted=tuple(_adopted(sites, row, lane) for row in strategies),
     )
     _check_writers(program)
     return program
@@ -166,23 +189,37 @@ def _merged(rows: Sequence[tuple[SiteAction, ...]]) -> list[tuple[SiteAction, ..
     return [merged[tuple(action.strategy for action in row)] for row in rows]
 
 
-def _site_actions(strategies: Sequence[Strategy]) -> list[SiteAction]:
-    """Add to each step what later steps will read of it, and nothing they will not."""
+def _adopted(sites: Sequence[AttentionSite], row: Sequence[Strategy], lane: Lane) -> frozenset[str]:
+    pairs = zip(sites, row, strict=True)
+    shared = [site for site, strategy in pairs if strategy.shares_cfg and lane is Lane.SECOND]
+    return frozenset(
+        output_slot(site.name, index) for site in shared for index in range(len(site.frontier))
+    )
+
+
+def _site_actions(strategies: Sequence[Strategy], lane: Lane) -> list[SiteAction]:
+    """Add to each step what later steps, or its second call, will read, and nothing else."""
     actions: list[SiteAction] = []
     output_wanted = previous_wanted = residual_wanted = False
     for strategy in reversed(strategies):
         computes = strategy.computes
         full = strategy is Strategy.FULL
-        actions.append(
-            SiteAction(
-                strategy,
-                writes_output=computes and output_wanted,
-                writes_residual=full and residual_wanted,
+        adopts = strategy.shares_cfg and lane is Lane.SECOND
+        wanted = output_wanted or (strategy.shares_cfg and lane is Lane.FIRST)
+        if adopts:
+            actions.append(SiteAction(Strategy.SHARE_STEP))  # of the first call's output
+        else:
+            actions.append(
+                SiteAction(
+                    strategy,
+                    writes_output=computes and wanted,
+                    writes_residual=full and residual_wanted,
+                )
             )
-        )
         output_wanted = not computes or previous_wanted
         previous_wanted = strategy is Strategy.EXTRAPOLATE or (previous_wanted and not computes)
-        residual_wanted = strategy.windowed or (residual_wanted and not full)
+        reads = strategy.windowed and not adopts
+        residual_wanted = reads or (residual_wanted and not full)
     return actions[::-1]
 
 
@@ -202,16 +239,27 @@ def _bytes(node: str, captured: CapturedGraph) -> int:
 
 
 def _slots(
-    site: AttentionSite, column: Sequence[SiteAction], captured: CapturedGraph
+    site: AttentionSite,
+    column: Sequence[SiteAction],
+    strategies: Sequence[Strategy],
+    captured: CapturedGraph,
 ) -> list[CacheSlot]:
-    written = [step for step, action in enumerate(column) if action.writes_output]
+    # What a second call adopts is there before it begins, as if the step before had written it.
+    adopted = {
+        step
+        for step, (action, strategy) in enumerate(zip(column, strategies, strict=True))
+        if strategy.computes and not action.strategy.computes
+    }
+    own = {step for step, action in enumerate(column) if action.writes_output}
+    written = sorted(own | {step - 1 for step in adopted})
     read = [step for step, action in enumerate(column) if not action.strategy.computes]
     lines = [step for step in read if column[step].strategy is Strategy.EXTRAPOLATE]
-    computed = [step for step, action in enumerate(column) if action.strategy.computes]
+    computed = [step for step, strategy in enumerate(strategies) if strategy.computes]
     moved = _lives(computed, lines)
+    taken = {step - (step in adopted) for step, _ in moved}
     residual_written = [step for step, action in enumerate(column) if action.writes_residual]
     residual_read = [step for step, action in enumerate(column) if action.strategy.windowed]
-    output_lives = _lives(written, sorted({*read, *(step for step, _ in moved)}))
+    output_lives = _lives(written, sorted({*read, *taken}))
     slots: list[CacheSlot] = []
     for index, member in enumerate(site.frontier):
         name, before = output_slot(site.name, index), previous_slot(site.name, index)
@@ -269,6 +317,8 @@ def _check_writers(program: StepProgram) -> None:
     written: set[tuple[int, str]] = set()
     for step, variant in enumerate(program.schedule):
         for index, action in enumerate(program.variants[variant]):
+            if output_slot(program.sites[index].name, 0) in program.adopted_at(step):
+                written |= {(index, "output")}
             if not action.strategy.computes and (index, "output") not in written:
                 raise VerifyError(f"step {step}, site {index}: reads an output no step has written")
             if action.strategy is Strategy.EXTRAPOLATE and not program.distances[step].get(

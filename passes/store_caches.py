@@ -45,7 +45,7 @@ class StoreCaches:
         for site in self.residuals:
             attention = find(graph, site.node)
             with graph.inserting_after(attention):
-                window = insert_window(graph, attention, site.window)
+                window = insert_window(graph, attention, site)
             with graph.inserting_after(window):
                 residual = insert(graph, aten.sub.Tensor, (attention, window), attention)
             write_cache(graph, residual_slot(site.name), residual)

@@ -1,8 +1,10 @@
 """Define ``ditfastattn::window_attention``: self-attention over a band around the diagonal.
 
-Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. The op marks the window in a graph
-and computes it plainly, by a mask over full attention; ``lower_window_attention`` replaces it by
-forms that skip the work outside the band.
+Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
+``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
+text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). The op
+marks the window in a graph and computes it plainly, by a mask over full attention;
+``lower_window_attention`` replaces it by forms that skip the work outside the band.
 
 The result lies in memory as ``[B, N, H, D]``, as that of flash attention does, so that what models
 do next (move the heads back and merge them) stays a view.
@@ -21,25 +23,51 @@ from ditfastattn.errors import ConfigError
 
 
 @torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+) -> Tensor:
     """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
 
-    Takes and returns ``[B, H, N, D]``.
+    Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` tokens attend,
+    and are attended by, all.
 
     Raises:
         ConfigError: the inputs are not alike, or the window is negative.
     """
     _check(q, k, v, window)
-    position = torch.arange(q.shape[2], device=q.device)
-    band = (position[:, None] - position[None, :]).abs() <= window
-    result = scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scale)
+    seen = seen_pairs(q.shape[2], window, before, after, q.device)
+    result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return _allocate(q).copy_(result)
 
 
 @window_attention.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+) -> Tensor:
     _check(q, k, v, window)
     return _allocate(q)
+
+
+def seen_pairs(
+    tokens: int, window: int, before: int, after: int, device: torch.device | None = None
+) -> Tensor:
+    """Return which (query, key) pairs are kept, bool ``[tokens, tokens]``."""
+    position = torch.arange(tokens, device=device)
+    text = (position < before) | (position >= tokens - after)
+    near = (position[:, None] - position[None, :]).abs() <= window
+    return near | text[:, None] | text[None, :]
 
 
 WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
@@ -77,14 +105,24 @@ def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
     return list(tensor.shape), tensor.dtype, tensor.device
 
 
-def kept_pairs(tokens: int, window: int) -> int:
-    """Count the (query, key) pairs inside the band: ``i``, ``j`` with ``|i - j| <= window``."""
-    width = min(window, tokens - 1)
-    return tokens * (2 * width + 1) - width * (width + 1)
+def kept_pairs(tokens: int, window: int, text: int = 0) -> int:
+    """Count the pairs kept: those in the band of ``tokens - text``, and all with a text token."""
+    image = tokens - text
+    width = min(window, image - 1)
+    return image * (2 * width + 1) - width * (width + 1) + text * (2 * image + text)
 
 
 @register_flop_formula(torch.ops.ditfastattn.window_attention)
-def _flops(q: torch.Size, k: torch.Size, v: torch.Size, window: int, scale: float, **_: Any) -> int:
+def _flops(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+    **_: Any,
+) -> int:
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
     batch, heads, tokens, head_dim = q
-    return 4 * batch * heads * head_dim * kept_pairs(tokens, window)
+    return 4 * batch * heads * head_dim * kept_pairs(tokens, window, before + after)

@@ -37,7 +37,7 @@ class WindowResidual:
             attention = find(module.graph, site.node)
             residual = read_cache(module.graph, residual_slot(site.name), value(attention))
             with module.graph.inserting_after(attention):
-                window = insert_window(module.graph, attention, site.window)
+                window = insert_window(module.graph, attention, site)
             with module.graph.inserting_after(window):
                 total = insert(module.graph, aten.add.Tensor, (window, residual), attention)
             attention.replace_all_uses_with(total)
@@ -45,7 +45,8 @@ class WindowResidual:
         return PassResult(len(self.sites))
 
 
-def insert_window(graph: Graph, attention: Node, window: int) -> Node:
-    """Add window attention over the inputs of ``attention``."""
-    arguments = (*attention.args[:3], window, attention_scale(attention))
+def insert_window(graph: Graph, attention: Node, site: AttentionSite) -> Node:
+    """Add the window attention of ``site`` over the inputs of ``attention``."""
+    text = site.text if any(site.text) else ()
+    arguments = (*attention.args[:3], site.window, attention_scale(attention), *text)
     return insert(graph, WINDOW_ATTENTION, arguments, attention)

@@ -46,14 +46,20 @@ class Caches:
                 found.append(invariants[slot] if slot in invariants else self._held[slot])
         return found
 
-    def write(
-        self, program: StepProgram, step: int, slots: Sequence[str], values: Sequence[Tensor]
-    ) -> None:
-        """Keep ``values``, which ``step`` has returned for ``slots``."""
-        self.peak = max(self.peak, self.bytes + sum(item.nbytes for item in values))
+    def adopt(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
+        """Take over, before ``step``, outputs that the step's first call has computed."""
         for slot, source in program.moves_at(step):
-            self._held[slot] = self._held[source]
-        self._held.update(zip(slots, values, strict=True))
+            if source in values:
+                self._held[slot] = self._held[source]
+        self._held.update(values)
+
+    def write(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
+        """Keep what ``step`` has returned for its slots."""
+        self.peak = max(self.peak, self.bytes + sum(item.nbytes for item in values.values()))
+        for slot, source in program.moves_at(step):
+            if source not in program.adopted_at(step):
+                self._held[slot] = self._held[source]
+        self._held.update(values)
         for slot in self._held.keys() - program.live_after(step):
             del self._held[slot]
 

@@ -165,6 +165,14 @@ def _chooser(
             judge = DEFAULT_TARGET  # a speed says nothing of what damage is
         most, most_bytes = options.max_variants, options.max_cache_bytes
         return make_global(work, prompts, judge, options.objective, most, most_bytes)
+    if work.session.layout is CfgLayout.SEPARATE:
+        raise ConfigError(
+            "this search needs guidance in one call of the transformer",
+            where="calibrate(method)",
+            got=f"{options.method}, and two calls a step",
+            expected=Method.GLOBAL,
+            remedy="give a target of quality or speed and the method `global`",
+        )
     costs = measured_costs(work, options.objective)
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
 

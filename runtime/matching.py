@@ -27,21 +27,6 @@ def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
     return dict(sorted(shapes.items()))
 
 
-def latent_position(captured: CapturedGraph) -> int | None:
-    """Return which flat input is the latent: the first with the rank and size of the output."""
-    output = value(captured.module.graph.output_node().all_input_nodes[0])
-    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
-    placeholders = captured.module.graph.find_nodes(op="placeholder")
-    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
-        found = value(node)
-        same_size = (
-            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
-        )
-        if not entry.static and found.is_floating_point() and same_size:
-            return index
-    return None
-
-
 def timestep_position(captured: CapturedGraph, name: str) -> int:
     """Return which flat input is the timestep.
 
@@ -60,18 +45,17 @@ def timestep_position(captured: CapturedGraph, name: str) -> int:
     )
 
 
-def check_lanes(latent: Tensor, where: str) -> None:
-    """Raise ``ConfigError`` unless both halves of the batch hold the same latents.
+def check_lanes(first: Tensor, second: Tensor, where: str) -> None:
+    """Raise ``ConfigError`` unless both halves of guidance hold the same latents.
 
     A plan that shares guidance copies one half over the other. Were the halves different images,
     generated without guidance, one would silently replace the other.
     """
-    first, second = latent.tensor_split(2)
-    if not torch.equal(first, second):
+    if first.shape != second.shape or not torch.equal(first, second):
         raise ConfigError(
-            "the plan shares guidance, but the halves of the batch hold different latents",
+            "the plan shares guidance, but its halves hold different latents",
             where=where,
-            got=f"a batch of {len(latent)} different lanes",
+            got=f"{len(first)} and {len(second)} different lanes",
             expected="the same latents twice, for the conditional and the unconditional half",
             remedy="run with the plan's guidance, or calibrate a plan without guidance",
         )
@@ -98,8 +82,9 @@ def planned_sites(
     check_fingerprint(fingerprint, plan.model)
     for row in plan.strategies:
         for site, strategy in zip(chosen, row, strict=True):
-            if strategy in site.declined:
-                raise _mismatch(f"strategies ({site.name})", strategy, site.declined[strategy])
+            reason = site.why_not(strategy, plan.sampler.cfg_layout)
+            if reason:
+                raise _mismatch(f"strategies ({site.name})", strategy, reason)
     return chosen
 
 

@@ -28,6 +28,7 @@ from ditfastattn.passes.capture import (
     GraphInput,
     capture,
     describe_inputs,
+    latent_position,
     plain_numbers,
 )
 from ditfastattn.passes.fingerprint import fingerprint, hash_tensors
@@ -44,7 +45,7 @@ from ditfastattn.passes.plan import (
     Strategy,
 )
 from ditfastattn.passes.sites import SiteReport, attentions, find_sites
-from ditfastattn.passes.step_program import NOTHING, StepProgram, unroll
+from ditfastattn.passes.step_program import NOTHING, StepProgram, lanes_of, unroll
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.calibration import GreedyCalibrator
@@ -54,7 +55,6 @@ from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.matching import (
     check_lanes,
     input_shapes,
-    latent_position,
     planned_sites,
     static_tensors,
     timestep_position,
@@ -95,23 +95,40 @@ class RunReport:
 
 
 @dataclass
+class LaneState:
+    """Hold what one of a step's calls keeps between steps."""
+
+    program: StepProgram
+    caches: Caches = field(default_factory=Caches)
+    hoisted: Hoisted = field(default_factory=Hoisted)
+
+    def clear(self) -> None:
+        """Forget the generation under way."""
+        self.caches.clear()
+        self.hoisted.clear()
+
+
+@dataclass
 class Generation:
-    """Hold what changes during a generation: the clock, the caches, or a calibration."""
+    """Hold what changes during a generation: clock, caches of each lane, or a calibration.
+
+    There are no lanes until there is a plan; two where guidance calls the model twice a step.
+    """
 
     owner: weakref.ref[Tensor] | None
     identity: Fingerprint
-    program: StepProgram | None = None
+    lanes: tuple[LaneState, ...] = ()
     clock: StepClock | None = None
     calibrator: GreedyCalibrator | None = None
     timesteps: list[float] = field(default_factory=list)
-    caches: Caches = field(default_factory=Caches)
-    hoisted: Hoisted = field(default_factory=Hoisted)
     folded: FoldedTimesteps = field(default_factory=FoldedTimesteps)
+    latent: Tensor | None = None  # of the first call of the first step, where guidance is shared
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
-        self.caches.clear()
-        self.hoisted.clear()
+        for lane in self.lanes:
+            lane.clear()
+        self.latent = None
         self.timesteps.clear()
         self.calibrator = None
         if self.clock is not None:
@@ -186,7 +203,7 @@ class Specialization:
         self._timestep_prologue = self._make_prologue(FOLD_TIMESTEPS, arguments - {self.timestep})
         self._attentions = attentions(self.report.sites)
         self._variants: dict[_VariantKey, CompiledVariant] = {}
-        self._programs: dict[Fingerprint, StepProgram] = {}
+        self._programs: dict[Fingerprint, tuple[StepProgram, ...]] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
         self._lock = threading.RLock()
         self._threads = threading.local()
@@ -206,7 +223,7 @@ class Specialization:
             return tuple(dense.run(tensors))
         generation = self.generation(tensors)
         try:
-            if generation.program is None:
+            if not generation.lanes:
                 return self._calibrate(generation, tensors)
             return self._run_planned(generation, tensors)
         except BaseException:
@@ -240,21 +257,22 @@ class Specialization:
 
     def reports(self) -> list[RunReport]:
         """Report each plan in force."""
-        programs = list(self._programs.items())
-        return [self._report(self.plans[model], program) for model, program in programs]
+        items = list(self._programs.items())
+        return [self._report(self.plans[model], programs) for model, programs in items]
 
-    def _report(self, plan: Plan, program: StepProgram) -> RunReport:
-        layout, steps = plan.sampler.cfg_layout, plan.sampler.steps
-        keys = [(program.names, program.variants[v], layout) for v in program.schedule]
+    def _report(self, plan: Plan, programs: Sequence[StepProgram]) -> RunReport:
+        layout, calls = plan.sampler.cfg_layout, plan.sampler.steps * len(programs)
+        keys = [(p.names, p.variants[v], layout) for p in programs for v in p.schedule]
         counts = [self._variants.get(key) for key in keys]
         flops = [variant.flops for variant in counts if variant is not None]
+        once = self._prologue.flops.times(len(programs))
         return RunReport(
             plan=plan,
             sites=self.report,
-            variants=len(program.variants),
-            peak_cache_bytes=program.peak_cache_bytes,
-            dense=count_flops(self.captured.module.graph).times(steps),
-            planned=sum(flops, self._prologue.flops) if len(flops) == steps else None,
+            variants=len({row for program in programs for row in program.variants}),
+            peak_cache_bytes=sum(program.peak_cache_bytes for program in programs),
+            dense=count_flops(self.captured.module.graph).times(calls),
+            planned=sum(flops, once) if len(flops) == calls else None,
         )
 
     def calibrating(self) -> Generation:
@@ -348,32 +366,35 @@ class Specialization:
         )
 
     def _begin_plan(self, generation: Generation, plan: Plan) -> None:
+        lanes = lanes_of(plan.sampler.cfg_layout)
         with self._lock:
-            program = self._programs.get(generation.identity)
-            if program is None:
+            programs = self._programs.get(generation.identity)
+            if programs is None:
                 sites = planned_sites(plan, self.captured, self.report.sites, generation.identity)
-                program = unroll(plan.strategies, self.captured, sites, plan.merge_variants)
-                self._programs[generation.identity] = program
-                self._log_program(plan, program)
-        generation.program = program
-        generation.clock = StepClock(plan.sampler.timesteps, f"argument {self.options.timestep!r}")
+                programs = tuple(
+                    unroll(plan.strategies, self.captured, sites, plan.merge_variants, lane)
+                    for lane in lanes
+                )
+                self._programs[generation.identity] = programs
+                self._log_program(plan, programs)
+        generation.lanes = tuple(map(LaneState, programs))
+        calls = [timestep for timestep in plan.sampler.timesteps for _ in lanes]
+        generation.clock = StepClock(calls, f"argument {self.options.timestep!r}")
         self.plans[generation.identity] = plan
 
     def _run_planned(self, generation: Generation, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        program, clock = generation.program, generation.clock
-        assert program is not None
-        assert clock is not None
-        step = clock.tick(read_timestep(tensors[self.timestep]))
-        caches = generation.caches
+        assert generation.clock is not None
+        call = generation.clock.tick(read_timestep(tensors[self.timestep]))
+        step, number = divmod(call, len(generation.lanes))
+        lane, following = generation.lanes[number], generation.lanes[number + 1 :]
+        program, caches = lane.program, lane.caches
         if step == 0:
-            caches.clear()
-            generation.hoisted.clear()
-            if program.shares_cfg and self._latent is not None:  # once a generation: it may wait
-                check_lanes(tensors[self._latent], self.captured.inputs[self._latent].name)
+            lane.clear()
+            self._check_latents(generation, tensors, number)
         layout = self.plans[generation.identity].sampler.cfg_layout
         actions = program.variants[program.schedule[step]]
 
-        hoisted = generation.hoisted.at(self._prologue, tensors)
+        hoisted = lane.hoisted.at(self._prologue, tensors)
         timestep = tensors[self.timestep]
         folded = generation.folded.at(self._timestep_prologue, step, timestep, tensors)
         invariants = {**hoisted, **folded}
@@ -383,8 +404,28 @@ class Specialization:
 
         variant = self._variant(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
-        caches.write(program, step, variant.writes, returned[self._results :])
+        written = dict(zip(variant.writes, returned[self._results :], strict=True))
+        caches.write(program, step, written)
+        for other in following:
+            adopted = other.program.adopted_at(step)
+            other.caches.adopt(other.program, step, {slot: written[slot] for slot in adopted})
         return tuple(returned[: self._results])
+
+    def _check_latents(
+        self, generation: Generation, tensors: Sequence[Tensor], number: int
+    ) -> None:
+        """Refuse to share guidance between different images; once a generation, as it may wait."""
+        if self._latent is None or not generation.lanes[0].program.shares_cfg:
+            return
+        latent, name = tensors[self._latent], self.captured.inputs[self._latent].name
+        if len(generation.lanes) == 1:
+            check_lanes(*latent.tensor_split(2), name)
+        elif number == 0:
+            generation.latent = latent.clone()
+        else:
+            assert generation.latent is not None
+            check_lanes(generation.latent, latent, name)
+            generation.latent = None
 
     def _variant(
         self,
@@ -423,13 +464,13 @@ class Specialization:
         if not self.report.sites:
             log.warning("ditfastattn: no attention site was found: the model runs dense")
 
-    def _log_program(self, plan: Plan, program: StepProgram) -> None:
+    def _log_program(self, plan: Plan, programs: Sequence[StepProgram]) -> None:
         log.info(
             "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches",
             plan.sampler.steps,
-            len(program.variants),
-            len(program.slots),
-            program.peak_cache_bytes / 2**20,
+            sum(len(program.variants) for program in programs),
+            sum(len(program.slots) for program in programs),
+            sum(program.peak_cache_bytes for program in programs) / 2**20,
         )
         log.info("plan: %s", summary(plan))
         if plan.changed == 0:

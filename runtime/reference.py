@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy
+from ditfastattn.passes.sites import AttentionSite
+
+_ATTENTION = scaled_dot_product_attention
+
+
+@dataclass
+class _Lane:
+    """Hold what a lane's earlier calls have left: outputs with their steps, and residuals."""
+
+    history: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PlanInterpreter(TorchFunctionMode):
@@ -26,7 +38,7 @@ class PlanInterpreter(TorchFunctionMode):
 
     Use it like this::
 
-    reference = PlanInterpreter(strategies, windows, layout)
+    reference = PlanInterpreter(strategies, sites, layout)
     for step in range(steps):
         with reference.step(step):
             output = model(...)
@@ -35,33 +47,34 @@ class PlanInterpreter(TorchFunctionMode):
     def __init__(
         self,
         strategies: Sequence[Sequence[Strategy]],
-        windows: Sequence[int],
+        sites: Sequence[AttentionSite],
         layout: CfgLayout,
-        ordinals: Sequence[int] | None = None,
-        feed_forwards: Sequence[bool] | None = None,
     ) -> None:
-        """Take ``strategies[step][site]`` and the window, per side, of each site.
+        """Take ``strategies[step][site]``.
 
-        ``ordinals`` places each site among all attention calls of the model, or, if it is among
-        ``feed_forwards``, its last linear among all linear calls.
+        Of ``sites`` it needs their windows and where they stand: an attention among all attention
+        calls of the model, a feed-forward's last linear among all linear calls.
         """
         super().__init__()
         self._strategies = strategies
-        self._windows = windows
+        self._described = sites
         self._layout = layout
-        places = ordinals or range(len(windows))
-        kinds = feed_forwards or [False] * len(windows)
-        operators = [linear if kind else scaled_dot_product_attention for kind in kinds]
-        calls = zip(operators, places, strict=True)
-        self._sites = {call: site for site, call in enumerate(calls)}
-        self._history: dict[int, list[tuple[int, Tensor]]] = {}
-        self._residuals: dict[int, Tensor] = {}
+        self._sites = {
+            (linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION, site.ordinal): index
+            for index, site in enumerate(sites)
+        }
+        self._lanes = [_Lane(), _Lane()]
+        self._lane = self._lanes[0]
         self._step = 0
         self._calls: Counter[Any] = Counter()
 
-    def step(self, step: int) -> PlanInterpreter:
-        """Make ``step`` current; enter the result around the model's call."""
+    def step(self, step: int, call: int = 0) -> PlanInterpreter:
+        """Make ``step`` current; enter the result around the model's call.
+
+        ``call`` is 1 for the second one of a step whose guidance takes two.
+        """
         self._step = step
+        self._lane = self._lanes[call]
         self._calls.clear()
         return self
 
@@ -81,32 +94,36 @@ class PlanInterpreter(TorchFunctionMode):
         strategy = self._strategies[self._step][site]
         if not strategy.computes:
             return self._reuse(site, strategy)
+        if strategy.shares_cfg and self._lane is self._lanes[1]:
+            copied = self._lanes[0].history[site][-1]
+            self._lane.history.setdefault(site, []).append(copied)
+            return copied[1]
         if func is linear:
             whole: Tensor = linear(*args, **keywords)
             half = self._conditional(whole, whole)
-            output = torch.cat([half, half]) if strategy.shares_cfg else whole
+            output = torch.cat([half, half]) if self._halves(strategy) else whole
         else:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
             keywords |= dict(zip(names, args, strict=False))
             output = self._attend(site, strategy, keywords)
-        self._history.setdefault(site, []).append((self._step, output))
+        self._lane.history.setdefault(site, []).append((self._step, output))
         return output
 
     def _reuse(self, site: int, strategy: Strategy) -> Tensor:
-        last_step, last = self._history[site][-1]
+        last_step, last = self._lane.history[site][-1]
         if strategy is Strategy.SHARE_STEP:
             return last
-        step_before, before = self._history[site][-2]
+        step_before, before = self._lane.history[site][-2]
         slope = (last - before) / (last_step - step_before)
         return last + slope * (self._step - last_step)
 
     def _attend(self, site: int, strategy: Strategy, call: dict[str, Any]) -> Tensor:
-        if strategy.shares_cfg:
+        if self._halves(strategy):
             half = {name: self._conditional(item, call["query"]) for name, item in call.items()}
-            residual = self._conditional(self._residuals.get(site), call["query"])
+            residual = self._conditional(self._lane.residuals.get(site), call["query"])
             output = self._compute(site, strategy, half, residual)
             return torch.cat([output, output])
-        return self._compute(site, strategy, call, self._residuals.get(site))
+        return self._compute(site, strategy, call, self._lane.residuals.get(site))
 
     def _compute(
         self, site: int, strategy: Strategy, call: dict[str, Any], residual: Tensor | None
@@ -116,16 +133,22 @@ class PlanInterpreter(TorchFunctionMode):
                 raise LookupError(f"site {site} has no residual at step {self._step}")
             return self._window(site, call) + residual
         output: Tensor = scaled_dot_product_attention(**call)
-        if strategy is Strategy.FULL and self._windows[site]:
-            self._residuals[site] = output - self._window(site, call)
+        if strategy is Strategy.FULL and self._described[site].window:
+            self._lane.residuals[site] = output - self._window(site, call)
         return output
 
     def _window(self, site: int, call: dict[str, Any]) -> Tensor:
-        positions = torch.arange(call["query"].shape[-2], device=call["query"].device)
-        band = (positions[:, None] - positions[None, :]).abs() <= self._windows[site]
-        banded: dict[str, Any] = {**call, "attn_mask": band}
+        tokens, here = call["query"].shape[-2], self._described[site]
+        position = torch.arange(tokens, device=call["query"].device)
+        text = (position < here.text[0]) | (position >= tokens - here.text[1])
+        band = (position[:, None] - position[None, :]).abs() <= here.window
+        banded: dict[str, Any] = {**call, "attn_mask": band | text[:, None] | text[None, :]}
         windowed: Tensor = scaled_dot_product_attention(**banded)
         return windowed
+
+    def _halves(self, strategy: Strategy) -> bool:
+        """Tell whether half of this call's batch serves both."""
+        return strategy.shares_cfg and self._layout.batched
 
     def _conditional(self, item: Any, query: Tensor) -> Any:
         """Return the conditional half of what has the batch of ``query``."""

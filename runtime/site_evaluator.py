@@ -34,9 +34,7 @@ def legal_candidates(site: AttentionSite, layout: CfgLayout) -> tuple[Strategy, 
     return tuple(
         strategy
         for strategy in CANDIDATES
-        if strategy not in site.declined
-        and not (strategy.shares_cfg and layout is CfgLayout.NONE)
-        and not (strategy.windowed and not site.window)
+        if not site.why_not(strategy, layout) and not (strategy.windowed and not site.window)
     )
 
 
@@ -146,7 +144,8 @@ class SiteEvaluator:
 
     def _window(self, index: int, args: Sequence[Any]) -> Tensor:
         scale = attention_scale(self._attention[index])
-        output: Tensor = WINDOW_ATTENTION(*args[:3], self.sites[index].window, scale)
+        site = self.sites[index]
+        output: Tensor = WINDOW_ATTENTION(*args[:3], site.window, scale, *site.text)
         return output
 
     def _half(self, item: Any, batch: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditfastattn.runtime.search import latency
+from ditfastattn.runtime.search.steppers import EagerVariant
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def counted_prices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         return
 
     def counted(
-        built: dict[tuple[str, str], latency.EagerVariant], *_: object
+        built: dict[tuple[str, str], EagerVariant], *_: object
     ) -> dict[tuple[str, str], float]:
         return {
             name: operations * 1e-9

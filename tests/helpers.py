@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from torch.fx import GraphModule
 
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
+from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools import train_digits
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from ditfastattn.tools.zoo import trial
 
 STEPS = 6
 TINY_DIGITS: dict[str, Any] = train_digits.MODEL_CONFIG | {
@@ -54,13 +54,7 @@ class TinyModel:
         layout: CfgLayout,
     ) -> list[Tensor]:
         """Run the plan interpreter."""
-        interpreter = PlanInterpreter(
-            strategies,
-            [site.window for site in sites],
-            layout,
-            [site.ordinal for site in sites],
-            [site.kind is SiteKind.FEED_FORWARD for site in sites],
-        )
+        interpreter = PlanInterpreter(strategies, sites, layout)
         results: list[Tensor] = []
         for step in range(len(strategies)):
             with torch.no_grad(), interpreter.step(step):
@@ -294,22 +288,7 @@ def mixed_strategies(
     sites: Sequence[AttentionSite], seed: int = 0, steps: int = STEPS
 ) -> list[tuple[Strategy, ...]]:
     """Return a random legal schedule in which every legal strategy of every site may occur."""
-    generator = random.Random(seed)
-    computed = [1] * len(sites)
-    rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
-    while len(rows) < steps:
-        row: list[Strategy] = []
-        for index, site in enumerate(sites):
-            legal = [
-                strategy
-                for strategy in Strategy
-                if strategy not in site.declined
-                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
-            ]
-            row.append(generator.choice(legal))
-            computed[index] += row[-1].computes
-        rows.append(tuple(row))
-    return rows
+    return trial.mixed_strategies(sites, seed, steps)
 
 
 def uniform_strategies(

@@ -119,7 +119,7 @@ class _Bench:
             attention_flops=kept.attention / dense.attention,
             matrix_flops=kept.total / dense.total,
             predicted_speedup=predicted,
-            variants=len(self.work.variants.program(rows, merge_variants).variants),
+            variants=len(self.work.variants.programs(rows, merge_variants)[0].variants),
             ssim=sum(ssims) / len(ssims),
             worst_ssim=min(ssims),
             psnr=sum(psnrs) / len(psnrs),

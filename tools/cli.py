@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +18,18 @@ from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
+from ditfastattn.tools.generation_options import (
+    CallOption,
+    Classes,
+    Device,
+    Dtype,
+    Generation,
+    Guidance,
+    PipelineOption,
+    Prompts,
+    Steps,
+    open_pipeline,
+)
 from ditfastattn.tools.target_options import (
     LowerBound,
     MaxLatency,
@@ -38,9 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Classes = Annotated[str, typer.Option(help="Classes to calibrate on, with commas.")]
-Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration's generation.")]
 
 Target = Annotated[
@@ -68,7 +77,7 @@ def demo(
         "ditfastattn-demo"
     ),
     steps: Steps = 20,
-    guidance: Guidance = 2.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
     min_ssim: Annotated[
         float, typer.Option(help="SSIM to dense that the worst prompt must keep.")
     ] = 0.9,
@@ -84,13 +93,19 @@ def demo(
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="The plan's file.")] = Path("plan.json"),
-    pipeline: Annotated[
-        Path | None, typer.Option(help="A folder with a digits pipeline; default: the embedded.")
-    ] = None,
+    pipeline: PipelineOption = "",
     classes: Classes = "0,3,5,8",
     held_out: Annotated[str, typer.Option(help="Classes to validate the plan on.")] = "1,4,6,9",
+    prompts: Prompts = None,
+    held_out_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to validate the plan on; without it new seeds of --prompts."),
+    ] = None,
     steps: Steps = 20,
-    guidance: Guidance = 2.0,
+    guidance: Guidance = None,
+    call: CallOption = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
     min_ssim: MinSsim = None,
     min_psnr: MinPsnr = None,
     max_lpips: MaxLpips = None,
@@ -141,10 +156,11 @@ def calibrate(
         at_least,
         at_most,
     )
-    loaded = _loaded(pipeline)
-    call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    seen = {"class_labels": _integers(classes, "--classes"), **call}
-    unseen = {"class_labels": _integers(held_out, "--held-out"), **call}
+    loaded = open_pipeline(pipeline, dtype, device)
+    generation = Generation(steps, guidance, call)
+    seen = generation.arguments(loaded, classes, prompts)
+    again = prompts is not None and held_out_prompts is None
+    unseen = None if again else generation.arguments(loaded, held_out, held_out_prompts)
     console = Console()
     with search_progress(console) as show:
         if retarget is None:
@@ -190,12 +206,12 @@ def inspect(plan: Annotated[Path, typer.Argument(help="The plan's file.")]) -> N
 @app.command()
 def validate(
     plan: Annotated[Path, typer.Argument(help="The plan's file.")],
-    pipeline: Annotated[
-        Path | None, typer.Option(help="A folder with a digits pipeline; default: the embedded.")
-    ] = None,
-    classes: Annotated[
-        str, typer.Option(help="Classes to measure on, with commas.")
-    ] = "0,1,2,3,4,5,6,7,8,9",
+    pipeline: PipelineOption = "",
+    classes: Classes = "0,1,2,3,4,5,6,7,8,9",
+    prompts: Prompts = None,
+    call: CallOption = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
     min_ssim: MinSsim = None,
     min_psnr: MinPsnr = None,
     max_lpips: MaxLpips = None,
@@ -239,11 +255,12 @@ def validate(
         at_least,
         at_most,
     )
+    opened = open_pipeline(pipeline, dtype, device)
     validate_plan(
         Console(),
-        _loaded(pipeline),
+        opened,
         loaded_plan,
-        {"class_labels": _integers(classes, "--classes")},
+        Generation(call=call).arguments(opened, classes, prompts),
         target=target,
         speed=speed,
         lowering=lowering,
@@ -259,10 +276,11 @@ def export(
         Path | None, typer.Option(help="The plan; without one the dense model is exported.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("bundle"),
-    pipeline: Annotated[
-        Path | None, typer.Option(help="A digits pipeline's folder; without it the embedded one.")
-    ] = None,
-    guidance: Guidance = 2.0,
+    pipeline: PipelineOption = "",
+    classes: Classes = "3",
+    prompts: Prompts = None,
+    guidance: Guidance = None,
+    call: CallOption = "",
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; without it the model's.")
     ] = "",
@@ -276,8 +294,10 @@ def export(
     from ditfastattn.tools.export_command import run_export
 
     loaded = None if plan is None else Plan.load(plan)
-    call = _export_call(1 if loaded is None else loaded.sampler.steps, guidance)
-    run_export(Console(), _loaded(pipeline), call, loaded, out, dtype, not fixed_batch, loop)
+    opened = open_pipeline(pipeline)
+    steps = 1 if loaded is None else loaded.sampler.steps
+    arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
+    run_export(Console(), opened, arguments, loaded, out, dtype, not fixed_batch, loop)
     if tensorrt:
         run_build(Console(), out, target)
 
@@ -309,11 +329,12 @@ def build(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    pipeline: Annotated[
-        Path | None, typer.Option(help="A digits pipeline's folder; without it the embedded one.")
-    ] = None,
+    pipeline: PipelineOption = "",
+    classes: Classes = "3",
+    prompts: Prompts = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a dense bundle.")] = 20,
-    guidance: Guidance = 2.0,
+    guidance: Guidance = None,
+    call: CallOption = "",
 ) -> None:
     """Compare a bundle with its torch model, step by step; exit 1 where they differ."""
     from ditfastattn.runtime.bundle.manifest import read_manifest
@@ -321,7 +342,9 @@ def verify(
 
     manifest = read_manifest(bundle)
     planned = manifest.sampler.steps if manifest.plan_sha256 else steps
-    run_verify(Console(), bundle, _loaded(pipeline), _export_call(planned, guidance))
+    opened = open_pipeline(pipeline)
+    arguments = Generation(planned, guidance, call).arguments(opened, classes, prompts)
+    run_verify(Console(), bundle, opened, arguments)
 
 
 @app.command()
@@ -332,14 +355,19 @@ def doctor() -> None:
     run_doctor(Console())
 
 
-def _export_call(steps: int, guidance: float) -> dict[str, Any]:
-    return {"class_labels": [3], "num_inference_steps": steps, "guidance_scale": guidance}
-
-
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="The model.")] = "demo",
+    model: Annotated[str, typer.Option(help="The demo, or a model of random weights.")] = "demo",
+    pipeline: Annotated[
+        str, typer.Option(help="A pipeline in place of the model: its folder, or id on the hub.")
+    ] = "",
+    classes: Classes = "0,3,5,8",
+    prompts: Prompts = None,
     steps: Steps = 20,
+    guidance: Guidance = None,
+    call: CallOption = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
     peers: Annotated[
         str, typer.Option(help="Caching libraries to compare with, with commas; or all, none.")
     ] = "all",
@@ -362,14 +390,20 @@ def bench(
     Every speedup is over the compiled dense model, timed in turns. A run that was killed goes on.
     """
     from ditfastattn.tools.bench.harness import BenchOptions
-    from ditfastattn.tools.bench.models import model_named
+    from ditfastattn.tools.bench.models import model_named, pipeline_model
     from ditfastattn.tools.bench.peers import peers_named
     from ditfastattn.tools.bench_command import run_bench
 
     options = BenchOptions(
         steps, peers_named(peers), _numbers(budgets, "--budgets"), repetitions, max_variants
     )
-    run_bench(Console(log_path=False), model_named(model), options, out, restart)
+    if pipeline:
+        opened = open_pipeline(pipeline, dtype, device)
+        arguments = Generation(None, guidance, call).arguments(opened, classes, prompts)
+        chosen = pipeline_model(Path(pipeline).name, opened, arguments)
+    else:
+        chosen = model_named(model)
+    run_bench(Console(log_path=False), chosen, options, out, restart)
 
 
 def _source(plan: Path, out: Path) -> Plan:
@@ -381,23 +415,6 @@ def _source(plan: Path, out: Path) -> Plan:
             remedy="write the adapted plan to another file",
         )
     return Plan.load(plan)
-
-
-def _loaded(folder: Path | None) -> Any:
-    from ditfastattn.tools.digits_pipeline import embedded_pipeline, load_pipeline
-
-    loaded = embedded_pipeline() if folder is None else load_pipeline(folder)
-    loaded.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-    return loaded
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            "classes are whole numbers", where=option, got=text, expected="for example 0,3,5"
-        ) from error
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

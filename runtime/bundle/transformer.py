@@ -180,7 +180,8 @@ class BundleTransformer(nn.Module):
             generation.hoisted.clear()
             generation.batch = batch
             if manifest.shares_guidance and manifest.latent:
-                check_lanes(inputs[manifest.latent], f"argument {manifest.latent!r}")
+                halves = inputs[manifest.latent].tensor_split(2)
+                check_lanes(*halves, f"argument {manifest.latent!r}")
         elif batch != generation.batch:
             raise ConfigError(
                 "the batch has changed within a generation",
@@ -198,7 +199,8 @@ class BundleTransformer(nn.Module):
         expected += [_result(self._slots[slot], batch) for slot in written]
         results = self._engines[manifest.schedule[step]](tensors, expected)
         count = len(manifest.outputs)
-        generation.caches.write(program, step, written, results[count:])
+        values = dict(zip(written, results[count:], strict=True))
+        generation.caches.write(program, step, values)
         return results[:count]
 
     def _batch(self, given: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ what all of them save together, which is less than the sum, is measured too and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ditfastattn.passes.caches import previous_of
 from ditfastattn.passes.pipeline import DENSE, SiteAction
-from ditfastattn.passes.plan import Strategy
+from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.search.session import Session
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
@@ -106,7 +106,10 @@ def measure_costs(
     else:
         whole = _count(built, objective)
     step, together = whole[_FULL], whole[_FULL] - whole[_SHARED]
-    prices = {g: _group_prices(whole, members) for g, members in enumerate(groups.values())}
+    prices = {
+        g: _group_prices(whole, members, _halves(session.sites[members[0]], session.layout))
+        for g, members in enumerate(groups.values())
+    }
     alone = sum(len(m) * prices[g][Strategy.FULL] for g, m in enumerate(groups.values()))
     factor = together / alone if alone > 0.0 and together > 0.0 else 1.0
     group_of = {index: g for g, members in enumerate(groups.values()) for index in members}
@@ -136,10 +139,11 @@ def _everywhere(sites: Sequence[AttentionSite]) -> dict[_Row, tuple[SiteAction, 
 def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, tuple[SiteAction, ...]]:
     """Return the rows in which one group takes a strategy and the others are computed."""
     site, first = session.sites[members[0]], str(members[0])
+    apart = session.layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
     rows: dict[_Row, tuple[SiteAction, ...]] = {
         (first, strategy): _acting(session.sites, members, SiteAction(strategy))
         for strategy in legal_strategies(site, session.layout)
-        if strategy is not Strategy.FULL
+        if not (apart and strategy.shares_cfg)
     }
     if site.window:
         storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
@@ -147,12 +151,27 @@ def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, tuple[Si
     return rows
 
 
-def _group_prices(whole: dict[_Row, float], members: Sequence[int]) -> dict[str, float]:
-    """Return the prices per site of one group: what each strategy costs above the cheapest."""
+def _halves(site: AttentionSite, layout: CfgLayout) -> dict[Strategy, Strategy]:
+    if layout is not CfgLayout.SEPARATE:
+        return {}
+    found = {Strategy.SHARE_CFG: Strategy.FULL}
+    if site.window:
+        found[Strategy.WINDOW_SHARE_CFG] = Strategy.WINDOW
+    return found
+
+
+def _group_prices(
+    whole: dict[_Row, float], members: Sequence[int], halves: Mapping[Strategy, Strategy]
+) -> dict[str, float]:
+    """Return the prices per site of one group: what each strategy costs above the cheapest.
+
+    ``halves`` are strategies of two calls, of which the first does another and the second shares.
+    """
     own = {name: price for (first, name), price in whole.items() if first == str(members[0])}
     stored = own.pop(_STORING, whole[_FULL])
     own[Strategy.FULL] = whole[_FULL]
     cheapest = min(own.values())
+    own |= {both: (own[first] + own[Strategy.SHARE_STEP]) / 2.0 for both, first in halves.items()}
     each = {name: (price - cheapest) / len(members) for name, price in own.items()}
     each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
     return each

@@ -160,7 +160,8 @@ def make_global(
     first = math.sqrt(allowed / _WORST_DAMAGE) if allowed else _gentle(errors, weights)
 
     def cache_bytes(rows: Sequence[Row]) -> int:
-        return work.variants.program(rows, most > 0).peak_cache_bytes
+        programs = work.variants.programs(rows, most > 0)
+        return sum(program.peak_cache_bytes for program in programs)
 
     return GlobalChooser(problem, first, most, max_cache_bytes, cache_bytes)
 
@@ -193,7 +194,9 @@ def _damages(
 
         def make(step: int = step) -> float:
             stepper = PlanStepper(
-                work.variants, probe_rows(session, session.steps, step), list(known[:step])
+                work.variants,
+                probe_rows(session, session.steps, step),
+                list(known[: step * session.layout.calls]),
             )
             images = work.run(stepper, prompt, float(session.steps - step + 1))
             dense = work.dense("calibration", 0, prompt)

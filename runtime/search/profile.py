@@ -21,7 +21,7 @@ the energies): what shortcuts add to the image mostly points the same way, so am
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -62,21 +62,23 @@ class Profiler:
         """Take the session."""
         self._session = session
         self._probes = probes
-        self._evaluator = SiteEvaluator(session.captured, session.sites, session.layout)
+        self._lanes = [
+            _Lane(SiteEvaluator(session.captured, session.sites, session.layout))
+            for _ in range(session.layout.calls)
+        ]
         self._sites = session.sites
         self._layout = session.layout
-        self._outputs: list[Tensor] = []
-        self._residuals: list[Tensor] = []
         self.results: list[Tensor] = []
         self.effects: dict[int, list[float]] = {}
 
     def step(self, args: Sequence[Tensor]) -> Outputs:
-        """Run one step."""
-        evaluator = self._evaluator
+        """Run one call of a step."""
+        at, number = divmod(len(self.results), len(self._lanes))
+        lane = self._lanes[number]
+        evaluator = lane.evaluator
         environment = evaluator.begin(args)
         outputs, residuals = [], []
         trials: list[Tensor] = []
-        at = len(self.results)
         for index in range(len(self._sites)):
             evaluator.advance(environment, index)
             output = evaluator.attend(environment, index, Strategy.FULL)
@@ -90,12 +92,14 @@ class Profiler:
                 trials.append(evaluator.trial(environment, index, shared)[0])
             evaluator.memory[index].output = output
             evaluator.put(environment, index, output)
-        self._outputs.append(torch.stack(outputs))
-        self._residuals.append(torch.stack(residuals))
+        lane.outputs.append(torch.stack(outputs))
+        lane.residuals.append(torch.stack(residuals))
         results = evaluator.finish(environment, len(self._sites) - 1)
         self.results.append(results[0].clone())
-        if trials:
-            self.effects[at] = [self._effect(trial - results[0]) for trial in trials]
+        lane.differences = [trial - results[0] for trial in trials]
+        if trials and lane is self._lanes[-1]:
+            halves = zip(*(each.differences for each in self._lanes), strict=True)
+            self.effects[at] = [self._effect(torch.cat(parts)) for parts in halves]
         return results
 
     def _effect(self, difference: Tensor) -> float:
@@ -103,7 +107,19 @@ class Profiler:
 
     def sketch(self) -> Sketch:
         """Return what was sketched."""
-        return Sketch(torch.stack(self._outputs), torch.stack(self._residuals))
+        outputs = [torch.stack(lane.outputs) for lane in self._lanes]
+        residuals = [torch.stack(lane.residuals) for lane in self._lanes]
+        return Sketch(torch.cat(outputs, dim=2), torch.cat(residuals, dim=2))
+
+
+@dataclass
+class _Lane:
+    """Hold what the profiler keeps of one of a step's calls."""
+
+    evaluator: SiteEvaluator
+    outputs: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
 
 
 def _guided_energy(difference: Tensor, layout: CfgLayout, guidance_scale: float | None) -> float:
@@ -120,7 +136,7 @@ def _guided_energy(difference: Tensor, layout: CfgLayout, guidance_scale: float 
 
 def _sample(tensor: Tensor, layout: CfgLayout) -> Tensor:
     """Return the same random elements of each guidance half of ``[B, H, N, D]``, fp32."""
-    lanes = 1 if layout is CfgLayout.NONE else 2
+    lanes = 2 if layout.batched else 1
     flat = tensor.reshape(lanes, -1)
     generator = torch.Generator().manual_seed(_SEED)
     count = min(_SAMPLES, flat.shape[1])

@@ -53,6 +53,16 @@ def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
+def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """Return what the pipeline calls the scale of classifier-free guidance.
+
+    Models that take a scale as an input (FLUX, QwenImage) call that ``guidance_scale``, and the
+    other one ``true_cfg_scale``.
+    """
+    true = argument_of(pipeline, call, "true_cfg_scale")
+    return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
+
+
 def generate(pipeline: Any, prompt: Prompt) -> Any:
     """Run one generation without gradients; return what the pipeline returns first: the images.
 

@@ -119,9 +119,7 @@ def _nearest(step: int, steps: int, old_steps: int) -> int:
 def _why_not(strategy: Strategy, site: AttentionSite, layout: CfgLayout, computed: int) -> str:
     if strategy is Strategy.EXTRAPOLATE and computed < 2:
         return "too few steps have computed an output"
-    if strategy.shares_cfg and layout is CfgLayout.NONE:
-        return "guidance is not batched"
-    return site.declined.get(strategy, "")
+    return site.why_not(strategy, layout)
 
 
 def _report(plan: Plan, session: Session, reasons: Mapping[str, str]) -> None:

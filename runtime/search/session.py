@@ -30,9 +30,10 @@ from ditfastattn.passes.plan import (
     Strategy,
 )
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
-from ditfastattn.passes.step_program import unroll
+from ditfastattn.passes.step_program import lanes_of, unroll
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.denoiser import Forward, replace_forward, transformer_of
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import (
@@ -41,7 +42,7 @@ from ditfastattn.runtime.matching import (
     static_tensors,
     timestep_position,
 )
-from ditfastattn.runtime.search.prompts import Prompt, argument_of, generate
+from ditfastattn.runtime.search.prompts import Prompt, argument_of, generate, guidance_argument
 from ditfastattn.runtime.search.timing import device_name
 
 Outputs = tuple[Any, ...]
@@ -87,6 +88,7 @@ class Session:
         self.pipeline = pipeline
         self._attention_only = attention_only
         self._original = pipeline.transformer
+        self._undo: Callable[[], None] | None = None
         self.layout = layout
         self.guidance_scale: float | None = None
         self.timesteps: tuple[float, ...] = ()
@@ -125,12 +127,18 @@ class Session:
 
     def hold(self) -> None:
         """Put the captured transformer into the pipeline."""
-        plain = getattr(self._original, "_orig_mod", self._original)  # it may be compiled already
-        compiled = torch.compile(plain, backend=_backend, fullgraph=True, dynamic=False)
-        self.pipeline.transformer = compiled
+        plain = transformer_of(self.pipeline, "calibrate(pipeline)")
+        self.pipeline.transformer = plain
+
+        def captured(forward: Forward) -> Forward:
+            return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+
+        self._undo = replace_forward(plain, captured)
 
     def release(self) -> None:
         """Give the pipeline its own transformer back."""
+        if self._undo is not None:
+            self._undo()
         self.pipeline.transformer = self._original
 
     def sampler(self, timesteps: Sequence[float]) -> Sampler:
@@ -156,9 +164,12 @@ class Session:
 
         ``calibration`` says how they were found; where and on what batch is added.
         """
-        program = unroll(rows, self.captured, self.sites, merge_variants)
+        peaks = [
+            unroll(rows, self.captured, self.sites, merge_variants, lane).peak_cache_bytes
+            for lane in lanes_of(self.layout)
+        ]
         where = {
-            "cache_bytes": program.peak_cache_bytes,
+            "cache_bytes": sum(peaks),
             "batch": value(outputs(self.captured.module.graph)[0]).shape[0],
             "device": device_name(),
             "versions": {"torch": torch.__version__},
@@ -174,35 +185,51 @@ class Session:
         )
 
     def capture(self, prompt: Prompt) -> None:
-        """Capture the model by one step of a generation, and time a warm forward pass."""
-        self.guidance_scale = argument_of(self.pipeline, prompt.call, "guidance_scale")
-        stepper = _TimingStepper(self)
-        self.steps = 1
-        self.run(stepper, Prompt({**prompt.call, "num_inference_steps": 1}, prompt.seed))
-        self.steps = int(argument_of(self.pipeline, prompt.call, "num_inference_steps"))
+        """Capture the model by its first step, time a warm forward pass, and count the steps.
+
+        Raises:
+            ConfigError: a generation does not call the transformer once a step.
+        """
+        name = guidance_argument(self.pipeline, prompt.call)
+        self.guidance_scale = argument_of(self.pipeline, prompt.call, name)
+        stepper = _CountingStepper(self)
+        self._generate(stepper, prompt)
         self.forward_seconds = stepper.seconds
+        self.steps = len(set(self._seen))
+        if len(self._seen) != self.steps * self.layout.calls:
+            raise ConfigError(
+                "a generation must call the transformer once a step",
+                where="the timesteps of one generation",
+                got=", ".join(f"{item:g}" for item in self._seen[:6]) + ", ...",
+                expected="each once, or twice where guidance takes two calls",
+                remedy="use a scheduler of one call per step",
+            )
 
     def run(self, stepper: Stepper, prompt: Prompt) -> Any:
         """Generate with ``stepper``; return what the pipeline returns first: the images.
 
         Raises:
-            ConfigError: the generation did not call the transformer once a step.
+            ConfigError: the generation has other steps than the first one had.
         """
+        images = self._generate(stepper, prompt)
+        if len(self._seen) != self.steps * self.layout.calls:
+            raise ConfigError(
+                "the generations of a search must have equal steps",
+                where="a generation",
+                got=f"{len(self._seen)} calls of the transformer",
+                expected=self.steps * self.layout.calls,
+                remedy="give every prompt the same steps",
+            )
+        return images
+
+    def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
         self._stepper, self._seen = stepper, []
         token = _active.set(self)
         try:
-            images = generate(self.pipeline, prompt)
+            return generate(self.pipeline, prompt)
         finally:
             _active.reset(token)
-        self.timesteps = tuple(self._seen)
-        if len(self.timesteps) != self.steps:
-            raise ConfigError(
-                "a generation must call the transformer once a step",
-                where=f"a generation of {self.steps} steps",
-                got=f"{len(self.timesteps)} calls",
-                remedy="batch the guidance in one call; use a scheduler of one call per step",
-            )
-        return images
+            self.timesteps = tuple(self._seen[:: self.layout.calls])
 
     def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
         """Run one call of the transformer, which Dynamo hands over."""
@@ -247,22 +274,24 @@ class Session:
                 )
 
 
-class _TimingStepper:
-    """Run dense, twice where it comes first: the second time is a warm one."""
+class _CountingStepper:
+    """Run the first step alone, twice, the second time a warm one; return it at every step."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._results: Outputs = ()
         self.seconds = 0.0
 
     def step(self, args: Sequence[Tensor]) -> Outputs:
-        module = self._session.captured.module
-        module(*args)
-        began = time.perf_counter()
-        results = tuple(module(*args))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - began
-        return results
+        if not self._results:
+            module = self._session.captured.module
+            module(*args)
+            began = time.perf_counter()
+            self._results = tuple(module(*args))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - began
+        return tuple(r.clone() if isinstance(r, Tensor) else r for r in self._results)
 
 
 @contextmanager
@@ -281,16 +310,10 @@ def open_session(
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
     """
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, torch.nn.Module):
-        raise ConfigError(
-            "the pipeline has no transformer to calibrate",
-            where="calibrate(pipeline)",
-            got=type(pipeline).__name__,
-            expected="a diffusers pipeline with a `transformer` module",
-        )
-    layout = detect_cfg_layout(pipeline, prompt.call) if cfg_layout is None else cfg_layout
-    session = Session(pipeline, layout, timestep, attention_only)
+    transformer_of(pipeline, "calibrate(pipeline)")
+    if cfg_layout is None:
+        cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
+    session = Session(pipeline, cfg_layout, timestep, attention_only)
     session.hold()
     try:
         with many_compilations():

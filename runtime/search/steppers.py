@@ -15,7 +15,7 @@ from ditfastattn.passes.ir import outputs
 from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import Strategy
-from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.passes.step_program import StepProgram, lanes_of, unroll
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.search.session import Outputs, Session
 
@@ -53,14 +53,21 @@ class Variants:
             self._known[actions] = EagerVariant(module, reads, writes, flops)
         return self._known[actions]
 
-    def program(self, rows: Rows, merge_variants: bool = False) -> StepProgram:
-        """Unroll the plan ``rows``."""
-        return unroll(rows, self.session.captured, self.session.sites, merge_variants)
+    def programs(self, rows: Rows, merge_variants: bool = False) -> tuple[StepProgram, ...]:
+        """Unroll the plan ``rows``, for each of a step's calls."""
+        captured, sites = self.session.captured, self.session.sites
+        return tuple(
+            unroll(rows, captured, sites, merge_variants, lane)
+            for lane in lanes_of(self.session.layout)
+        )
 
     def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
         """Count a whole generation by the plan ``rows``."""
-        program = self.program(rows, merge_variants)
-        counts = [self.get(program.variants[variant]).flops for variant in program.schedule]
+        counts = [
+            self.get(program.variants[variant]).flops
+            for program in self.programs(rows, merge_variants)
+            for variant in program.schedule
+        ]
         return sum(counts, Flops(0, 0))
 
 
@@ -82,27 +89,32 @@ class DenseStepper:
 class PlanStepper:
     """Run a plan.
 
-    ``known`` holds the model's outputs of first steps that are the dense ones: they are returned,
+    ``known`` holds the model's outputs of first calls that are the dense ones: they are returned,
     not computed, except what later steps' caches need.
     """
 
     def __init__(self, variants: Variants, rows: Rows, known: Sequence[Tensor] = ()) -> None:
         """Unroll ``rows``."""
         self._variants = variants
-        self._program = variants.program(rows)
+        self._programs = variants.programs(rows)
         self._known = known
-        self._caches = Caches()
-        self._step = 0
+        self._caches = [Caches() for _ in self._programs]
+        self._call = 0
 
     def step(self, args: Sequence[Tensor]) -> Outputs:
-        """Run one step."""
-        at, self._step = self._step, self._step + 1
-        live = self._program.live_after(at)
-        if at < len(self._known) and not live:
-            return (self._known[at],)
-        program, results = self._program, self._variants.results
+        """Run one call of a step."""
+        call, self._call = self._call, self._call + 1
+        at, lane = divmod(call, len(self._programs))
+        program, following = self._programs[lane], self._programs[lane + 1 :]
+        adopted = [other.adopted_at(at) for other in following]
+        if call < len(self._known) and not program.live_after(at) and not any(adopted):
+            return (self._known[call],)
+        results = self._variants.results
         variant = self._variants.get(program.variants[program.schedule[at]])
-        caches = self._caches.read(program, at, variant.reads, args[0].device, {})
+        caches = self._caches[lane].read(program, at, variant.reads, args[0].device, {})
         returned = variant.module(*args, *caches)
-        self._caches.write(program, at, variant.writes, returned[results:])
+        written = dict(zip(variant.writes, returned[results:], strict=True))
+        self._caches[lane].write(program, at, written)
+        for other, state, slots in zip(following, self._caches[lane + 1 :], adopted, strict=True):
+            state.adopt(other, at, {slot: written[slot] for slot in slots})
         return tuple(returned[:results])

@@ -13,17 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ditfastattn.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan import Plan
+from ditfastattn.runtime.denoiser import check_own_forward, transformer_of
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.matching import check_layout, check_sampler
 from ditfastattn.runtime.search.drift import Drift, mean_squared_error
 from ditfastattn.runtime.search.lane import dense_lane, planned_lane
 from ditfastattn.runtime.search.planned_target import target_of
-from ditfastattn.runtime.search.prompts import Prompt, argument_of, split_prompts
+from ditfastattn.runtime.search.prompts import Prompt, argument_of, guidance_argument, split_prompts
 from ditfastattn.runtime.search.quality import Quality, compare
 from ditfastattn.runtime.search.targets import Target, TargetKind
 from ditfastattn.runtime.search.timing import PairedTiming, measure_pairs
@@ -122,14 +121,14 @@ def validate(
         ConfigError: the plan is for another model, sampler or call; the target cannot be measured.
     """
     lowering = Lowering(lowering)
-    transformer = _transformer(pipeline)
+    check_own_forward(transformer_of(pipeline, "validate(pipeline)"))
     held_to = target_of(plan) if target is None else target
     prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
     _check_request(held_to, speed, repetitions)
     if held_to is not None:
         held_to.prepare(prompts[0].call)
     tell = on_progress or _ignore
-    with _running_plain(pipeline, transformer), many_compilations():
+    with _running_plain(pipeline), many_compilations():
         if any(strategy.shares_cfg for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
         eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
@@ -192,12 +191,13 @@ def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[st
         ConfigError: ``call``, or the pipeline's scheduler, has others than the plan.
     """
     sampler = plan.sampler
-    planned = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
+    guidance_name = guidance_argument(pipeline, call)
+    planned = {"num_inference_steps": sampler.steps, guidance_name: sampler.guidance_scale}
     known = inspect.signature(pipeline.__call__).parameters
     filled = {name: item for name, item in planned.items() if name in known and item is not None}
     filled |= call
     steps = argument_of(pipeline, filled, "num_inference_steps")
-    if steps != sampler.steps:
+    if steps != sampler.steps and "strength" not in filled:  # of which a part of the steps is run
         raise ConfigError(
             "the plan is for another number of steps",
             where="plan.sampler.steps",
@@ -205,7 +205,7 @@ def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[st
             expected=sampler.steps,
             remedy="leave the steps to the plan, or adapt it to others (ditfastattn.retarget)",
         )
-    guidance = argument_of(pipeline, filled, "guidance_scale")
+    guidance = argument_of(pipeline, filled, guidance_name)
     check_sampler(plan, getattr(pipeline, "scheduler", None), guidance)
     return filled
 
@@ -223,22 +223,11 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
         )
 
 
-def _transformer(pipeline: Any) -> torch.nn.Module:
-    found = getattr(pipeline, "transformer", None)
-    if isinstance(found, torch.nn.Module):
-        return found
-    raise ConfigError(
-        "the pipeline has no transformer to run",
-        where="validate(pipeline)",
-        got=type(pipeline).__name__,
-        expected="a diffusers pipeline with a `transformer` module",
-    )
-
-
 @contextmanager
-def _running_plain(pipeline: Any, transformer: torch.nn.Module) -> Generator[None]:
+def _running_plain(pipeline: Any) -> Generator[None]:
     """Give the pipeline its transformer as it was before it was compiled, for a while."""
-    pipeline.transformer = getattr(transformer, "_orig_mod", transformer)
+    transformer = pipeline.transformer
+    pipeline.transformer = transformer_of(pipeline, "validate(pipeline)")
     try:
         yield
     finally:

@@ -8,9 +8,7 @@ The main names::
         target=ditfastattn.Target.min_ssim(0.95),
         out="plan.json",
     )
-    pipeline.transformer = torch.compile(
-        pipeline.transformer, backend="ditfastattn", options={"plan": "plan.json"}
-    )
+    ditfastattn.accelerate(pipeline, "plan.json")  # or torch.compile(backend="ditfastattn")
     ditfastattn.export(pipeline, {"class_labels": [1]}, "plan.json", "bundle")
     pipeline.transformer = ditfastattn.load("bundle")
 """
@@ -21,6 +19,7 @@ import ditfastattn.export  # noqa: F401  # the package first: the function of th
 from ditfastattn.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.exporting import build, export, load, verify
 from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
+from ditfastattn.runtime.accelerate import accelerate, restore
 from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.planned import reports, reset
@@ -40,6 +39,7 @@ __all__ = [
     "TargetMissedError",
     "Validation",
     "VerifyError",
+    "accelerate",
     "build",
     "calibrate",
     "check_sampler",
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "reports",
     "reset",
+    "restore",
     "retarget",
     "validate",
     "verify",

@@ -154,14 +154,14 @@ def test_attention_computes_the_same(options: dict[str, Any], tmp_path: Path) ->
 
 
 class Windowed(nn.Module):
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, *text: int) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.text = window, text
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
         result: Tensor = torch.ops.ditfastattn.window_attention(
-            heads, 2 * heads, heads - 1, self.window, 0.5
+            heads, 2 * heads, heads - 1, self.window, 0.5, *self.text
         )
         return result
 
@@ -170,6 +170,14 @@ class Windowed(nn.Module):
 @pytest.mark.parametrize("window", [0, 1, 16, 40])
 def test_a_window_computes_the_same(tokens: int, window: int, tmp_path: Path) -> None:
     assert_same(Windowed(window), {"x": noise(1, 2, tokens, 8)}, tmp_path)
+
+
+@pytest.mark.parametrize("text", [(5, 0), (0, 5), (3, 4)])
+@pytest.mark.parametrize(("tokens", "window"), [(16, 2), (128, 16), (200, 16)])
+def test_a_window_beside_text_computes_the_same(
+    tokens: int, window: int, text: tuple[int, int], tmp_path: Path
+) -> None:
+    assert_same(Windowed(window, *text), {"x": noise(1, 2, tokens + sum(text), 8)}, tmp_path)
 
 
 def test_a_window_in_blocks_skips_the_work_outside(tmp_path: Path) -> None:

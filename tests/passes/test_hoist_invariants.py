@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ditfastattn import Strategy
 from ditfastattn.passes.caches import read_slots, written_slots
+from ditfastattn.passes.capture import latent_position
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.passes.hoist_invariants import find_invariants, prologue
 from ditfastattn.passes.ir import graph_text
 from ditfastattn.passes.pipeline import DENSE, rewrite
 from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.runtime import invariants, lowering
-from ditfastattn.runtime.matching import latent_position, timestep_position
+from ditfastattn.runtime.matching import timestep_position
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,

@@ -48,7 +48,8 @@ def variants(
         args = [*flat_inputs(tiny, step), *read]
         with torch.no_grad():
             returned = module(*args)
-        caches.write(program, step, writes, returned[len(returned) - len(writes) :])
+        kept = returned[len(returned) - len(writes) :]
+        caches.write(program, step, dict(zip(writes, kept, strict=True)))
         yield module, args
 
 

@@ -48,6 +48,7 @@ def test_pixart_tells_self_from_cross_attention() -> None:
 def test_sd3_joint_attention_has_two_frontiers_but_the_last() -> None:
     _, sites = capture_sites(TINY_MODELS["sd3"]())
     assert {site.kind for site in sites} == {SiteKind.JOINT}
+    assert {(site.tokens, site.text, site.window) for site in sites} == {(21, (0, 5), 2)}
     assert [len(site.frontier) for site in sites] == [2, 2, 1]  # the last block drops its text
 
 

@@ -69,9 +69,9 @@ def compiled(module: GraphModule, *args: Tensor) -> Tensor:
     return result
 
 
-def windowed(window: int) -> Callable[..., Tensor]:
+def windowed(window: int, *text: int) -> Callable[..., Tensor]:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = window_attention(q, k, v, window, 0.25)
+        result: Tensor = window_attention(q, k, v, window, 0.25, *text)
         return result
 
     return model
@@ -97,6 +97,28 @@ def test_op_equals_dense_computation(tokens: int, window: int) -> None:
     expected = dense(q, k, v, window, 0.3)
     actual = window_attention(q, k, v, window, 0.3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
+
+
+def arrow(q: Tensor, k: Tensor, v: Tensor, window: int, text: tuple[int, int]) -> Tensor:
+    """Attend within the band of the image's tokens, and from and to every text token."""
+    before, after = text
+    tokens = q.shape[2]
+    image = range(before, tokens - after)
+    rows = []
+    for i in range(tokens):
+        seen = [
+            j for j in range(tokens) if abs(i - j) <= window or i not in image or j not in image
+        ]
+        scores = (q[:, :, i, None] * k[:, :, seen]).sum(-1) * 0.25
+        rows.append((scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2))
+    return torch.stack(rows, 2)
+
+
+@pytest.mark.parametrize("text", [(5, 0), (0, 5), (3, 4)])
+def test_the_text_attends_and_is_attended_by_all(text: tuple[int, int]) -> None:
+    q, k, v = inputs(2, 3, 29, 8)
+    expected = arrow(q, k, v, 2, text)
+    torch.testing.assert_close(windowed(2, *text)(q, k, v), expected, rtol=0, atol=2e-6)
 
 
 def test_window_zero_returns_the_values() -> None:
@@ -137,6 +159,20 @@ def test_flops_count_the_kept_pairs(tokens: int, window: int) -> None:
     assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 8 * pairs
 
 
+def test_flops_count_the_texts_pairs() -> None:
+    tokens, window, text = 13, 2, (2, 1)
+    image = range(text[0], tokens - text[1])
+    pairs = sum(
+        abs(i - j) <= window or i not in image or j not in image
+        for i in range(tokens)
+        for j in range(tokens)
+    )
+    assert kept_pairs(tokens, window, sum(text)) == pairs
+    with FlopCounterMode(display=False) as counter:
+        window_attention(*inputs(2, 3, tokens, 8), window, 0.3, *text)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 8 * pairs
+
+
 def test_bad_inputs_are_config_errors() -> None:
     q, k, v = inputs(1, 2, 8, 4)
     with pytest.raises(ConfigError, match="the window is negative"):
@@ -172,8 +208,38 @@ def test_compiled_blocks_equal_the_op(batch: int, tokens: int, window: int) -> N
     torch.testing.assert_close(compiled(module, x, y), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("text", [(7, 0), (0, 7), (3, 4)])
+@pytest.mark.parametrize(("tokens", "window"), [(256, 32), (203, 20)])
+def test_blocks_with_text_equal_the_op(tokens: int, window: int, text: tuple[int, int]) -> None:
+    examples = inputs(2, 3, tokens + sum(text), 16)
+    module = trace(windowed(window, *text), *examples)
+    assert lower_window_attention(module) == []
+    assert not calls(module.graph, WINDOW)
+    expected = windowed(window, *text)(*examples)
+    torch.testing.assert_close(module(*examples)[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(module, *examples), expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_with_text_skip_the_rest() -> None:
+    module = trace(windowed(128, 0, 77), *inputs(1, 2, 1024 + 77, 16))
+    lower_window_attention(module)
+    image, text = calls(module.graph, ATTENTION)
+    assert value(image.args[1]).shape == (8, 2, 128 + 2 * 128 + 77, 16)
+    assert value(text.args[0]).shape == (1, 2, 77, 16)
+
+
 @needs_flex
-def test_compiled_flex_equals_the_op() -> None:
+@pytest.mark.parametrize("text", [(77, 0), (0, 77)])
+def test_compiled_flex_with_text_equals_the_op(text: tuple[int, int]) -> None:
+    examples = inputs(1, 2, 600 + sum(text), 16)
+    module = trace(windowed(60, *text), *examples)
+    assert lower_window_attention(module, WindowKernel.FLEX) == []
+    expected = windowed(60, *text)(*examples)
+    torch.testing.assert_close(compiled(module, *examples), expected, rtol=0, atol=1e-5)
+
+
+@needs_flex
+def test_compiled_flex_equals_equals_the_op() -> None:
     examples = inputs(2, 2, 601, 16)
     module = trace(windowed(200), *examples)  # wide enough for blocks that lie wholly inside
     assert lower_window_attention(module, WindowKernel.FLEX) == []
@@ -265,6 +331,28 @@ def test_band_blocks_are_those_of_create_block_mask(tokens: int, window: int) ->
         assert isinstance(wanted, Tensor)
         assert actual.dtype is wanted.dtype
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("text", [(77, 0), (0, 77), (200, 130), (128, 0)])
+def test_band_blocks_with_text_are_those_of_create_block_mask(text: tuple[int, int]) -> None:
+    tokens, window = 700, 60
+    total = tokens + sum(text)
+
+    def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        first, last = text[0], text[0] + tokens
+        outside = (query < first) | (query >= last) | (key < first) | (key >= last)
+        return ((query - key).abs() <= window) | outside
+
+    mask = create_block_mask(kept, None, None, total, total, device="cpu", BLOCK_SIZE=FLEX_BLOCK)
+    dense = mask.to_dense().bool()[0, 0]
+    counts, indices, whole_counts, whole_indices = band_blocks(
+        Band(tokens, window, torch.float32, torch.device("cpu"), *text)
+    )
+    for row in range(dense.shape[0]):
+        part = indices[0, 0, row, : int(counts[0, 0, row])]
+        whole = whole_indices[0, 0, row, : int(whole_counts[0, 0, row])]
+        found = torch.cat([part, whole]).sort().values
+        assert torch.equal(found, dense[row].nonzero().flatten().int())
 
 
 # What stays.

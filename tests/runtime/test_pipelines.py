@@ -129,7 +129,7 @@ def test_a_sampler_with_an_infinite_setting_survives_the_file() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no transformer to calibrate"):
+    with pytest.raises(ConfigError, match="the pipeline has no transformer"):
         calibrate(object(), {})
     with pytest.raises(ConfigError, match="bound is out of range"):
         calibrate(Pipeline("cond-first"), {"labels": [1]}, target=Target.threshold(0.0))

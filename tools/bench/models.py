@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ditfastattn.errors import ConfigError
-from ditfastattn.runtime.search.prompts import Prompt, split_prompts
+from ditfastattn.passes.plan import CfgLayout
+from ditfastattn.runtime.guidance import detect_cfg_layout
+from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
 
 FIRST_TEST_SEED = 1000  # a search uses seeds from 0 and 500: no image is judged that it has seen
 
@@ -67,6 +71,39 @@ DEMO = BenchModel(
     calibration={"class_labels": [0, 3, 5, 8], "guidance_scale": 2.0},
     conditional_first=True,
 )
+
+
+def pipeline_model(name: str, pipeline: Any, call: Mapping[str, Any]) -> BenchModel:
+    """Return a pipeline of the user's as a model; ``call`` as ``calibrate`` takes it.
+
+    Its prompts are those of the plans and of the test images, which differ in their seeds.
+    """
+    layout = detect_cfg_layout(pipeline, split_prompts(call, 0)[0].call)
+    prompts = split_prompts(call, 0)
+    return BenchModel(
+        name=name,
+        open=lambda: pipeline,
+        call=lambda index: prompts[index % len(prompts)].call,
+        calibration=call,
+        conditional_first=layout is CfgLayout.COND_FIRST,
+        guided=layout is not CfgLayout.NONE,
+        timestep_scale=_timestep_scale(pipeline, prompts[0].call),
+    )
+
+
+def _timestep_scale(pipeline: Any, call: Mapping[str, Any]) -> float:
+    """Return what turns the transformer's timestep into one from 0 to 1000."""
+    seen: list[float] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(float(kwargs.get("timestep", torch.tensor(1000.0)).flatten()[0]))
+
+    hook = pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        generate(pipeline, Prompt({**call, "num_inference_steps": 1}, 0))
+    finally:
+        hook.remove()
+    return 1000.0 if max(seen) <= 1.0 else 1.0
 
 
 def model_named(name: str) -> BenchModel:

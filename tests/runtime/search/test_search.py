@@ -209,8 +209,8 @@ def test_variants_are_capped(by_ssim: Plan, most: int) -> None:
     plan = search(Target.min_ssim(0.99), max_variants=most)
     prompts = split_prompts(CALL, 0)
     with open_session(pipeline(), prompts[0]) as session:
-        program = Variants(session).program(plan.strategies, plan.merge_variants)
-        free = Variants(session).program(by_ssim.strategies, False)
+        program = Variants(session).programs(plan.strategies, plan.merge_variants)[0]
+        free = Variants(session).programs(by_ssim.strategies, False)[0]
     assert len(program.variants) <= most < len(free.variants)
     assert plan.calibration.predicted_speedup is not None
     assert by_ssim.calibration.predicted_speedup is not None

@@ -202,7 +202,7 @@ def test_another_model_is_refused_and_the_pipeline_keeps_its_own(plan: Plan) -> 
     with pytest.raises(ConfigError, match=r"plan.model.weights"):
         validate(pipeline, plan, CLASSES, speed=False)
     assert pipeline.transformer is original
-    with pytest.raises(ConfigError, match="no transformer to run"):
+    with pytest.raises(ConfigError, match="the pipeline has no transformer"):
         validate(object(), plan, CLASSES)
 
 

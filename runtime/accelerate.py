@@ -1,0 +1,81 @@
+"""Run a pipeline's transformer by a plan, in one line, and undo it in another."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ditfastattn.passes.plan import Plan
+from ditfastattn.runtime.denoiser import replace_forward, transformer_of
+from ditfastattn.runtime.matching import check_sampler
+from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.planned import PlannedFunction
+
+log = logging.getLogger(__name__)
+
+_undo: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
+
+
+def accelerate(
+    pipeline: Any,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    *,
+    mode: str | None = None,
+    **options: Any,
+) -> Any:
+    """Compile ``pipeline.transformer`` by ``plan``, in place, and return the pipeline.
+
+    The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
+    A pipeline that is accelerated already gets the new plan.
+
+    Args:
+        pipeline: a diffusers pipeline with a ``transformer``.
+        plan: the plan, or its path; without one the first generation calibrates itself.
+        mode: a mode of ``torch.compile``, such as ``"reduce-overhead"``.
+        **options: the backend's other options, as ``torch.compile(options=...)`` takes them.
+
+    Raises:
+        ConfigError: there is no transformer; the plan cannot be read, or is for another scheduler.
+    """
+    where = "accelerate(pipeline)"
+    module = transformer_of(pipeline, where)
+    loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    scheduler = getattr(pipeline, "scheduler", None)
+    if loaded is not None and scheduler is not None:
+        check_sampler(loaded, scheduler)
+    if getattr(pipeline, "transformer_2", None) is not None:
+        log.warning("ditfastattn: the pipeline's transformer_2 is left as it is: a plan has one")
+    chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
+    restore(pipeline)
+    pipeline.transformer = module  # a torch.compile around it would compile what runs compiled
+
+    def backend(graph: GraphModule, _example: Sequence[Any]) -> PlannedFunction:
+        return PlannedFunction(graph, chosen)
+
+    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+        made: Callable[..., Any] = torch.compile(forward, backend=backend, fullgraph=True)
+        return made
+
+    _undo[module] = replace_forward(module, compiled)
+    return pipeline
+
+
+def restore(pipeline: Any) -> Any:
+    """Undo ``accelerate``: the transformer runs as it did before; return the pipeline.
+
+    A pipeline that is not accelerated is left as it is.
+
+    Raises:
+        ConfigError: the pipeline has no transformer.
+    """
+    undo = _undo.pop(transformer_of(pipeline, "restore(pipeline)"), None)
+    if undo is not None:
+        undo()
+    return pipeline

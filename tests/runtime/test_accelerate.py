@@ -1,0 +1,200 @@
+"""Real pipelines, saved and loaded, accelerated in one line and restored in another."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import CfgLayout, ConfigError, Plan, Target
+from ditfastattn.runtime.search.prompts import Prompt, generate
+from tests.tiny_pipelines import TINY_PIPELINES, tiny_img2img_pipeline
+
+STEPS = 4
+
+
+def run(pipeline: Any, call: dict[str, Any], seed: int = 5) -> Tensor:
+    images: Tensor = generate(pipeline, Prompt({"num_inference_steps": STEPS, **call}, seed))
+    return images
+
+
+def planned(pipeline: Any, call: dict[str, Any], strength: float = 0.5) -> Plan:
+    two_calls = type(pipeline).__name__ == "WanPipeline"  # of the transformer a step
+    target = Target.min_psnr(12.0) if two_calls else Target.threshold(strength)
+    return ditfastattn.calibrate(pipeline, {"num_inference_steps": STEPS, **call}, target=target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    build, call = TINY_PIPELINES[name]
+    if not (folder / name).exists():
+        build().save_pretrained(folder / name)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder / name)
+    pipeline.set_progress_bar_config(disable=True)
+    torch._dynamo.reset()
+    return pipeline, call
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_a_loaded_pipeline_is_accelerated_by_its_plan_and_restored(name: str, folder: Path) -> None:
+    pipeline, call = loaded(name, folder)
+    dense = run(pipeline, call)
+    plan = planned(pipeline, call)
+    assert plan.changed > 0
+    transformer = pipeline.transformer
+    assert ditfastattn.accelerate(pipeline, plan, lowering="eager") is pipeline
+    assert pipeline.transformer is transformer
+    faster = run(pipeline, call)
+    assert faster.isfinite().all()
+    assert not torch.equal(faster, dense)
+    assert torch.equal(run(pipeline, call), faster)  # a second generation begins anew
+    ditfastattn.restore(pipeline)
+    assert torch.equal(run(pipeline, call), dense)
+
+
+def test_a_greedy_search_needs_guidance_in_one_call(folder: Path) -> None:
+    pipeline, call = loaded("wan", folder)
+    with pytest.raises(ConfigError, match="needs guidance in one call"):
+        ditfastattn.calibrate(pipeline, {**call}, target=Target.threshold(0.1))
+
+
+@pytest.fixture
+def digits(folder: Path) -> tuple[Any, dict[str, Any], Plan]:
+    pipeline, call = loaded("dit", folder)
+    return pipeline, call, planned(pipeline, call)
+
+
+def test_the_plan_may_be_a_file_and_saving_is_unaffected(
+    digits: tuple[Any, dict[str, Any], Plan], tmp_path: Path
+) -> None:
+    pipeline, call, plan = digits
+    plan.save(tmp_path / "plan.json")
+    ditfastattn.accelerate(pipeline, tmp_path / "plan.json", lowering="eager")
+    expected = run(pipeline, call)
+    pipeline.save_pretrained(tmp_path / "saved")
+    again: Any = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    ditfastattn.accelerate(again, plan, lowering="eager")
+    assert torch.equal(run(again, call), expected)
+
+
+def test_another_step_count_and_another_scheduler_are_refused(
+    digits: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, plan = digits
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    with pytest.raises(ConfigError, match="another timestep"):
+        run(pipeline, {**call, "num_inference_steps": STEPS + 1})
+    other = type(pipeline.scheduler).from_config(pipeline.scheduler.config, beta_end=0.05)
+    pipeline.scheduler = other
+    with pytest.raises(ConfigError, match="beta_end"):
+        ditfastattn.accelerate(pipeline, plan)
+
+
+def test_an_accelerated_pipeline_is_not_calibrated_before_it_is_restored(
+    digits: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, plan = digits
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    with pytest.raises(ConfigError, match="restore"):
+        planned(pipeline, call)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")  # again is fine: the newer plan counts
+    ditfastattn.restore(pipeline)
+    ditfastattn.restore(pipeline)
+    assert planned(pipeline, call).strategies == plan.strategies
+
+
+def test_bad_input_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="has no transformer"):
+        ditfastattn.accelerate(object())
+    build, _ = TINY_PIPELINES["dit"]
+    with pytest.raises(ConfigError, match="unknown option"):
+        ditfastattn.accelerate(build(), None, speed="high")
+    with pytest.raises(ConfigError, match="cannot read the plan"):
+        ditfastattn.accelerate(build(), "/nowhere/plan.json")
+
+
+def test_without_a_plan_the_first_generation_calibrates_one(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, call = loaded("dit", folder)
+    ditfastattn.accelerate(pipeline, lowering="eager", threshold=0.5)
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        run(pipeline, call)
+    assert "calibrates" in caplog.text
+
+
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_offloading_hooks_may_come_before_or_after(
+    digits: tuple[Any, dict[str, Any], Plan], hooked_first: bool
+) -> None:
+    pipeline, call, plan = digits
+    dense = run(pipeline, call)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = run(pipeline, call)
+    ditfastattn.restore(pipeline)
+    hook = AlignDevicesHook(execution_device="cpu", offload=True)
+    if hooked_first:
+        add_hook_to_module(pipeline.transformer, hook)
+        ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    else:
+        ditfastattn.accelerate(pipeline, plan, lowering="eager")
+        add_hook_to_module(pipeline.transformer, hook)
+    assert torch.equal(run(pipeline, call), expected)
+    ditfastattn.restore(pipeline)
+    assert torch.equal(run(pipeline, call), dense)
+    remove_hook_from_module(pipeline.transformer)
+    assert torch.equal(run(pipeline, call), dense)
+
+
+def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
+    pipeline, call = loaded("sd3", folder)
+    ditfastattn.accelerate(pipeline, planned(pipeline, call), lowering="eager")
+    assert ditfastattn.reports() is not None
+    seen: list[int] = []
+
+    def note(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return kwargs
+
+    images = run(pipeline, {**call, "num_images_per_prompt": 2, "callback_on_step_end": note})
+    assert len(images) == 2
+    assert seen == list(range(STEPS))
+
+
+def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
+    pipeline, call = tiny_img2img_pipeline()
+    call = {**call, "strength": 0.5, "num_inference_steps": 2 * STEPS}
+    torch._dynamo.reset()
+    dense = run(pipeline, call)
+    plan = planned(pipeline, call)
+    assert plan.sampler.steps == STEPS
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    assert not torch.equal(run(pipeline, call), dense)
+    with pytest.raises(ConfigError, match="another timestep"):
+        run(pipeline, {**call, "strength": 1.0})
+
+
+def test_guidance_is_found_as_each_pipeline_runs_it(folder: Path) -> None:
+    layouts = {}
+    for name in ("dit", "pixart", "sd3", "flux", "wan"):
+        pipeline, call = loaded(name, folder)
+        layouts[name] = planned(pipeline, call).sampler.cfg_layout
+    assert layouts == {
+        "dit": CfgLayout.COND_FIRST,
+        "pixart": CfgLayout.UNCOND_FIRST,
+        "sd3": CfgLayout.UNCOND_FIRST,
+        "flux": CfgLayout.NONE,  # its guidance is an input of the model: nothing to share
+        "wan": CfgLayout.SEPARATE,
+    }

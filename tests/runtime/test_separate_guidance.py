@@ -1,0 +1,143 @@
+"""Guidance in two calls a step: each lane has its caches, and the second may take the first's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.plan import Calibration, Sampler
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.reference import PlanInterpreter
+from tests.helpers import (
+    STEPS,
+    TIMESTEPS,
+    TINY_MODELS,
+    TinyModel,
+    captured_once,
+    largest_difference,
+)
+
+Rows = list[tuple[Strategy, ...]]
+BATCH = 2
+
+
+def call(tiny: TinyModel, step: int, lane: int) -> dict[str, Any]:
+    """Return a lane's call: the latents of the other one, and conditions of its own."""
+    made = tiny.call(step, BATCH)
+    for name in ("class_labels", "encoder_hidden_states", "pooled_projections"):
+        if name in made:
+            made[name] = made[name].flip(0) if lane else made[name]
+    return made
+
+
+def mixed(sites: Sequence[AttentionSite], seed: int) -> Rows:
+    generator = random.Random(seed)
+    computed = [1] * len(sites)
+    rows: Rows = [(Strategy.FULL,) * len(sites)]
+    while len(rows) < STEPS:
+        row = []
+        for index, site in enumerate(sites):
+            legal = [
+                strategy
+                for strategy in Strategy
+                if not site.why_not(strategy, CfgLayout.SEPARATE)
+                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
+            ]
+            row.append(generator.choice(legal))
+            computed[index] += row[-1].computes
+        rows.append(tuple(row))
+    return rows
+
+
+def plan_of(tiny: TinyModel, rows: Rows) -> Plan:
+    found = captured_once(tiny, BATCH)
+    return Plan(
+        model=fingerprint(found.graph, found.every, found.static),
+        inputs=input_shapes(found.graph),
+        sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=CfgLayout.SEPARATE),
+        sites=tuple(site.planned() for site in found.every),
+        strategies=tuple(rows),
+        calibration=Calibration(method="manual"),
+    )
+
+
+def compiled(tiny: TinyModel, plan: Plan) -> Any:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
+    return torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
+
+
+def run(tiny: TinyModel, model: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [
+            model(**call(tiny, step, lane))[0] for step in range(STEPS) for lane in range(BATCH)
+        ]
+
+
+def reference(tiny: TinyModel, rows: Rows) -> list[Tensor]:
+    sites = captured_once(tiny, BATCH).every
+    interpreter = PlanInterpreter(rows, sites, CfgLayout.SEPARATE)
+    results: list[Tensor] = []
+    for step in range(STEPS):
+        for lane in range(2):
+            with torch.no_grad(), interpreter.step(step, lane):
+                results.append(tiny.model(**call(tiny, step, lane))[0])
+    return results
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_mixed_plans_are_the_interpreters(name: str, seed: int) -> None:
+    tiny = TINY_MODELS[name]()
+    rows = mixed(captured_once(tiny, BATCH).every, seed)
+    model = compiled(tiny, plan_of(tiny, rows))
+    expected = reference(tiny, rows)
+    assert largest_difference(run(tiny, model), expected) < 1e-5
+    assert largest_difference(run(tiny, model), expected) < 1e-5  # and a second generation
+
+
+def test_a_shared_second_call_computes_no_attention() -> None:
+    tiny = TINY_MODELS["dit"]()
+    sites = captured_once(tiny, BATCH).every
+    shared = (Strategy.SHARE_CFG,) * len(sites)
+    rows = [(Strategy.FULL,) * len(sites)] + [shared] * (STEPS - 1)
+    plan = plan_of(tiny, rows)
+    model = compiled(tiny, plan)
+    run(tiny, model)
+    report = next(r for r in ditfastattn.reports() if r.plan == plan)
+    assert report.planned is not None
+    share = report.planned.attention / report.dense.attention
+    assert share == pytest.approx((2 + STEPS - 1) / (2 * STEPS))
+    assert report.peak_cache_bytes > 0
+
+
+def test_other_latents_in_the_second_call_are_refused() -> None:
+    tiny = TINY_MODELS["dit"]()
+    sites = captured_once(tiny, BATCH).every
+    rows = [(Strategy.FULL,) * len(sites)] + [(Strategy.SHARE_CFG,) * len(sites)] * (STEPS - 1)
+    model = compiled(tiny, plan_of(tiny, rows))
+    with torch.no_grad():
+        model(**call(tiny, 0, 0))
+        other = call(tiny, 0, 1)
+        other["hidden_states"] = other["hidden_states"] + 1.0
+        with pytest.raises(ConfigError, match="different latents"):
+            model(**other)
+
+
+def test_a_missing_second_call_is_noticed_by_its_timestep() -> None:
+    tiny = TINY_MODELS["dit"]()
+    sites = captured_once(tiny, BATCH).every
+    model = compiled(tiny, plan_of(tiny, mixed(sites, 0)))
+    with torch.no_grad():
+        model(**call(tiny, 0, 0))
+        with pytest.raises(ConfigError, match="another timestep"):
+            model(**call(tiny, 1, 0))

@@ -1,0 +1,173 @@
+"""Try every transformer that diffusers exports, and write the table of what works.
+
+    python -m ditfastattn.tools.survey --out docs/compatibility.md
+
+Every class is tried at a tiny size with random weights: its sites, a plan that mixes all strategies
+against the plan interpreter, and the exported bundle in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import diffusers
+import torch
+import typer
+from rich.console import Console
+
+from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.plan import SiteKind, Strategy
+from ditfastattn.tools.zoo import ZOO
+from ditfastattn.tools.zoo.base import ZooModel
+from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, first_line, try_model
+
+_EXPORTED = re.compile(r".*(Transformer|DiT).*(Model|Transformer)")
+_NOT_DENOISERS = re.compile(r".*ControlNet.*|.*Prior.*|.*Encoder.*")
+_LEGEND = """\
+# Which models work
+
+Written by `python -m ditfastattn.tools.survey`; do not edit. Every transformer of diffusers
+{diffusers} is built tiny with random weights (torch {torch}, CPU, fp32), captured by
+`torch.compile(..., backend="ditfastattn", fullgraph=True)`, run by a plan that mixes every legal
+strategy at every site, and compared with the plan interpreter, as is the bundle exported to ONNX.
+
+*Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
+are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
+*Error* is the largest difference, relative to the largest output (at most {tolerance:g}). What is
+declined is named with the reason below the table.
+
+| class | attention | feed-forward | strategies | graph breaks | error | ONNX error |
+|---|---|---|---|---|---|---|
+"""
+_LETTERS = {
+    Strategy.WINDOW: "w",
+    Strategy.SHARE_STEP: "s",
+    Strategy.SHARE_CFG: "c",
+    Strategy.EXTRAPOLATE: "e",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hold what came of one class: a trial, or why there is none."""
+
+    name: str
+    trial: Trial | None
+    reason: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Tell whether it has sites, and a plan computes what it should."""
+        trial = self.trial
+        return trial is not None and bool(trial.report.sites) and trial.error <= TOLERANCE
+
+
+def exported_classes() -> list[str]:
+    """Return the names of the denoising transformers that diffusers exports."""
+    names = (name for name in dir(diffusers) if _EXPORTED.fullmatch(name))
+    return sorted(name for name in names if not _NOT_DENOISERS.fullmatch(name))
+
+
+def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
+    """Try every class; one that has no tiny configuration is reported as such."""
+    known = {model.name: model for model in ZOO}
+    outcomes: list[Outcome] = []
+    for name in exported_classes():
+        if re.search(only, name):
+            outcomes.append(_outcome(name, known.get(name), onnx))
+            console.print(_line(outcomes[-1]), soft_wrap=True, markup=False, highlight=False)
+    return outcomes
+
+
+def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
+    if model is None:
+        return Outcome(name, None, "there is no tiny configuration of it yet")
+    try:
+        return Outcome(name, try_model(model, onnx=onnx))
+    except Exception as error:  # a survey reports whatever stands in the way
+        logging.getLogger(__name__).debug("%s", name, exc_info=True)
+        return Outcome(name, None, f"{type(error).__name__}: {first_line(error)}")
+
+
+def _line(outcome: Outcome) -> str:
+    """Return the row of the table."""
+    trial = outcome.trial
+    if trial is None:
+        return f"| {outcome.name} | - | - | - | - | - | - |"
+    attentions = ", ".join(
+        f"{count} {kind}"
+        for kind, count in trial.kinds.items()
+        if kind is not SiteKind.FEED_FORWARD
+    )
+    forwards = trial.kinds[SiteKind.FEED_FORWARD]
+    letters = "".join(letter for strategy, letter in _LETTERS.items() if strategy in trial.legal)
+    onnx = "-" if trial.onnx_error is None else f"{trial.onnx_error:.0e}"
+    error = f"{trial.error:.0e}" if trial.report.sites else "-"
+    return (
+        f"| {outcome.name} | {attentions or '-'} | {forwards} | {letters or '-'} | 0 | {error} "
+        f"| {onnx} |"
+    )
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """Return what the table leaves out, each reason once."""
+    if outcome.trial is None:
+        return [outcome.reason]
+    found = [f"declined: {reason}" for reason in _reasons(outcome.trial)]
+    if outcome.trial.no_onnx:
+        found.append(f"no ONNX: {outcome.trial.no_onnx}")
+    return found
+
+
+def _reasons(trial: Trial) -> list[str]:
+    declined = [item.reason for item in trial.report.declined]
+    strategies = [
+        f"{strategy} at {site.kind}: {reason}"
+        for site in trial.report.sites
+        for strategy, reason in site.declined.items()
+        if strategy in (Strategy.WINDOW, Strategy.SHARE_CFG)
+        and site.kind is not SiteKind.FEED_FORWARD
+    ]
+    return list(dict.fromkeys([*declined, *strategies]))
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """Return the whole page."""
+    head = _LEGEND.format(
+        diffusers=diffusers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        tolerance=TOLERANCE,
+    )
+    lines = [_line(outcome) for outcome in outcomes]
+    works = sum(outcome.works for outcome in outcomes)
+    tail = [f"\n{works} of {len(outcomes)} classes run a plan.\n\n## Reasons\n"]
+    for outcome in outcomes:
+        found = notes(outcome)
+        if found:
+            tail += [f"- **{outcome.name}**", *(f"  - {note}" for note in found)]
+    return head + "\n".join([*lines, *tail]) + "\n"
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    onnx: Annotated[bool, typer.Option(help="Export each, and run it by ONNX Runtime.")] = True,
+    only: Annotated[str, typer.Option(help="A regular expression: classes to try.")] = "",
+) -> None:
+    """Try every transformer that diffusers exports."""
+    console = Console()
+    outcomes = survey(console, onnx, only)
+    for outcome in outcomes:
+        for note in notes(outcome):
+            console.print(f"{outcome.name}: {note}", soft_wrap=True, markup=False)
+    if out is not None:
+        write_text_atomically(out, as_markdown(outcomes))
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

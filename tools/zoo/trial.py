@@ -1,0 +1,165 @@
+"""Try the compiler on one tiny model: sites, a mixed plan against the reference, export."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditfastattn.export.bundle import export_model
+from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
+from ditfastattn.passes.sites import AttentionSite, SiteReport, find_sites
+from ditfastattn.runtime.bundle.load import load
+from ditfastattn.runtime.matching import input_shapes, static_tensors
+from ditfastattn.runtime.reference import PlanInterpreter
+from ditfastattn.tools.zoo.base import ZooModel
+
+BATCH = 2  # both halves of guidance, one image
+TOLERANCE = 1e-4  # of the largest output
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Hold what the compiler made of one model.
+
+    ``error`` is the largest difference of a mixed plan's outputs from the plan interpreter's,
+    relative to the largest output; ``onnx_error`` the exported bundle's, with ``no_onnx`` the
+    reason where there is none.
+    """
+
+    name: str
+    report: SiteReport
+    rows: tuple[tuple[Strategy, ...], ...]
+    error: float
+    onnx_error: float | None = None
+    no_onnx: str = ""
+
+    @property
+    def kinds(self) -> Counter[SiteKind]:
+        """Count the sites by kind."""
+        return Counter(site.kind for site in self.report.sites)
+
+    @property
+    def legal(self) -> set[Strategy]:
+        """Return the strategies that some attention may take."""
+        sites = [site for site in self.report.sites if site.kind is not SiteKind.FEED_FORWARD]
+        return {s for site in sites for s in Strategy if s not in site.declined}
+
+
+def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
+    """Compile ``zoo`` by a random plan of every legal strategy and compare with the reference.
+
+    Raises:
+        Exception: whatever Dynamo, or a pass, makes of a model it does not take.
+    """
+    torch._dynamo.reset()
+    model = zoo.build(seed)
+    calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
+    captured = capture_call(model, RecordedCall(calls[0]))
+    report = find_sites(captured.graph)
+    if not report.sites:
+        return Trial(zoo.name, report, (), 0.0)
+    plan = mixed_plan(zoo, captured, report.sites, seed)
+    expected = reference(model, plan, report.sites, calls)
+    options: dict[str, Any] = {"plan": plan, "lowering": "eager", "timestep": zoo.argument}
+    compiled: Any = torch.compile(model, backend="ditfastattn", fullgraph=True, options=options)
+    with torch.no_grad():
+        found = [_tensor(compiled(**call)) for call in calls]
+    trial = Trial(zoo.name, report, plan.strategies, relative_error(found, expected))
+    return _exported(trial, zoo, model, plan, expected) if onnx else trial
+
+
+def _exported(
+    trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
+) -> Trial:
+    calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
+    error, reason = None, ""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle")
+            bundle = load(Path(folder) / "bundle")
+            error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
+        except Exception as found:  # a survey reports whatever stands in the way
+            reason = first_line(found)
+    return Trial(trial.name, trial.report, trial.rows, trial.error, error, reason)
+
+
+def mixed_plan(
+    zoo: ZooModel, captured: CapturedCall, sites: Sequence[AttentionSite], seed: int
+) -> Plan:
+    """Return a plan over all sites in which every legal strategy may occur."""
+    static = static_tensors(captured.graph, captured.tensors)
+    rows = mixed_strategies(sites, seed, len(zoo.timesteps))
+    return Plan(
+        model=fingerprint(captured.graph, sites, static),
+        inputs=input_shapes(captured.graph),
+        sampler=Sampler(steps=len(rows), timesteps=zoo.timesteps, cfg_layout=CfgLayout.COND_FIRST),
+        sites=tuple(site.planned() for site in sites),
+        strategies=tuple(rows),
+        calibration=Calibration(method="manual"),
+    )
+
+
+def mixed_strategies(
+    sites: Sequence[AttentionSite], seed: int, steps: int
+) -> list[tuple[Strategy, ...]]:
+    """Return a random legal schedule in which every legal strategy of every site may occur."""
+    generator = random.Random(seed)
+    computed = [1] * len(sites)
+    rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
+    while len(rows) < steps:
+        row: list[Strategy] = []
+        for index, site in enumerate(sites):
+            legal = [
+                strategy
+                for strategy in Strategy
+                if strategy not in site.declined
+                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
+            ]
+            row.append(generator.choice(legal))
+            computed[index] += row[-1].computes
+        rows.append(tuple(row))
+    return rows
+
+
+def reference(
+    model: nn.Module,
+    plan: Plan,
+    sites: Sequence[AttentionSite],
+    calls: Sequence[dict[str, Any]],
+) -> list[Tensor]:
+    """Return the outputs that the plan interpreter gives."""
+    interpreter = PlanInterpreter(plan.strategies, sites, plan.sampler.cfg_layout)
+    results: list[Tensor] = []
+    for step, call in enumerate(calls):
+        with torch.no_grad(), interpreter.step(step):
+            results.append(_tensor(model(**call)))
+    return results
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference over the largest magnitude, over all steps."""
+    largest = max(float(item.abs().max()) for item in expected)
+    pairs = zip(found, expected, strict=True)
+    return max(float((one - other).abs().max()) for one, other in pairs) / largest
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an exception says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tensor(result: Any) -> Tensor:
+    """Return the denoised tensor of what a model returns."""
+    while not isinstance(result, Tensor):
+        result = result[0]
+    return result
