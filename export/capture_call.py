@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
-from ditfastattn.runtime.denoiser import check_own_forward, replace_forward, transformer_of
+from ditfastattn.runtime.denoiser import check_not_accelerated, replace_forward, transformer_of
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.search.prompts import Prompt, generate
 
@@ -54,7 +54,7 @@ def _doubled(item: Any, batch: int) -> Any:
 def record_call(pipeline: Any, prompt: Prompt) -> RecordedCall:
     """Return the first call that a generation makes of ``pipeline.transformer``."""
     transformer = transformer_of(pipeline, "export(pipeline)")
-    check_own_forward(transformer)
+    check_not_accelerated(transformer)
     parameters = inspect.signature(transformer.forward)
     found: dict[str, Any] = {}
 

@@ -224,6 +224,15 @@ def _concatenate(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ..
     return ([take_half(part) for part in argument(node, 0, "tensors")], dim)
 
 
+def _scatter(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
+    """Halve both what is written into and what is written."""
+    base, source, *rest = node.args
+    if not isinstance(base, Node) or not isinstance(source, Node):
+        return None
+    dim = int(argument(node, 2, "dim", 0)) % value(node).dim()
+    return None if dim == 0 else (take_half(base), take_half(source), *rest)
+
+
 def _batched_product(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
     rank = value(node).dim()
     if rank < 3 or any(value(operand).dim() != rank for operand in node.all_input_nodes):
@@ -279,6 +288,9 @@ _ELEMENTWISE = (
     aten._to_copy.default,
     aten.clone.default,
     aten.contiguous.default,
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
 )
 
 _FIRST_ARGUMENT = (
@@ -298,6 +310,8 @@ _RULES: dict[Any, Rule] = {
     aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.cat.default: _concatenate,
+    aten.slice_scatter.default: _scatter,
+    aten.select_scatter.default: _scatter,
     aten.matmul.default: _batched_product,
     aten.bmm.default: _batched_product,
     ATTENTION: _elementwise,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.denoiser import replace_forward, transformer_of
+from ditfastattn.runtime.denoiser import accelerated, replace_forward, transformer_of
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.planned import PlannedFunction
@@ -64,6 +64,7 @@ def accelerate(
         return made
 
     _undo[module] = replace_forward(module, compiled)
+    accelerated.add(module)
     return pipeline
 
 
@@ -75,7 +76,9 @@ def restore(pipeline: Any) -> Any:
     Raises:
         ConfigError: the pipeline has no transformer.
     """
-    undo = _undo.pop(transformer_of(pipeline, "restore(pipeline)"), None)
+    module = transformer_of(pipeline, "restore(pipeline)")
+    undo = _undo.pop(module, None)
     if undo is not None:
         undo()
+        accelerated.discard(module)
     return pipeline

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -17,7 +17,8 @@ from ditfastattn.errors import ConfigError
 
 Forward = Callable[..., Any]
 _HOOKED = "_old_forward"
-_replaced: WeakSet[nn.Module] = WeakSet()
+_own: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
+accelerated: WeakSet[nn.Module] = WeakSet()  # those that run by a plan
 
 
 def transformer_of(pipeline: Any, where: str) -> nn.Module:
@@ -38,11 +39,11 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
     return plain
 
 
-def check_own_forward(module: nn.Module) -> None:
-    """Raise ``ConfigError`` if another forward is in the place of the module's own."""
-    if module in _replaced:
+def check_not_accelerated(module: nn.Module) -> None:
+    """Raise ``ConfigError`` if ``module`` runs by a plan: what is to be measured is the model."""
+    if module in accelerated:
         raise ConfigError(
-            "the transformer is accelerated, or under calibration, already",
+            "the transformer is accelerated already",
             where=type(module).__name__,
             remedy="call ditfastattn.restore(pipeline) first",
         )
@@ -51,25 +52,24 @@ def check_own_forward(module: nn.Module) -> None:
 def replace_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
     """Replace the forward of ``module`` by ``make(forward)``; return what undoes it.
 
-    Raises:
-        ConfigError: it is replaced already.
+    Replacements may nest: each is made of the model's own forward, and undone in turn.
     """
-    check_own_forward(module)
-    _replaced.add(module)
     name = _HOOKED if _HOOKED in vars(module) else "forward"
-    own = vars(module).get(name)  # None where the class's own forward is in force
-    setattr(module, name, make(getattr(module, name)))
-    made = vars(module)[name]
+    before = vars(module).get(name)  # None where the class's own forward is in force
+    known = module in _own
+    made = make(_own.setdefault(module, getattr(module, name)))
+    setattr(module, name, made)
 
     def undo() -> None:
-        _replaced.discard(module)
+        if not known:
+            _own.pop(module, None)
         # Hooks may have come or gone meanwhile, and taken the replacement along.
         place = next((n for n in (_HOOKED, "forward") if vars(module).get(n) is made), None)
         if place is None:
             return
-        if own is None and place == "forward":
+        if before is None and place == "forward":
             delattr(module, place)
         else:
-            setattr(module, place, own or type(module).forward.__get__(module))
+            setattr(module, place, before or type(module).forward.__get__(module))
 
     return undo

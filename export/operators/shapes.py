@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten, axis_of
@@ -233,6 +235,35 @@ def _pixel_shuffle(emitter: Emitter, call: Call) -> str:
     return emitter.op("DepthToSpace", source, name=call.name, blocksize=factor, mode="CRD")
 
 
+def _slice_scatter(emitter: Emitter, call: Call) -> str:
+    """Take each place from the source or from the base, by one gather of both."""
+    base, source = call.args[:2]
+    axis = axis_of(call.get(2, "dim", 0), base.rank)
+    size, written = base.shape[axis], source.shape[axis]
+    start, step = call.get(3, "start") or 0, call.get(5, "step", 1)
+    return _scattered(emitter, call, emitter.use(source), axis, (size, written, start, step))
+
+
+def _select_scatter(emitter: Emitter, call: Call) -> str:
+    base, source = call.args[:2]
+    axis = axis_of(call.args[2], base.rank)
+    part = emitter.op("Unsqueeze", emitter.use(source), emitter.ints([axis]))
+    return _scattered(emitter, call, part, axis, (base.shape[axis], 1, call.args[3], 1))
+
+
+def _scattered(
+    emitter: Emitter, call: Call, source: str, axis: int, place: tuple[Any, Any, Any, Any]
+) -> str:
+    size, written, start, step = place
+    if not isinstance(size, int) or not isinstance(written, int):
+        raise ConfigError("a part of the batch is written", where=f"node {call.name}")
+    index = torch.arange(size)
+    first = start + size if start < 0 else start
+    index[first : first + step * written : step] = size + torch.arange(written)
+    both = emitter.op("Concat", emitter.use(call.first), source, axis=axis)
+    return emitter.op("Gather", both, emitter.constant(index), name=call.name, axis=axis)
+
+
 SHAPES: dict[Any, Rule] = {
     aten.view.default: _reshape,
     aten.reshape.default: _reshape,
@@ -259,6 +290,8 @@ SHAPES: dict[Any, Rule] = {
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.cat.default: _cat,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
     aten.stack.default: _stack,
     aten.constant_pad_nd.default: _pad,
     aten.flip.default: _flip,
@@ -266,6 +299,7 @@ SHAPES: dict[Any, Rule] = {
     aten.ones.default: _filled(None, 1.0),
     aten.full.default: _filled(1),
     aten.zeros_like.default: _filled(None, 0.0),
+    aten.empty_like.default: _filled(None, 0.0),  # to be written over
     aten.ones_like.default: _filled(None, 1.0),
     aten.full_like.default: _filled(1),
     aten.new_zeros.default: _filled(None, 0.0),

@@ -33,7 +33,12 @@ from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
 from ditfastattn.passes.step_program import lanes_of, unroll
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
-from ditfastattn.runtime.denoiser import Forward, replace_forward, transformer_of
+from ditfastattn.runtime.denoiser import (
+    Forward,
+    check_not_accelerated,
+    replace_forward,
+    transformer_of,
+)
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import (
@@ -310,7 +315,7 @@ def open_session(
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
     """
-    transformer_of(pipeline, "calibrate(pipeline)")
+    check_not_accelerated(transformer_of(pipeline, "calibrate(pipeline)"))
     if cfg_layout is None:
         cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
     session = Session(pipeline, cfg_layout, timestep, attention_only)

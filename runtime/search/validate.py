@@ -15,7 +15,7 @@ from typing import Any
 
 from ditfastattn.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.denoiser import check_own_forward, transformer_of
+from ditfastattn.runtime.denoiser import check_not_accelerated, transformer_of
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.matching import check_layout, check_sampler
@@ -121,7 +121,7 @@ def validate(
         ConfigError: the plan is for another model, sampler or call; the target cannot be measured.
     """
     lowering = Lowering(lowering)
-    check_own_forward(transformer_of(pipeline, "validate(pipeline)"))
+    check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
     held_to = target_of(plan) if target is None else target
     prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
     _check_request(held_to, speed, repetitions)

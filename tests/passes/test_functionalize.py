@@ -37,7 +37,29 @@ def own_then_viewed(x: Tensor) -> Tensor:
     return own.t().contiguous()
 
 
-@pytest.mark.parametrize("function", [scaled_table, own_then_viewed])
+def interleaved(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 0::2] * 2.0
+    out[..., 1::2] = 1.0
+    return out
+
+
+def a_part_scaled(x: Tensor) -> Tensor:
+    own = x + 1
+    own[0].mul_(3.0)
+    own[1:, 2] += own[0, 0]
+    return own.double()
+
+
+def a_part_cast(x: Tensor) -> Tensor:
+    own = torch.zeros(x.shape, dtype=torch.float64)
+    own[:, 1:3] = x[:, :1]
+    return own
+
+
+@pytest.mark.parametrize(
+    "function", [scaled_table, own_then_viewed, interleaved, a_part_scaled, a_part_cast]
+)
 def test_own_tensors_become_values(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4)
     graph = capture_model(Applied(function), {"x": x})
@@ -57,13 +79,14 @@ def viewed_elsewhere(x: Tensor) -> Tensor:
     return view + 1
 
 
-def a_part_written(x: Tensor) -> Tensor:
+def a_part_viewed_elsewhere(x: Tensor) -> Tensor:
     own = x + 1
+    view = own.t()
     own[0].mul_(3.0)
-    return own
+    return view + own.t()
 
 
-@pytest.mark.parametrize("function", [input_written, viewed_elsewhere, a_part_written])
+@pytest.mark.parametrize("function", [input_written, viewed_elsewhere, a_part_viewed_elsewhere])
 def test_what_others_could_see_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ConfigError, match="writes in place"):
         capture_model(Applied(function), {"x": torch.randn(3, 4)})

@@ -15,7 +15,11 @@ from torch import Tensor
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Target
 from ditfastattn.runtime.search.prompts import Prompt, generate
-from tests.tiny_pipelines import TINY_PIPELINES, tiny_img2img_pipeline
+from tests.tiny_pipelines import (
+    IMG2IMG_ARGUMENTS,
+    TINY_PIPELINES,
+    tiny_flux_img2img_pipeline,
+)
 
 STEPS = 4
 
@@ -174,8 +178,8 @@ def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
 
 
 def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
-    pipeline, call = tiny_img2img_pipeline()
-    call = {**call, "strength": 0.5, "num_inference_steps": 2 * STEPS}
+    pipeline: Any = tiny_flux_img2img_pipeline()
+    call = {**IMG2IMG_ARGUMENTS, "strength": 0.5, "num_inference_steps": 2 * STEPS}
     torch._dynamo.reset()
     dense = run(pipeline, call)
     plan = planned(pipeline, call)
