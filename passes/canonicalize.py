@@ -14,9 +14,10 @@ After::
 
 from __future__ import annotations
 
+from torch.amp.autocast_mode import _enter_autocast
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.ir import SCALINGS, aten, value
+from ditfastattn.passes.ir import SCALINGS, aten, calls, value
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
@@ -24,7 +25,7 @@ _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.defaul
 
 def canonicalize(module: GraphModule) -> int:
     """Drop exact no-ops and dead nodes in place; return how many no-ops were dropped."""
-    dropped = 0
+    dropped = _drop_inactive_autocast(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
@@ -33,6 +34,20 @@ def canonicalize(module: GraphModule) -> int:
     module.graph.eliminate_dead_code()
     module.recompile()
     return dropped
+
+
+def _drop_inactive_autocast(module: GraphModule) -> int:
+    """Drop the ends of blocks in which autocast is off, as it is around the graph."""
+    inactive = [
+        node
+        for node in calls(module.graph, _enter_autocast)
+        if len(node.args) > 2 and node.args[2] is False
+    ]
+    for node in inactive:
+        for end in list(node.users):
+            module.graph.erase_node(end)
+        module.graph.erase_node(node)
+    return len(inactive)
 
 
 def _is_no_op(node: Node) -> bool:

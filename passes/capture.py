@@ -8,16 +8,23 @@ model's parameters and buffers, *dynamic* ones are the arguments of the call.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.canonicalize import canonicalize
@@ -135,7 +142,8 @@ def capture(
     """Trace ``module`` at the shapes of ``args``; numbers among ``args`` become constants.
 
     Raises:
-        ConfigError: the graph writes in place, so that steps could not be rewritten safely.
+        ConfigError: the graph writes in place, so that steps could not be rewritten safely, or its
+            shapes depend on data.
     """
     given = {index: item for index, item in enumerate(args) if isinstance(item, Tensor)}
     positions = list(given)
@@ -148,20 +156,47 @@ def capture(
             full[index] = tensor
         return Interpreter(module).run(*full)
 
-    with torch.no_grad(), fx_traceback.preserve_node_meta():
+    with torch.no_grad(), fx_traceback.preserve_node_meta(), _data_dependence_refused():
         traced = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     kept = tuple(inputs[index] for index in positions)
     dynamo_nodes = module.graph.find_nodes(op="placeholder")
     for index, node in zip(positions, traced.graph.find_nodes(op="placeholder"), strict=True):
         # Inductor reads this to know which inputs keep their address between calls.
         node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
-    for node in traced.graph.find_nodes(op="get_attr"):
-        held = getattr(traced, str(node.target))
-        if isinstance(held, Tensor):  # a literal of the model's code: Dynamo's fake is of its mode
-            node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+    _share_mode(traced, mode)
     _refuse_writes(functionalize(traced))
     canonicalize(traced)
     return CapturedGraph(traced, kept, recognize_attention(traced))
+
+
+@contextmanager
+def _data_dependence_refused() -> Generator[None]:
+    try:
+        yield
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise ConfigError(
+            "the model's shapes or control flow depend on the content of its inputs",
+            where="the transformer's graph",
+            got=str(error),
+            expected="one graph of fixed shapes",
+            remedy="compute masks and lengths outside the model's forward",
+        ) from error
+
+
+def _share_mode(module: GraphModule, mode: FakeTensorMode) -> None:
+    """Give all values one fake mode: what no input reaches, such as positions, had its own."""
+
+    def shared(item: Any) -> Any:
+        if not isinstance(item, FakeTensor) or item.fake_mode is mode:
+            return item
+        with mode:
+            return torch.empty_strided(
+                item.shape, item.stride(), dtype=item.dtype, device=item.device
+            )
+
+    for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(shared, node.meta["val"])
 
 
 def _refuse_writes(writes: Sequence[Node]) -> None:

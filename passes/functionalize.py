@@ -12,14 +12,14 @@ After::
     %2 = aten.div.Tensor(%1, 2.0): float64[4]
     return [%2]
 
-A write to a part of such a tensor, ``table[..., 0::2] = ...``, becomes a ``slice_scatter``. A write
-to an input, or to a tensor that a view used later shares its memory with, is left for the caller to
-refuse.
+A write to a part of such a tensor, ``table[..., 0::2] = ...``, becomes a ``slice_scatter``, and
+views of it that are used later are made anew. A write to an input, or to a view whose whole is used
+later, is left for the caller to refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.fx.node import map_arg
 
 from ditfastattn.passes.ir import aten, insert, value
 
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 _SCATTERS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
@@ -40,9 +41,7 @@ def functionalize(module: GraphModule) -> list[Node]:
     """Replace the writes that can be, in place; return the nodes that still write."""
     left: list[Node] = []
     for node in list(module.graph.nodes):
-        if not is_write(node):
-            continue
-        if not _replaced(module, node):
+        if is_write(node) and not _replaced(module, node):
             left.append(node)
     module.recompile()
     return left
@@ -54,32 +53,42 @@ def is_write(node: Node) -> bool:
 
 
 def _replaced(module: GraphModule, node: Node) -> bool:
-    """Replace the write ``node`` by a value, if nobody could tell."""
-    chain = _views(node.args[0])
+    """Replace the write ``node`` by a value, if nobody else could tell."""
+    chain = _parts(node.args[0])
     base = chain[0]
-    if base.op != "call_function" or _is_view(base):
+    owner = _owner(base)
+    if owner.op != "call_function":
         return False
-    if any(_is_view(user) for user in _seen_after(node, chain)):
+    later = set(_after(node))
+    own = _aliases(base)
+    others = [alias for alias in _aliases(owner) if alias not in own]
+    if any(user in later for alias in others for user in alias.users):
         return False
     made = _value(module, node)
     if made is None:
         return False
     with module.graph.inserting_before(node):
-        for parent, view in zip(chain[-2::-1], chain[:0:-1], strict=True):
-            if value(view).shape != value(parent).shape:  # else all of it is written
-                arguments = (parent, made, *view.args[1:])
-                made = insert(module.graph, _SCATTERS[view.target], arguments, node)
-    later = set(_after(node))
-    for user in list(base.users):
-        if user in later:
-            user.replace_input_with(base, made)
-    if node.users:
-        node.replace_all_uses_with(made if len(chain) == 1 else _again(module, node, made, chain))
+        for parent, part in zip(chain[-2::-1], chain[:0:-1], strict=True):
+            if value(part).shape != value(parent).shape:  # else all of it is written
+                arguments = (parent, made, *part.args[1:])
+                made = insert(module.graph, _SCATTERS[part.target], arguments, node)
+        renewed = {base: made}
+        for alias in own[1:]:  # views are of the new value from here on
+            if alias not in later and alias is not node:
+                source: Any = alias.args[0]
+                arguments = (renewed[source], *alias.args[1:])
+                renewed[alias] = insert(module.graph, alias.target, arguments, alias)
+    written: Any = node.args[0]
+    node.replace_all_uses_with(renewed[written])
     module.graph.erase_node(node)
+    for alias, new in renewed.items():
+        for user in list(alias.users):
+            if user in later:
+                user.replace_input_with(alias, new)
     return True
 
 
-def _views(written: Any) -> list[Node]:
+def _parts(written: Any) -> list[Node]:
     """Return the tensor that ``written`` is a part of, and the views that lead to it."""
     chain: list[Node] = [written]
     while chain[0].target in _SCATTERS:
@@ -88,22 +97,22 @@ def _views(written: Any) -> list[Node]:
     return chain
 
 
-def _seen_after(node: Node, chain: Sequence[Node]) -> list[Node]:
-    """Return the views of what is written that were made before, and that are used after it."""
-    later = set(_after(node))
-    views = [user for source in chain for user in source.users if _is_view(user)]
-    for view in views:
-        views += [user for user in view.users if _is_view(user)]
-    return [view for view in views if view not in later and any(u in later for u in view.users)]
+def _owner(tensor: Node) -> Node:
+    """Return whose memory ``tensor`` views."""
+    while tensor.op == "call_function" and _is_view(tensor):
+        if not tensor.args or not isinstance(tensor.args[0], Node):
+            break
+        tensor = tensor.args[0]
+    return tensor
 
 
-def _again(module: GraphModule, node: Node, made: Node, chain: Sequence[Node]) -> Node:
-    """Return the part that was written, of the new value of the whole."""
-    part = made
-    with module.graph.inserting_before(node):
-        for view in chain[1:]:
-            part = insert(module.graph, view.target, (part, *view.args[1:]), view)
-    return part
+def _aliases(tensor: Node) -> list[Node]:
+    """Return ``tensor`` and all views of it, in the order of the graph."""
+    found = {tensor}
+    for node in _after(tensor):
+        if node.op == "call_function" and node.args and node.args[0] in found and _is_view(node):
+            found.add(node)
+    return [node for node in tensor.graph.nodes if node in found]
 
 
 def _value(module: GraphModule, node: Node) -> Node | None:
@@ -132,8 +141,12 @@ def _copied(module: GraphModule, node: Node) -> Node:
 
 
 def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]  # a node: it has several results
     if not isinstance(node.target, OpOverload):
         return True  # who knows
+    if node.target in _CASTS and value(node).dtype != value(node.args[0]).dtype:
+        return False
     return not is_write(node) and any(
         returned.alias_info is not None for returned in node.target._schema.returns
     )

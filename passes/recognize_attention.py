@@ -29,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from ditfastattn.passes.expand_multihead import expand_multihead
 from ditfastattn.passes.ir import ATTENTION, SCALINGS, aten, calls, insert, outputs, value
 
+RECOGNIZED = "recognized"  # marks an attention that the model spells otherwise
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -98,6 +99,7 @@ def _rewrite(graph: Graph, softmax: Node) -> None:
             mask = _as_mask(graph, mask, operands, product)
         arguments = (*operands, mask) if mask is not None else tuple(operands)
         attention = insert(graph, ATTENTION, arguments, product, {"scale": scores.scale})
+        attention.meta[RECOGNIZED] = True
         result = attention
         if value(product).dim() == 3:
             shape = [value(query).shape[0], *value(product).shape[1:]]

@@ -21,6 +21,7 @@ from ditfastattn.passes.capture import CapturedGraph, latent_position, module_pa
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
 from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy
+from ditfastattn.passes.recognize_attention import RECOGNIZED
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
 _WINDOW_FRACTION = 8  # the paper's window: N/8 tokens on each side
@@ -31,9 +32,9 @@ class AttentionSite:
     """Describe one site of a captured graph: an attention, or a feed-forward as one head.
 
     ``node`` and ``frontier`` name graph nodes; ``node`` is the attention, or where the feed-forward
-    leaves. ``ordinal`` is the place among *all* attention, or all linear, nodes. ``text`` counts
-    the tokens before and after the image's, in joint attention. ``declined`` says why a strategy is
-    not legal here.
+    leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
+    the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
+    in joint attention. ``declined`` says why a strategy is not legal here.
     """
 
     name: str
@@ -101,13 +102,18 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     """Return every site of ``captured``, and each declined attention with its reason."""
     graph = captured.module.graph
     ancestry = _Ancestry(captured)
-    streams = _find_streams(captured, ancestry)
+    position = latent_position(captured)
+    latent = "" if position is None else captured.inputs[position].name
+    streams = _find_streams(graph, ancestry, latent) if latent else None
     sites: list[AttentionSite] = []
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
-    for ordinal, node in enumerate(calls(graph, ATTENTION)):
-        name = _unique(module_path(node) or f"attention.{ordinal}", names)
-        reason = _why_not_a_site(node, ancestry)
+    spelled = [node for node in calls(graph, ATTENTION) if RECOGNIZED not in node.meta]
+    ordinals = {node: ordinal for ordinal, node in enumerate(spelled)}
+    for place, node in enumerate(calls(graph, ATTENTION)):
+        ordinal = ordinals.get(node, -1)
+        name = _unique(module_path(node) or f"attention.{place}", names)
+        reason = _why_not_a_site(node, ancestry, latent)
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
         else:
@@ -117,6 +123,8 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
         name = _unique(module_path(node) or node.name, names)
         declined.append(DeclinedAttention(name, -1, other.reason))
     for branch in find_feed_forwards(graph, ancestry.is_static):
+        if latent and latent not in ancestry.roots(branch.exit):
+            continue  # of the text alone: computed once per generation
         path = _common_path([module_path(linear) for linear in branch.linears])
         name = _unique(path or f"feed_forward.{branch.ordinal}", names)
         sites.append(_describe_feed_forward(branch, name, graph))
@@ -164,18 +172,19 @@ def _describe(
     image = tokens - sum(text)
     declined: dict[Strategy, str] = {}
     no_window = _why_no_window(node, kind, image, text)
-    if not no_window and streams is not None and not streams.reaches(node, ancestry):
-        no_window = "its queries do not depend on the latent"
     if no_window:
         declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    ends = frontier(node, ancestry.is_static)
     no_guidance = _why_no_shared_guidance(node, captured.module.graph)
+    if not no_guidance and any(value(end).shape[0] != value(node).shape[0] for end in ends):
+        no_guidance = "the batch is not the first dimension of what it leads to"
     if no_guidance:
         declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
     return AttentionSite(
         name=name,
         ordinal=ordinal,
         node=node.name,
-        frontier=tuple(member.name for member in frontier(node, ancestry.is_static)),
+        frontier=tuple(member.name for member in ends),
         kind=kind,
         tokens=tokens,
         heads=heads,
@@ -216,11 +225,13 @@ class _Ancestry:
         return not self._roots[node]
 
 
-def _why_not_a_site(node: Node, ancestry: _Ancestry) -> str:
+def _why_not_a_site(node: Node, ancestry: _Ancestry, latent: str) -> str:
     if value(node.args[0]).dim() != 4:
         return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
     if ancestry.is_static(node):
         return "it does not depend on the model's inputs"
+    if latent and latent not in ancestry.roots(node):
+        return "it does not depend on the latent: it is computed once per generation, or timestep"
     dropout = argument(node, 4, "dropout_p", 0.0)
     return "attention dropout is active: call model.eval()" if dropout else ""
 
@@ -234,28 +245,18 @@ def _kind(node: Node, ancestry: _Ancestry) -> SiteKind:
 
 @dataclass(frozen=True)
 class _Streams:
-    """Hold how text and image tokens stand in what joins them, and which input is the latent."""
+    """Hold how text and image tokens stand in what joins them."""
 
     tokens: int
     text: tuple[int, int]
-    latent: str
-
-    def reaches(self, node: Node, ancestry: _Ancestry) -> bool:
-        """Tell whether the latent reaches the queries of ``node``."""
-        query: Node = argument(node, 0, "query")
-        return self.latent in ancestry.roots(query)
 
 
-def _find_streams(captured: CapturedGraph, ancestry: _Ancestry) -> _Streams | None:
+def _find_streams(graph: Graph, ancestry: _Ancestry, latent: str) -> _Streams | None:
     """Return the first place that joins tokens of the latent with others that do not depend on it.
 
     Later ones hold both streams already, and are told by their count of tokens.
     """
-    position = latent_position(captured)
-    if position is None:
-        return None
-    latent = captured.inputs[position].name
-    for node in calls(captured.module.graph, aten.cat.default):
+    for node in calls(graph, aten.cat.default):
         parts: Any = node.args[0]
         joined = value(node)
         dim = int(argument(node, 1, "dim", 0)) % joined.dim()
@@ -266,7 +267,7 @@ def _find_streams(captured: CapturedGraph, ancestry: _Ancestry) -> _Streams | No
         if sum(inside) == 1 and not ancestry.is_static(other) and _attends(node, dim):
             sizes = [value(part).shape[dim] for part in parts]
             text = (0, sizes[1]) if inside[0] else (sizes[0], 0)
-            return _Streams(joined.shape[dim], text, latent)
+            return _Streams(joined.shape[dim], text)
     return None
 
 

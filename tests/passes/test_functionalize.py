@@ -57,8 +57,39 @@ def a_part_cast(x: Tensor) -> Tensor:
     return own
 
 
+def viewed_before(x: Tensor) -> Tensor:
+    own = x + 1
+    view = own.t()
+    own.mul_(3.0)
+    return view + 1
+
+
+def a_part_viewed_before(x: Tensor) -> Tensor:
+    own = x + 1
+    first, rest = own[:1], own[1:]
+    first.add_(rest[:1])
+    rest.mul_(first)
+    return own.t() + own.t().sum()
+
+
+def through_a_view(x: Tensor) -> Tensor:
+    turned = (x + 1).transpose(0, 1).float()
+    turned[1:] = 2.0
+    return turned * 3
+
+
 @pytest.mark.parametrize(
-    "function", [scaled_table, own_then_viewed, interleaved, a_part_scaled, a_part_cast]
+    "function",
+    [
+        scaled_table,
+        own_then_viewed,
+        interleaved,
+        a_part_scaled,
+        a_part_cast,
+        viewed_before,
+        a_part_viewed_before,
+        through_a_view,
+    ],
 )
 def test_own_tensors_become_values(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4)
@@ -72,21 +103,20 @@ def input_written(x: Tensor) -> Tensor:
     return x.mul_(2.0)
 
 
-def viewed_elsewhere(x: Tensor) -> Tensor:
+def a_part_of_an_input_written(x: Tensor) -> Tensor:
+    x[0] = 1.0
+    return x + 1
+
+
+def the_whole_used_later(x: Tensor) -> Tensor:
     own = x + 1
-    view = own.t()
-    own.mul_(3.0)
-    return view + 1
+    own.t().mul_(3.0)
+    return own + 1
 
 
-def a_part_viewed_elsewhere(x: Tensor) -> Tensor:
-    own = x + 1
-    view = own.t()
-    own[0].mul_(3.0)
-    return view + own.t()
-
-
-@pytest.mark.parametrize("function", [input_written, viewed_elsewhere, a_part_viewed_elsewhere])
+@pytest.mark.parametrize(
+    "function", [input_written, a_part_of_an_input_written, the_whole_used_later]
+)
 def test_what_others_could_see_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ConfigError, match="writes in place"):
         capture_model(Applied(function), {"x": torch.randn(3, 4)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import tempfile
 from collections import Counter
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.passes.feed_forwards import closure
 from ditfastattn.passes.fingerprint import fingerprint
+from ditfastattn.passes.ir import VIEWS, aten, find
 from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite, SiteReport, find_sites
 from ditfastattn.runtime.bundle.load import load
@@ -25,6 +28,11 @@ from ditfastattn.tools.zoo.base import ZooModel
 
 BATCH = 2  # both halves of guidance, one image
 TOLERANCE = 1e-4  # of the largest output
+_AFFINE = {
+    *(*VIEWS, aten.linear.default, aten.reshape.default, aten._unsafe_view.default),
+    *(aten.flatten.using_ints, aten.contiguous.default, aten.clone.default, aten.to.dtype),
+    *(aten.split_with_sizes.default, aten.chunk.default, operator.getitem, aten.squeeze.dim),
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
     report = find_sites(captured.graph)
     if not report.sites:
         return Trial(zoo.name, report, (), 0.0)
-    plan = mixed_plan(zoo, captured, report.sites, seed)
-    expected = reference(model, plan, report.sites, calls)
+    seen = [site for site in report.sites if site.ordinal >= 0]  # by the plan interpreter
+    timesteps = tuple(float(call[zoo.argument].flatten()[0]) for call in calls)
+    plan = mixed_plan(timesteps, captured, report.sites, seen, seed)
+    expected = reference(model, plan, seen, calls)
     options: dict[str, Any] = {"plan": plan, "lowering": "eager", "timestep": zoo.argument}
     compiled: Any = torch.compile(model, backend="ditfastattn", fullgraph=True, options=options)
     with torch.no_grad():
@@ -94,25 +104,54 @@ def _exported(
 
 
 def mixed_plan(
-    zoo: ZooModel, captured: CapturedCall, sites: Sequence[AttentionSite], seed: int
+    timesteps: tuple[float, ...],
+    captured: CapturedCall,
+    every: Sequence[AttentionSite],
+    sites: Sequence[AttentionSite],
+    seed: int,
 ) -> Plan:
-    """Return a plan over all sites in which every legal strategy may occur."""
+    """Return a plan over ``sites`` of ``every`` in which each legal strategy may occur."""
     static = static_tensors(captured.graph, captured.tensors)
-    rows = mixed_strategies(sites, seed, len(zoo.timesteps))
+    rows = mixed_strategies(sites, seed, len(timesteps), _bent(captured, sites))
     return Plan(
-        model=fingerprint(captured.graph, sites, static),
+        model=fingerprint(captured.graph, every, static),
         inputs=input_shapes(captured.graph),
-        sampler=Sampler(steps=len(rows), timesteps=zoo.timesteps, cfg_layout=CfgLayout.COND_FIRST),
+        sampler=Sampler(steps=len(rows), timesteps=timesteps, cfg_layout=CfgLayout.COND_FIRST),
         sites=tuple(site.planned() for site in sites),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
     )
 
 
+def _bent(captured: CapturedCall, sites: Sequence[AttentionSite]) -> frozenset[str]:
+    """Return the sites behind which something that is not affine belongs to them, such as a norm.
+
+    There a line through outputs is another one than the interpreter's, who extrapolates before it.
+    """
+    graph = captured.graph.module.graph
+    positions = [i for i, entry in enumerate(captured.graph.inputs) if entry.static]
+    inputs = graph.find_nodes(op="placeholder")
+    static = {inputs[position] for position in positions}
+    found: set[str] = set()
+    for site in sites:
+        start = find(graph, site.node)
+        inside = closure(graph, [start], static.__contains__) - {start}
+        attention = site.kind is not SiteKind.FEED_FORWARD
+        if attention and any(node.target not in _AFFINE for node in inside):
+            found.add(site.name)
+    return frozenset(found)
+
+
 def mixed_strategies(
-    sites: Sequence[AttentionSite], seed: int, steps: int
+    sites: Sequence[AttentionSite],
+    seed: int,
+    steps: int,
+    bent: frozenset[str] = frozenset(),
 ) -> list[tuple[Strategy, ...]]:
-    """Return a random legal schedule in which every legal strategy of every site may occur."""
+    """Return a random legal schedule in which every legal strategy of every site may occur.
+
+    The sites ``bent`` do not extrapolate.
+    """
     generator = random.Random(seed)
     computed = [1] * len(sites)
     rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
@@ -124,6 +163,7 @@ def mixed_strategies(
                 for strategy in Strategy
                 if strategy not in site.declined
                 and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
+                and not (strategy is Strategy.EXTRAPOLATE and site.name in bent)
             ]
             row.append(generator.choice(legal))
             computed[index] += row[-1].computes
