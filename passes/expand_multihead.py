@@ -113,7 +113,8 @@ def _repeated(graph: Graph, node: Any, heads: int) -> Node:
 
 def _as_matmul(graph: Graph, node: Node) -> None:
     """Turn an einsum that is one batched product of matrices into a ``matmul``."""
-    equation, operands = node.args[:2]
+    equation = node.args[0]
+    operands: Any = node.args[1]
     terms, _, out = str(equation).replace(" ", "").partition("->")
     letters = terms.split(",")
     if len(letters) != 2 or not out or "." in terms:
@@ -128,7 +129,7 @@ def _as_matmul(graph: Graph, node: Node) -> None:
         return
     if len({*left}) != len(batch) + 2 or len({*right}) != len(batch) + 2 or len(out) != len(left):
         return
-    first, second = operands  # type: ignore[misc]  # a list of two nodes
+    first, second = operands
     with graph.inserting_before(node):
         first = _permuted(graph, first, left, [*batch, *rows, *summed])
         second = _permuted(graph, second, right, [*batch, *summed, *columns])

@@ -151,7 +151,8 @@ def _check_axis(softmax: Node) -> None:
 def _scores(softmax: Node) -> _Scores:
     """Walk from ``softmax`` up to the product of queries and keys."""
     node: Any = softmax.args[0]
-    scale, masks = 1.0, []
+    scale = 1.0
+    masks: list[Node] = []
     while node.target not in _PRODUCTS:
         if node.target is aten.baddbmm.default:
             return _fused_scores(node, scale, masks)
@@ -219,9 +220,9 @@ def _heads(graph: Graph, query: Node) -> int:
     folded = value(query).shape[0]
     if folded % batch:
         return 1
-    node = query
+    node: Any = query
     while node.target in _KEEPS_ROWS:
-        node = node.args[0]  # type: ignore[assignment]  # of these the first argument is a node
+        node = node.args[0]
     if node.target not in _FLATTENED:
         return 1
     source: Any = node.args[0]

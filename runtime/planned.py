@@ -419,7 +419,8 @@ class Specialization:
             return
         latent, name = tensors[self._latent], self.captured.inputs[self._latent].name
         if len(generation.lanes) == 1:
-            check_lanes(*latent.tensor_split(2), name)
+            first, second = latent.tensor_split(2)
+            check_lanes(first, second, name)
         elif number == 0:
             generation.latent = latent.clone()
         else:

@@ -63,9 +63,8 @@ def tiny_dit_pipeline() -> DiTPipeline:
         **HEADS, num_layers=2, in_channels=4, out_channels=8, sample_size=8
     )
     labels = {0: "cat, kitty", 1: "dog", 2: "bird"}
-    pipeline = DiTPipeline(
-        _random(transformer), _image_vae(), DDIMScheduler(clip_sample=False), id2label=labels
-    )
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    pipeline = DiTPipeline(_random(transformer), _image_vae(), scheduler, id2label=labels)
     # Published pipelines have the labels in their index; diffusers itself forgets to save them.
     pipeline.register_to_config(id2label=labels)  # type: ignore[no-untyped-call]  # diffusers
     return _quiet(pipeline)
@@ -83,13 +82,14 @@ def tiny_pixart_pipeline() -> PixArtSigmaPipeline:
         cross_attention_dim=16,
         caption_channels=T5_DIM,
     )
+    scheduler: Any = DPMSolverMultistepScheduler()
     return _quiet(
         PixArtSigmaPipeline(
             tokenizer=_t5_tokenizer(),
             text_encoder=_t5(),
             vae=_image_vae(),
             transformer=_random(transformer),
-            scheduler=DPMSolverMultistepScheduler(),
+            scheduler=scheduler,
         )
     )
 
@@ -182,7 +182,7 @@ def tiny_wan_pipeline() -> WanPipeline:
         scale_factor_spatial=4,
     )
     text_encoder = UMT5EncoderModel(UMT5Config(**_t5_sizes()))
-    scheduler = UniPCMultistepScheduler(
+    scheduler: Any = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     tokenizer: Any = _t5_tokenizer()  # diffusers says AutoTokenizer, which nothing is
@@ -214,7 +214,8 @@ def tiny_cogvideox_pipeline() -> CogVideoXPipeline:
         sample_frames=9,
         use_rotary_positional_embeddings=True,
     )
-    vae = AutoencoderKLCogVideoX(
+    made: Any = AutoencoderKLCogVideoX  # its annotations allow one block only
+    vae = made(
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=(8, 8, 8),
@@ -243,7 +244,8 @@ def tiny_cogvideox_pipeline() -> CogVideoXPipeline:
 
 def _image_vae() -> AutoencoderKL:
     """Return an autoencoder that makes 8x8 latents of 32x32 pixels."""
-    vae: AutoencoderKL = AutoencoderKL(
+    made: Any = AutoencoderKL  # its annotations allow one block only
+    vae: AutoencoderKL = made(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 8),
@@ -289,7 +291,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _clip_config() -> CLIPTextConfig:
-    tokenizer = _clip_tokenizer()
+    tokenizer: Any = _clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CLIP_DIM,

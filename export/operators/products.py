@@ -157,11 +157,11 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
     tokens = call.first.shape[2]
     assert isinstance(tokens, int)
     window, scale = call.args[3:5]
-    text = call.args[5:7] or (0, 0)
-    band = band_of(tokens, window, call.dtype, torch.device("cpu"), *text)
+    before, after = call.args[5:7] or (0, 0)
+    band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
     if band.span >= band.tokens:
-        seen = seen_pairs(tokens, band.window, *text)
+        seen = seen_pairs(tokens, band.window, before, after)
         bias = emitter.constant(_additive(seen, call.dtype))
         return attend(emitter, call, (query, key, value_), scale, [bias])
     if not band.text:

@@ -180,8 +180,8 @@ class BundleTransformer(nn.Module):
             generation.hoisted.clear()
             generation.batch = batch
             if manifest.shares_guidance and manifest.latent:
-                halves = inputs[manifest.latent].tensor_split(2)
-                check_lanes(*halves, f"argument {manifest.latent!r}")
+                first, second = inputs[manifest.latent].tensor_split(2)
+                check_lanes(first, second, f"argument {manifest.latent!r}")
         elif batch != generation.batch:
             raise ConfigError(
                 "the batch has changed within a generation",

@@ -37,7 +37,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores = torch.matmul(q * float(q.shape[-1] ** -0.5), k.transpose(-2, -1))
     return scores.softmax(dim=-1) @ v
 
 
@@ -85,7 +85,8 @@ class Attention(nn.Module):
             q, k = rotated(q, angles), rotated(k, angles)
         if self.attend is not grouped:
             k, v = (item.repeat_interleave(HEADS // self.key_heads, dim=1) for item in (k, v))
-        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, -1))
+        result: Tensor = self.proj(self.attend(q, k, v).transpose(1, 2).reshape(x.shape))
+        return result
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import (  # type: ignore[import-untyped]  # it has no annotations
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 

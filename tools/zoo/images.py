@@ -235,9 +235,10 @@ def call_lumina_next(batch: int, timestep: float) -> dict[str, Any]:
     """Return a call of Lumina-Next, whose rotary embedding is complex."""
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
+    rotary: Any = get_2d_rotary_pos_embed_lumina  # diffusers has no annotation here
     return square(batch, timestep) | {
         "encoder_mask": mask(batch),
-        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 2 * SIDE, 2 * SIDE),
+        "image_rotary_emb": rotary(16, 2 * SIDE, 2 * SIDE),
         "cross_attention_kwargs": {"base_sequence_length": SIDE * SIDE},
     }
 

@@ -514,7 +514,8 @@ def _hunyuan(batch: int, timestep: float) -> dict[str, Any]:
 
 def _history() -> tuple[Tensor, ...]:
     """Return the indices of an image's frame, of history in three resolutions, and of latents."""
-    prefix, long, middle, short, current = torch.arange(8 + FRAMES).split([1, 4, 2, 1, FRAMES])
+    indices = torch.arange(8 + FRAMES)
+    prefix, long, middle, short, current = torch.split_with_sizes(indices, [1, 4, 2, 1, FRAMES])
     return torch.cat([prefix, short]), middle, long, current
 
 
