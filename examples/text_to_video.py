@@ -40,7 +40,8 @@ def main(
     )
     ditfastattn.accelerate(pipe, plan)
     for index, prompt in enumerate(PROMPTS):
-        for number, frame in enumerate(pipe(prompt=prompt, **arguments).frames[0]):
+        frames = pipe(prompt=prompt, output_type="pil", **arguments).frames[0]
+        for number, frame in enumerate(frames):
             frame.save(out / f"{index}-{number:03d}.png")
 
 

@@ -24,7 +24,7 @@ from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.plan import SiteKind, Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
-from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, first_line, try_model
+from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, reason_of, try_model
 
 _EXPORTED = re.compile(r".*(Transformer|DiT).*(Model|Transformer)")
 _NOT_DENOISERS = re.compile(r".*ControlNet.*|.*Prior.*|.*Encoder.*")
@@ -91,7 +91,7 @@ def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
         return Outcome(name, try_model(model, onnx=onnx))
     except Exception as error:  # a survey reports whatever stands in the way
         logging.getLogger(__name__).debug("%s", name, exc_info=True)
-        return Outcome(name, None, f"{type(error).__name__}: {first_line(error)}")
+        return Outcome(name, None, f"{type(error).__name__}: {reason_of(error)}")
 
 
 def _line(outcome: Outcome) -> str:

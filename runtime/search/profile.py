@@ -138,10 +138,13 @@ def _sample(tensor: Tensor, layout: CfgLayout) -> Tensor:
     """Return the same random elements of each guidance half of ``[B, H, N, D]``, fp32."""
     lanes = 2 if layout.batched else 1
     flat = tensor.reshape(lanes, -1)
-    generator = torch.Generator().manual_seed(_SEED)
-    count = min(_SAMPLES, flat.shape[1])
-    chosen = torch.randint(flat.shape[1], (count,), generator=generator).to(tensor.device)
-    sample = flat[:, chosen].float().cpu()
+    size = flat.shape[1]
+    if size > _SAMPLES:
+        generator = torch.Generator().manual_seed(_SEED)
+        chosen = torch.randint(size, (_SAMPLES,), generator=generator)
+    else:  # all of them, again and again: every site has as many samples
+        chosen = torch.arange(_SAMPLES) % size
+    sample = flat[:, chosen.to(tensor.device)].float().cpu()
     return sample.flip(0) if layout is CfgLayout.UNCOND_FIRST else sample
 
 

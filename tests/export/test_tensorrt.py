@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, rows_of
+from ditfastattn.passes.caches import residual_slot
 from ditfastattn.passes.plan import SiteKind
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.bundle.manifest import read_manifest
@@ -43,6 +45,7 @@ from tests.helpers import (
     TinyModel,
     capture_every_site,
     make_plan,
+    tiny_dit,
 )
 from tests.plans import plan_for
 
@@ -121,12 +124,50 @@ def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: P
         spec = engines.of(graph)
         assert spec is not None
         assert spec.findings == ()
-        # A step that stores a residual computes the window beside the full attention.
-        stored = [slot for slot, _ in manifest.variants[variant].writes if "residual" in slot]
-        assert spec.fused == spec.attentions == len(computed) + len(stored)
+        # A step that stores a residual computes the window beside the full attention, and a window
+        # of joint attention is two: the image's queries in blocks, and the text's.
+        stored = {slot for slot, _ in manifest.variants[variant].writes}
+        windows = [site for site in sites if residual_slot(site.name) in stored]
+        windows += [s for s, strategy in zip(sites, rows[step], strict=True) if strategy.windowed]
+        texts = sum(any(site.text) for site in windows)
+        expected = len(computed) + len(stored & {residual_slot(s.name) for s in sites}) + texts
+        assert spec.fused == spec.attentions == expected
         log = log_of(tmp_path, engines, graph)
         assert log.errors == ()
         assert len(log.attentions) == spec.fused
+
+
+def large_dit() -> TinyModel:
+    """Return a DiT of 313 MiB in fp16: beside its weights the code of kernels is small."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        num_layers=8,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_elementwise_affine=False,
+    )
+    return TinyModel(model.eval(), tiny_dit(size=32).call)
+
+
+@needs_builder
+@pytest.mark.slow
+def test_a_switch_is_within_a_fifth_of_its_weights(tmp_path: Path) -> None:
+    tiny = large_dit()
+    _, sites = capture_every_site(tiny)
+    plan = make_plan(tiny, four_rows(sites), CfgLayout.COND_FIRST, feed_forwards=True)
+    plan = plan.model_copy(update={"merge_variants": True})
+    options = ExportOptions(dtype="float16", dynamic_batch=False)
+    manifest = export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path, options)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.SWITCH))
+    (engine,) = engines.engines
+    assert len(manifest.variants) >= 4
+    assert engine.fused == engine.attentions
+    assert engine.content.bytes <= 1.2 * manifest.files[manifest.weights].bytes
 
 
 @needs_builder

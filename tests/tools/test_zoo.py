@@ -9,8 +9,29 @@ from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.trial import TOLERANCE, try_model
 
+SELF, CROSS, JOINT = SiteKind.SELF, SiteKind.CROSS, SiteKind.JOINT
 NAMED = {  # the families people ask for, and the kinds of attention that each has
-    "DiTTransformer2DModel": {SiteKind.SELF},
+    "AuraFlowTransformer2DModel": {JOINT},
+    "CogVideoXTransformer3DModel": {JOINT},
+    "CogView4Transformer2DModel": {JOINT},
+    "DiTTransformer2DModel": {SELF},
+    "Flux2Transformer2DModel": {JOINT},
+    "FluxTransformer2DModel": {JOINT},
+    "HunyuanDiT2DModel": {SELF, CROSS},
+    "HunyuanVideoTransformer3DModel": {JOINT},
+    "LTXVideoTransformer3DModel": {SELF, CROSS},
+    "LatteTransformer3DModel": {SELF, CROSS},
+    "PixArtTransformer2DModel": {SELF, CROSS},
+    "QwenImageTransformer2DModel": {JOINT},
+    "SD3Transformer2DModel": {JOINT},
+    "SanaTransformer2DModel": {CROSS},
+    "WanTransformer3DModel": {SELF, CROSS},
+}
+REFUSED = {  # and what stands in the way
+    "Lumina2Transformer2DModel": "data-dependent expression",
+    "MochiTransformer3DModel": "depend on the content of its inputs",
+    "OmniGenTransformer2DModel": "Data-dependent branching",
+    "ZImageTransformer2DModel": "Unsupported context manager",
 }
 MODELS = {model.name: model for model in ZOO}
 
@@ -22,6 +43,22 @@ def test_a_mixed_plan_is_the_interpreters(name: str) -> None:
     attentions = set(trial.kinds) - {SiteKind.FEED_FORWARD}
     assert attentions == NAMED[name]
     assert Strategy.SHARE_STEP in trial.legal
+
+
+def test_windows_stand_beside_the_text_and_linear_attention_is_named() -> None:
+    trial = try_model(MODELS["FluxTransformer2DModel"])
+    (site, *_) = [site for site in trial.report.sites if site.kind is JOINT]
+    assert site.text == (8, 0)
+    assert site.window == 2
+    assert Strategy.WINDOW in trial.legal
+    reasons = {item.reason for item in try_model(MODELS["SanaTransformer2DModel"]).report.declined}
+    assert any("linear attention" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_graph_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(Exception, match=REFUSED[name]):
+        try_model(MODELS[name])
 
 
 def test_every_exported_class_is_tried_or_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditfastattn.errors import ConfigError
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.passes.feed_forwards import closure
@@ -26,6 +28,8 @@ from ditfastattn.runtime.matching import input_shapes, static_tensors
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools.zoo.base import ZooModel
 
+_FIELD = re.compile(r"  (got|expected|remedy):")
+_PATH = re.compile(r"\S*/\S*?: ")
 BATCH = 2  # both halves of guidance, one image
 TOLERANCE = 1e-4  # of the largest output
 _AFFINE = {
@@ -99,7 +103,7 @@ def _exported(
             bundle = load(Path(folder) / "bundle")
             error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
         except Exception as found:  # a survey reports whatever stands in the way
-            reason = first_line(found)
+            reason = reason_of(found)
     return Trial(trial.name, trial.report, trial.rows, trial.error, error, reason)
 
 
@@ -193,9 +197,15 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return max(float((one - other).abs().max()) for one, other in pairs) / largest
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an exception says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason_of(error: BaseException) -> str:
+    """Return what an exception says, without the places in files that tell nothing here."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    got = next((line.removeprefix("  got:").strip() for line in lines if "  got:" in line), "")
+    if isinstance(error, ConfigError):  # what went wrong ends the line before what was got
+        before = [line for line in lines if not _FIELD.match(line)]
+        what = before[-1].rsplit(": ", 1)[-1]
+        return f"{what} ({got})" if got else what
+    return _PATH.sub("", lines[0])
 
 
 def _tensor(result: Any) -> Tensor:
