@@ -36,7 +36,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ditfastattn.passes.ir import calls, fake_mode, value
+from ditfastattn.passes.ir import argument, calls, fake_mode, value
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 
 Form = Callable[..., Tensor]  # (q, k, v, *constants) -> output, all [B, H, N, D]
@@ -133,8 +133,8 @@ def lower_window_attention(
 def _band(node: Node) -> Band:
     query = value(_sources(node)[0])
     window: Any = node.args[3]
-    text: Any = node.args[5:7] or (0, 0)
-    return band_of(query.shape[2], window, query.dtype, query.device, *text)
+    before, after = argument(node, 5, "before", 0), argument(node, 6, "after", 0)
+    return band_of(query.shape[2], window, query.dtype, query.device, before, after)
 
 
 def band_of(

@@ -157,7 +157,7 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
     tokens = call.first.shape[2]
     assert isinstance(tokens, int)
     window, scale = call.args[3:5]
-    before, after = call.args[5:7] or (0, 0)
+    before, after = call.get(5, "before", 0), call.get(6, "after", 0)
     band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
     if band.span >= band.tokens:

@@ -23,7 +23,7 @@ NAMED = {  # the families people ask for, and the kinds of attention that each h
     "LatteTransformer3DModel": {SELF, CROSS},
     "PixArtTransformer2DModel": {SELF, CROSS},
     "QwenImageTransformer2DModel": {JOINT},
-    "SD3Transformer2DModel": {JOINT},
+    "SD3Transformer2DModel": {JOINT, SELF},
     "SanaTransformer2DModel": {CROSS},
     "WanTransformer3DModel": {SELF, CROSS},
 }
