@@ -177,7 +177,7 @@ def _data_dependence_refused() -> Generator[None]:
         raise ConfigError(
             "the model's shapes or control flow depend on the content of its inputs",
             where="the transformer's graph",
-            got=str(error),
+            got=str(error).splitlines()[0],
             expected="one graph of fixed shapes",
             remedy="compute masks and lengths outside the model's forward",
         ) from error
