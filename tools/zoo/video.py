@@ -333,7 +333,7 @@ def _wan(batch: int, timestep: float) -> dict[str, Any]:
 def _wan_image(batch: int, timestep: float) -> dict[str, Any]:
     return {
         **_wan(batch, timestep),
-        "hidden_states": torch.cat([_video(batch), noise(2, batch, 4 + CHANNELS, FRAMES, 8, 8)], 1),
+        "hidden_states": torch.cat([_video(batch), latents(batch, 4 + CHANNELS, FRAMES, 8, 8)], 1),
         "encoder_hidden_states": text(batch, WAN_TEXT_TOKENS),
         "encoder_hidden_states_image": noise(3, batch, 5, 16),
     }
