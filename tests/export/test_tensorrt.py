@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,6 +15,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from onnx import TensorProto, helper
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import ditfastattn
@@ -265,6 +268,26 @@ def test_what_is_built_is_kept_and_what_is_stale_goes(tmp_path: Path) -> None:
     assert build(tmp_path, BuildOptions(TARGET, images=(1, 2, 8))).engines[0].key == other.key
     assert (out / other.file).stat().st_size > 3
     assert read_engines(out).rows == (1, 2, 8)
+
+
+@needs_builder
+def test_a_fused_lora_is_exported_and_built_anew(tmp_path: Path) -> None:
+    tiny = wide("dit")
+    rows = half_bundle(tiny, tmp_path / "plain")
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    wrapped: Any = get_peft_model(copy.deepcopy(tiny.model), lora)
+    adapted = TinyModel(wrapped.merge_and_unload().eval(), tiny.call)
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    call, options = RecordedCall(tiny.call(0, 4)), ExportOptions(dtype="float16")
+    with pytest.raises(ConfigError, match="fused into the weights make new weights"):
+        export_model(adapted.model, call, plan, tmp_path / "styled", options)
+    half_bundle(adapted, tmp_path / "styled")
+    built = [
+        build(tmp_path / name, BuildOptions(TARGET, Layout.SWITCH)).engines[0]
+        for name in ("plain", "styled")
+    ]
+    assert built[0].key != built[1].key  # an engine of the plain model is not taken for the other
+    assert built[0].fused == built[1].fused == built[1].attentions > 0
 
 
 @needs_builder
