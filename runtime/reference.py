@@ -56,8 +56,18 @@ class PlanInterpreter(TorchFunctionMode):
 
         Of ``sites`` it needs their windows and where they stand: an attention among all attention
         calls of the model, a feed-forward's last linear among all linear calls.
+
+        Raises:
+            ValueError: if a site is no such call, as where attention is spelled by products.
+
         """
         super().__init__()
+        unseen = [site.name for site in sites if site.ordinal < 0]
+        if unseen:
+            raise ValueError(
+                f"the interpreter sees calls of scaled_dot_product_attention only; these sites are "
+                f"spelled otherwise: {', '.join(unseen)}; interpret a twin that calls it"
+            )
         self._strategies = strategies
         self._described = sites
         self._layout = layout

@@ -193,8 +193,16 @@ def test_a_mixed_plan_on_a_plain_model_is_the_interpreters_on_its_fused_twin(nam
     torch._dynamo.reset()
     options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
     compiled = torch.compile(made.model, backend="ditfastattn", fullgraph=True, options=options)
-    expected = twin.reference(rows, found.sites, CfgLayout.COND_FIRST)
+    seen = capture_call(twin.model, twin.call(0, 4)).sites  # calls the interpreter intercepts
+    expected = twin.reference(rows, seen, CfgLayout.COND_FIRST)
     assert largest_difference(made.run(compiled), expected) < 1e-5
+
+
+def test_the_interpreter_refuses_sites_it_cannot_see() -> None:
+    tiny = plain(of(matmul))
+    found = capture_call(tiny.model, tiny.call(0, 4))
+    with pytest.raises(ValueError, match=r"blocks\.0, blocks\.1, blocks\.2; interpret a twin"):
+        tiny.reference(mixed_strategies(found.sites), found.sites, CfgLayout.COND_FIRST)
 
 
 def plan_of(found: Capture, rows: list[tuple[Strategy, ...]]) -> Plan:
