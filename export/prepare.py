@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ def prepare(
 def _again(sites: tuple[AttentionSite, ...], captured: CapturedCall) -> tuple[AttentionSite, ...]:
     """Return the planned sites of another capture of the same model."""
     known = {site.name: site for site in find_sites(captured.graph).sites}
-    return tuple(known[site.name] for site in sites)
+    return tuple(replace(known[site.name], window=site.window) for site in sites)
 
 
 def _dtype(name: str) -> torch.dtype:

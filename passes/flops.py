@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.ir import ATTENTION, argument, aten, value
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION, kept_pairs
+from ditfastattn.passes.ir import ATTENTION, aten, value
+from ditfastattn.passes.windows import WINDOWED, pairs_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def count_flops(graph: Graph) -> Flops:
 
 def count_node(node: Node) -> Flops:
     """Count one node."""
-    if node.target in (ATTENTION, WINDOW_ATTENTION):
+    if node.target in (ATTENTION, *WINDOWED):
         return Flops(_attention(node), 0)
     if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):
         weight = value(node.args[1])
@@ -60,7 +60,5 @@ def count_node(node: Node) -> Flops:
 def _attention(node: Node) -> int:
     batch, heads, queries, head_dim = value(node.args[0]).shape
     keys = value(node.args[1]).shape[-2]
-    windowed = node.target is WINDOW_ATTENTION
-    text = sum(argument(node, place, name, 0) for place, name in ((5, "before"), (6, "after")))
-    pairs = kept_pairs(queries, argument(node, 3, "window"), text) if windowed else queries * keys
+    pairs = pairs_of(node) if node.target in WINDOWED else queries * keys
     return 4 * batch * heads * int(pairs) * head_dim

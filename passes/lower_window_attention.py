@@ -21,26 +21,27 @@ on the band alone, the bias or the block mask, becomes buffers that all nodes sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ditfastattn.passes.ir import argument, calls, fake_mode, value
+from ditfastattn.passes.ir import argument, calls, value
+from ditfastattn.passes.paste_form import (
+    Constants,
+    Form,
+    FormPaster,
+    has_static_shape,
+    sources,
+    token_major,
+)
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION
-
-Form = Callable[..., Tensor]  # (q, k, v, *constants) -> output, all [B, H, N, D]
-Constants = tuple[Tensor, ...]
 
 
 class WindowKernel(StrEnum):
@@ -114,7 +115,7 @@ def lower_window_attention(
     module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO
 ) -> list[str]:
     """Lower the windows of ``module`` in place; return the reason for each that stays."""
-    lowering = _Lowering(module)
+    paster = FormPaster(module)
     reasons: list[str] = []
     for node in calls(module.graph, WINDOW_ATTENTION):
         chosen = kernel
@@ -125,13 +126,21 @@ def lower_window_attention(
         if reason:
             reasons.append(f"{node.name}: {reason}")
         else:
-            lowering.lower(node, chosen)
+            _lower(paster, node, chosen)
     module.recompile()
     return reasons
 
 
+def _lower(paster: FormPaster, node: Node, kernel: WindowKernel) -> None:
+    band = _band(node)
+    scale: Any = node.args[4]
+    build = _flex_form if kernel is WindowKernel.FLEX else blocks_form
+    form, constants = build(band, scale)
+    paster.replace(node, (kernel, band, scale), form, constants)
+
+
 def _band(node: Node) -> Band:
-    query = value(_sources(node)[0])
+    query = value(sources(node)[0])
     window: Any = node.args[3]
     before, after = argument(node, 5, "before", 0), argument(node, 6, "after", 0)
     return band_of(query.shape[2], window, query.dtype, query.device, before, after)
@@ -150,13 +159,9 @@ def band_of(
     return Band(image, min(window, image), dtype, device, before, after)
 
 
-def _is_static(node: Node) -> bool:
-    return all(isinstance(size, int) for source in _sources(node) for size in value(source).shape)
-
-
 def _decline(node: Node, kernel: WindowKernel) -> str:
     """Return why ``kernel`` cannot, or need not, compute ``node``; empty if it can."""
-    if not _is_static(node):
+    if not has_static_shape(node):
         return f"its shape is symbolic: {list(value(node).shape)}"
     band, head_dim = _band(node), value(node).shape[3]
     flexible = kernel is WindowKernel.FLEX
@@ -175,89 +180,8 @@ def _decline(node: Node, kernel: WindowKernel) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Lowering:
-    """Paste forms into ``module``; equal windows share one trace, equal bands their buffers."""
-
-    module: GraphModule
-    traces: dict[Any, GraphModule] = field(default_factory=dict)
-    attributes: dict[int, str] = field(default_factory=dict)  # id of what is registered -> its name
-
-    def lower(self, node: Node, kernel: WindowKernel) -> None:
-        """Replace ``node`` by its form."""
-        band = _band(node)
-        scale: Any = node.args[4]
-        build = _flex_form if kernel is WindowKernel.FLEX else _blocks_form
-        form, constants = build(band, scale)
-        layouts = tuple((value(source).shape, value(source).stride()) for source in _sources(node))
-        key = (kernel, band, scale, layouts)
-        if key not in self.traces:
-            self.traces[key] = self._trace(form, node, constants)
-        self._paste(self.traces[key], node, constants)
-
-    def _trace(self, form: Form, node: Node, constants: Constants) -> GraphModule:
-        mode = fake_mode(self.module.graph)
-        # Fresh fakes: tracing tells its inputs apart by identity, and two nodes may share a value.
-        with mode:
-            examples = [
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-                for t in map(value, _sources(node))
-            ]
-        examples += [mode.from_tensor(constant) for constant in constants]
-        with torch.no_grad(), _flex_traced_directly():
-            trace = make_fx(form, pre_dispatch=True)(*examples)
-        trace.graph.eliminate_dead_code()
-        return trace
-
-    def _paste(self, trace: GraphModule, node: Node, constants: Constants) -> None:
-        graph = self.module.graph
-        inputs = trace.graph.find_nodes(op="placeholder")
-        copies = dict(zip(inputs[:3], _sources(node), strict=True))
-        with graph.inserting_before(node):
-            for inner, constant in zip(inputs[3:], constants, strict=True):
-                copies[inner] = graph.get_attr(self._attribute("window_mask", constant))
-                copies[inner].meta["val"] = inner.meta["val"]
-            for inner in trace.graph.nodes:
-                if inner.op == "get_attr":  # the bodies of FlexAttention's score and mask
-                    body = getattr(trace, str(inner.target))
-                    copies[inner] = graph.get_attr(self._attribute(str(inner.target), body))
-                elif inner.op == "call_function":
-                    copies[inner] = graph.node_copy(inner, copies.__getitem__)
-                    _take_origin(copies[inner], node)
-        node.replace_all_uses_with(copies[trace.graph.output_node().args[0]])
-        graph.erase_node(node)
-
-    def _attribute(self, prefix: str, item: Tensor | torch.nn.Module) -> str:
-        """Return the name that ``item`` has on the module; register it at first sight."""
-        if id(item) not in self.attributes:
-            names = (f"{prefix}_{index}" for index in count())
-            name = next(name for name in names if not hasattr(self.module, name))
-            if isinstance(item, Tensor):
-                self.module.register_buffer(name, item, persistent=False)
-            else:
-                self.module.add_module(name, item)
-            self.attributes[id(item)] = name
-        return self.attributes[id(item)]
-
-
-def _sources(node: Node) -> tuple[Node, ...]:
-    sources: Any = node.args[:3]
-    return tuple(sources)
-
-
-def _take_origin(copy: Node, node: Node) -> None:
-    for key in ("stack_trace", "nn_module_stack"):
-        copy.meta.pop(key, None)
-        if key in node.meta:
-            copy.meta[key] = node.meta[key]
-
-
-def _token_major(output: Tensor) -> Tensor:
-    """Lay ``[B, H, N, D]`` out as the op promises: ``[B, N, H, D]`` in memory."""
-    return output.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
+def blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
+    """Return the form in blocks of queries, each with the keys it can see, and its constants."""
     rest = band.blocks * band.block - band.tokens
 
     def queries(q: Tensor) -> Tensor:
@@ -283,13 +207,13 @@ def _blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         if not band.text:
-            return _token_major(in_blocks(q, spans(k), spans(v), bias))
+            return token_major(in_blocks(q, spans(k), spans(v), bias))
         (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
         near_q, text_q = band.split(q)
         keys, values = with_text(spans(near_k), text_k), with_text(spans(near_v), text_v)
         image = in_blocks(near_q, keys, values, bias)
         text = scaled_dot_product_attention(text_q, k, v, scale=scale)
-        return _token_major(band.joined(image, text))
+        return token_major(band.joined(image, text))
 
     return run, (band_bias(band),)
 
@@ -342,7 +266,7 @@ def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
             seq_lengths=(total, total),
             compute_q_blocks=False,  # only the backward reads them
         )
-        return _token_major(flex.flex_attention(q, k, v, block_mask=mask, scale=scale))
+        return token_major(flex.flex_attention(q, k, v, block_mask=mask, scale=scale))
 
     return run, band_blocks(band)
 
@@ -372,17 +296,3 @@ def _counted(kept: Tensor) -> Constants:
     counts = kept.sum(-1, dtype=torch.int32)
     indices = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], indices[None, None].contiguous()
-
-
-@contextmanager
-def _flex_traced_directly() -> Generator[None]:
-    """Keep FlexAttention from calling ``torch.compile`` while it is traced.
-
-    That would start Dynamo within our own tracing, several times slower, and warn its caller.
-    """
-    previous = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        yield
-    finally:
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = previous

@@ -7,6 +7,7 @@ an impossible schedule is a ``ConfigError``), and refuses a model or sampler oth
 from __future__ import annotations
 
 import json
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -79,11 +80,61 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
+class TileWindow(_Record):
+    """Describe a window by tiles of a token grid, ``(h, w)`` or ``(t, h, w)``.
+
+    Per axis, ``tile`` counts tokens and ``reach`` the tiles seen on each side of a query's own; at
+    an edge the window moves inward, so that each tile sees equally many.
+    """
+
+    grid: tuple[Annotated[int, Field(gt=0)], ...]
+    tile: tuple[Annotated[int, Field(gt=0)], ...]
+    reach: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> TileWindow:
+        if not len(self.grid) == len(self.tile) == len(self.reach) > 0:
+            raise ValueError("grid, tile and reach: one number each per axis")
+        for size, tile in zip(self.grid, self.tile, strict=True):
+            if size % tile:
+                raise ValueError(f"tile: {tile} does not divide {size} tokens")
+        return self
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of tiles along each axis."""
+        return tuple(size // tile for size, tile in zip(self.grid, self.tile, strict=True))
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Return how many tiles are seen along each axis."""
+        pairs = zip(self.counts, self.reach, strict=True)
+        return tuple(min(count, 2 * reach + 1) for count, reach in pairs)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the grid."""
+        return math.prod(self.grid)
+
+    @property
+    def seen(self) -> int:
+        """Return how many tokens each query sees."""
+        return math.prod(self.spans) * math.prod(self.tile)
+
+    def __str__(self) -> str:
+        """Say it in a few characters: ``3x3 of 8x8 tiles``."""
+        spans, counts = ("x".join(map(str, sizes)) for sizes in (self.spans, self.counts))
+        return f"{spans} of {counts} tiles"
+
+
+Window = Annotated[int, Field(ge=0)] | TileWindow
+
+
 class PlannedSite(_Record):
     """Describe one site of the model a plan is for.
 
-    ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence,
-    0 where a window is not legal. A feed-forward is one head of its width.
+    ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
+    describes tiles; 0 where a window is not legal. A feed-forward is one head of its width.
     """
 
     name: str
@@ -91,7 +142,7 @@ class PlannedSite(_Record):
     tokens: Annotated[int, Field(gt=0)]
     heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
-    window: Annotated[int, Field(ge=0)]
+    window: Window
 
 
 class Sampler(_Record):
@@ -216,7 +267,7 @@ class Plan(_Record):
                 reason = f"{computed} earlier steps compute an output, a line needs two"
             elif strategy.windowed and not has_residual:
                 reason = "no earlier full step computes the residual"
-            elif strategy.windowed and site.window == 0:
+            elif strategy.windowed and not site.window:
                 reason = "a window is not legal at this site (window is 0)"
             elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.NONE:
                 reason = "guidance is not batched (cfg_layout is none)"

@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 from ditfastattn.passes.base import PassResult
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, insert, value
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION
+from ditfastattn.passes.windows import WINDOWED
 
 _HALF = "batch_half"  # meta key: 0 or 1, on slices that take the first or second half
 
@@ -315,7 +315,7 @@ _RULES: dict[Any, Rule] = {
     aten.matmul.default: _batched_product,
     aten.bmm.default: _batched_product,
     ATTENTION: _elementwise,
-    WINDOW_ATTENTION: _elementwise,
+    **dict.fromkeys(WINDOWED, _elementwise),
 }
 
 

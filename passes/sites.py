@@ -20,11 +20,11 @@ from torch.fx import Graph, Node
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
-from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy
+from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy, Window
 from ditfastattn.passes.recognize_attention import RECOGNIZED
+from ditfastattn.passes.windows import band, tiles
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
-_WINDOW_FRACTION = 8  # the paper's window: N/8 tokens on each side
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class AttentionSite:
     ``node`` and ``frontier`` name graph nodes; ``node`` is the attention, or where the feed-forward
     leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
     the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
-    in joint attention. ``declined`` says why a strategy is not legal here.
+    in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
+    ``windows`` are the forms that fit, the one chosen is ``window``, 0 where none is legal.
+    ``declined`` says why a strategy is not legal here.
     """
 
     name: str
@@ -46,7 +48,8 @@ class AttentionSite:
     heads: int
     head_dim: int
     grid: tuple[int, ...]
-    window: int
+    window: Window
+    windows: tuple[Window, ...] = ()
     text: tuple[int, int] = (0, 0)
     declined: dict[Strategy, str] = field(default_factory=dict)
 
@@ -180,6 +183,9 @@ def _describe(
         no_guidance = "the batch is not the first dimension of what it leads to"
     if no_guidance:
         declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
+    grid = _grid(node, image)
+    forms = (band(image), tiles(grid)) if not no_window else ()
+    windows = tuple(form for form in forms if form is not None)
     return AttentionSite(
         name=name,
         ordinal=ordinal,
@@ -189,8 +195,9 @@ def _describe(
         tokens=tokens,
         heads=heads,
         head_dim=head_dim,
-        grid=_grid(node, image),
-        window=0 if no_window else max(1, image // _WINDOW_FRACTION),
+        grid=grid,
+        window=windows[0] if windows else 0,
+        windows=windows,
         text=text,
         declined=declined,
     )
@@ -341,14 +348,19 @@ def attention_scale(node: Node) -> float:
 
 
 def _grid(node: Node, tokens: int) -> tuple[int, ...]:
-    """Return the spatial size of the patch embedding that made these tokens, or ()."""
+    """Return the size of the patch embedding that made these tokens, or ().
+
+    Where it embeds frame by frame, and the tokens are those of all frames, time comes first.
+    """
     seen, pending = {node}, [node]
     while pending:
         current = pending.pop(0)
         if current.target in (aten.conv2d.default, aten.conv3d.default):
             size = tuple(value(current).shape[2:])
-            if math.prod(size) == tokens:
-                return size
+            frames, rest = divmod(tokens, math.prod(size))
+            whole = rest == 0 and frames > 0 and math.prod(size) > 1
+            if whole and (frames == 1 or len(size) == 2):
+                return size if frames == 1 else (frames, *size)
         for source in current.all_input_nodes:
             if source not in seen:
                 seen.add(source)

@@ -43,7 +43,7 @@ def window_attention(
     _check(q, k, v, window)
     seen = seen_pairs(q.shape[2], window, before, after, q.device)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return _allocate(q).copy_(result)
+    return allocate(q).copy_(result)
 
 
 @window_attention.register_fake
@@ -57,7 +57,7 @@ def _fake(
     after: int = 0,
 ) -> Tensor:
     _check(q, k, v, window)
-    return _allocate(q)
+    return allocate(q)
 
 
 def seen_pairs(
@@ -73,16 +73,18 @@ def seen_pairs(
 WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
 
 
-def _allocate(q: Tensor) -> Tensor:
+def allocate(q: Tensor) -> Tensor:
+    """Return memory for ``[B, H, N, D]`` that lies as ``[B, N, H, D]``."""
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
+    """Raise ``ConfigError`` unless all are ``[B, H, N, D]`` of one shape, dtype and device."""
     if q.dim() != 4:
         raise ConfigError(
             "the query has the wrong rank",
-            where="window_attention",
+            where=where,
             got=list(q.shape),
             expected="[batch, heads, tokens, head_dim]",
         )
@@ -90,11 +92,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
         if _kind(tensor) != _kind(q):
             raise ConfigError(
                 f"query and {name} differ",
-                where="window_attention",
+                where=where,
                 got=_kind(tensor),
                 expected=_kind(q),
                 remedy="a window is for self-attention without grouped heads",
             )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+    check_alike(q, k, v, "window_attention")
     if window < 0:
         raise ConfigError(
             "the window is negative", where="window_attention", got=window, expected="0 or more"

@@ -21,7 +21,7 @@ from ditfastattn.passes.base import PassResult
 from ditfastattn.passes.caches import read_cache, residual_slot
 from ditfastattn.passes.ir import aten, find, insert, value
 from ditfastattn.passes.sites import AttentionSite, attention_scale
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION
+from ditfastattn.passes.windows import window_call
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,5 @@ class WindowResidual:
 
 def insert_window(graph: Graph, attention: Node, site: AttentionSite) -> Node:
     """Add the window attention of ``site`` over the inputs of ``attention``."""
-    text = site.text if any(site.text) else ()
-    arguments = (*attention.args[:3], site.window, attention_scale(attention), *text)
-    return insert(graph, WINDOW_ATTENTION, arguments, attention)
+    target, arguments = window_call(site.window, attention_scale(attention), site.text)
+    return insert(graph, target, (*attention.args[:3], *arguments), attention)

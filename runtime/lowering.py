@@ -17,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from ditfastattn.passes.ir import outputs
-from ditfastattn.passes.lower_window_attention import lower_window_attention
+from ditfastattn.passes.lower_windows import lower_windows
 from ditfastattn.passes.outline import Region, live_outputs, outline
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def lower(
     if lowering is Lowering.EAGER:
         module.recompile()
         return lambda inputs: module(*inputs)
-    for reason in lower_window_attention(module):
+    for reason in lower_windows(module):
         log.info("window attention stays a masked full attention: %s", reason)
     if outlined and not inductor.get("triton.cudagraphs"):
         return _lower_regions(module, args, inductor)

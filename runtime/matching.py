@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import value
-from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
+from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan, PlannedSite, TileWindow
 from ditfastattn.passes.sites import AttentionSite
 
 _RECALIBRATE = "calibrate a plan for this model and these inputs"
@@ -80,12 +81,22 @@ def planned_sites(
     if recorded != found:
         raise _mismatch("sites", _names(found), _names(recorded))
     check_fingerprint(fingerprint, plan.model)
+    chosen = tuple(map(_with_window, chosen, plan.sites))
     for row in plan.strategies:
         for site, strategy in zip(chosen, row, strict=True):
             reason = site.why_not(strategy, plan.sampler.cfg_layout)
             if reason:
                 raise _mismatch(f"strategies ({site.name})", strategy, reason)
     return chosen
+
+
+def _with_window(site: AttentionSite, planned: PlannedSite) -> AttentionSite:
+    """Give ``site`` the window of the plan, whose grid must be of the site's tokens."""
+    window, tokens = planned.window, site.tokens - sum(site.text)
+    if isinstance(window, TileWindow) and window.tokens != tokens:
+        grid = " x ".join(map(str, window.grid))
+        raise _mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)
+    return replace(site, window=window)
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:

@@ -9,6 +9,7 @@ too.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy
+from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy, TileWindow
 from ditfastattn.passes.sites import AttentionSite
 
 _ATTENTION = scaled_dot_product_attention
@@ -157,10 +158,24 @@ class PlanInterpreter(TorchFunctionMode):
         tokens, here = call["query"].shape[-2], self._described[site]
         position = torch.arange(tokens, device=call["query"].device)
         text = (position < here.text[0]) | (position >= tokens - here.text[1])
-        band = (position[:, None] - position[None, :]).abs() <= here.window
-        banded: dict[str, Any] = {**call, "attn_mask": band | text[:, None] | text[None, :]}
-        windowed: Tensor = scaled_dot_product_attention(**banded)
+        if isinstance(here.window, TileWindow):
+            near = self._near_tiles(here.window, position - here.text[0])
+        else:
+            near = (position[:, None] - position[None, :]).abs() <= here.window
+        masked: dict[str, Any] = {**call, "attn_mask": near | text[:, None] | text[None, :]}
+        windowed: Tensor = scaled_dot_product_attention(**masked)
         return windowed
+
+    def _near_tiles(self, window: TileWindow, position: Tensor) -> Tensor:
+        """Return which pairs of tokens are in tiles near each other, ``[N, N]``, axis by axis."""
+        near = torch.ones(len(position), len(position), dtype=torch.bool, device=position.device)
+        for axis, count in enumerate(window.counts):
+            behind = math.prod(window.grid[axis + 1 :])
+            tile = position // behind % window.grid[axis] // window.tile[axis]
+            first = (tile - window.reach[axis]).clamp(0, count - window.spans[axis])
+            last = first + window.spans[axis] - 1
+            near &= (first[:, None] <= tile[None, :]) & (tile[None, :] <= last[:, None])
+        return near
 
     def _halves(self, strategy: Strategy) -> bool:
         """Tell whether half of this call's batch serves both."""

@@ -16,9 +16,9 @@ from torch.fx import Node
 
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import find
-from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy
+from ditfastattn.passes.lower_windows import compute_window
+from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy, Window
 from ditfastattn.passes.sites import AttentionSite, attention_scale
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION
 from ditfastattn.runtime.graph_runner import Environment, GraphRunner
 
 CANDIDATES = (  # the order in which Algorithm 1 tries them; it knows no extrapolation
@@ -110,25 +110,26 @@ class SiteEvaluator:
             kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
             residual = self._half(residual, batch)
         if residual is not None:
-            output = self._window(index, args) + residual
+            output = self._window(index, args, self.sites[index].window) + residual
         else:
             output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
         return torch.cat([output, output]) if strategy.shares_cfg else output
 
-    def residual(self, environment: Environment, index: int, output: Tensor) -> Tensor | None:
-        """Return full minus window attention, or None where a window is not legal."""
-        if not self.sites[index].window:
-            return None
+    def residual(
+        self, environment: Environment, index: int, output: Tensor, window: Window
+    ) -> Tensor:
+        """Return full minus window attention."""
         args, _ = self._call(environment, index)
-        return output - self._window(index, args)
+        return output - self._window(index, args, window)
 
     def remember(self, environment: Environment, index: int, strategy: Strategy) -> None:
         """Store what later steps may read of site ``index``, whose output has been put."""
         memory = self.memory[index]
         output: Tensor = environment[self._attention[index]]
         memory.output = output
-        if strategy is Strategy.FULL:
-            memory.residual = self.residual(environment, index, output)
+        window = self.sites[index].window
+        if strategy is Strategy.FULL and window:
+            memory.residual = self.residual(environment, index, output, window)
 
     def left_after(self, index: int) -> float:
         """Return the fraction of the graph's nodes that follow site ``index``."""
@@ -142,11 +143,10 @@ class SiteEvaluator:
         args = tuple(_resolve(item, environment) for item in node.args)
         return args, {key: _resolve(item, environment) for key, item in node.kwargs.items()}
 
-    def _window(self, index: int, args: Sequence[Any]) -> Tensor:
+    def _window(self, index: int, args: Sequence[Any], window: Window) -> Tensor:
         scale = attention_scale(self._attention[index])
-        site = self.sites[index]
-        output: Tensor = WINDOW_ATTENTION(*args[:3], site.window, scale, *site.text)
-        return output
+        q, k, v = args[:3]
+        return compute_window(q, k, v, window, scale, self.sites[index].text)
 
     def _half(self, item: Any, batch: int) -> Any:
         """Return the conditional half of what has the batch."""

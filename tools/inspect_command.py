@@ -78,6 +78,7 @@ def strategies(plan: Plan) -> Table:
             symbol, colour = SYMBOLS[strategy]
             line.append(symbol, style=colour)
         full = Counter(column)[Strategy.FULL] / len(column)
-        window = f"+-{site.window}" if site.window else "-"
+        band = f"+-{site.window}" if site.window else "-"
+        window = band if isinstance(site.window, int) else str(site.window)
         table.add_row(site.name, site.kind, window, line, f"{full:.0%}")
     return table

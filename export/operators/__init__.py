@@ -9,5 +9,6 @@ from ditfastattn.export.operators.elementwise import ELEMENTWISE
 from ditfastattn.export.operators.norms import NORMS
 from ditfastattn.export.operators.products import PRODUCTS
 from ditfastattn.export.operators.shapes import SHAPES
+from ditfastattn.export.operators.windows import WINDOWS
 
-RULES: dict[Any, Rule] = {**ELEMENTWISE, **NORMS, **PRODUCTS, **SHAPES}
+RULES: dict[Any, Rule] = {**ELEMENTWISE, **NORMS, **PRODUCTS, **SHAPES, **WINDOWS}

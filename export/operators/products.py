@@ -1,7 +1,6 @@
 """Write matrix products, convolutions and attention in ONNX.
 
-Attention is MatMul-Softmax-MatMul, which runtimes fuse; a window is the same over blocks of
-queries, each with the keys it can see, gathered by a constant index: the work outside is skipped.
+Attention is MatMul-Softmax-MatMul, which runtimes fuse.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from typing import Any
 import torch
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten, axis_of
+from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten
 from ditfastattn.export.operators.elementwise import finite_minimum, operand
 from ditfastattn.export.operators.shapes import transpose
 from ditfastattn.passes.ir import ATTENTION
-from ditfastattn.passes.lower_window_attention import Band, band_of
-from ditfastattn.passes.window_attention import WINDOW_ATTENTION, seen_pairs
 
 
 def transposed(emitter: Emitter, matrix: Value) -> str:
@@ -135,10 +132,11 @@ def _causal_bias(emitter: Emitter, call: Call) -> str:
     assert isinstance(queries, int)
     assert isinstance(keys, int)
     seen = torch.ones(queries, keys, dtype=torch.bool).tril()
-    return emitter.constant(_additive(seen, call.dtype))
+    return emitter.constant(additive(seen, call.dtype))
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to scores so that only ``seen`` ones count."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, finite_minimum(dtype))
 
 
@@ -153,89 +151,6 @@ def _repeat_heads(emitter: Emitter, call: Call, item: Value) -> str:
     return emitter.reshape(spread, (item.shape[0], heads, *item.shape[2:]))
 
 
-def _window_attention(emitter: Emitter, call: Call) -> str:
-    tokens = call.first.shape[2]
-    assert isinstance(tokens, int)
-    window, scale = call.args[3:5]
-    before, after = call.get(5, "before", 0), call.get(6, "after", 0)
-    band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
-    query, key, value_ = (emitter.use(item) for item in call.args[:3])
-    if band.span >= band.tokens:
-        seen = seen_pairs(tokens, band.window, before, after)
-        bias = emitter.constant(_additive(seen, call.dtype))
-        return attend(emitter, call, (query, key, value_), scale, [bias])
-    if not band.text:
-        return _in_blocks(emitter, call, band, scale, (query, key, value_), ("", ""))
-    (near_q, text_q), (near_k, text_k), (near_v, text_v) = (
-        _split_text(emitter, item, band) for item in (query, key, value_)
-    )
-    near = near_q, near_k, near_v
-    image = _in_blocks(emitter, call, band, scale, near, (text_k, text_v))
-    rows = attend(emitter, call, (text_q, key, value_), scale, [])
-    parts = [_tokens(emitter, rows, 0, band.before)] if band.before else []
-    parts += [image, *([_tokens(emitter, rows, band.before, None)] if band.after else [])]
-    return emitter.op("Concat", *parts, axis=2, name=call.name)
-
-
-def _split_text(emitter: Emitter, name: str, band: Band) -> tuple[str, str]:
-    """Return the tokens of the band, and those outside it, of ``[B, H, N, D]``."""
-    stop = band.before + band.tokens
-    outside = [_tokens(emitter, name, 0, band.before)] if band.before else []
-    outside += [_tokens(emitter, name, stop, None)] if band.after else []
-    text = emitter.op("Concat", *outside, axis=2) if len(outside) > 1 else outside[0]
-    return _tokens(emitter, name, band.before, stop), text
-
-
-def _tokens(emitter: Emitter, name: str, start: int, stop: int | None) -> str:
-    end = 2**31 - 1 if stop is None else stop
-    return emitter.op("Slice", name, *(emitter.ints([number]) for number in (start, end, 2, 1)))
-
-
-def _in_blocks(
-    emitter: Emitter,
-    call: Call,
-    band: Band,
-    scale: float,
-    tensors: tuple[str, str, str],
-    text: tuple[str, str],
-) -> str:
-    """Attend within the band, and to the keys and values ``text`` of tokens outside it."""
-    rest = band.blocks * band.block - band.tokens
-    head_dim = call.first.shape[3]
-    assert isinstance(head_dim, int)
-    query, key, value_ = tensors
-    if rest:
-        query = emitter.op("Pad", query, emitter.ints([0, 0, 0, 0, 0, 0, rest, 0]))
-    query = emitter.op("Reshape", query, emitter.ints([0, 0, band.blocks, band.block, head_dim]))
-    start = torch.arange(band.blocks)[:, None] * band.block
-    place = start + torch.arange(band.span) - band.window  # [blocks, span], of each block's keys
-    index = emitter.constant(place.clamp(0, band.tokens - 1))
-    keys, values = (emitter.op("Gather", item, index, axis=2) for item in (key, value_))
-    if band.text:
-        keys, values = (
-            _with_text(emitter, item, other, band, head_dim)
-            for item, other in ((keys, text[0]), (values, text[1]))
-        )
-    near = torch.arange(band.block)[:, None] - (torch.arange(band.span) - band.window)
-    inside = _additive(near.abs() <= band.window, call.dtype)  # [block, span]
-    edge = _additive((place >= 0) & (place < band.tokens), call.dtype)[:, None]  # [blocks, 1, span]
-    inside, edge = (torch.nn.functional.pad(bias, (0, band.text)) for bias in (inside, edge))
-    biases = [emitter.constant(inside), emitter.constant(edge)]
-    attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
-    merged = emitter.op("Reshape", attended, emitter.ints([0, 0, -1, head_dim]))
-    if not rest:
-        return merged
-    cut = [emitter.ints([number]) for number in (0, band.tokens, axis_of(2, 4), 1)]
-    return emitter.op("Slice", merged, *cut, name=call.name)
-
-
-def _with_text(emitter: Emitter, near: str, text: str, band: Band, head_dim: int) -> str:
-    """Add the tokens outside the band to the keys, or values, of each block."""
-    apart = emitter.op("Unsqueeze", text, emitter.ints([2]))
-    every = emitter.op("Expand", apart, emitter.ints([1, 1, band.blocks, band.text, head_dim]))
-    return emitter.op("Concat", near, every, axis=3)
-
-
 PRODUCTS: dict[Any, Rule] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
@@ -248,5 +163,4 @@ PRODUCTS: dict[Any, Rule] = {
     aten.conv3d.default: _convolution,
     aten.conv3d.padding: _convolution,
     ATTENTION: _attention,
-    WINDOW_ATTENTION: _window_attention,
 }

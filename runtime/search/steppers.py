@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.ir import outputs
-from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
+from ditfastattn.passes.lower_window_attention import WindowKernel
+from ditfastattn.passes.lower_windows import lower_windows
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.passes.step_program import StepProgram, lanes_of, unroll
@@ -48,7 +49,7 @@ class Variants:
             module = rewrite(captured, sites, actions, self.session.layout, "search")
             reads, writes = read_slots(module.graph), written_slots(module.graph)
             flops = count_flops(module.graph)  # before windows are lowered to plain products
-            lower_window_attention(module, WindowKernel.BLOCKS)  # FlexAttention needs compiling
+            lower_windows(module, WindowKernel.BLOCKS)  # FlexAttention needs compiling
             module.recompile()
             self._known[actions] = EagerVariant(module, reads, writes, flops)
         return self._known[actions]

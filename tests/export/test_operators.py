@@ -12,6 +12,8 @@ import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
 
 from ditfastattn import ConfigError
+from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.windows import window_call
 from tests.export.helpers import assert_same, write_module
 from tests.helpers import noise
 
@@ -178,6 +180,34 @@ def test_a_window_beside_text_computes_the_same(
     tokens: int, window: int, text: tuple[int, int], tmp_path: Path
 ) -> None:
     assert_same(Windowed(window, *text), {"x": noise(1, 2, tokens + sum(text), 8)}, tmp_path)
+
+
+class Tiled(nn.Module):
+    def __init__(self, window: TileWindow, *text: int) -> None:
+        super().__init__()
+        self.window, self.text = window, text
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+        target, arguments = window_call(self.window, 0.5, (0, 0))
+        result: Tensor = target(heads, 2 * heads, heads - 1, *arguments, *self.text)
+        return result
+
+
+@pytest.mark.parametrize("text", [(), (5, 0), (0, 5), (3, 4)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        TileWindow(grid=(8, 12), tile=(2, 3), reach=(1, 1)),
+        TileWindow(grid=(3, 8, 6), tile=(3, 2, 1), reach=(0, 1, 2)),
+    ],
+    ids=str,
+)
+def test_a_window_by_tiles_computes_the_same(
+    window: TileWindow, text: tuple[int, ...], tmp_path: Path
+) -> None:
+    tokens = window.tokens + sum(text)
+    assert_same(Tiled(window, *text), {"x": noise(1, 2, tokens, 8)}, tmp_path)
 
 
 def test_a_window_in_blocks_skips_the_work_outside(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Write attention within a window in ONNX: MatMul-Softmax-MatMul over blocks, or tiles, of queries.
+
+Each has the keys it can see, gathered by a constant index: the work outside is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ditfastattn.export.operators.base import Call, Emitter, Rule, axis_of
+from ditfastattn.export.operators.products import additive, attend
+from ditfastattn.export.operators.shapes import transpose
+from ditfastattn.passes.lower_window_attention import Band, band_of
+from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles
+from ditfastattn.passes.window_attention import WINDOW_ATTENTION, seen_pairs
+
+Three = tuple[str, str, str]  # names of query, key and value
+
+
+def _window_attention(emitter: Emitter, call: Call) -> str:
+    tokens = call.first.shape[2]
+    assert isinstance(tokens, int)
+    window, scale = call.args[3:5]
+    before, after = call.get(5, "before", 0), call.get(6, "after", 0)
+    band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
+    query, key, value_ = (emitter.use(item) for item in call.args[:3])
+    if band.span >= band.tokens:
+        seen = seen_pairs(tokens, band.window, before, after)
+        bias = emitter.constant(additive(seen, call.dtype))
+        return attend(emitter, call, (query, key, value_), scale, [bias])
+
+    def in_blocks(tensors: Three, text: tuple[str, str]) -> str:
+        return _in_blocks(emitter, call, band, scale, tensors, text)
+
+    text = before, after
+    return _beside_text(emitter, call, (query, key, value_), scale, band.tokens, text, in_blocks)
+
+
+def _tile_attention(emitter: Emitter, call: Call) -> str:
+    """Attend tile by tile: ``[B, H, tiles, tile tokens, D]``, each with the tiles it sees."""
+    grid, tile, reach = (tuple(sizes) for sizes in call.args[3:6])
+    window, scale = TileWindow(grid=grid, tile=tile, reach=reach), call.args[6]
+    query, key, value_ = (emitter.use(item) for item in call.args[:3])
+
+    def in_tiles(tensors: Three, text: tuple[str, str]) -> str:
+        return _in_tiles(emitter, call, window, scale, tensors, text)
+
+    text = call.get(7, "before", 0), call.get(8, "after", 0)
+    return _beside_text(emitter, call, (query, key, value_), scale, window.tokens, text, in_tiles)
+
+
+def _in_tiles(
+    emitter: Emitter,
+    call: Call,
+    window: TileWindow,
+    scale: float,
+    tensors: Three,
+    text: tuple[str, str],
+) -> str:
+    head_dim = call.first.shape[3]
+    assert isinstance(head_dim, int)
+    rank, count = len(window.grid), math.prod(window.counts)
+    split = [size for pair in zip(window.counts, window.tile, strict=True) for size in pair]
+    order = [0, 1, *range(2, 2 * rank + 1, 2), *range(3, 2 * rank + 2, 2), 2 * rank + 2]
+    shape = [0, 0, count, math.prod(window.tile), head_dim]
+
+    def tiled(name: str) -> str:
+        apart = emitter.op("Reshape", name, emitter.ints([0, 0, *split, head_dim]))
+        return emitter.op("Reshape", transpose(emitter, apart, order), emitter.ints(shape))
+
+    near = emitter.constant(near_tiles(window).flatten())
+
+    def gathered(name: str, other: str) -> str:
+        found = emitter.op("Gather", tiled(name), near, axis=2)
+        seen = emitter.op("Reshape", found, emitter.ints([0, 0, count, window.seen, head_dim]))
+        return _with_text(emitter, seen, other, count, head_dim) if other else seen
+
+    query, key, value_ = tensors
+    seen = tiled(query), gathered(key, text[0]), gathered(value_, text[1])
+    attended = attend(emitter, call, seen, scale, [], rank=5)
+    sizes = emitter.ints([0, 0, *window.counts, *window.tile, head_dim])
+    apart = emitter.op("Reshape", attended, sizes)
+    pairs = [axis for i in range(2, rank + 2) for axis in (i, rank + i)]
+    raster = transpose(emitter, apart, [0, 1, *pairs, 2 * rank + 2])
+    return emitter.op("Reshape", raster, emitter.ints([0, 0, window.tokens, head_dim]))
+
+
+def _beside_text(
+    emitter: Emitter,
+    call: Call,
+    tensors: Three,
+    scale: float,
+    tokens: int,
+    text: tuple[int, int],
+    image: Callable[[Three, tuple[str, str]], str],
+) -> str:
+    """Attend the image's ``tokens`` by ``image``, and from the ``text`` around them to all."""
+    if not any(text):
+        return image(tensors, ("", ""))
+    before, after = text
+    near, (text_q, *others) = zip(
+        *(_split_text(emitter, item, tokens, text) for item in tensors), strict=True
+    )
+    middle = image(near, (others[0], others[1]))
+    rows = attend(emitter, call, (text_q, *tensors[1:]), scale, [])
+    parts = [_tokens(emitter, rows, 0, before)] if before else []
+    parts += [middle, *([_tokens(emitter, rows, before, None)] if after else [])]
+    return emitter.op("Concat", *parts, axis=2, name=call.name)
+
+
+def _split_text(emitter: Emitter, name: str, tokens: int, text: tuple[int, int]) -> tuple[str, str]:
+    """Return the image's tokens, and those around them, of ``[B, H, N, D]``."""
+    before, after = text
+    stop = before + tokens
+    outside = [_tokens(emitter, name, 0, before)] if before else []
+    outside += [_tokens(emitter, name, stop, None)] if after else []
+    around = emitter.op("Concat", *outside, axis=2) if len(outside) > 1 else outside[0]
+    return _tokens(emitter, name, before, stop), around
+
+
+def _tokens(emitter: Emitter, name: str, start: int, stop: int | None) -> str:
+    end = 2**31 - 1 if stop is None else stop
+    return emitter.op("Slice", name, *(emitter.ints([number]) for number in (start, end, 2, 1)))
+
+
+def _in_blocks(
+    emitter: Emitter,
+    call: Call,
+    band: Band,
+    scale: float,
+    tensors: Three,
+    text: tuple[str, str],
+) -> str:
+    """Attend within the band, and to the keys and values ``text`` of tokens outside it."""
+    rest = band.blocks * band.block - band.tokens
+    head_dim = call.first.shape[3]
+    assert isinstance(head_dim, int)
+    query, key, value_ = tensors
+    if rest:
+        query = emitter.op("Pad", query, emitter.ints([0, 0, 0, 0, 0, 0, rest, 0]))
+    query = emitter.op("Reshape", query, emitter.ints([0, 0, band.blocks, band.block, head_dim]))
+    start = torch.arange(band.blocks)[:, None] * band.block
+    place = start + torch.arange(band.span) - band.window  # [blocks, span], of each block's keys
+    index = emitter.constant(place.clamp(0, band.tokens - 1))
+    keys, values = (emitter.op("Gather", item, index, axis=2) for item in (key, value_))
+    if band.text:
+        keys, values = (
+            _with_text(emitter, item, other, band.blocks, head_dim)
+            for item, other in ((keys, text[0]), (values, text[1]))
+        )
+    near = torch.arange(band.block)[:, None] - (torch.arange(band.span) - band.window)
+    inside = additive(near.abs() <= band.window, call.dtype)  # [block, span]
+    edge = additive((place >= 0) & (place < band.tokens), call.dtype)[:, None]  # [blocks, 1, span]
+    inside, edge = (torch.nn.functional.pad(bias, (0, band.text)) for bias in (inside, edge))
+    biases = [emitter.constant(inside), emitter.constant(edge)]
+    attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
+    merged = emitter.op("Reshape", attended, emitter.ints([0, 0, -1, head_dim]))
+    if not rest:
+        return merged
+    cut = [emitter.ints([number]) for number in (0, band.tokens, axis_of(2, 4), 1)]
+    return emitter.op("Slice", merged, *cut, name=call.name)
+
+
+def _with_text(emitter: Emitter, near: str, text: str, blocks: int, head_dim: int) -> str:
+    """Add the text's tokens to the keys, or values, of each block."""
+    apart = emitter.op("Unsqueeze", text, emitter.ints([2]))
+    every = emitter.op("Expand", apart, emitter.ints([1, 1, blocks, 1, head_dim]))
+    return emitter.op("Concat", near, every, axis=3)
+
+
+WINDOWS: dict[Any, Rule] = {
+    WINDOW_ATTENTION: _window_attention,
+    TILE_ATTENTION: _tile_attention,
+}

@@ -1,0 +1,135 @@
+"""Lower ``ditfastattn::tile_attention`` to full attention among each tile's near tiles.
+
+Before::
+
+    %3 = ditfastattn.tile_attention.default(%0, %1, %2, [64, 64], [8, 8], [1, 1], 0.18)
+
+After::
+
+    %9 = aten.index_select.default(%8, 1, %near): float32[12, 576, 64, 32]
+    %12 = aten.scaled_dot_product_attention.default(%5, %10, %11, ...): float32[12, 64, 64, 32]
+
+Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
+many others, so nothing is masked: what is gathered is all used, by whichever kernel is fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditfastattn.passes.ir import calls, value
+from ditfastattn.passes.paste_form import (
+    Constants,
+    Form,
+    FormPaster,
+    has_static_shape,
+    sources,
+    token_major,
+)
+from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles
+from ditfastattn.passes.windows import window_of
+
+_MAX_GATHERED_BYTES = 2**31
+
+
+def lower_tile_attention(module: GraphModule) -> list[str]:
+    """Lower the tile windows of ``module`` in place; return the reason for each that stays."""
+    paster = FormPaster(module)
+    reasons: list[str] = []
+    for node in calls(module.graph, TILE_ATTENTION):
+        reason = _decline(node)
+        if reason:
+            reasons.append(f"{node.name}: {reason}")
+            continue
+        window, scale, text = window_of(node)
+        assert isinstance(window, TileWindow)
+        form, constants = tiles_form(window, scale, text, value(node).device)
+        paster.replace(node, (window, scale, text), form, constants)
+    module.recompile()
+    return reasons
+
+
+def _decline(node: Node) -> str:
+    if not has_static_shape(node):
+        return f"its shape is symbolic: {list(value(node).shape)}"
+    window, _, _ = window_of(node)
+    assert isinstance(window, TileWindow)
+    keys = value(sources(node)[1])
+    gathered = 2 * keys.nbytes * math.prod(window.spans)
+    if gathered > _MAX_GATHERED_BYTES:
+        return f"the keys and values that its tiles see would take {gathered >> 20} MiB"
+    return ""
+
+
+def tiles_form(
+    window: TileWindow, scale: float, text: tuple[int, int], device: torch.device
+) -> tuple[Form, Constants]:
+    """Return the form that attends tile by tile, and its constants."""
+    before, after = text
+    stop = before + window.tokens
+    outside = before + after
+
+    def in_tiles(q: Tensor, k: Tensor, v: Tensor, near: Tensor, *extra: Tensor) -> Tensor:
+        batch, heads, _, head_dim = q.shape
+        keys, values = (_gathered(window, item, near) for item in (k, v))
+        if extra:
+            keys, values = (
+                torch.cat([found, _every_tile(window, item)], dim=2)
+                for found, item in zip((keys, values), extra, strict=True)
+            )
+        output = scaled_dot_product_attention(_tiled(window, q), keys, values, scale=scale)
+        return _raster(window, output).reshape(batch, heads, window.tokens, head_dim)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+        if not outside:
+            return token_major(in_tiles(q, k, v, near))
+        grid = [item[:, :, before:stop] for item in (q, k, v)]
+        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
+        image = in_tiles(*grid, near, *rest[1:])
+        rows = scaled_dot_product_attention(rest[0], k, v, scale=scale)
+        return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
+
+    return run, (_near(window, device),)
+
+
+@lru_cache(maxsize=8)
+def _near(window: TileWindow, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return near_tiles(window, device).flatten()
+
+
+def _tiled(window: TileWindow, item: Tensor) -> Tensor:
+    """Turn ``[B, H, N, D]`` in raster order into ``[B * H, tiles, tile tokens, D]``."""
+    rank = len(window.grid)
+    split = [size for pair in zip(window.counts, window.tile, strict=True) for size in pair]
+    apart = item.reshape(-1, *split, item.shape[-1])
+    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
+    shape = (math.prod(window.counts), math.prod(window.tile), item.shape[-1])
+    return apart.permute(order).reshape(-1, *shape)
+
+
+def _raster(window: TileWindow, item: Tensor) -> Tensor:
+    """Undo ``_tiled``, but for the heads."""
+    rank = len(window.grid)
+    apart = item.reshape(-1, *window.counts, *window.tile, item.shape[-1])
+    pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]
+    return apart.permute([0, *pairs, 2 * rank + 1])
+
+
+def _gathered(window: TileWindow, item: Tensor, near: Tensor) -> Tensor:
+    """Return what each tile sees of keys or values, ``[B * H, tiles, seen, D]``."""
+    found = _tiled(window, item).index_select(1, near)
+    return found.reshape(found.shape[0], math.prod(window.counts), window.seen, item.shape[-1])
+
+
+def _every_tile(window: TileWindow, text: Tensor) -> Tensor:
+    """Repeat the text's keys or values ``[B, H, text, D]`` for each tile."""
+    flat = text.reshape(-1, 1, text.shape[2], text.shape[3])
+    return flat.expand(-1, math.prod(window.counts), -1, -1)

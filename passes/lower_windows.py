@@ -1,0 +1,32 @@
+"""Lower every window of a graph, and compute one eagerly, by forms that skip what is not seen."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.passes.lower_tile_attention import lower_tile_attention, tiles_form
+from ditfastattn.passes.lower_window_attention import (
+    WindowKernel,
+    band_of,
+    blocks_form,
+    lower_window_attention,
+)
+from ditfastattn.passes.plan import TileWindow, Window
+
+
+def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO) -> list[str]:
+    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    return [*lower_window_attention(module, kernel), *lower_tile_attention(module)]
+
+
+def compute_window(
+    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, text: tuple[int, int]
+) -> Tensor:
+    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after."""
+    if isinstance(window, TileWindow):
+        form, constants = tiles_form(window, scale, text, q.device)
+    else:
+        band = band_of(q.shape[2], window, q.dtype, q.device, *text)
+        form, constants = blocks_form(band, scale)
+    return form(q, k, v, *constants)
