@@ -138,6 +138,6 @@ def _flops(
     **_: Any,
 ) -> int:
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
-    batch, heads, _, head_dim = q
+    batch, heads, head_dim = q[0], q[1], q[3]
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
     return 4 * batch * heads * head_dim * tile_pairs(window, before + after)

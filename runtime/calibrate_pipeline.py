@@ -30,6 +30,7 @@ from ditfastattn.runtime.search.search import Search, SearchOptions
 from ditfastattn.runtime.search.sensitivity import probe_steps
 from ditfastattn.runtime.search.session import Session, open_session
 from ditfastattn.runtime.search.targets import Target, TargetKind
+from ditfastattn.runtime.search.window_choice import WindowForm, allowed_windows
 from ditfastattn.runtime.search.work import SearchProgress, Work
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def calibrate(
     max_variants: int = 0,
     max_cache_mb: float = 0.0,
     attention_only: bool = False,
+    windows: WindowForm | str = WindowForm.AUTO,
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
     timestep: str = "timestep",
@@ -76,6 +78,9 @@ def calibrate(
         max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
             always do.
+        windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid
+            where one is known, or ``auto``: per site what measures better, for the ``global``
+            method, else bands.
         cfg_layout: the order of the guidance halves; found by observation where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
@@ -106,9 +111,11 @@ def calibrate(
     target.prepare(prompts[0].call)
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
+    forms = _window_form(WindowForm(windows), resolved)
     narrow = attention_only or resolved is not Method.GLOBAL
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow)
     with holding as checkpoint, opening as session:
+        session.take_sites(allowed_windows(session.sites, forms))
         work = Work(session, checkpoint, 0.0, on_progress)
         resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
         if resumed:
@@ -173,7 +180,7 @@ def _chooser(
             expected=Method.GLOBAL,
             remedy="give a target of quality or speed and the method `global`",
         )
-    costs = measured_costs(work, options.objective)
+    (costs,) = measured_costs(work, options.objective)
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
 
 
@@ -190,6 +197,11 @@ def _resolve(method: Method, target: Target) -> Method:
             remedy="ask for a quality or a speed, or choose another method",
         )
     return method
+
+
+def _window_form(windows: WindowForm, method: Method) -> WindowForm:
+    auto = windows is WindowForm.AUTO
+    return WindowForm.BAND if auto and method is not Method.GLOBAL else windows
 
 
 def _check_cap(name: str, most: float, method: Method) -> None:
@@ -214,7 +226,7 @@ def _request(
     return {
         "model": session.identity.model_dump(),
         "layout": session.layout,
-        "sites": [site.name for site in session.sites],
+        "sites": [[site.name, *map(str, site.windows)] for site in session.sites],
         "call": {name: repr(item) for name, item in sorted(call.items())},
         "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
         "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),

@@ -276,10 +276,11 @@ def flat_inputs(tiny: TinyModel, step: int) -> list[Tensor]:
     return [next(static) if entry.static else call[entry.name] for entry in found.graph.inputs]
 
 
-def tiny_digits_pipeline(scheduler: Any) -> DigitsPipeline:
+def tiny_digits_pipeline(scheduler: Any, size: int = 16) -> DigitsPipeline:
     """Return an untrained 16x16 pipeline of two layers, the same one each time."""
     torch.manual_seed(0)
-    pipeline = DigitsPipeline(DiTTransformer2DModel(**TINY_DIGITS).eval(), scheduler)
+    config = TINY_DIGITS | {"sample_size": size}
+    pipeline = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return pipeline
 

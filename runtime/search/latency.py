@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ditfastattn.passes.caches import previous_of
 from ditfastattn.passes.pipeline import DENSE, SiteAction
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.profile import window_forms
 from ditfastattn.runtime.search.session import Session
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
 from ditfastattn.runtime.site_evaluator import legal_strategies
@@ -29,7 +30,9 @@ from ditfastattn.runtime.site_evaluator import legal_strategies
 _REPETITIONS = 5
 _WARM_UP = 2  # rounds: the first ones of a process are slow
 _STORING = "storing a residual"
+_OF_WINDOWS = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, _STORING)
 _Row = tuple[str, str]  # what it is of, and the strategy
+_Acting = tuple[tuple[SiteAction, ...], tuple[AttentionSite, ...]]
 
 
 class Objective(StrEnum):
@@ -61,6 +64,11 @@ class CostTable:
             total += self.residual[index] if stores[index] else 0.0
         return total
 
+    def column(self, site: int, strategies: Sequence[Strategy]) -> float:
+        """Return what one site adds to a generation."""
+        stored = sum(_stores(strategies)) * self.residual[site]
+        return sum(self.sites[site][strategy] for strategy in strategies) + stored
+
     def speedup(self, rows: Sequence[Sequence[Strategy]], merge_variants: bool = False) -> float:
         """Return the dense price of a generation over the plan's."""
         return self.step * len(rows) / self.plan(rows, merge_variants)
@@ -89,31 +97,39 @@ def _stores(column: Sequence[Strategy]) -> list[bool]:
 
 def measure_costs(
     variants: Variants, objective: Objective, repetitions: int = _REPETITIONS
-) -> CostTable:
-    """Price each strategy; sites of equal shape share their prices."""
+) -> tuple[CostTable, ...]:
+    """Price each strategy, for each form of window; sites of equal shape share their prices."""
     session = variants.session
     groups: dict[Any, list[int]] = {}
     for index, site in enumerate(session.sites):
         legal = legal_strategies(site, session.layout)
-        key = (site.kind, site.tokens, site.heads, site.head_dim, site.window, legal)
+        key = (site.kind, site.tokens, site.heads, site.head_dim, site.windows, legal)
         groups.setdefault(key, []).append(index)
     rows = _everywhere(session.sites)
     for members in groups.values():
         rows |= _group_rows(session, members)
-    built = {name: variants.get(row) for name, row in rows.items()}
+    built = {name: variants.get(*row) for name, row in rows.items()}
     if objective is Objective.LATENCY:
         whole = _time(built, session.example, variants.results, repetitions)
     else:
         whole = _count(built, objective)
     step, together = whole[_FULL], whole[_FULL] - whole[_SHARED]
-    prices = {
-        g: _group_prices(whole, members, _halves(session.sites[members[0]], session.layout))
-        for g, members in enumerate(groups.values())
-    }
+    forms = [
+        {
+            g: _group_prices(whole, members, _halves(session, members), form)
+            for g, members in enumerate(groups.values())
+        }
+        for form in range(window_forms(session.sites))
+    ]
+    prices = forms[0]
     alone = sum(len(m) * prices[g][Strategy.FULL] for g, m in enumerate(groups.values()))
     factor = together / alone if alone > 0.0 and together > 0.0 else 1.0
     group_of = {index: g for g, members in enumerate(groups.values()) for index in members}
-    found = [prices[group_of[index]] for index in range(len(session.sites))]
+    found = [[form[group_of[index]] for index in range(len(session.sites))] for form in forms]
+    return tuple(_table(step, each, factor) for each in found)
+
+
+def _table(step: float, found: Sequence[dict[str, float]], factor: float) -> CostTable:
     return CostTable(
         step=step,
         sites=tuple(
@@ -128,49 +144,69 @@ _FULL: _Row = ("all", Strategy.FULL)
 _SHARED: _Row = ("all", Strategy.SHARE_STEP)
 
 
-def _everywhere(sites: Sequence[AttentionSite]) -> dict[_Row, tuple[SiteAction, ...]]:
+def _everywhere(sites: tuple[AttentionSite, ...]) -> dict[_Row, _Acting]:
     """Return the rows in which all sites are computed, or all shared."""
     return {
-        _FULL: tuple(SiteAction(Strategy.FULL, writes_output=True) for _ in sites),
-        _SHARED: tuple(SiteAction(Strategy.SHARE_STEP) for _ in sites),
+        _FULL: (tuple(SiteAction(Strategy.FULL, writes_output=True) for _ in sites), sites),
+        _SHARED: (tuple(SiteAction(Strategy.SHARE_STEP) for _ in sites), sites),
     }
 
 
-def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, tuple[SiteAction, ...]]:
+def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, _Acting]:
     """Return the rows in which one group takes a strategy and the others are computed."""
     site, first = session.sites[members[0]], str(members[0])
     apart = session.layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
-    rows: dict[_Row, tuple[SiteAction, ...]] = {
-        (first, strategy): _acting(session.sites, members, SiteAction(strategy))
+    actions: dict[str, SiteAction] = {
+        strategy: SiteAction(strategy)
         for strategy in legal_strategies(site, session.layout)
         if not (apart and strategy.shares_cfg)
     }
-    if site.window:
+    if site.windows:
         storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
-        rows[first, _STORING] = _acting(session.sites, members, storing)
+        actions[_STORING] = storing
+    rows: dict[_Row, _Acting] = {
+        (first, name): _acting(session.sites, members, action) for name, action in actions.items()
+    }
+    windowed = [name for name in _OF_WINDOWS if name in actions]
+    for form in range(1, len(site.windows)):
+        sites = tuple(
+            replace(other, window=other.windows[form]) if index in members else other
+            for index, other in enumerate(session.sites)
+        )
+        for name in windowed:
+            rows[first, _in_form(name, form)] = _acting(sites, members, actions[name])
     return rows
 
 
-def _halves(site: AttentionSite, layout: CfgLayout) -> dict[Strategy, Strategy]:
-    if layout is not CfgLayout.SEPARATE:
+def _in_form(name: str, form: int) -> str:
+    """Name a strategy in a form of window other than the first."""
+    return f"{name}, form {form}" if form else name
+
+
+def _halves(session: Session, members: Sequence[int]) -> dict[Strategy, Strategy]:
+    if session.layout is not CfgLayout.SEPARATE:
         return {}
     found = {Strategy.SHARE_CFG: Strategy.FULL}
-    if site.window:
+    if session.sites[members[0]].windows:
         found[Strategy.WINDOW_SHARE_CFG] = Strategy.WINDOW
     return found
 
 
 def _group_prices(
-    whole: dict[_Row, float], members: Sequence[int], halves: Mapping[Strategy, Strategy]
+    whole: dict[_Row, float], members: Sequence[int], halves: Mapping[Strategy, Strategy], form: int
 ) -> dict[str, float]:
     """Return the prices per site of one group: what each strategy costs above the cheapest.
 
     ``halves`` are strategies of two calls, of which the first does another and the second shares.
+    Windows are those of ``form``, the first where the group has no such.
     """
-    own = {name: price for (first, name), price in whole.items() if first == str(members[0])}
+    every = {name: price for (first, name), price in whole.items() if first == str(members[0])}
+    cheapest = min(price for name, price in every.items() if not name.startswith(_STORING))
+    cheapest = min(cheapest, whole[_FULL])
+    own = {name: price for name, price in every.items() if ", form" not in name}
+    own |= {name: every.get(_in_form(name, form), own[name]) for name in _OF_WINDOWS if name in own}
     stored = own.pop(_STORING, whole[_FULL])
     own[Strategy.FULL] = whole[_FULL]
-    cheapest = min(own.values())
     own |= {both: (own[first] + own[Strategy.SHARE_STEP]) / 2.0 for both, first in halves.items()}
     each = {name: (price - cheapest) / len(members) for name, price in own.items()}
     each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
@@ -178,9 +214,9 @@ def _group_prices(
 
 
 def _acting(
-    sites: Sequence[AttentionSite], members: Sequence[int], action: SiteAction
-) -> tuple[SiteAction, ...]:
-    return tuple(action if index in members else DENSE for index in range(len(sites)))
+    sites: tuple[AttentionSite, ...], members: Sequence[int], action: SiteAction
+) -> _Acting:
+    return tuple(action if index in members else DENSE for index in range(len(sites))), sites
 
 
 def _count(built: dict[_Row, EagerVariant], objective: Objective) -> dict[_Row, float]:

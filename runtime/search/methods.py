@@ -30,6 +30,11 @@ from ditfastattn.runtime.search.solve import Problem, Row, within_budget
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
 from ditfastattn.runtime.search.variants import capped_within_budget
+from ditfastattn.runtime.search.window_choice import (
+    choose_windows,
+    chosen_sites,
+    with_chosen,
+)
 from ditfastattn.runtime.search.work import Work
 
 PROFILED = 2  # prompts whose errors are measured; the others only judge
@@ -75,20 +80,26 @@ class Chooser(Protocol):
         ...
 
 
-def measured_costs(work: Work, objective: Objective) -> CostTable:
-    """Return the price of each strategy at each site."""
+def measured_costs(work: Work, objective: Objective) -> tuple[CostTable, ...]:
+    """Return the price of each strategy at each site, for each form of window."""
     work.begin("measuring the latency of each strategy")
 
-    def make() -> dict[str, Any]:
+    def make() -> list[dict[str, Any]]:
         found = measure_costs(work.variants, objective)
         work.spend(6.0 * len(Strategy))
-        return {
-            "step": found.step,
-            "sites": [dict(prices) for prices in found.sites],
-            "residual": found.residual,
-        }
+        return [
+            {
+                "step": table.step,
+                "sites": [dict(prices) for prices in table.sites],
+                "residual": table.residual,
+            }
+            for table in found
+        ]
 
-    data = work.checkpoint.data("costs", make)
+    return tuple(map(_read_costs, work.checkpoint.data("costs", make)))
+
+
+def _read_costs(data: dict[str, Any]) -> CostTable:
     return CostTable(
         step=data["step"],
         sites=tuple({Strategy(k): float(v) for k, v in site.items()} for site in data["sites"]),
@@ -148,16 +159,23 @@ def make_global(
         sketches.append(Sketch(found["outputs"], found["residuals"]))
         if index == 0:
             known = found["known"]
-            pairs = zip(probes, found["effects"].tolist(), strict=True)
-            effects = dict(pairs)
+            effects = dict(zip(probes, found["effects"].tolist(), strict=True))
     assert known is not None
-    errors = error_table(sketches, session.sites, session.layout)
-    costs = measured_costs(work, objective)
+    prices = measured_costs(work, objective)
+    errors = [
+        error_table(sketches, session.sites, session.layout, form) for form in range(len(prices))
+    ]
     damages = _damages(work, prompts[0], target, known, probes)
-    weights = site_weights(errors, effects, damages)
+    weights = site_weights(errors[0], effects, damages)
     allowed = _allowed(work, prompts, target)
-    problem = Problem(errors, weights, costs)
-    first = math.sqrt(allowed / _WORST_DAMAGE) if allowed else _gentle(errors, weights)
+    pairs = zip(errors, prices, strict=True)
+    problems = [Problem(table, weights, costs) for table, costs in pairs]
+    first = math.sqrt(allowed / _WORST_DAMAGE) if allowed else _gentle(errors[0], weights)
+    problem = problems[0]
+    if len(problems) > 1 and first > 0.0:
+        chosen = choose_windows(problems, first)
+        session.take_sites(chosen_sites(session.sites, chosen))
+        problem = with_chosen(problems, chosen)
 
     def cache_bytes(rows: Sequence[Row]) -> int:
         programs = work.variants.programs(rows, most > 0)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.graph_runner import Environment
 from ditfastattn.runtime.search.session import Outputs, Session
 from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_strategies
 
@@ -41,10 +42,10 @@ MAX_GAP = 6  # steps between the two outputs of an extrapolation
 
 @dataclass(frozen=True)
 class Sketch:
-    """Hold sampled elements of outputs and residuals, ``[T, M, L, samples]``.
+    """Hold sampled elements of outputs ``[T, M, L, samples]``, and of residuals.
 
-    ``L`` is 2, the conditional half first, where guidance is batched, else 1. Residuals are zero
-    where a window is not legal.
+    ``L`` is 2, the conditional half first, where guidance is batched, else 1. Residuals are of each
+    form of window, ``[T, M, F, L, samples]``, and zero where a site has no such form.
     """
 
     outputs: Tensor
@@ -82,10 +83,10 @@ class Profiler:
         for index in range(len(self._sites)):
             evaluator.advance(environment, index)
             output = evaluator.attend(environment, index, Strategy.FULL)
-            residual = evaluator.residual(environment, index, output)
             outputs.append(_sample(output, self._layout))
-            kept = outputs[-1].new_zeros(outputs[-1].shape)
-            residuals.append(kept if residual is None else _sample(residual, self._layout))
+            found = self._residuals(evaluator, environment, index, output)
+            missing = window_forms(self._sites) - len(found)
+            residuals.append(torch.stack([*found, *[torch.zeros_like(outputs[-1])] * missing]))
             if at in self._probes:
                 shared = evaluator.memory[index].output
                 assert shared is not None  # step 0 is no probe
@@ -102,6 +103,15 @@ class Profiler:
             self.effects[at] = [self._effect(torch.cat(parts)) for parts in halves]
         return results
 
+    def _residuals(
+        self, evaluator: SiteEvaluator, environment: Environment, index: int, output: Tensor
+    ) -> list[Tensor]:
+        """Return samples of the residual of each form of window, ``[L, samples]`` each."""
+        return [
+            _sample(evaluator.residual(environment, index, output, form), self._layout)
+            for form in self._sites[index].windows
+        ]
+
     def _effect(self, difference: Tensor) -> float:
         return _guided_energy(difference, self._layout, self._session.guidance_scale)
 
@@ -109,7 +119,12 @@ class Profiler:
         """Return what was sketched."""
         outputs = [torch.stack(lane.outputs) for lane in self._lanes]
         residuals = [torch.stack(lane.residuals) for lane in self._lanes]
-        return Sketch(torch.cat(outputs, dim=2), torch.cat(residuals, dim=2))
+        return Sketch(torch.cat(outputs, dim=2), torch.cat(residuals, dim=3))
+
+
+def window_forms(sites: Sequence[AttentionSite]) -> int:
+    """Return how many forms of window a site has at most; at least 1."""
+    return max(1, *(len(site.windows) for site in sites))
 
 
 @dataclass
@@ -194,12 +209,19 @@ class ErrorTable:
 
 
 def error_table(
-    sketches: Sequence[Sketch], sites: Sequence[AttentionSite], layout: CfgLayout
+    sketches: Sequence[Sketch],
+    sites: Sequence[AttentionSite],
+    layout: CfgLayout,
+    form: int = 0,
 ) -> ErrorTable:
-    """Return the errors; their energies are averaged over the prompts' sketches."""
+    """Return the errors; their energies are averaged over the prompts' sketches.
+
+    ``form`` says which of each site's windows is meant, the first where it has no such.
+    """
     per_site = []
     for index in range(len(sites)):
-        energies = zip(*(_energies(sketch, index) for sketch in sketches), strict=True)
+        own = form if form < len(sites[index].windows) else 0
+        energies = zip(*(_energies(sketch, index, own) for sketch in sketches), strict=True)
         per_site.append([np.sqrt(np.mean(found, axis=0)) for found in energies])
     legal = [{*legal_strategies(site, layout)} for site in sites]
     order = (
@@ -225,13 +247,13 @@ def error_table(
     return ErrorTable(*tables)
 
 
-def _energies(sketch: Sketch, site: int) -> tuple[Array, Array, Array, Array, Array]:
+def _energies(sketch: Sketch, site: int, form: int) -> tuple[Array, Array, Array, Array, Array]:
     """Return one site's: share-step, window, window+share-cfg ``[T, T]``, share-cfg ``[T]``.
 
     And extrapolate ``[T, T, MAX_GAP + 1]``.
     """
     outputs = sketch.outputs[:, site].double().numpy()
-    residuals = sketch.residuals[:, site].double().numpy()
+    residuals = sketch.residuals[:, site, form].double().numpy()
     energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
     steps = len(outputs)
     share = _distances(outputs.reshape(steps, -1)) / energy

@@ -12,11 +12,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ditfastattn.errors import ConfigError, TargetMissedError
-from ditfastattn.passes.plan import Calibration, CfgLayout, Measured, Plan, SiteKind, Strategy
+from ditfastattn.passes.plan import (
+    Calibration,
+    CfgLayout,
+    Measured,
+    Plan,
+    SiteKind,
+    Strategy,
+    TileWindow,
+)
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
@@ -70,6 +79,7 @@ def retarget(
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
     with holding, open_session(pipeline, prompts[0], cfg_layout, timestep, narrow) as session:
         _check_model(plan, session)
+        session.take_sites(_with_windows(plan, session))
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
         work = Work(session, Checkpoint(), at_most, on_progress)
         adapted = _validated(work, plan, kept, prompts, unseen, seed)
@@ -108,6 +118,25 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
         computed.update(site.name for site, strategy in pairs if strategy.computes)
     _report(plan, session, reasons)
     return rows
+
+
+def _with_windows(plan: Plan, session: Session) -> list[AttentionSite]:
+    """Return the session's sites with windows of the plan's form: its own where the tokens agree.
+
+    Elsewhere they are the same fraction of the sequence, or of the grid, as any plan's.
+    """
+    known = {site.name: site for site in plan.sites}
+    sites: list[AttentionSite] = []
+    for site in session.sites:
+        planned = known.get(site.name)
+        if planned is None or not planned.window:
+            sites.append(site)
+            continue
+        tiled = isinstance(planned.window, TileWindow)
+        alike = [form for form in site.windows if isinstance(form, TileWindow) == tiled]
+        same = planned.tokens == site.tokens
+        sites.append(replace(site, window=planned.window if same else (*alike, site.window)[0]))
+    return sites
 
 
 def _nearest(step: int, steps: int, old_steps: int) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +113,10 @@ class Session:
     def sites(self) -> tuple[AttentionSite, ...]:
         """Return its sites: those that a plan will speak of."""
         return self._known.sites
+
+    def take_sites(self, sites: Sequence[AttentionSite]) -> None:
+        """Give the sites, which are these, other windows."""
+        self._model = replace(self._known, sites=tuple(sites))
 
     @property
     def identity(self) -> Fingerprint:

@@ -16,6 +16,7 @@ from ditfastattn.passes.lower_window_attention import WindowKernel
 from ditfastattn.passes.lower_windows import lower_windows
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import Strategy
+from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.passes.step_program import StepProgram, lanes_of, unroll
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.search.session import Outputs, Session
@@ -40,19 +41,26 @@ class Variants:
         """Take the session whose graph is rewritten."""
         self.session = session
         self.results = len(outputs(session.captured.module.graph))
-        self._known: dict[tuple[SiteAction, ...], EagerVariant] = {}
+        self._known: dict[tuple[Any, ...], EagerVariant] = {}
 
-    def get(self, actions: tuple[SiteAction, ...]) -> EagerVariant:
-        """Return the variant that does ``actions``, one per site."""
-        if actions not in self._known:
-            captured, sites = self.session.captured, self.session.sites
+    def get(
+        self, actions: tuple[SiteAction, ...], sites: Sequence[AttentionSite] | None = None
+    ) -> EagerVariant:
+        """Return the variant that does ``actions``, one per site; ``sites`` say in what windows.
+
+        They are the session's where None.
+        """
+        sites = self.session.sites if sites is None else sites
+        key = (actions, tuple(site.window for site in sites))
+        if key not in self._known:
+            captured = self.session.captured
             module = rewrite(captured, sites, actions, self.session.layout, "search")
             reads, writes = read_slots(module.graph), written_slots(module.graph)
             flops = count_flops(module.graph)  # before windows are lowered to plain products
             lower_windows(module, WindowKernel.BLOCKS)  # FlexAttention needs compiling
             module.recompile()
-            self._known[actions] = EagerVariant(module, reads, writes, flops)
-        return self._known[actions]
+            self._known[key] = EagerVariant(module, reads, writes, flops)
+        return self._known[key]
 
     def programs(self, rows: Rows, merge_variants: bool = False) -> tuple[StepProgram, ...]:
         """Unroll the plan ``rows``, for each of a step's calls."""

@@ -191,6 +191,7 @@ def test_a_window_is_attended_in_blocks(tmp_path: Path) -> None:
         return {(kernel.shapes[0][1], kernel.shapes[1][2]) for kernel in found}
 
     window = sites[0].window
+    assert isinstance(window, int)
     assert 0 < window < TOKENS // 4
     assert seen(whole, "scaled_dot_product_attention") == {(TOKENS, TOKENS)}
     assert seen(windowed, "window_attention") == {(window, 3 * window)}  # a block and both sides

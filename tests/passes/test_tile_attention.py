@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -12,7 +11,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.fx import GraphModule
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.flops import count_flops
@@ -75,7 +73,17 @@ def test_seen_pairs_are_those_of_near_tiles(window: TileWindow, text: tuple[int,
 def test_every_tile_sees_equally_many_at_the_edges_too() -> None:
     near = near_tiles(IMAGE)
     assert near.shape == (16, 9)
-    assert near[0].tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]  # the corner sees what its neighbour does
+    assert near[0].tolist() == [
+        0,
+        1,
+        2,
+        4,
+        5,
+        6,
+        8,
+        9,
+        10,
+    ]  # the corner sees what its neighbour does
     assert all(len(set(row)) == 9 for row in near.tolist())
 
 
@@ -93,7 +101,8 @@ def test_the_form_equals_the_op(window: TileWindow, text: tuple[int, int]) -> No
     assert calls(module.graph, ATTENTION)[0].meta["stack_trace"] == "File model.py, line 7"
     expected = tiled(window, *text)(*examples)
     torch.testing.assert_close(module(*examples)[0], expected, rtol=0, atol=1e-5)
-    eager = compute_window(*examples, window, 0.3, text)
+    q, k, v = examples
+    eager = compute_window(q, k, v, window, 0.3, text)
     torch.testing.assert_close(eager, expected, rtol=0, atol=1e-5)
 
 

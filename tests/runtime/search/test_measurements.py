@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from ditfastattn import CfgLayout, Strategy
+from ditfastattn.passes.plan import TileWindow
 from ditfastattn.runtime.search import profile as profile_module
 from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
@@ -82,9 +84,20 @@ class Exact:
         return evaluator.finish(environment, len(row) - 1)
 
 
+@pytest.fixture(params=[0, 1], ids=["bands", "tiles"])
+def form(request: pytest.FixtureRequest, session: Session) -> Generator[int]:
+    """Give the session's sites one form of window."""
+    sites = session.sites
+    forms = [replace(s, window=s.windows[request.param]) if s.windows else s for s in sites]
+    assert isinstance(forms[0].window, TileWindow) == bool(request.param)
+    session.take_sites(forms)
+    yield request.param
+    session.take_sites(sites)
+
+
 @pytest.mark.parametrize("source", [0, 2])
 def test_one_profile_gives_the_error_of_every_strategy_with_every_cache(
-    session: Session, source: int, monkeypatch: pytest.MonkeyPatch
+    session: Session, source: int, form: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def everything(tensor: Tensor, layout: CfgLayout) -> Tensor:
         return tensor.reshape(2, -1).float()
@@ -93,7 +106,7 @@ def test_one_profile_gives_the_error_of_every_strategy_with_every_cache(
     profiler, exact = Profiler(session), Exact(session, source)
     session.run(profiler, PROMPT)
     session.run(exact, PROMPT)
-    table = error_table([profiler.sketch()], session.sites, session.layout)
+    table = error_table([profiler.sketch()], session.sites, session.layout, form)
     compared = 0
     for step, site in itertools.product(range(source + 1, STEPS), range(SITES)):
         for strategy, error in exact.errors[step][site].items():
@@ -126,7 +139,7 @@ def test_the_error_of_a_line_through_any_two_outputs() -> None:
 
 
 def test_without_guidance_sharing_it_has_no_price(session: Session) -> None:
-    sketch = profile_module.Sketch(torch.rand(4, SITES, 1, 8), torch.rand(4, SITES, 1, 8))
+    sketch = profile_module.Sketch(torch.rand(4, SITES, 1, 8), torch.rand(4, SITES, 1, 1, 8))
     table = error_table([sketch], session.sites, CfgLayout.NONE)
     assert np.isinf(table.share_cfg).all()
     assert np.isinf(table.window_share_cfg).all()
@@ -194,9 +207,9 @@ def test_weights_give_back_what_was_measured() -> None:
     assert (weights[8] < np.maximum(weights[7], weights[9])).all()
 
 
-def test_counted_prices_are_the_graphs_flops(session: Session) -> None:
+def test_counted_prices_are_the_graphs_flops(session: Session, form: int) -> None:
     variants = Variants(session)
-    costs = measure_costs(variants, Objective.ATTENTION_FLOPS)
+    costs = measure_costs(variants, Objective.ATTENTION_FLOPS)[form]
     share = Strategy.SHARE_STEP
     rows: list[Row] = [
         (F, F, F, F),
@@ -210,11 +223,13 @@ def test_counted_prices_are_the_graphs_flops(session: Session) -> None:
 
 @pytest.mark.measured
 def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session) -> None:
-    costs = measure_costs(Variants(session), Objective.LATENCY, repetitions=3)
-    assert 0.0 < costs.step < 10.0
-    for prices in costs.sites:
-        assert set(prices) == set(Strategy)
-        assert min(prices.values()) >= 0.0
+    tables = measure_costs(Variants(session), Objective.LATENCY, repetitions=3)
+    assert len(tables) == 2  # bands, tiles
+    for costs in tables:
+        assert 0.0 < costs.step < 10.0
+        for prices in costs.sites:
+            assert set(prices) == set(Strategy)
+            assert min(prices.values()) >= 0.0
 
 
 def prices(count: int) -> CostTable:

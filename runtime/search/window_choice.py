@@ -1,0 +1,104 @@
+"""Choose, site by site, between a band of the sequence and tiles of the grid.
+
+Both are measured: the residual's drift and the latency of each form are known before any plan is
+made. At a rate of exchange between drift and price, a site's best schedule with either form follows
+from the same shortest paths as the plan itself; the form whose schedules are better over a range of
+rates is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from enum import StrEnum
+
+import numpy as np
+
+from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.profile import ErrorTable
+from ditfastattn.runtime.search.solve import Problem, solve
+
+log = logging.getLogger(__name__)
+_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the rate at which dense and the first drift cost as much
+
+
+class WindowForm(StrEnum):
+    """Name the windows that a search may use."""
+
+    AUTO = "auto"  # what is measured to be better, site by site
+    BAND = "band"  # of the flattened sequence, as in the paper
+    TILES = "tiles"  # of the token grid; a band where no grid is known
+
+
+def allowed_windows(sites: Sequence[AttentionSite], form: WindowForm) -> tuple[AttentionSite, ...]:
+    """Return ``sites`` with the windows that ``form`` leaves, the first one chosen."""
+    return tuple(_allowed(site, form) for site in sites)
+
+
+def _allowed(site: AttentionSite, form: WindowForm) -> AttentionSite:
+    if form is WindowForm.AUTO or not site.windows:
+        return site
+    tiled = [window for window in site.windows if isinstance(window, TileWindow)]
+    bands = [window for window in site.windows if not isinstance(window, TileWindow)]
+    left = (tiled or bands) if form is WindowForm.TILES else bands
+    return replace(site, window=left[0], windows=tuple(left))
+
+
+def choose_windows(problems: Sequence[Problem], drift: float) -> list[int]:
+    """Return which of ``problems``, alike but for the form of windows, is best at each site.
+
+    ``drift`` is about what a plan will have.
+    """
+    first = problems[0]
+    natural = first.costs.step * first.errors.steps / drift
+    sites = range(first.errors.sites)
+    values = np.zeros((len(problems), len(sites)))
+    for rate in _RATES:
+        for form, problem in enumerate(problems):
+            columns = list(zip(*solve(problem, natural * rate), strict=True))
+            for site in sites:
+                price = problem.costs.column(site, columns[site])
+                drifted = problem.column_drift(site, columns[site])
+                values[form, site] += price / rate + natural * drifted
+    return [int(form) for form in values.argmin(axis=0)]
+
+
+def with_chosen(problems: Sequence[Problem], chosen: Sequence[int]) -> Problem:
+    """Return the problem that has each site's errors and prices from the form chosen for it."""
+    tables = [problem.errors for problem in problems]
+    errors = ErrorTable(
+        *(
+            np.stack(
+                [getattr(tables[form], item.name)[..., i] for i, form in enumerate(chosen)], axis=-1
+            )
+            for item in fields(ErrorTable)
+        )
+    )
+    costs = CostTable(
+        step=problems[0].costs.step,
+        sites=tuple(problems[form].costs.sites[i] for i, form in enumerate(chosen)),
+        residual=tuple(problems[form].costs.residual[i] for i, form in enumerate(chosen)),
+    )
+    return replace(problems[0], errors=errors, costs=costs)
+
+
+def chosen_sites(
+    sites: Sequence[AttentionSite], chosen: Sequence[int]
+) -> tuple[AttentionSite, ...]:
+    """Return ``sites`` with the windows chosen; say in the log how many are of which form."""
+    made = tuple(
+        replace(site, window=site.windows[form]) if site.windows else site
+        for site, form in zip(sites, chosen, strict=True)
+    )
+    forms = Counter(
+        str(site.window) if isinstance(site.window, TileWindow) else "a band"
+        for site in made
+        if len(site.windows) > 1
+    )
+    for form, count in forms.items():
+        log.info("windows: %s at %d sites, by measured errors and latency", form, count)
+    return made
