@@ -4,14 +4,15 @@
 
 The layer is a residual branch as a DiT block has it: projections, attention, output projection and
 gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
-the output for later steps.
+the output for later steps. Where the tokens are a square's, windows by tiles are timed too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import find_sites
+from ditfastattn.passes.windows import tiles
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.timing import measure_turns
 from ditfastattn.tools.measure import machine
@@ -94,15 +96,22 @@ def run(
     gate = torch.randn(LANES, 1, heads * head_dim, device=device, dtype=kind)
     captured, args = captured_branch(branch, x, gate)
     (site,) = find_sites(captured).sites
+    side = math.isqrt(tokens)
+    tiled = tiles((side, side)) if side**2 == tokens else None
     actions = {
         strategy.value: SiteAction(strategy)
         for strategy in Strategy
         if strategy is not Strategy.EXTRAPOLATE
     }
     actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
+    acting = {name: (site, action) for name, action in actions.items()}
+    if tiled is not None:
+        by_tiles = replace(site, window=tiled)
+        of_windows = [name for name in actions if "window" in name or name == STORING]
+        acting |= {f"{name}, by tiles": (by_tiles, actions[name]) for name in of_windows}
     calls: dict[str, Callable[[int], None]] = {}
-    for name, action in actions.items():
-        module = rewrite(captured, (site,), (action,), CfgLayout.COND_FIRST, name)
+    for name, (acted, action) in acting.items():
+        module = rewrite(captured, (acted,), (action,), CfgLayout.COND_FIRST, name)
         slots = {node: node.meta["val"] for node in module.graph.find_nodes(op="placeholder")}
         caches = [
             torch.randn(item.shape, dtype=item.dtype, device=device)
@@ -122,6 +131,7 @@ def run(
         "machine": machine(),
         "arguments": {"tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype},
         "window_per_side": site.window,
+        "tiles": str(tiled) if tiled is not None else None,
         "ratio_to_full": ratios,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
     }

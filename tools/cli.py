@@ -16,6 +16,7 @@ from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.window_choice import WindowForm
 from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
 from ditfastattn.tools.generation_options import (
@@ -127,6 +128,9 @@ def calibrate(
     attention_only: Annotated[
         bool, typer.Option(help="Leave the feed-forward layers as they are.")
     ] = False,
+    windows: Annotated[
+        WindowForm, typer.Option(help="A band of the sequence, tiles of the grid, or the better.")
+    ] = WindowForm.AUTO,
     lowering: Annotated[
         Lowering, typer.Option(help="What runs the plan when a speed is measured.")
     ] = Lowering.INDUCTOR,
@@ -174,6 +178,7 @@ def calibrate(
                 max_variants=max_variants,
                 max_cache_mb=max_cache_mb,
                 attention_only=attention_only,
+                windows=windows,
                 lowering=lowering,
                 seed=seed,
                 out=out,
