@@ -75,12 +75,12 @@ class SiteKind(StrEnum):
     FEED_FORWARD = "feed-forward"
 
 
-class _Record(BaseModel):
+class _Record(BaseModel, frozen=True):
     # An infinite PSNR is written as "Infinity": JSON has no such number.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-class TileWindow(_Record):
+class TileWindow(_Record, frozen=True):
     """Describe a window by tiles of a token grid, ``(h, w)`` or ``(t, h, w)``.
 
     Per axis, ``tile`` counts tokens and ``reach`` the tiles seen on each side of a query's own; at
@@ -130,7 +130,7 @@ class TileWindow(_Record):
 Window = Annotated[int, Field(ge=0)] | TileWindow
 
 
-class PlannedSite(_Record):
+class PlannedSite(_Record, frozen=True):
     """Describe one site of the model a plan is for.
 
     ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
@@ -145,7 +145,7 @@ class PlannedSite(_Record):
     window: Window
 
 
-class Sampler(_Record):
+class Sampler(_Record, frozen=True):
     """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
 
     scheduler: str = ""
@@ -156,7 +156,7 @@ class Sampler(_Record):
     cfg_layout: CfgLayout
 
 
-class Fingerprint(_Record):
+class Fingerprint(_Record, frozen=True):
     """Identify a model: its dtype, hashes of its attention structure and of its weights.
 
     ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
@@ -168,7 +168,7 @@ class Fingerprint(_Record):
     lora: str = ""
 
 
-class PlannedTarget(_Record):
+class PlannedTarget(_Record, frozen=True):
     """Record what a plan was searched for; ``model`` names the one that measures a CLIP score."""
 
     name: str
@@ -177,7 +177,7 @@ class PlannedTarget(_Record):
     model: str = ""
 
 
-class Measured(_Record):
+class Measured(_Record, frozen=True):
     """Record what prompts measured: one value per image, ``worst`` in the target's sense."""
 
     prompts: int
@@ -188,7 +188,7 @@ class Measured(_Record):
 SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
 
 
-class Calibration(_Record):
+class Calibration(_Record, frozen=True):
     """Record how a plan came to be.
 
     ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
@@ -218,7 +218,7 @@ class Calibration(_Record):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Plan(_Record):
+class Plan(_Record, frozen=True):
     """Say, per step and site, which strategy runs: ``strategies[step][site]``.
 
     ``sites`` may be some of the model's only: the others run as they are. ``inputs`` holds the

@@ -279,7 +279,7 @@ def flat_inputs(tiny: TinyModel, step: int) -> list[Tensor]:
 def tiny_digits_pipeline(scheduler: Any, size: int = 16) -> DigitsPipeline:
     """Return an untrained 16x16 pipeline of two layers, the same one each time."""
     torch.manual_seed(0)
-    config = TINY_DIGITS | {"sample_size": size}
+    config: dict[str, Any] = TINY_DIGITS | {"sample_size": size}
     pipeline = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return pipeline
