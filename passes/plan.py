@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
@@ -75,9 +75,9 @@ class SiteKind(StrEnum):
     FEED_FORWARD = "feed-forward"
 
 
-class _Record(BaseModel, frozen=True):
-    # An infinite PSNR is written as "Infinity": JSON has no such number.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+# An infinite PSNR is written as "Infinity": JSON has no such number.
+class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
+    pass
 
 
 class TileWindow(_Record, frozen=True):
