@@ -10,14 +10,27 @@ Before::
 After::
 
     return [%0]
+
+What is taken from the first dimension of a permutation, as queries, keys and values from
+``[3, B, H, N, D]``, is taken before it, so that the batch stays the first dimension::
+
+    %1 = aten.permute.default(%0, [2, 0, 3, 1, 4]): float32[3, 2, 4, 16, 8]
+    %2 = aten.select.int(%1, 0, 1): float32[2, 4, 16, 8]
+
+becomes::
+
+    %1 = aten.select.int(%0, 2, 1): float32[2, 16, 4, 8]
+    %2 = aten.permute.default(%1, [0, 2, 1, 3]): float32[2, 4, 16, 8]
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.amp.autocast_mode import _enter_autocast
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.ir import SCALINGS, aten, calls, value
+from ditfastattn.passes.ir import SCALINGS, argument, aten, calls, insert, value
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
@@ -26,6 +39,8 @@ _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.defaul
 def canonicalize(module: GraphModule) -> int:
     """Drop exact no-ops and dead nodes in place; return how many no-ops were dropped."""
     dropped = _drop_inactive_autocast(module)
+    for node in calls(module.graph, aten.permute.default):
+        _select_before(module, node)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
@@ -48,6 +63,34 @@ def _drop_inactive_autocast(module: GraphModule) -> int:
             module.graph.erase_node(end)
         module.graph.erase_node(node)
     return len(inactive)
+
+
+def _select_before(module: GraphModule, permute: Node) -> None:
+    """Let what selects from the first dimension of ``permute`` select from its source."""
+    graph = module.graph
+    source: Any = permute.args[0]
+    dims: Any = permute.args[1]
+    first, *others = (dim % value(source).dim() for dim in dims)
+    order = [dim - (dim > first) for dim in others]
+    for node, index in _selections(permute):
+        with graph.inserting_before(node):
+            selected = insert(graph, aten.select.int, (source, first, index), node)
+            moved = insert(graph, aten.permute.default, (selected, order), node)
+        node.replace_all_uses_with(moved)
+        graph.erase_node(node)
+
+
+def _selections(node: Node) -> list[tuple[Node, int]]:
+    """Return the users of ``node`` that select from dimension 0, and which place."""
+    found: list[tuple[Node, Any]] = []
+    for user in node.users:
+        if argument(user, 1, "dim", 0) != 0:
+            continue
+        if user.target is aten.select.int:
+            found.append((user, argument(user, 2, "index")))
+        if user.target is aten.unbind.int:
+            found += [(item, item.args[1]) for item in user.users]
+    return found
 
 
 def _is_no_op(node: Node) -> bool:

@@ -71,6 +71,29 @@ def insert_half(graph: Graph, node: Node, second: bool) -> Node:
     return half
 
 
+def halved_inputs(node: Node) -> list[Node]:
+    """Return the nodes of whose first halves the first half of ``node`` is computed.
+
+    None of them where no rule tells; of an item of a split, the split's source.
+    """
+    halved: list[Node] = []
+
+    def take_half(source: Node) -> Node:
+        halved.append(source)
+        return source
+
+    split = node.args[0] if node.target is operator.getitem else None
+    if isinstance(split, Node):
+        known = split.target in _SPLITS and _first_argument(split, take_half) is not None
+        return halved if known else []
+    rule = _RULES.get(node.target)
+    if rule is None or not _even_batch(node) or rule(node, take_half) is None:
+        return []
+    for item in node.kwargs.values():
+        map_arg(item, lambda source: _narrow_keyword(node, source, take_half))
+    return halved
+
+
 def _last_input(graph: Graph) -> Node:
     last: Node = graph.find_nodes(op="placeholder")[-1]
     return last
@@ -118,7 +141,11 @@ def _narrow(graph: Graph, node: Node, take_half: Callable[[Node], Node]) -> Node
     arguments = rule(node, take_half)
     if arguments is None:
         return None
-    kwargs = {key: _narrow_keyword(node, item, take_half) for key, item in node.kwargs.items()}
+    kwargs = {
+        key: _narrow_keyword(node, item, take_half)
+        for key, item in node.kwargs.items()
+        if key != "output_size"  # a hint, of the whole batch
+    }
     with graph.inserting_before(node):
         return insert(graph, node.target, arguments, node, kwargs)
 
@@ -217,6 +244,15 @@ def _permute(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] |
     return (take_half(source), dims)
 
 
+def _repeat(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
+    """Halve what each row is repeated of, one beside the other."""
+    source, repeats = node.args[0], node.args[1]
+    dim = argument(node, 2, "dim")
+    if not isinstance(source, Node) or dim is None or value(source).shape[0] % 2:
+        return None
+    return (take_half(source), repeats, dim)
+
+
 def _concatenate(node: Node, take_half: Callable[[Node], Node]) -> tuple[Any, ...] | None:
     dim = int(argument(node, 1, "dim", 0))
     if dim % value(node).dim() == 0:
@@ -309,6 +345,7 @@ _RULES: dict[Any, Rule] = {
     aten._unsafe_view.default: _reshape,
     aten.expand.default: _expand,
     aten.permute.default: _permute,
+    aten.repeat_interleave.self_int: _repeat,
     aten.cat.default: _concatenate,
     aten.slice_scatter.default: _scatter,
     aten.select_scatter.default: _scatter,

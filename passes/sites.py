@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
+from ditfastattn.passes.lane_rows import lane_halves
 from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy, Window
 from ditfastattn.passes.recognize_attention import RECOGNIZED
 from ditfastattn.passes.windows import band, tiles
@@ -52,6 +53,11 @@ class AttentionSite:
     windows: tuple[Window, ...] = ()
     text: tuple[int, int] = (0, 0)
     declined: dict[Strategy, str] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> str:
+        """Name what the image's tokens run over: "space", "time", both, or "" where not known."""
+        return {1: "time", 2: "space", 3: "time and space"}.get(len(self.grid), "")
 
     def why_not(self, strategy: Strategy, layout: CfgLayout) -> str:
         """Return why ``strategy`` is not legal here under ``layout``, or "".
@@ -130,18 +136,18 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
             continue  # of the text alone: computed once per generation
         path = _common_path([module_path(linear) for linear in branch.linears])
         name = _unique(path or f"feed_forward.{branch.ordinal}", names)
-        sites.append(_describe_feed_forward(branch, name, graph))
+        sites.append(_describe_feed_forward(branch, name, ancestry))
     order = {node.name: position for position, node in enumerate(graph.nodes)}
     sites.sort(key=lambda site: order[site.node])
     return SiteReport(tuple(sites), tuple(declined))
 
 
-def _describe_feed_forward(branch: FeedForward, name: str, graph: Graph) -> AttentionSite:
+def _describe_feed_forward(branch: FeedForward, name: str, ancestry: _Ancestry) -> AttentionSite:
     width = value(branch.exit).shape[-1]
     no_window = "a window is defined for attention, this is a feed-forward"
     declined: dict[Strategy, str] = {}
     declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
-    no_guidance = _why_no_shared_guidance(branch.exit, graph)
+    no_guidance = ancestry.why_no_shared_guidance([branch.exit])
     if no_guidance:
         declined[Strategy.SHARE_CFG] = no_guidance
     return AttentionSite(
@@ -178,12 +184,10 @@ def _describe(
     if no_window:
         declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
     ends = frontier(node, ancestry.is_static)
-    no_guidance = _why_no_shared_guidance(node, captured.module.graph)
-    if not no_guidance and any(value(end).shape[0] != value(node).shape[0] for end in ends):
-        no_guidance = "the batch is not the first dimension of what it leads to"
+    no_guidance = ancestry.why_no_shared_guidance(ends)
     if no_guidance:
         declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
-    grid = _grid(node, image)
+    grid = _grid(node, image, value(node).shape[0] // ancestry.batch)
     forms = (band(image), tiles(grid)) if not no_window else ()
     windows = tuple(form for form in forms if form is not None)
     return AttentionSite(
@@ -211,11 +215,16 @@ def frontier(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, 
 
 
 class _Ancestry:
-    """Answer which dynamic inputs a node depends on."""
+    """Answer which dynamic inputs a node depends on, and whether its rows follow their batch."""
 
     def __init__(self, captured: CapturedGraph) -> None:
         self._roots: dict[Node, frozenset[str]] = {}
-        placeholders = captured.module.graph.find_nodes(op="placeholder")
+        graph = captured.module.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        pairs = zip(captured.inputs, placeholders, strict=True)
+        dynamic = [node for entry, node in pairs if not entry.static]
+        self.batch = value(graph.output_node().all_input_nodes[0]).shape[0]
+        self._lanes = lane_halves(graph, dynamic, self.batch)
         for entry, node in zip(captured.inputs, placeholders, strict=True):
             self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
         for node in captured.module.graph.nodes:
@@ -226,6 +235,16 @@ class _Ancestry:
     def roots(self, node: Node) -> frozenset[str]:
         """Return the names of the dynamic inputs that ``node`` depends on."""
         return self._roots[node]
+
+    def why_no_shared_guidance(self, ends: Sequence[Node]) -> str:
+        """Return why one half of the rows of ``ends`` cannot serve for the other, or ""."""
+        for end in ends:
+            rows = value(end).shape[0]
+            if rows % 2 or self.batch % 2:
+                return f"the batch is {rows}: no two halves"
+            if rows != self.batch and end not in self._lanes:
+                return f"its batch is {rows}, the model's {self.batch}, in no order known"
+        return ""
 
     def is_static(self, node: Node) -> bool:
         """Tell whether ``node`` depends on parameters, buffers and constants alone."""
@@ -325,16 +344,6 @@ def _why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int
     return ""
 
 
-def _why_no_shared_guidance(node: Node, graph: Graph) -> str:
-    batch = value(node).shape[0]
-    if batch % 2:
-        return f"the batch is {batch}: no two halves"
-    returned = value(graph.output_node().all_input_nodes[0])
-    if returned.shape[0] != batch:
-        return f"the attention's batch is {batch}, the model's {returned.shape[0]}"
-    return ""
-
-
 def attention_mask(node: Node) -> Node | None:
     """Return the mask of an attention node, or None."""
     mask: Node | None = argument(node, 3, "attn_mask")
@@ -347,10 +356,11 @@ def attention_scale(node: Node) -> float:
     return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
 
 
-def _grid(node: Node, tokens: int) -> tuple[int, ...]:
+def _grid(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
     """Return the size of the patch embedding that made these tokens, or ().
 
-    Where it embeds frame by frame, and the tokens are those of all frames, time comes first.
+    Where it embeds frame by frame, and the tokens are those of all frames, time comes first. Where
+    every place of a frame is ``folded`` into the batch, the tokens are frames.
     """
     seen, pending = {node}, [node]
     while pending:
@@ -361,6 +371,8 @@ def _grid(node: Node, tokens: int) -> tuple[int, ...]:
             whole = rest == 0 and frames > 0 and math.prod(size) > 1
             if whole and (frames == 1 or len(size) == 2):
                 return size if frames == 1 else (frames, *size)
+            if math.prod(size) == folded > 1:
+                return (tokens,)
         for source in current.all_input_nodes:
             if source not in seen:
                 seen.add(source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,12 @@ def _line(outcome: Outcome) -> str:
     trial = outcome.trial
     if trial is None:
         return f"| {outcome.name} | - | - | - | - | - | - |"
-    attentions = ", ".join(
-        f"{count} {kind}"
-        for kind, count in trial.kinds.items()
-        if kind is not SiteKind.FEED_FORWARD
+    kinds = Counter(
+        f"{site.kind} over {site.axes}" if site.axes else str(site.kind)
+        for site in trial.report.sites
+        if site.kind is not SiteKind.FEED_FORWARD
     )
+    attentions = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     forwards = trial.kinds[SiteKind.FEED_FORWARD]
     letters = "".join(letter for strategy, letter in _LETTERS.items() if strategy in trial.legal)
     onnx = "-" if trial.onnx_error is None else f"{trial.onnx_error:.0e}"

@@ -55,6 +55,15 @@ def test_windows_stand_beside_the_text_and_linear_attention_is_named() -> None:
     assert any("linear attention" in reason for reason in reasons)
 
 
+def test_space_and_time_are_told_apart_and_share_guidance() -> None:
+    report = try_model(MODELS["LatteTransformer3DModel"]).report
+    attentions = [site for site in report.sites if site.kind is SELF]
+    assert [site.axes for site in attentions] == ["space", "time"] * (len(attentions) // 2)
+    assert all(not site.declined.get(Strategy.SHARE_CFG) for site in report.sites)
+    joint = try_model(MODELS["CogVideoXTransformer3DModel"]).report
+    assert {site.axes for site in joint.sites if site.kind is JOINT} == {"time and space"}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_graph_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(Exception, match=REFUSED[name]):

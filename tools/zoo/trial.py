@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,12 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
     report = find_sites(captured.graph)
     if not report.sites:
         return Trial(zoo.name, report, (), 0.0)
-    seen = [site for site in report.sites if site.ordinal >= 0]  # by the plan interpreter
+    generator = random.Random(seed)
+    seen = [
+        replace(site, window=generator.choice(site.windows)) if site.windows else site
+        for site in report.sites
+        if site.ordinal >= 0  # the plan interpreter sees it
+    ]
     timesteps = tuple(float(call[zoo.argument].flatten()[0]) for call in calls)
     plan = mixed_plan(timesteps, captured, report.sites, seen, seed)
     expected = reference(model, plan, seen, calls)
