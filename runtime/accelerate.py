@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ditfastattn.runtime.denoiser import accelerated, replace_forward, transform
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.planned import PlannedFunction
+from ditfastattn.runtime.search.prompts import current_guidance
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ def accelerate(
     """Compile ``pipeline.transformer`` by ``plan``, in place, and return the pipeline.
 
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
-    A pipeline that is accelerated already gets the new plan.
+    A pipeline that is accelerated already gets the new plan. The scheduler, its config, and the
+    guidance scale where the pipeline tells it, are compared with the plan's as generations begin.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.
@@ -61,11 +64,32 @@ def accelerate(
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         made: Callable[..., Any] = torch.compile(forward, backend=backend, fullgraph=True)
-        return made
+        return made if loaded is None else _of_this_sampler(made, pipeline, loaded)
 
     _undo[module] = replace_forward(module, compiled)
     accelerated.add(module)
     return pipeline
+
+
+def _of_this_sampler(forward: Callable[..., Any], pipeline: Any, plan: Plan) -> Callable[..., Any]:
+    """Return ``forward``, which first refuses what has become of the pipeline's sampler."""
+    owner = ref(pipeline)
+    accepted: list[Any] = [None, None, None]  # what was compared last is compared by identity
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        scheduler = getattr(owner(), "scheduler", None)
+        # A scheduler that counts has no index before a generation's first step; of one that does
+        # not, the guidance cannot be told from one that a pipeline changes from step to step.
+        if scheduler is not None and getattr(scheduler, "step_index", None) is None:
+            counts = hasattr(scheduler, "step_index")
+            found = [scheduler, scheduler.config, current_guidance(owner()) if counts else None]
+            if any(one is not other for one, other in zip(found, accepted, strict=True)):
+                check_sampler(plan, scheduler, found[2])
+                accepted[:] = found
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def restore(pipeline: Any) -> Any:

@@ -49,6 +49,12 @@ class DigitsPipeline(DiffusionPipeline):
         self.register_modules(  # type: ignore[no-untyped-call]  # diffusers has no annotation
             transformer=transformer, scheduler=scheduler
         )
+        self._guidance_scale = 1.0
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the scale of the last generation."""
+        return self._guidance_scale
 
     @torch.no_grad()
     def __call__(
@@ -70,6 +76,7 @@ class DigitsPipeline(DiffusionPipeline):
             ConfigError: an argument is not one the model or the scheduler can serve.
         """
         self._check(class_labels, guidance_scale, num_inference_steps, generator, output_type)
+        self._guidance_scale = guidance_scale
         latents = self._sample(class_labels, guidance_scale, num_inference_steps, generator)
         images = self._finish((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]  # as above

@@ -63,6 +63,17 @@ def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
     return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
 
 
+def current_guidance(pipeline: Any) -> float | None:
+    """Return the scale of the generation under way, where the pipeline tells; else None.
+
+    One that takes two scales tells but one, and not which of them guides.
+    """
+    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
+        return None
+    scale: Any = getattr(pipeline, "guidance_scale", None)
+    return scale if isinstance(scale, (int, float)) else None
+
+
 def generate(pipeline: Any, prompt: Prompt) -> Any:
     """Run one generation without gradients; return what the pipeline returns first: the images.
 

@@ -110,6 +110,38 @@ def test_another_step_count_and_another_scheduler_are_refused(
         ditfastattn.accelerate(pipeline, plan)
 
 
+def test_the_sampler_is_compared_as_each_generation_begins(folder: Path) -> None:
+    pipeline, call = loaded("sd3", folder)
+    plan = planned(pipeline, {**call, "guidance_scale": 4.0})
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = run(pipeline, {**call, "guidance_scale": 4.0})
+    with pytest.raises(ConfigError, match=r"guidance_scale[\s\S]*got:\s+5\.0[\s\S]*4\.0"):
+        run(pipeline, {**call, "guidance_scale": 5.0})
+    assert torch.equal(run(pipeline, {**call, "guidance_scale": 4.0}), expected)
+    scheduler = pipeline.scheduler
+    changed = {"num_train_timesteps": 1001}
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **changed)
+    with pytest.raises(ConfigError, match=r"config\.num_train_timesteps[\s\S]*1001"):
+        run(pipeline, {**call, "guidance_scale": 4.0})
+    pipeline.scheduler = scheduler
+    assert torch.equal(run(pipeline, {**call, "guidance_scale": 4.0}), expected)
+
+
+def test_another_resolution_and_another_structure_are_refused(folder: Path) -> None:
+    pipeline, call = loaded("pixart", folder)
+    plan = planned(pipeline, call)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    with pytest.raises(ConfigError, match=r"inputs\.hidden_states[\s\S]*calibrate a plan"):
+        run(pipeline, {**call, "height": 2 * call["height"]})
+    ditfastattn.restore(pipeline)
+    transformer = pipeline.transformer
+    shallow = type(transformer).from_config({**transformer.config, "num_layers": 1})
+    pipeline.transformer = shallow.eval()
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    with pytest.raises(ConfigError, match=r"plan\.sites[\s\S]*calibrate a plan"):
+        run(pipeline, call)
+
+
 def test_an_accelerated_pipeline_is_not_calibrated_before_it_is_restored(
     digits: tuple[Any, dict[str, Any], Plan],
 ) -> None:
