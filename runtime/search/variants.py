@@ -1,8 +1,8 @@
 """Cap the number of distinct step variants of a plan, choosing strategies and variants together.
 
 Each variant is a compiled graph, or an engine, and costs memory and compile time. From the
-unconstrained plan the two kinds of step whose union costs least are merged until ``most`` are left;
-then every entry of every kind of step is reconsidered for all its steps at once. Everything is
+unconstrained plan the two kinds of step whose union costs least are merged, again and again; each
+time every entry of every kind of step is reconsidered for all its steps at once. Everything is
 judged by ``price + multiplier * drift``, as in ``solve``.
 """
 
@@ -18,42 +18,57 @@ from ditfastattn.runtime.search.solve import Problem, Row, solve
 
 _PAIRS = 64  # merges tried at once: the pairs of rows that differ least
 _SWEEPS = 3
-_BISECTIONS = 10
+_BISECTIONS = 8
 
 
 def capped_within_budget(problem: Problem, budget: float, most: int) -> list[Row]:
-    """Return the cheapest plan found of at most ``most`` distinct rows and drift ``budget``."""
+    """Return the cheapest plan found of at most ``most`` distinct rows and drift ``budget``.
+
+    The exchange rate between drift and price is bisected for each number of rows up to ``most``, so
+    that a looser cap never finds a worse plan; a rate that comes up again costs nothing.
+    """
     best: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
     rate = problem.costs.step * problem.errors.steps / budget
-    low, high = np.log(1e-4), np.log(1e4)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2.0
-        multiplier = rate * float(np.exp(middle))
-        rows = cap_variants(problem, solve(problem, multiplier), most, multiplier)
-        if problem.drift(rows) > budget:
-            low = middle
-            continue
-        high = middle
-        if problem.costs.plan(rows, True) < problem.costs.plan(best, True):
-            best = rows
+    known: dict[float, dict[int, list[Row]]] = {}
+    for count in range(2, most + 1):
+        low, high = np.log(1e-4), np.log(1e4)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2.0
+            if middle not in known:
+                multiplier = rate * float(np.exp(middle))
+                known[middle] = merged_plans(problem, solve(problem, multiplier), multiplier)
+            rows = known[middle].get(count) or known[middle][max(known[middle])]
+            if problem.drift(rows) > budget:
+                low = middle
+                continue
+            high = middle
+            if problem.costs.plan(rows, True) < problem.costs.plan(best, True):
+                best = rows
     return best
 
 
 def cap_variants(problem: Problem, rows: Sequence[Row], most: int, multiplier: float) -> list[Row]:
     """Return a plan like ``rows`` with at most ``most`` distinct rows; step 0 stays full."""
+    plans = merged_plans(problem, rows, multiplier)
+    return plans[max(count for count in plans if count <= most)]
+
+
+def merged_plans(problem: Problem, rows: Sequence[Row], multiplier: float) -> dict[int, list[Row]]:
+    """Return plans like ``rows``, by their number of distinct rows, down to 1: the dense plan."""
     kinds = list(dict.fromkeys(rows))
     clusters = [[step for step, row in enumerate(rows) if row == kind] for kind in kinds]
     judge = _Judge(problem, multiplier)
-    while len(kinds) > most:
-        value, first, second, kind = min(
-            (candidate for candidate in _merges(judge, kinds, clusters)), key=lambda found: found[0]
+    found = {len(kinds): _spread(kinds, clusters)}
+    while len(kinds) > 1:
+        _, first, second, kind = min(
+            _merges(judge, kinds, clusters), key=lambda candidate: candidate[0]
         )
-        del value
         clusters[first] = sorted(clusters[first] + clusters[second])
         kinds[first] = kind
         del clusters[second], kinds[second]
         _improve(judge, kinds, clusters)
-    return _spread(kinds, clusters)
+        found[len(kinds)] = _spread(kinds, clusters)
+    return found
 
 
 class _Judge:

@@ -69,3 +69,14 @@ def test_a_capped_plan_uses_its_budget(most: int) -> None:
     assert case.drift(rows) <= budget
     gained, possible = case.speedup(rows, True) - 1.0, case.speedup(free) - 1.0
     assert gained > (0.3 if most == 2 else 0.5) * possible
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_looser_cap_is_never_slower(seed: int) -> None:
+    case = problem(seed, sites=4, steps=10)
+    budget = 0.3 * case.drift(solve(case, 0.0))
+    speedups = [
+        case.speedup(capped_within_budget(case, budget, most), True) for most in range(1, 9)
+    ]
+    assert speedups == sorted(speedups)
+    assert speedups[0] == 1.0 < speedups[1] < speedups[-1]
