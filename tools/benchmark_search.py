@@ -9,9 +9,11 @@ measured is kept beside the JSON until the end, so that a killed run goes on.
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +23,12 @@ from torch import Tensor
 
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.flops import count_flops
+from ditfastattn.passes.plan import Calibration, Plan, Strategy
 from ditfastattn.runtime.calibrate_pipeline import DEFAULT_TARGET, calibrate
-from ditfastattn.runtime.calibration import GreedyCalibrator
+from ditfastattn.runtime.calibration import GreedyCalibrator, relative_error
+from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.lane import dense_lane, planned_lane
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import (
     PROFILED,
@@ -38,7 +43,9 @@ from ditfastattn.runtime.search.session import Session, open_session
 from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
+from ditfastattn.runtime.search.timing import Timing, measure_turns
 from ditfastattn.runtime.search.work import SearchProgress, Work
+from ditfastattn.runtime.site_evaluator import legal_candidates
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
@@ -54,13 +61,16 @@ Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figure.")]
 Steps = Annotated[int, typer.Option(min=2, help="Sampler steps.")]
 Images = Annotated[int, typer.Option(min=2, help="Images per point, the same seeds at each.")]
 OUT = Path("benchmarks/search")
+_REPETITIONS = 10
+_LOWERING = Lowering.INDUCTOR
 
 
 @dataclass(frozen=True)
 class Point:
     """Hold one plan's quality over images drawn with the same seeds; PSNR in dB.
 
-    The kept FLOPs are fractions of dense.
+    The kept FLOPs are fractions of dense. ``matches`` names the point whose attention FLOPs were
+    the bound of this plan's; ``measured_speedup`` is compiled, over the compiled dense model.
     """
 
     method: str
@@ -74,6 +84,23 @@ class Point:
     psnr: float
     images: int
     ssims: tuple[float, ...]
+    matches: str = ""
+    measured_speedup: Timing | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compare the global budget's plan with another's at equal attention FLOPs, seed by seed.
+
+    ``difference`` is the mean of the paired differences of SSIM, ``error`` its standard error.
+    """
+
+    to: str
+    attention_flops: float
+    difference: float
+    error: float
+    better_on: int
+    images: int
 
 
 class _Bench:
@@ -100,6 +127,7 @@ class _Bench:
         rows: list[Row],
         predicted: float,
         merge_variants: bool = False,
+        matches: str = "",
     ) -> Point:
         """Judge a plan, or read what has been judged before."""
 
@@ -125,6 +153,7 @@ class _Bench:
             psnr=sum(psnrs) / len(psnrs),
             images=len(ssims),
             ssims=tuple(ssims),
+            matches=matches,
         )
         self.console.print(
             f"{method} {strength:.4g}: attention {point.attention_flops:.1%}, "
@@ -159,15 +188,18 @@ def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
             for strength in strengths:
                 rows = passes.rows(strength)
                 points.append(bench.point(method, strength, rows, chooser.problem.speedup(rows)))
-        for wanted in [point.attention_flops for point in points if point.method == Method.GREEDY]:
-            rows, strength = _of_flops(bench, chooser, wanted)
-            speedup = chooser.problem.speedup(rows)
-            points.append(bench.point(Method.GLOBAL, strength, rows, speedup))
-        _write(out / "curve.json", points, began, steps=steps, images=images)
+        comparisons: list[Comparison] = []
+        for other in tuple(points):
+            rows, strength = _of_flops(bench, chooser, other.attention_flops)
+            speedup, matches = chooser.problem.speedup(rows), f"{other.method} {other.strength:g}"
+            points.append(bench.point(Method.GLOBAL, strength, rows, speedup, matches=matches))
+            comparisons.append(_compared(points[-1], other))
+        arguments = {"steps": steps, "images": images}
+        _write(out / "curve.json", points, began, arguments, comparisons=comparisons)
         checkpoint.discard()
     curves(
         {
-            label: [(p.attention_flops, p.ssim) for p in points if p.method == method]
+            label: sorted((p.attention_flops, p.ssim) for p in points if p.method == method)
             for method, label in (
                 (Method.GREEDY, "greedy (Algorithm 1)"),
                 (Method.PER_STEP, "integer program per step"),
@@ -177,6 +209,19 @@ def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
         out / "curve.png",
         "attention FLOPs kept",
         f"SSIM to dense, mean of {images} images",
+    )
+
+
+def _compared(ours: Point, other: Point) -> Comparison:
+    pairs = list(zip(ours.ssims, other.ssims, strict=True))
+    differences = [one - another for one, another in pairs]
+    return Comparison(
+        to=ours.matches,
+        attention_flops=other.attention_flops,
+        difference=statistics.fmean(differences),
+        error=statistics.stdev(differences) / math.sqrt(len(differences)),
+        better_on=sum(difference > 0.0 for difference in differences),
+        images=len(differences),
     )
 
 
@@ -201,22 +246,30 @@ def variants(
     images: Images = 16,
     strength: Annotated[float, typer.Option(help="Budget of drift of every plan.")] = 0.4,
 ) -> None:
-    """Quality and latency over the cap on distinct step variants."""
+    """Quality and latency, both measured, over the cap on distinct step variants."""
     began = time.monotonic()
+    pipeline = embedded_pipeline_quietly()
     with (
         open_checkpoint(out / "variants.json") as checkpoint,
-        open_session(embedded_pipeline_quietly(), _first(steps)) as session,
+        open_session(pipeline, _first(steps)) as session,
     ):
         bench = _Bench(session, checkpoint, images, steps)
         problem = bench.make_global(Objective.LATENCY).problem
         points: list[Point] = []
+        plans: list[Plan] = []
+        record = Calibration(method="global", strength=strength)
         for most in (2, 3, 4, 6, 8, 12, 0):
             rows = GlobalChooser(problem, strength, most).rows(strength)
             capped = most > 0
             predicted = problem.speedup(rows, capped)
             label = f"at most {most}" if capped else "no cap"
             points.append(bench.point(label, strength, rows, predicted, capped))
-        _write(out / "variants.json", points, began, steps=steps, images=images)
+            plans.append(session.plan(rows, bench.work.timesteps, record, capped))
+        test = bench.test
+        session.release()
+        points = _timed(pipeline, plans, points, test)
+        session.hold()
+        _write(out / "variants.json", points, began, {"steps": steps, "images": images})
         checkpoint.discard()
     counted = [(float(point.variants), point) for point in points]
     curves(
@@ -230,22 +283,81 @@ def variants(
     )
 
 
+def _timed(
+    pipeline: Any, plans: Sequence[Plan], points: Sequence[Point], prompts: Sequence[Prompt]
+) -> list[Point]:
+    """Time the plans in turns with the dense model, all compiled."""
+    lanes = [planned_lane(pipeline, plan, prompts, _LOWERING) for plan in plans]
+    dense = dense_lane(pipeline, prompts, _LOWERING)
+    with many_compilations():
+        for lane in (dense, *lanes):
+            lane.warm_up()
+    turns = measure_turns(dense.generate, [lane.generate for lane in lanes], _REPETITIONS)
+    pairs = zip(points, turns, strict=True)
+    return [replace(point, measured_speedup=timing.speedup) for point, timing in pairs]
+
+
 @app.command()
 def cost(out: Out = OUT, steps: Steps = 20) -> None:
-    """Time whole searches for the default target, ours and greedy, beside one greedy pass."""
+    """Time whole searches for the default target: ours, and greedy, which plans attention alone.
+
+    The greedy search's passes share what precedes a site. Each is run once more as Algorithm 1 is
+    printed, with a whole evaluation of the model per candidate.
+    """
     began = time.monotonic()
     call = _call(CALIBRATION_CLASSES, steps)
     pipeline = embedded_pipeline_quietly()
+    ours = _timed_search(pipeline, call, Method.GLOBAL)
+    everything = _timed_search(pipeline, call, Method.GLOBAL, attention_only=False)
+    greedy = _timed_search(pipeline, call, Method.GREEDY)
+    shared = [_greedy_pass(pipeline, call, s, GreedyCalibrator) for s in greedy["strengths"]]
+    printed = [_greedy_pass(pipeline, call, s, AsPrinted) for s in greedy["strengths"]]
+    longer = sum(p["seconds"] - s["seconds"] for p, s in zip(printed, shared, strict=True))
     entry = {
-        "global": _timed_search(pipeline, call, Method.GLOBAL),
-        "greedy": _timed_search(pipeline, call, Method.GREEDY),
-        "greedy_pass": _greedy_pass(pipeline, Prompt(call, 0), GREEDY_THRESHOLDS[2]),
+        "global": ours,
+        "global_with_feed_forwards": everything,
+        "greedy": greedy,
+        "greedy_passes": shared,
+        "passes_as_printed": printed,
+        "of_greedy": ours["seconds"] / greedy["seconds"],
+        "of_greedy_as_printed": ours["seconds"] / (greedy["seconds"] + longer),
     }
-    _write(out / "cost.json", [entry], began, steps=steps)
+    _write(out / "cost.json", [entry], began, {"steps": steps})
     Console().print_json(data=entry)
 
 
-def _timed_search(pipeline: Any, call: dict[str, Any], method: Method) -> dict[str, Any]:
+class AsPrinted(GreedyCalibrator):
+    """Evaluate the whole model for each candidate, as Algorithm 1 is printed."""
+
+    def step(self, args: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run the next step."""
+        self._args, self._row = args, list[Strategy]()
+        return super().step(args)
+
+    def _choose(self, index: int, environment: Any, reference: Tensor, began: float) -> Strategy:
+        evaluator = self._evaluator
+        chosen = Strategy.FULL
+        for strategy in legal_candidates(self.sites[index], self.layout):
+            anew = evaluator.begin(self._args)
+            for earlier, decided in enumerate(self._row):
+                evaluator.advance(anew, earlier)
+                evaluator.put(anew, earlier, evaluator.attend(anew, earlier, decided))
+            evaluator.advance(anew, index)
+            attended = evaluator.attend(anew, index, strategy)
+            evaluator.put(anew, index, attended)
+            output = evaluator.finish(anew, index)[0]
+            self.literal_forwards += 1
+            if relative_error(reference, output) < (index + 1) / len(self.sites) * self.threshold:
+                chosen = strategy
+                break
+        self._row.append(chosen)
+        evaluator.put(environment, index, evaluator.attend(environment, index, chosen))
+        return chosen
+
+
+def _timed_search(
+    pipeline: Any, call: dict[str, Any], method: Method, attention_only: bool = True
+) -> dict[str, Any]:
     """Search; return the record of the plan, and when each phase began."""
     began = time.monotonic()
     phases: dict[str, float] = {}
@@ -259,25 +371,32 @@ def _timed_search(pipeline: Any, call: dict[str, Any], method: Method) -> dict[s
         target=DEFAULT_TARGET,
         method=method,
         held_out={**call, "class_labels": [1, 4, 6, 9]},
+        attention_only=attention_only,
         on_progress=note,
     )
     seconds = time.monotonic() - began
-    return {"seconds": seconds, "phases": phases, **plan.calibration.model_dump(mode="json")}
+    record = plan.calibration.model_dump(mode="json")
+    strengths = [float(phase.split()[-1]) for phase in phases if "a greedy pass" in phase]
+    return {**record, "seconds": seconds, "phases": phases, "strengths": strengths}
 
 
-def _greedy_pass(pipeline: Any, prompt: Prompt, threshold: float) -> dict[str, Any]:
-    """Time a pass; ``algorithm_1_forwards`` is what the algorithm as printed evaluates."""
-    started = time.monotonic()
-    with open_session(pipeline, prompt) as session:
+def _greedy_pass(
+    pipeline: Any, call: dict[str, Any], threshold: float, algorithm: type[GreedyCalibrator]
+) -> dict[str, Any]:
+    """Time a pass over all calibration prompts as one batch."""
+    prompt = Prompt(call, 0)
+    with open_session(pipeline, prompt, attention_only=True) as session:
+        started = time.monotonic()
         captured, sites = session.captured, session.sites
-        greedy = GreedyCalibrator(captured, sites, session.layout, threshold, session.steps)
+        greedy = algorithm(captured, sites, session.layout, threshold, session.steps)
         session.run(greedy, prompt)
         return {
             "threshold": threshold,
             "seconds": time.monotonic() - started,
             "forwards": greedy.forwards,
-            "algorithm_1_forwards": greedy.literal_forwards + session.steps,
+            "as_printed": greedy.literal_forwards + session.steps,
             "forward_seconds": session.forward_seconds,
+            "rows": [list(row) for row in greedy.strategies],
         }
 
 
@@ -296,12 +415,19 @@ def _first(steps: int) -> Prompt:
     return split_prompts(_call(CALIBRATION_CLASSES, steps), 0)[0]
 
 
-def _write(path: Path, points: Sequence[Any], began: float, **arguments: int) -> None:
+def _write(
+    path: Path,
+    points: Sequence[Any],
+    began: float,
+    arguments: dict[str, int],
+    comparisons: Sequence[Comparison] = (),
+) -> None:
     data = {
         "machine": machine(),
         "arguments": arguments,
         "seconds": time.monotonic() - began,
         "points": [point if isinstance(point, dict) else asdict(point) for point in points],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
     }
     write_text_atomically(path, json.dumps(data, indent=1) + "\n")
 

@@ -84,9 +84,9 @@ def run_demo(
             target=ditfastattn.Target.min_ssim(min_ssim),
             held_out={"class_labels": list(HELD_OUT_CLASSES), **call},
             seed=seed,
+            out=out / "plan.json",  # killed, the demo goes on with its search
             on_progress=show,
         )
-    plan.save(out / "plan.json")
     print_outcome(console, plan)
     result, dense, planned = _compare(console, pipeline, plan, call, repetitions)
     image_grid(dense[:GRID_IMAGES], planned[:GRID_IMAGES], out / "images.png")

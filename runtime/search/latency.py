@@ -27,8 +27,8 @@ from ditfastattn.runtime.search.session import Session
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
 from ditfastattn.runtime.site_evaluator import legal_strategies
 
-_REPETITIONS = 5
-_WARM_UP = 2  # rounds: the first ones of a process are slow
+_REPETITIONS = 4
+_WARM_UP = 1
 _STORING = "storing a residual"
 _OF_WINDOWS = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, _STORING)
 _Row = tuple[str, str]  # what it is of, and the strategy

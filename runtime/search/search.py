@@ -90,6 +90,7 @@ class Search:
         bracket = Bracket(self._chooser.first, self._chooser.order)
         best: Found | None = None
         goal, rounds, seen, refuted = 1.0, 0, set[str](), set[str]()
+        untested: dict[str, float] = {}  # what meets the target here, and was not tried elsewhere
         for _ in range(_MOST_MOVES):
             strength, rows = bracket.strength, self._chooser.rows(bracket.strength)
             rounds += _digest(rows) not in seen
@@ -116,22 +117,25 @@ class Search:
                     # Unseen prompts are harder by this much: aim for so much less.
                     goal = min(goal, _ratio(judged, True) / _ratio(checked, False))
                 ratio = _ratio(judged, met) / goal
+            elif self._met(judged) and _changes(rows):
+                untested[_digest(rows)] = strength
             bracket.record(met)
             bracket.move(ratio)
-        return best or self._fall_back(bracket.low, rounds)
+        gentle = min((untested[key] for key in untested.keys() - refuted), default=0.0)
+        return best or self._fall_back((bracket.low, gentle), rounds)
 
-    def _fall_back(self, strength: float, rounds: int) -> Found:
-        """Return the strongest plan that met its goal, if unseen prompts agree, else dense."""
+    def _fall_back(self, strengths: Sequence[float], rounds: int) -> Found:
+        """Return the first plan of ``strengths`` that unseen prompts agree with, else dense."""
         rounds = min(rounds, self._options.max_rounds)
-        for rows in (
-            self._chooser.rows(strength) if strength else self._dense_rows(),
-            self._dense_rows(),
-        ):
+        plans = [(strength, self._chooser.rows(strength)) for strength in strengths if strength]
+        plans = [(strength, rows) for strength, rows in plans if _changes(rows)]
+        judged: list[Judgement] = []
+        checked: list[Judgement] = []
+        for strength, rows in (*plans, (0.0, self._dense_rows())):
             judged = self._judge("calibration", rows, self._prompts)
             checked = self._judge("held-out", rows, self._held_out)
             if self._met(judged) and self._met(checked):
-                changed = any(map(_changed, rows))
-                return self._found(rows, strength if changed else 0.0, judged, checked, rounds)
+                return self._found(rows, strength, judged, checked, rounds)
         worst = self._target.worst([item.value for item in (*judged, *checked)])
         raise TargetMissedError(
             "even the dense model misses the target",
@@ -226,7 +230,7 @@ class Search:
     def _judge(self, group: str, rows: list[Row], prompts: Sequence[Prompt]) -> list[Judgement]:
         """Compare the plan's images with dense ones, once per plan, kept in the checkpoint."""
         work = self._work
-        if not any(map(_changed, rows)):
+        if not _changes(rows):
             pairs = [(work.dense(group, k, prompt), prompt) for k, prompt in enumerate(prompts)]
             return [item for d, p in pairs for item in self._target.judge(d, d, p.call)]
 
@@ -276,8 +280,8 @@ def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def _changed(row: Row) -> bool:
-    return any(strategy is not Strategy.FULL for strategy in row)
+def _changes(rows: Sequence[Row]) -> bool:
+    return any(strategy is not Strategy.FULL for row in rows for strategy in row)
 
 
 def _ratio(judged: Sequence[Judgement], met: bool) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ditfastattn.passes.flops import count_flops
 from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.prompts import Prompt, as_images
 from ditfastattn.runtime.search.session import Session, Stepper
@@ -104,15 +105,15 @@ class Work:
     ) -> list[Judgement]:
         """Generate by the plan ``rows`` and compare with dense."""
         judged: list[Judgement] = []
-        kept = 1.0 - _shared(rows) / 2.0  # a rough price, for the progress bar alone
+        price = self._forwards_of(rows)
         for index, prompt in enumerate(prompts):
             dense = self.dense(group, index, prompt)
             stepper = PlanStepper(self.variants, rows)
-            images = self.run(stepper, prompt, kept * self.session.steps)
+            images = self.run(stepper, prompt, price)
             judged += target.judge(dense, images, prompt.call)
         return judged
 
-
-def _shared(rows: Sequence[Row]) -> float:
-    entries = [strategy for row in rows for strategy in row]
-    return sum(not strategy.computes for strategy in entries) / max(1, len(entries))
+    def _forwards_of(self, rows: Sequence[Row]) -> float:
+        """Return the matrix products of a generation by ``rows``, in dense forward passes."""
+        step = count_flops(self.session.captured.module.graph)
+        return self.variants.flops(rows).total / step.total

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from typer.testing import CliRunner, Result
 
 from ditfastattn import ConfigError, Plan, Target, TargetMissedError
+from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools import benchmark_search, cli
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.target_options import chosen_target
@@ -146,15 +147,52 @@ def test_the_benchmark_compares_methods_at_equal_flops(
     assert result.exit_code == 0, result.output
     names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
     assert names == ["curve.json", "curve.png"]
-    points = json.loads((tmp_path / "curve.json").read_text())["points"]
+    data = json.loads((tmp_path / "curve.json").read_text())
+    points = data["points"]
     by_method: dict[str, list[Any]] = {}
     for point in points:
         by_method.setdefault(point["method"], []).append(point)
     assert {name: len(found) for name, found in by_method.items()} == {
         "greedy": 2,
         "per-step": 1,
-        "global": 2,
+        "global": 3,
     }
-    for greedy, ours in zip(by_method["greedy"], by_method["global"], strict=True):
-        assert ours["attention_flops"] <= greedy["attention_flops"] + 1e-9
+    others = by_method["greedy"] + by_method["per-step"]
+    for other, ours in zip(others, by_method["global"], strict=True):
+        assert ours["attention_flops"] <= other["attention_flops"] + 1e-9
+        assert ours["matches"] == f"{other['method']} {other['strength']:g}"
         assert len(ours["ssims"]) == 2
+    for comparison, other, ours in zip(
+        data["comparisons"], others, by_method["global"], strict=True
+    ):
+        assert comparison["difference"] == pytest.approx(ours["ssim"] - other["ssim"])
+        assert 0 <= comparison["better_on"] <= comparison["images"] == 2
+
+
+def test_the_benchmark_times_the_greedy_search_as_it_is_printed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_search, "embedded_pipeline", tiny_pipeline)
+    arguments = ["cost", "--out", str(tmp_path), "--steps", "4"]
+    result = CliRunner().invoke(benchmark_search.app, arguments)
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((tmp_path / "cost.json").read_text())["points"]
+    for shared, printed in zip(entry["greedy_passes"], entry["passes_as_printed"], strict=True):
+        assert printed["rows"] == shared["rows"]
+        assert printed["forwards"] > shared["forwards"]
+        assert printed["as_printed"] == shared["as_printed"]
+    assert entry["of_greedy"] == entry["global"]["seconds"] / entry["greedy"]["seconds"]
+
+
+def test_the_benchmark_times_capped_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_search, "embedded_pipeline", tiny_pipeline)
+    monkeypatch.setattr(benchmark_search, "_LOWERING", Lowering.EAGER)
+    monkeypatch.setattr(benchmark_search, "_REPETITIONS", 2)
+    arguments = ["variants", "--out", str(tmp_path), "--steps", "4", "--images", "2"]
+    result = CliRunner().invoke(benchmark_search.app, arguments)
+    assert result.exit_code == 0, result.output
+    points = json.loads((tmp_path / "variants.json").read_text())["points"]
+    assert [point["method"] for point in points][-1] == "no cap"
+    assert all(point["measured_speedup"]["median"] > 0.0 for point in points)
+    predicted = [point["predicted_speedup"] for point in points[:-1]]
+    assert predicted == sorted(predicted)

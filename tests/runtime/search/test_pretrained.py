@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 
-from ditfastattn import ConfigError
+from ditfastattn import ConfigError, TargetMissedError, calibrate
 from ditfastattn.runtime.search import pretrained
+from ditfastattn.runtime.search.prompts import (
+    HELD_OUT_SEED,
+    as_images,
+    generate,
+    split_prompts,
+)
 from ditfastattn.runtime.search.targets import Target
+from tests.helpers import tiny_digits_pipeline
+from tests.tiny_pipelines import tiny_pixart_pipeline
 
 DENSE = torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(0))
 PLANNED = (DENSE + torch.tensor([0.05, 0.3]).reshape(2, 1, 1, 1)).clamp(0.0, 1.0)
@@ -90,6 +100,22 @@ def test_lpips_is_measured_for_each_image(torchvision: Path) -> None:
     assert target.worst([first.value, second.value]) == second.value
     assert target.values(DENSE, DENSE.clone(), {}) == [0.0, 0.0]
     assert target.values(DENSE, PLANNED, {}) == [first.value, second.value]  # nothing adds up
+
+
+def test_a_plan_is_searched_to_lpips(torchvision: Path) -> None:
+    torchvision.touch()
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False), size=32)
+    call = {"class_labels": [1, 2], "num_inference_steps": 6}
+    plans = [
+        calibrate(pipeline, call, target=Target.max_lpips(bound), objective="flops")
+        for bound in (1e-6, 1e-3)
+    ]
+    for plan, bound in zip(plans, (1e-6, 1e-3), strict=True):
+        assert plan.calibration.target is not None
+        assert plan.calibration.target.name == "lpips"
+        assert plan.calibration.held_out is not None
+        assert plan.calibration.held_out.worst <= bound
+    assert plans[0].changed < plans[1].changed
 
 
 def test_lpips_repeats_a_single_channel(torchvision: Path) -> None:
@@ -183,6 +209,42 @@ def test_the_clip_score_is_a_hundred_times_the_cosine(clip_folder: str) -> None:
     with torch.no_grad():
         logits = model(**inputs).logits_per_image.flatten() / model.logit_scale.exp()
     assert values == pytest.approx((100.0 * logits).clamp(min=0.0).tolist(), abs=1e-3)
+
+
+def test_a_plan_is_searched_to_a_clip_score(clip_folder: str, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for side, norm in (
+        ("visual", "vision_model.post_layernorm"),
+        ("text", "text_model.final_layer_norm"),
+    ):
+        weights[f"{norm}.bias"] += 3.0  # all cosines are positive: random ones need not be
+        weights[f"{side}_projection.weight"].abs_()
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    pipeline = tiny_pixart_pipeline()
+    call: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
+    call |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 8}
+    call["prompt"] = ["cat", "dog"]
+    scored = Target.min_clip_score(1.0, clip_model=str(tmp_path))
+    dense = [
+        scored.values(image, image, prompt.call)[0]
+        for seed in (0, HELD_OUT_SEED)
+        for prompt in split_prompts(call, seed)
+        for image in [as_images(generate(pipeline, prompt))]
+    ]
+    target = Target.min_clip_score(0.9 * min(dense), clip_model=str(tmp_path))
+    plan = calibrate(pipeline, call, target=target)
+    found = plan.calibration
+    assert found.target is not None
+    assert found.held_out is not None
+    assert (found.target.name, found.target.model) == ("clip-score", str(tmp_path))
+    assert found.held_out.worst >= target.bound > 0.0
+    assert plan.changed > 0
+    missed = Target.min_clip_score(50.0 + max(dense) / 2.0, clip_model=str(tmp_path))
+    with pytest.raises(TargetMissedError, match="even the dense model misses the target"):
+        calibrate(pipeline, call, target=missed)
 
 
 def test_clip_damage_is_measured_from_the_dense_image(clip_folder: str) -> None:
