@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.capture_call import RecordedCall, record_call
-from ditfastattn.export.contents import PLAN_FILE, Contents, make_manifest
+from ditfastattn.export.contents import Contents, make_manifest
 from ditfastattn.export.linear_scheduler import LinearSchedule, linear_schedule
 from ditfastattn.export.lint import lint
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
@@ -31,7 +31,7 @@ from ditfastattn.export.step_graphs import (
 )
 from ditfastattn.passes.ir import graph_text
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.bundle.manifest import LoopSpec, Manifest, VariantSpec
+from ditfastattn.runtime.bundle.manifest import PLAN_FILE, LoopSpec, Manifest, VariantSpec
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.search.prompts import argument_of, guidance_argument, split_prompts
 

@@ -15,6 +15,7 @@ from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
 from ditfastattn.passes.plan import CfgLayout, Sampler
 from ditfastattn.runtime.bundle.manifest import (
+    PLAN_FILE,
     FileSpec,
     LoopSpec,
     Manifest,
@@ -24,7 +25,6 @@ from ditfastattn.runtime.bundle.manifest import (
     file_hash,
 )
 
-PLAN_FILE = "plan.json"
 _NO_SCHEDULE = Sampler(steps=1, timesteps=(0.0,), cfg_layout=CfgLayout.NONE)  # of a dense bundle
 
 

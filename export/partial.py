@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.errors import ConfigError, VerifyError
 from ditfastattn.export.weights import Weights
 from ditfastattn.files import sole_writer, write_text_atomically
 from ditfastattn.runtime.bundle.manifest import MANIFEST
@@ -70,11 +70,16 @@ class PartialBundle:
         if not out.exists():
             os.replace(self.folder, out)
             return
-        old = out.parent / f".{out.name}.old"
+        old = _old(out)
         shutil.rmtree(old, ignore_errors=True)
         os.replace(out, old)
         os.replace(self.folder, out)
         shutil.rmtree(old)
+
+
+def _old(out: Path) -> Path:
+    """Return where the bundle at ``out`` is while another takes its place."""
+    return out.parent / f".{out.name}.old"
 
 
 @contextmanager
@@ -87,6 +92,8 @@ def growing(out: Path) -> Generator[Path]:
     Raises:
         ConfigError: there is something that is no bundle at ``out``, or another export is writing.
     """
+    if not out.exists() and _old(out).exists():
+        os.replace(_old(out), out)  # an export was killed between its two renames
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not (out / MANIFEST).is_file():
         raise ConfigError(
@@ -102,6 +109,6 @@ def growing(out: Path) -> Generator[Path]:
     with sole_writer(lock, out, what, remedy, remove=True):
         try:
             yield folder
-        except (ConfigError, RuntimeError):
+        except (ConfigError, VerifyError):
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -28,6 +28,11 @@ class Caches:
         """Return how much memory the caches hold, each tensor counted once."""
         return sum({id(item): item.nbytes for item in self._held.values()}.values())
 
+    @property
+    def tensors(self) -> set[int]:
+        """Return the identities of the tensors that the caches hold."""
+        return {id(item) for item in self._held.values()}
+
     def read(
         self,
         program: StepProgram,
@@ -62,6 +67,45 @@ class Caches:
         self._held.update(values)
         for slot in self._held.keys() - program.live_after(step):
             del self._held[slot]
+
+
+class Buffers:
+    """Hand out the memory that caches are written into, that of dropped caches first.
+
+    So a slot that every step writes has two tensors in turn, and no step allocates any.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+
+    @property
+    def count(self) -> int:
+        """Return how many tensors there are."""
+        return sum(map(len, self._made.values()))
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._made.clear()
+
+    def take(
+        self,
+        wanted: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: torch.device,
+        caches: Caches,
+    ) -> list[Tensor]:
+        """Return a tensor for each of ``wanted`` that nothing in ``caches`` holds."""
+        used = caches.tensors
+        found: list[Tensor] = []
+        for shape, dtype in wanted:
+            made = self._made.setdefault((shape, dtype), [])
+            free = next((item for item in made if id(item) not in used), None)
+            if free is None:
+                free = torch.empty(shape, dtype=dtype, device=device)
+                made.append(free)
+            used.add(id(free))
+            found.append(free)
+        return found
 
 
 @functools.cache

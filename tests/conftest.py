@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from ditfastattn.runtime.search import latency
 from ditfastattn.runtime.search.steppers import EagerVariant
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes one thread: two that use both cores are slower."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -299,7 +299,7 @@ def export(
     from ditfastattn.tools.export_command import run_export
 
     loaded = None if plan is None else Plan.load(plan)
-    opened = open_pipeline(pipeline)
+    opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
     steps = 1 if loaded is None else loaded.sampler.steps
     arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
     run_export(Console(), opened, arguments, loaded, out, dtype, not fixed_batch, loop)
@@ -347,7 +347,7 @@ def verify(
 
     manifest = read_manifest(bundle)
     planned = manifest.sampler.steps if manifest.plan_sha256 else steps
-    opened = open_pipeline(pipeline)
+    opened = open_pipeline(pipeline, manifest.model.fingerprint.dtype)
     arguments = Generation(planned, guidance, call).arguments(opened, classes, prompts)
     run_verify(Console(), bundle, opened, arguments)
 

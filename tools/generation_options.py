@@ -80,10 +80,10 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline
 
     if not name:
-        return embedded_pipeline()
+        return embedded_pipeline().to(dtype)
     index = Path(name) / _INDEX
     if index.is_file() and _class_name(index) == DigitsPipeline.__name__:
-        return load_pipeline(Path(name))
+        return load_pipeline(Path(name)).to(dtype)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:

@@ -42,7 +42,10 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
 
 
 def _tile_attention(emitter: Emitter, call: Call) -> str:
-    """Attend tile by tile: ``[B, H, tiles, tile tokens, D]``, each with the tiles it sees."""
+    """Attend tile by tile: ``[B, H, tiles, tile tokens, D]``, each with the tiles it sees.
+
+    In between batch and heads are one: TensorRT has eight dimensions, and three axes take six.
+    """
     grid, tile, reach = (tuple(sizes) for sizes in call.args[3:6])
     window, scale = TileWindow(grid=grid, tile=tile, reach=reach), call.args[6]
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
@@ -62,15 +65,16 @@ def _in_tiles(
     tensors: Three,
     text: tuple[str, str],
 ) -> str:
-    head_dim = call.first.shape[3]
+    heads, head_dim = call.first.shape[1], call.first.shape[3]
+    assert isinstance(heads, int)
     assert isinstance(head_dim, int)
     rank, count = len(window.grid), math.prod(window.counts)
     split = [size for pair in zip(window.counts, window.tile, strict=True) for size in pair]
-    order = [0, 1, *range(2, 2 * rank + 1, 2), *range(3, 2 * rank + 2, 2), 2 * rank + 2]
-    shape = [0, 0, count, math.prod(window.tile), head_dim]
+    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
+    shape = [-1, heads, count, math.prod(window.tile), head_dim]
 
     def tiled(name: str) -> str:
-        apart = emitter.op("Reshape", name, emitter.ints([0, 0, *split, head_dim]))
+        apart = emitter.op("Reshape", name, emitter.ints([-1, *split, head_dim]))
         return emitter.op("Reshape", transpose(emitter, apart, order), emitter.ints(shape))
 
     near = emitter.constant(near_tiles(window).flatten())
@@ -83,11 +87,11 @@ def _in_tiles(
     query, key, value_ = tensors
     seen = tiled(query), gathered(key, text[0]), gathered(value_, text[1])
     attended = attend(emitter, call, seen, scale, [], rank=5)
-    sizes = emitter.ints([0, 0, *window.counts, *window.tile, head_dim])
+    sizes = emitter.ints([-1, *window.counts, *window.tile, head_dim])
     apart = emitter.op("Reshape", attended, sizes)
-    pairs = [axis for i in range(2, rank + 2) for axis in (i, rank + i)]
-    raster = transpose(emitter, apart, [0, 1, *pairs, 2 * rank + 2])
-    return emitter.op("Reshape", raster, emitter.ints([0, 0, window.tokens, head_dim]))
+    pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]
+    raster = transpose(emitter, apart, [0, *pairs, 2 * rank + 1])
+    return emitter.op("Reshape", raster, emitter.ints([-1, heads, window.tokens, head_dim]))
 
 
 def _beside_text(

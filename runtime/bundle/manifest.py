@@ -13,13 +13,14 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.plan import Fingerprint, Sampler
 
 MANIFEST = "manifest.json"
+PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 1
 _EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
 
@@ -27,8 +28,13 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+Dtype = Literal[
+    "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
+]
+
+
+class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
+    pass
 
 
 class Multiple(_Record):
@@ -50,7 +56,7 @@ class TensorSpec(_Record):
 
     name: str
     shape: tuple[Positive | Multiple, ...]
-    dtype: str
+    dtype: Dtype
 
     def sizes(self, batch: int) -> tuple[int, ...]:
         """Return the shape at ``batch``."""
@@ -95,7 +101,7 @@ class ModelSpec(_Record):
     parameters: tuple[str, ...]  # of its forward, in order
     config: dict[str, Any]
     fingerprint: Fingerprint
-    dtype: str
+    dtype: Dtype
 
 
 class LoopSpec(_Record):
@@ -192,11 +198,20 @@ class Manifest(_Record):
         inputs = {spec.name for spec in self.inputs}
         if self.timestep not in inputs:
             raise ValueError(f"timestep: {self.timestep!r} is no input")
+        if self.latent and self.latent not in inputs:
+            raise ValueError(f"latent: {self.latent!r} is no input")
+        if not any(spec.shape for spec in self.inputs):
+            raise ValueError("inputs: none has a batch")
+        if self.plan_sha256 and self.plan_sha256 != self._hash_of(PLAN_FILE):
+            raise ValueError(f"plan_sha256: {PLAN_FILE} is another file, or not among the files")
         for graph in graphs:
             if not inputs.issuperset(graph.inputs):
                 raise ValueError(f"{graph.file}: inputs that the model has not")
         self._check_slots()
         return self
+
+    def _hash_of(self, file: str) -> str:
+        return self.files[file].sha256 if file in self.files else ""
 
     def _check_slots(self) -> None:
         """Every slot that a step reads has been written before."""

@@ -166,22 +166,19 @@ class OnnxGraph:
         """Return where the tensors must be."""
         return self._device
 
-    def __call__(
-        self, tensors: Sequence[Tensor], results: Sequence[tuple[tuple[int, ...], torch.dtype]]
-    ) -> list[Tensor]:
-        """Run on ``tensors``; ``results`` holds the shape and dtype of each output.
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Run from ``tensors`` into ``results``, which are contiguous.
 
         Raises:
             EngineError: ONNX Runtime failed.
         """
         binding = self._session.io_binding()
         kept = [tensor.contiguous() for tensor in tensors]
-        for name, tensor in zip(self._inputs, kept, strict=True):
-            binding.bind_input(name, *self._place(tensor))
-        made = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in results]
-        for name, tensor in zip(self._outputs, made, strict=True):
-            binding.bind_output(name, *self._place(tensor))
         try:
+            for name, tensor in zip(self._inputs, kept, strict=True):
+                binding.bind_input(name, *self._place(tensor))
+            for name, tensor in zip(self._outputs, results, strict=True):
+                binding.bind_output(name, *self._place(tensor))
             if self._device.type == "cuda":  # the session runs on a stream of its own
                 torch.cuda.current_stream().synchronize()
             binding.synchronize_inputs()
@@ -189,7 +186,6 @@ class OnnxGraph:
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime raises types that it does not export
             raise EngineError(f"{self._path}: ONNX Runtime failed: {error}") from error
-        return made
 
     def _place(self, tensor: Tensor) -> tuple[Any, ...]:
         index = self._device.index or 0

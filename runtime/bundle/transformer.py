@@ -17,13 +17,12 @@ from ditfastattn.errors import ConfigError
 from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.passes.step_program import CacheSlot, StepProgram
 from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
-from ditfastattn.runtime.caches import Caches
+from ditfastattn.runtime.caches import Buffers, Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import Hoisted, Values
 from ditfastattn.runtime.matching import check_lanes
 
-Result = tuple[tuple[int, ...], torch.dtype]
-Engine = Callable[[Sequence[Tensor], Sequence[Result]], list[Tensor]]
+Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
 
 class Config(dict[str, Any]):
@@ -43,6 +42,7 @@ class _Generation:
 
     clock: StepClock
     caches: Caches = field(default_factory=Caches)
+    buffers: Buffers = field(default_factory=Buffers)
     hoisted: Hoisted = field(default_factory=Hoisted)
     batch: int = 0
 
@@ -123,7 +123,8 @@ class BundleTransformer(nn.Module):
         given = {**conditions, loop.noise.name: noise}
         specs = [loop.noise, *loop.conditions]
         tensors = [_argument(spec, given, batch, self._device) for spec in specs]
-        (latents,) = engine(tensors, [_result(loop.noise, batch)])
+        latents = self._empty(loop.noise, batch)
+        engine(tensors, [latents])
         return latents
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,9 +142,11 @@ class BundleTransformer(nn.Module):
         except BaseException:
             generation.reset()
             raise
-        if given.get("return_dict", True) is False:
-            return tuple(results)
-        return _output(results)
+        return self.answer(results, given)
+
+    def answer(self, results: list[Tensor], given: Mapping[str, Any]) -> Any:
+        """Return ``results`` as the model's forward would, called with ``given``."""
+        return tuple(results) if given.get("return_dict", True) is False else _output(results)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name, as the model's forward would take them."""
@@ -178,6 +181,8 @@ class BundleTransformer(nn.Module):
         if step == 0:
             generation.caches.clear()
             generation.hoisted.clear()
+            if batch != generation.batch:
+                generation.buffers.clear()
             generation.batch = batch
             if manifest.shares_guidance and manifest.latent:
                 first, second = inputs[manifest.latent].tensor_split(2)
@@ -194,14 +199,18 @@ class BundleTransformer(nn.Module):
         slots = [slot for slot, _ in variant.reads]
         caches = generation.caches.read(program, step, slots, self._device, once)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
-        expected = [_result(spec, batch) for spec in manifest.outputs]
-        written = [slot for slot, _ in variant.writes]
-        expected += [_result(self._slots[slot], batch) for slot in written]
-        results = self._engines[manifest.schedule[step]](tensors, expected)
-        count = len(manifest.outputs)
-        values = dict(zip(written, results[count:], strict=True))
+        results = [self._empty(spec, batch) for spec in manifest.outputs]
+        specs = [self._slots[slot] for slot, _ in variant.writes]
+        free = generation.buffers.take(
+            [(spec.sizes(batch), _dtype(spec)) for spec in specs], self._device, generation.caches
+        )
+        self._engines[manifest.schedule[step]](tensors, [*results, *free])
+        values = {spec.name: buffer for spec, buffer in zip(specs, free, strict=True)}
         generation.caches.write(program, step, values)
-        return results[:count]
+        return results
+
+    def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
+        return torch.empty(spec.sizes(batch), dtype=_dtype(spec), device=self._device)
 
     def _batch(self, given: Mapping[str, Any]) -> int:
         manifest = self.manifest
@@ -234,8 +243,9 @@ class BundleTransformer(nn.Module):
 
         def compute() -> Values:
             written = [slot for slot, _ in spec.writes]
-            expected = [_result(self._slots[slot], batch) for slot in written]
-            return dict(zip(written, prologue(tensors, expected), strict=True))
+            results = [self._empty(self._slots[slot], batch) for slot in written]
+            prologue(tensors, results)
+            return dict(zip(written, results, strict=True))
 
         return generation.hoisted.of(tensors, compute)
 
@@ -255,8 +265,9 @@ def _program(manifest: Manifest) -> StepProgram:
     )
 
 
-def _result(spec: TensorSpec, batch: int) -> Result:
-    return spec.sizes(batch), getattr(torch, spec.dtype)
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    found: torch.dtype = getattr(torch, spec.dtype)
+    return found
 
 
 def _lookup(name: str, given: Mapping[str, Any]) -> Any:
@@ -290,7 +301,7 @@ def _argument(
             expected=list(expected),
             remedy="export a bundle for this shape",
         )
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    dtype = _dtype(spec)
     if tensor.dtype != dtype:
         if tensor.is_floating_point() != dtype.is_floating_point and not _is_timestep(tensor):
             raise ConfigError(

@@ -230,7 +230,10 @@ def _count(built: dict[_Row, EagerVariant], objective: Objective) -> dict[_Row, 
 def _time(
     built: dict[_Row, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
 ) -> dict[_Row, float]:
-    """Return the least seconds of each variant, which others disturb least; they take turns."""
+    """Return the least seconds of each variant, which others disturb least; they take turns.
+
+    Rows that come to the same variant are timed once.
+    """
     caches: dict[str, Tensor] = {}
     unit = torch.ones((), device=example[0].device)  # the distance of an extrapolation
     with torch.no_grad():
@@ -239,12 +242,13 @@ def _time(
                 returned = variant.module(*example)
                 for slot, item in zip(variant.writes, returned[results:], strict=True):
                     caches |= {slot: item, previous_of(slot): item}
-        samples: dict[_Row, list[float]] = {name: [] for name in built}
+        distinct = {id(variant): variant for variant in built.values()}
+        samples: dict[int, list[float]] = {key: [] for key in distinct}
         for _ in range(repetitions + _WARM_UP):
-            for name, variant in built.items():
+            for key, variant in distinct.items():
                 inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
-                samples[name].append(_seconds(partial(variant.module, *inputs)))
-    return {name: min(taken[_WARM_UP:]) for name, taken in samples.items()}
+                samples[key].append(_seconds(partial(variant.module, *inputs)))
+    return {name: min(samples[id(variant)][_WARM_UP:]) for name, variant in built.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:

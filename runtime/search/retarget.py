@@ -203,8 +203,12 @@ def _measured(
         TargetMissedError: the worst of them misses the target.
     """
     work.begin(f"measuring the {group} prompts")
-    judged = work.judge(group, rows, prompts, target)
-    measured = record_values(target, [item.value for item in judged])
+    judged = [
+        item.value
+        for index, prompt in enumerate(prompts)
+        for item in work.judge(group, index, rows, prompt, target)
+    ]
+    measured = record_values(target, judged)
     if target.met_by(measured.worst):
         return measured
     side = "below" if target.at_least else "above"

@@ -77,7 +77,8 @@ class Search:
         self._target = options.target
         self._prompts = prompts
         self._held_out = held_out
-        self._judged: dict[tuple[str, str], list[Judgement]] = {}
+        self._judged: dict[tuple[str, str, int], list[Judgement]] = {}
+        self._hardness: dict[tuple[str, int], float] = {}  # by the last plan
 
     def quality(self) -> Found:
         """Return the strongest plan whose worst calibration and held-out prompts meet the target.
@@ -228,19 +229,37 @@ class Search:
         return record_values(self._target, values) if values else None
 
     def _judge(self, group: str, rows: list[Row], prompts: Sequence[Prompt]) -> list[Judgement]:
-        """Compare the plan's images with dense ones, once per plan, kept in the checkpoint."""
+        """Compare the plan's images with dense ones, up to the first prompt that misses the target.
+
+        The hardest prompts come first: those that the last plan damaged most.
+        """
+        order = sorted(range(len(prompts)), key=lambda k: -self._hardness.get((group, k), 0.0))
+        judged: list[Judgement] = []
+        for index in order:
+            found = self._judge_prompt(group, rows, index, prompts[index])
+            met = self._met(found)
+            self._hardness[group, index] = _ratio(found, met)
+            judged += found
+            if not met:
+                break
+        return judged
+
+    def _judge_prompt(
+        self, group: str, rows: list[Row], index: int, prompt: Prompt
+    ) -> list[Judgement]:
+        """Judge one prompt's images, once per plan, kept in the checkpoint."""
         work = self._work
         if not _changes(rows):
-            pairs = [(work.dense(group, k, prompt), prompt) for k, prompt in enumerate(prompts)]
-            return [item for d, p in pairs for item in self._target.judge(d, d, p.call)]
+            dense = work.dense(group, index, prompt)
+            return self._target.judge(dense, dense, prompt.call)
 
         def make() -> list[tuple[float, float, float | None]]:
-            judged = work.judge(group, rows, prompts, self._target)
+            judged = work.judge(group, index, rows, prompt, self._target)
             return [(item.value, item.damage, item.allowed) for item in judged]
 
-        key = (group, _digest(rows))
+        key = (group, _digest(rows), index)
         if key not in self._judged:
-            kept = work.checkpoint.data("-".join(key), make)
+            kept = work.checkpoint.data("-".join(map(str, key)), make)
             self._judged[key] = [Judgement(*item) for item in kept]
         return self._judged[key]
 

@@ -101,17 +101,13 @@ class Work:
         self._dense[group, index] = images
 
     def judge(
-        self, group: str, rows: Sequence[Row], prompts: Sequence[Prompt], target: Target
+        self, group: str, index: int, rows: Sequence[Row], prompt: Prompt, target: Target
     ) -> list[Judgement]:
-        """Generate by the plan ``rows`` and compare with dense."""
-        judged: list[Judgement] = []
-        price = self._forwards_of(rows)
-        for index, prompt in enumerate(prompts):
-            dense = self.dense(group, index, prompt)
-            stepper = PlanStepper(self.variants, rows)
-            images = self.run(stepper, prompt, price)
-            judged += target.judge(dense, images, prompt.call)
-        return judged
+        """Generate by the plan ``rows`` and compare with dense; return an entry per image."""
+        dense = self.dense(group, index, prompt)
+        stepper = PlanStepper(self.variants, rows)
+        images = self.run(stepper, prompt, self._forwards_of(rows))
+        return target.judge(dense, images, prompt.call)
 
     def _forwards_of(self, rows: Sequence[Row]) -> float:
         """Return the matrix products of a generation by ``rows``, in dense forward passes."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError, EngineError
-from ditfastattn.runtime.bundle.transformer import Result
 from ditfastattn.runtime.tensorrt.library import Library
 
 
@@ -64,20 +63,15 @@ class TensorRTGraph:
         """Return where the tensors must be."""
         return self._device
 
-    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
-        """Queue a run on ``tensors``; ``results`` holds the shape and dtype of each output.
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Queue a run from ``tensors`` into ``results``, which are contiguous.
 
         Raises:
             EngineError: TensorRT refused a shape, or failed.
         """
-        made = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in results]
-        self.run([tensor.contiguous() for tensor in tensors], made)
-        return made
-
-    def run(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Queue a run from ``tensors`` into ``results``, all of them contiguous."""
         context = self._context()
-        for name, tensor in zip(self._inputs, tensors, strict=True):
+        kept = [tensor.contiguous() for tensor in tensors]
+        for name, tensor in zip(self._inputs, kept, strict=True):
             # An engine knows sizes within its profile alone, and the context says so.
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
@@ -108,7 +102,7 @@ class CudaGraph:
         self._graph = graph
         self._threads = threading.local()
 
-    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Run as ``TensorRTGraph`` does."""
         if not hasattr(self._threads, "captured"):
             self._threads.captured = {}
@@ -116,27 +110,27 @@ class CudaGraph:
         captured: dict[Any, _Captured] = self._threads.captured
         if shapes not in captured:
             captured[shapes] = _Captured(self._graph, tensors, results)
-        return captured[shapes](tensors)
+        captured[shapes](tensors, results)
 
 
 class _Captured:
     def __init__(
-        self, graph: TensorRTGraph, tensors: Sequence[Tensor], results: Sequence[Result]
+        self, graph: TensorRTGraph, tensors: Sequence[Tensor], results: Sequence[Tensor]
     ) -> None:
         self._inputs = [tensor.clone().contiguous() for tensor in tensors]
-        device = graph.device
-        self._outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in results]
-        graph.run(self._inputs, self._outputs)  # the first run allocates, which a capture must not
-        torch.cuda.current_stream(device).synchronize()
+        self._outputs = [torch.empty_like(result) for result in results]
+        graph(self._inputs, self._outputs)  # the first run allocates, which a capture must not
+        torch.cuda.current_stream(graph.device).synchronize()
         self._replayed = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._replayed):
-            graph.run(self._inputs, self._outputs)
+            graph(self._inputs, self._outputs)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         for own, given in zip(self._inputs, tensors, strict=True):
             own.copy_(given, non_blocking=True)
         self._replayed.replay()
-        return [output.clone() for output in self._outputs]
+        for result, own in zip(results, self._outputs, strict=True):
+            result.copy_(own, non_blocking=True)
 
 
 def _stream(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from ditfastattn.runtime.bundle.manifest import (
     file_hash,
     read_manifest,
 )
-from ditfastattn.runtime.bundle.transformer import BundleTransformer, Engine, Result
+from ditfastattn.runtime.bundle.transformer import BundleTransformer, Engine
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES_FOLDER,
     Engines,
@@ -130,7 +130,7 @@ def load_engines(
     return BundleTransformer(manifest, variants, prologue, device, open_loop, providers)
 
 
-def _not_built(tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
+def _not_built(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     raise ConfigError(
         "only the unrolled loop was built: it generates, and cannot be stepped",
         remedy="call generate, or build the steps (`ditfastattn build --layout variants`)",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ditfastattn.runtime.bundle.manifest import Manifest
-from ditfastattn.runtime.bundle.transformer import Engine, Result
+from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
+from ditfastattn.runtime.bundle.transformer import Engine
 from ditfastattn.runtime.tensorrt.engines import SwitchSpec
 
 
@@ -36,25 +36,24 @@ class SwitchedVariant:
         self._ports = switch.variants[index]
         self._number = torch.tensor(index, dtype=torch.int32, device=device)
 
-    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Result]) -> list[Tensor]:
-        """Run on the model's inputs and the variant's reads; return outputs and writes."""
+    def __call__(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Run from the model's inputs and the variant's reads into outputs and writes."""
         switch, count = self._switch, len(self._manifest.outputs)
         inputs, slots = tensors[: len(switch.inputs)], tensors[len(switch.inputs) :]
         batch = len(next(tensor for tensor in inputs if tensor.dim()))
         given = dict(zip(self._ports.reads, slots, strict=True))
         reads = [
-            given[port] if port in given else self._filler(port, batch)
-            for port in range(len(switch.reads))
+            given[port] if port in given else self._filler(spec.like, batch)
+            for port, spec in enumerate(switch.reads)
         ]
-        expected = [
-            (spec.like.sizes(batch), getattr(torch, spec.like.dtype)) for spec in switch.writes
+        taken = dict(zip(self._ports.writes, results[count:], strict=True))
+        writes = [
+            taken[port] if port in taken else self._filler(spec.like, batch)
+            for port, spec in enumerate(switch.writes)
         ]
-        returned = self._engine([self._number, *inputs, *reads], [*results[:count], *expected])
-        ports = returned[count:]
-        return [*returned[:count], *(ports[port] for port in self._ports.writes)]
+        self._engine([self._number, *inputs, *reads], [*results[:count], *writes])
 
-    def _filler(self, port: int, batch: int) -> Tensor:
-        """Return what is given to a port that the variant does not read."""
-        like = self._switch.reads[port].like
+    def _filler(self, like: TensorSpec, batch: int) -> Tensor:
+        """Return what is given to a port that the variant does not use."""
         dtype: torch.dtype = getattr(torch, like.dtype)
         return torch.empty(like.sizes(batch), dtype=dtype, device=self._number.device)

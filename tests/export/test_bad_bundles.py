@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ditfastattn import ConfigError, EngineError, Strategy, load
-from ditfastattn.runtime.bundle.manifest import MANIFEST, check_files, file_hash, read_manifest
-from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph
+from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
+from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, import_onnxruntime
 from tests.export.helpers import export_tiny
 from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
 
 Data = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,11 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
         (lambda d: d["variants"][0].update(inputs=["other"]), "the model has not"),
         (lambda d: d.update(surprise=1), "Extra inputs"),
         (lambda d: d["slots"].clear(), "is no slot"),
+        (lambda d: d["files"].pop("plan.json"), "plan_sha256"),
+        (lambda d: d.update(plan_sha256="0" * 64), "plan_sha256"),
+        (lambda d: d.update(latent="picture"), "latent: 'picture' is no input"),
+        (lambda d: d["inputs"][0].update(dtype="float8"), "'float32'"),
+        (lambda d: d["model"].update(dtype="__class__"), "'float32'"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(
@@ -156,23 +166,44 @@ def places(item: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def holder_of(content: Data, place: tuple[Any, ...]) -> Any:
+    found: Any = content
+    for key in place[:-1]:
+        found = found[key]
+    return found
+
+
+def damage(content: Data, data: st.DataObject) -> None:
+    """Put something else in a place, or nothing, or what stands in another place."""
+    known = places(content)
+    place = data.draw(st.sampled_from(known))
+    holder = holder_of(content, place)
+    match data.draw(st.sampled_from(["put", "drop", "copy", "more"])):
+        case "put":
+            holder[place[-1]] = data.draw(JSON)
+        case "drop":
+            del holder[place[-1]]
+        case "copy":
+            other = data.draw(st.sampled_from(known))
+            holder[place[-1]] = copy.deepcopy(holder_of(content, other)[other[-1]])
+        case "more" if isinstance(holder, list):
+            holder.insert(place[-1], copy.deepcopy(holder[place[-1]]))
+
+
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_manifest_is_read_or_refused(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_manifest_is_run_or_refused(bundle: Path, whole: Path, data: st.DataObject) -> None:
+    """Whatever the manifest says, of files that are whole: there is no other kind of error."""
     content = json.loads((whole / MANIFEST).read_text())
     for _ in range(data.draw(st.integers(1, 3))):
-        *outer, last = data.draw(st.sampled_from(places(content)))
-        holder = content
-        for key in outer:
-            holder = holder[key]
-        holder[last] = data.draw(JSON)
-        if not places(content):
-            break
-    (tmp_path / MANIFEST).write_text(json.dumps(content))
-    with suppress(ConfigError):  # any other error fails
-        check_files(tmp_path, read_manifest(tmp_path))
+        if places(content):
+            damage(content, data)
+    (bundle / MANIFEST).write_text(json.dumps(content))
+    tiny = tiny_dit()
+    with suppress(ConfigError, EngineError):  # any other error fails
+        tiny.run(load(bundle))
 
 
 def test_another_resolution_is_refused(bundle: Path) -> None:
@@ -201,6 +232,20 @@ def test_a_provider_that_is_not_there_is_an_error(bundle: Path) -> None:
         load(bundle, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
+def test_a_provider_that_falls_back_in_silence_is_an_error(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime lists a provider that it was built with, and goes on without it."""
+    runtime = import_onnxruntime()
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: listed)
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(ConfigError, match=r"did not load(.|\n)*got: +CUDA"),
+    ):
+        load(bundle, providers=listed)
+
+
 def test_a_session_that_dies_leaves_no_half_generation(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,9 +270,27 @@ def test_a_session_that_dies_leaves_no_half_generation(
 def test_a_run_that_onnxruntime_refuses_is_an_engine_error(bundle: Path) -> None:
     transformer = load(bundle)
     graph: Any = transformer._engines[0]
-    shapes = [((4, 4, 8, 8), torch.float32)] * len(graph._outputs)
+    results = [torch.empty(4, 4, 8, 8)] * len(graph._outputs)
     with pytest.raises(EngineError, match=r"variant_00\.onnx: ONNX Runtime failed"):
-        graph([torch.zeros(1, 2, 3)] * len(graph._inputs), shapes)
+        graph([torch.zeros(1, 2, 3)] * len(graph._inputs), results)
+
+
+SHARED_POOL = """
+import sys
+from ditfastattn import load
+from tests.helpers import largest_difference, tiny_dit
+tiny = tiny_dit()
+bundle = load(sys.argv[1], threads=2, share_threads=True)
+print(largest_difference(tiny.run(bundle), tiny.run(bundle)))
+"""
+
+
+def test_sessions_share_one_pool_of_threads(bundle: Path) -> None:
+    """In a process of its own: every session of a process must then ask for the pool."""
+    command = [sys.executable, "-c", SHARED_POOL, str(bundle)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert float(done.stdout) == 0.0
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

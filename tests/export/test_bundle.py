@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import growing
+from ditfastattn.passes.plan import TileWindow
+from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_tiny
 from tests.helpers import (
@@ -79,6 +84,14 @@ def test_the_batch_is_free(tmp_path: Path) -> None:
     manifest = export_tiny(tiny, rows, tmp_path / "bundle")
     assert manifest.fixed_batch == 0
     assert manifest.batch_multiple == 2
+    graph = onnx.load(tmp_path / "bundle" / "variant_01.onnx", load_external_data=False).graph
+    named = {
+        item.name: item.type.tensor_type.shape.dim[0].dim_param
+        for item in (*graph.input, *graph.output)
+        if item.type.tensor_type.shape.dim
+    }
+    assert named["hidden_states"] == "batch"
+    assert set(named.values()) <= {"batch", "batch/2"}
     bundle = load(tmp_path / "bundle")
     four = tiny.run(bundle, 4)
 
@@ -103,17 +116,85 @@ def test_a_fixed_batch_refuses_others(tmp_path: Path) -> None:
         tiny.run(bundle, 2)
 
 
-def test_onnx_own_evaluator_agrees(tmp_path: Path) -> None:
+class Evaluated:
+    """Run a graph by ONNX's own evaluator, in a session's place."""
+
+    device = torch.device("cpu")
+    providers = ("ReferenceEvaluator",)
+
+    def __init__(self, path: Path, inputs: Any, outputs: Any, _options: Any) -> None:
+        self.evaluator = ReferenceEvaluator(str(path))
+        self.inputs, self.outputs = inputs, list(outputs)
+
+    def __call__(self, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+        given = {name: t.numpy() for name, t in zip(self.inputs, tensors, strict=True)}
+        found = self.evaluator.run(self.outputs, given)
+        for result, item in zip(results, found, strict=True):
+            result.copy_(torch.from_numpy(item))
+
+
+@pytest.mark.parametrize("name", list(TINY_MODELS))
+def test_onnx_own_evaluator_agrees(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    rows = mixed_strategies(sites, seed=4)
+    assert {s for row in rows for s in row} == {*Strategy}
+    export_tiny(tiny, rows, tmp_path / "bundle")
+    monkeypatch.setattr(loading, "OnnxGraph", Evaluated)
+    bundle = load(tmp_path / "bundle")
+    assert bundle.providers == ("ReferenceEvaluator",)
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3"])
+def test_windows_by_tiles_equal_the_plan_interpreter(name: str, tmp_path: Path) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    tiled = [
+        replace(site, window=next(w for w in site.windows if isinstance(w, TileWindow)))
+        if site.windows
+        else site
+        for site in sites
+    ]
+    assert any(isinstance(site.window, TileWindow) for site in tiled)
+    rows = mixed_strategies(tiled, seed=5)
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in tiled)})
+    torch._dynamo.reset()
+    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
+    expected = tiny.reference(rows, tiled, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
+
+
+def test_a_plan_of_two_calls_a_step_is_not_exported(tmp_path: Path) -> None:
     tiny = tiny_dit()
-    export_tiny(tiny, None, tmp_path / "bundle")
-    evaluator = ReferenceEvaluator(str(tmp_path / "bundle" / "variant_00.onnx"))
-    call = tiny.call(0, 2)
-    names = [str(name) for name in evaluator.input_names]
-    given = {name: call[name].numpy() for name in names}
-    (result,) = evaluator.run(None, given)
-    with torch.no_grad():
-        expected = tiny.model(**call)[0]
-    assert float((torch.from_numpy(result) - expected).abs().max()) < 1e-4
+    plan = make_plan(tiny, [(Strategy.FULL,) * 3] * 2, CfgLayout.SEPARATE)
+    with pytest.raises(ConfigError, match=r"cannot be exported yet(.|\n)*remedy"):
+        export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_caches_are_written_into_what_dropped_caches_leave(tmp_path: Path) -> None:
+    """Two tensors take turns at a slot, and a second generation allocates none."""
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, Strategy.SHARE_CFG)
+    full, share = rows[0], uniform_strategies(sites, Strategy.SHARE_STEP)[1]
+    rows = [full, share, full, share, full, share]
+    export_tiny(tiny, rows, tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4
+    buffers, slots = bundle._generation().buffers, len(bundle.manifest.slots)
+    assert slots <= buffers.count <= 2 * slots
+    made = buffers.count
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4
+    assert buffers.count == made
+    tiny.run(bundle, 8)
+    assert buffers.count == made  # of the other batch; those of this one are gone
 
 
 def test_fp16_is_half_the_size_and_close(tmp_path: Path) -> None:
@@ -141,6 +222,22 @@ def test_bf16_is_valid_onnx(name: str, tmp_path: Path) -> None:
     rows = mixed_strategies(sites, seed=2)
     manifest = export_tiny(tiny, rows, tmp_path / "bundle", options=options)
     assert {spec.dtype for spec in manifest.outputs} == {"bfloat16"}
+
+
+def test_a_planned_half_bundle_is_verified_against_the_whole_model(tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(DPMSolverMultistepScheduler())
+    call = {"class_labels": [1, 4], "num_inference_steps": 4, "guidance_scale": 2.0}
+    steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG]
+    plan = plan_for(pipeline, call, steps)
+    export(pipeline, call, plan, tmp_path / "bundle", dtype="float16", loop=True)
+    found = verify(tmp_path / "bundle", pipeline, call)
+    assert found.passed
+    assert 1e-5 < max(found.step_errors) < 5e-2 == found.bounds[0]  # fp16 is not fp32
+    assert found.loop_error > 0.0
+    with torch.no_grad():
+        pipeline.transformer.proj_out_2.bias.add_(1.0)
+    with pytest.raises(ConfigError, match=r"plan\.model\.weights"):
+        verify(tmp_path / "bundle", pipeline, call)
 
 
 def test_variants_share_one_file_of_weights_each_content_once(tmp_path: Path) -> None:
@@ -180,7 +277,9 @@ def test_a_pipeline_runs_the_bundle_and_verify_says_so(tmp_path: Path) -> None:
     call = {"class_labels": [1, 4], "num_inference_steps": 4, "guidance_scale": 2.0}
     steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG]
     plan = plan_for(pipeline, call, steps)
-    export(pipeline, call, plan, tmp_path / "bundle")
+    told: list[tuple[str, int, int]] = []
+    export(pipeline, call, plan, tmp_path / "bundle", on_progress=lambda *done: told.append(done))
+    assert told == [(f"variant_{index:02d}.onnx", index + 1, 4) for index in range(4)]
     found = verify(tmp_path / "bundle", pipeline, call)
     assert found.passed
     assert len(found.step_errors) == 4
@@ -311,6 +410,30 @@ def test_what_another_export_left_is_not_taken(
     export_tiny(tiny, None, tmp_path / "bundle")
     bundle = load(tmp_path / "bundle")
     assert largest_difference(tiny.run(bundle), tiny.run(tiny.model)) < 1e-4
+
+
+def test_a_bundle_is_back_after_an_export_was_killed_between_renames(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    export_tiny(tiny, None, tmp_path / "bundle")
+    before = (tmp_path / "bundle" / MANIFEST).read_text()
+    (tmp_path / "bundle").rename(tmp_path / ".bundle.old")
+    with suppress(ConfigError), growing(tmp_path / "bundle"):
+        raise ConfigError("refused")
+    assert (tmp_path / "bundle" / MANIFEST).read_text() == before
+
+
+def test_a_machine_out_of_memory_loses_no_finished_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[export_model.__module__]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(module, "describe", fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        export_tiny(tiny_dit(), None, tmp_path / "bundle")
+    assert (tmp_path / ".bundle.partial" / "variant_00.onnx").is_file()
 
 
 def test_two_exports_do_not_write_one_bundle(tmp_path: Path) -> None:

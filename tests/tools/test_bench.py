@@ -27,6 +27,7 @@ from ditfastattn.tools.bench.forms import Form, PeerLane, fresh_copy, peer_lane
 from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, BenchOptions, fidelity
 from ditfastattn.tools.bench.models import BenchModel, model_named
 from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
+from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
 from ditfastattn.tools.bench_command import run_bench
 from tests.helpers import randomize, tiny_digits_pipeline
@@ -265,3 +266,24 @@ def test_the_command_checks_its_arguments(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, arguments)
     assert isinstance(result.exception, ConfigError)
     assert CliRunner().invoke(cli.app, ["bench", "--repetitions", "3"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "tokens"),
+    [
+        ("dit-xl-512", 0.75, 1024),
+        ("pixart-sigma-1k", 0.61, 4096),
+        ("pixart-sigma-2k", 0.61, 16384),
+        ("sd3", 2.08, 4096),
+        ("flux", 11.9, 4096),
+    ],
+)
+def test_random_models_are_of_the_published_sizes(name: str, billions: float, tokens: int) -> None:
+    architecture = ARCHITECTURES[name]()
+    with torch.device("meta"):
+        transformer = architecture.make(**architecture.config)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    first, *_, last = architecture.shape
+    packed = len(architecture.shape) == 2  # tokens and channels, else channels, height and width
+    assert (first if packed else (last // 2) ** 2) == tokens

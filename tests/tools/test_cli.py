@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
 from typer.testing import CliRunner
 
 from ditfastattn import ConfigError, Plan
 from ditfastattn.runtime.search.timing import measure_pairs, summarize
 from ditfastattn.tools import cli, demo
+from ditfastattn.tools.digits_data import class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import tiny_digits_pipeline
 
@@ -110,3 +114,34 @@ def test_a_plan_is_exported_and_the_bundle_verified(saved: Path, tmp_path: Path)
     (bundle / "weights.bin").write_bytes(b"")
     broken = runner.invoke(cli.app, ["verify", str(bundle), *common])
     assert isinstance(broken.exception, ConfigError)
+
+
+README = Path(__file__).parents[2] / "README.md"
+DEMO_PLAN = Path(__file__).parents[2] / "benchmarks" / "demo" / "plan.json"
+
+
+def readme_blocks(section: str) -> list[str]:
+    """Return the code blocks of a section of the README."""
+    text = README.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    return [block.partition("\n")[2] for block in text.split("```")[1::2]]
+
+
+@pytest.mark.slow
+def test_the_readme_leads_from_a_plan_to_a_digit_out_of_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search alone is left out: the plan that the demo has found takes its place."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEMO_PLAN, "plan.json")
+    shell, script = readme_blocks("Export it to ONNX Runtime")
+    commands = [line.partition("#")[0].split() for line in shell.splitlines()]
+    ours = [words[1:] for words in commands if words[:1] == ["ditfastattn"]]
+    assert [words[0] for words in ours] == ["calibrate", "export", "verify"]
+    assert ours[0][-2:] == ["--out", "plan.json"]
+    for words in ours[1:]:
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, result.output
+    exec(compile(script, str(README), "exec"), {})
+    pixels = torch.from_numpy(np.asarray(Image.open("three.png"))) / 255.0
+    assert pixels.shape == (64, 64)
+    assert class_accuracy(pixels[None, None].float() * 2.0 - 1.0, torch.tensor([3])) == 1.0
