@@ -76,7 +76,17 @@ def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
             where="export(loop=True)",
             remedy="give a plan; one that is full everywhere is dense",
         )
-    return linear_schedule(scheduler, plan.sampler.steps)
+    found = linear_schedule(scheduler, plan.sampler.steps)
+    timesteps = tuple(step.timestep for step in found.steps)
+    if any(abs(a - b) > 1e-3 for a, b in zip(timesteps, plan.sampler.timesteps, strict=True)):
+        raise ConfigError(
+            "the pipeline sets other timesteps than its scheduler would by itself",
+            where="export(loop=True)",
+            got=", ".join(f"{timestep:g}" for timestep in plan.sampler.timesteps[:6]),
+            expected=", ".join(f"{timestep:g}" for timestep in timesteps[:6]),
+            remedy="export without a loop: the pipeline's own scheduler then steps the bundle",
+        )
+    return found
 
 
 def export_model(

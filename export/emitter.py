@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.weights import INLINE_BYTES, Weights, inline_tensor, onnx_type, raw_bytes
+from ditfastattn.runtime.bundle.manifest import Multiple
 
 OPSET: Final = 20
 
@@ -162,6 +163,5 @@ def value_info(value: Value, batch: str) -> onnx.ValueInfoProto:
 
 
 def _dim_name(size: BatchSize, batch: str) -> str:
-    top, bottom = size.factor.numerator, size.factor.denominator
-    times = batch if top == 1 else f"{top}*{batch}"
-    return times if bottom == 1 else f"{times}/{bottom}"
+    factor = size.factor
+    return Multiple(numerator=factor.numerator, denominator=factor.denominator).name(batch)

@@ -122,7 +122,15 @@ class _Run:
 def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
     """Step from ``content[0]`` as the noise, with ``content[1 + t]`` as the output of step t."""
     count = len(content) - 1
-    scheduler.set_timesteps(count)
+    try:
+        scheduler.set_timesteps(count)
+    except ValueError as error:  # of resolution-dependent shifts, say
+        raise ConfigError(
+            "the scheduler's steps depend on more than their number",
+            where="export(loop=True)",
+            got=f"{type(scheduler).__name__}: {error}",
+            remedy="export without a loop: the pipeline's own scheduler then steps the bundle",
+        ) from error
     sample = content[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
     run = _Run([sample], [], [])
     for t, timestep in enumerate(scheduler.timesteps):

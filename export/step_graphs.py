@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -25,9 +25,8 @@ from ditfastattn.passes.merge_linears import merge_linears
 from ditfastattn.passes.pipeline import SiteAction, rewrite
 from ditfastattn.passes.plan import CfgLayout
 from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.runtime.bundle.manifest import Multiple, TensorSpec, VariantSpec
+from ditfastattn.runtime.bundle.manifest import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
 
-BATCH = "batch"
 PROLOGUE_FILE = "prologue.onnx"
 
 
@@ -183,6 +182,6 @@ def sizes(shape: Shape) -> tuple[int | Multiple, ...]:
     )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> Dtype:
     """Return ``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
+    return cast(Dtype, str(dtype).removeprefix("torch."))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.plan import CfgLayout, Plan
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
@@ -32,7 +32,8 @@ class Verification:
         step_errors: the largest absolute error of each step's output, on the same inputs.
         variant_errors: the largest of those of each variant.
         psnr: of a whole generation's image, in dB.
-        loop_error: the largest absolute error of the unrolled loop's latents; 0 without a loop.
+        loop_error: the largest error of the unrolled loop's latents, relative to the largest of
+            them; 0 without a loop.
         bounds: what is allowed: the error and the PSNR.
     """
 
@@ -150,8 +151,11 @@ def _loop_error(
         return 0.0
     names = {spec.name.partition(".")[0] for spec in loop.conditions}
     conditions = {name: arguments[name] for name in names}
-    got = bundle.generate(latents[0] / loop.noise_scale, **conditions)
-    return float((got.cpu() - latents[-1].cpu()).abs().max())
+    lanes = 1 if bundle.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+    images = len(arguments[bundle.manifest.latent]) // lanes  # some pipelines step both halves
+    noise, expected = (item[:images].float().cpu() for item in (latents[0], latents[-1]))
+    got = bundle.generate((noise / loop.noise_scale).to(bundle.dtype), **conditions).float().cpu()
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def _summary(

@@ -71,7 +71,9 @@ def run_verify(console: Console, folder: Path, pipeline: Any, call: Mapping[str,
     error, psnr = found.bounds
     console.print(f"a whole generation: PSNR {found.psnr:.1f} dB (at least {psnr:g})")
     if found.loop_error:
-        console.print(f"the unrolled loop: largest error of its latents {found.loop_error:.1e}")
+        console.print(
+            f"the unrolled loop: its latents' largest error {found.loop_error:.1e} of the largest"
+        )
     if not found.passed:
         raise TargetMissedError(
             "the bundle does not compute what its model does",

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.runtime.bundle.manifest import Manifest, VariantSpec, check_files, read_manifest
-from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_location
+from ditfastattn.runtime.bundle.manifest import (
+    Manifest,
+    TensorSpec,
+    VariantSpec,
+    check_files,
+    read_manifest,
+)
+from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_graph
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 
 log = logging.getLogger(__name__)
@@ -63,7 +69,8 @@ def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxG
             remedy="export it with loop=True (--loop), or step it by a pipeline",
         )
     path = root / loop.file
-    check_location(path, manifest.weights)
+    latents = loop.noise.model_copy(update={"name": loop.latents})
+    check_graph(path, manifest.weights, (loop.noise, *loop.conditions), (latents,))
     return OnnxGraph(path, loop.graph_inputs, [loop.latents], options)
 
 
@@ -72,5 +79,21 @@ def open_graph(
 ) -> OnnxGraph:
     """Open one graph of a bundle whose files have been checked."""
     path = root / spec.file
-    check_location(path, manifest.weights)
+    inputs, outputs = _signature(manifest, spec)
+    check_graph(path, manifest.weights, inputs, outputs)
     return OnnxGraph(path, spec.graph_inputs, manifest.graph_outputs(spec), options)
+
+
+def _signature(manifest: Manifest, graph: VariantSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the inputs and outputs of one graph, as it names them."""
+    arguments = {spec.name: spec for spec in manifest.inputs}
+    slots = {spec.name: spec for spec in manifest.slots}
+    number = TensorSpec(name="", shape=(), dtype="float32")  # how far a step extrapolates
+
+    def ports(pairs: Sequence[tuple[str, str]]) -> list[TensorSpec]:
+        specs = [(slots.get(slot, number), name) for slot, name in pairs]
+        return [TensorSpec(name=name, shape=s.shape, dtype=s.dtype) for s, name in specs]
+
+    inputs = [arguments[name] for name in graph.inputs] + ports(graph.reads)
+    results = [] if graph is manifest.prologue else list(manifest.outputs)
+    return inputs, results + ports(graph.writes)

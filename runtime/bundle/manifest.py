@@ -21,6 +21,7 @@ from ditfastattn.passes.plan import Fingerprint, Sampler
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
+BATCH = "batch"  # the name of that dimension
 SCHEMA_VERSION = 1
 _EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
 
@@ -37,7 +38,7 @@ class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"
     pass
 
 
-class Multiple(_Record):
+class Multiple(_Record, frozen=True):
     """Stand for a size that is ``numerator / denominator`` times the batch."""
 
     numerator: Positive
@@ -50,8 +51,13 @@ class Multiple(_Record):
             raise ValueError(f"a batch of {batch} is no multiple of {size.denominator}")
         return int(size)
 
+    def name(self, batch: str = BATCH) -> str:
+        """Return the name of this dimension in the graphs."""
+        times = batch if self.numerator == 1 else f"{self.numerator}*{batch}"
+        return times if self.denominator == 1 else f"{times}/{self.denominator}"
 
-class TensorSpec(_Record):
+
+class TensorSpec(_Record, frozen=True):
     """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
 
     name: str
@@ -62,15 +68,20 @@ class TensorSpec(_Record):
         """Return the shape at ``batch``."""
         return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
 
+    @property
+    def dims(self) -> tuple[int | str, ...]:
+        """Return the shape as the graphs have it."""
+        return tuple(size if isinstance(size, int) else size.name() for size in self.shape)
 
-class SlotSpec(TensorSpec):
+
+class SlotSpec(TensorSpec, frozen=True):
     """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads)."""
 
     lives: tuple[tuple[Natural, Natural], ...]
     source: str = ""
 
 
-class VariantSpec(_Record):
+class VariantSpec(_Record, frozen=True):
     """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
 
     ``reads`` and ``writes`` pair a slot with the name of the graph's input or output.
@@ -87,14 +98,14 @@ class VariantSpec(_Record):
         return (*self.inputs, *(name for _, name in self.reads))
 
 
-class FileSpec(_Record):
+class FileSpec(_Record, frozen=True):
     """Record a file's content."""
 
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ModelSpec(_Record):
+class ModelSpec(_Record, frozen=True):
     """Describe the transformer that a bundle stands in for."""
 
     class_name: str
@@ -104,7 +115,7 @@ class ModelSpec(_Record):
     dtype: Dtype
 
 
-class LoopSpec(_Record):
+class LoopSpec(_Record, frozen=True):
     """Describe the unrolled sampler: noise and conditions in, latents out.
 
     The graph multiplies standard normal noise by ``noise_scale``, as the pipeline would.
@@ -123,7 +134,7 @@ class LoopSpec(_Record):
         return (self.noise.name, *(spec.name for spec in self.conditions))
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True):
     """Describe a bundle.
 
     Attributes:
@@ -214,25 +225,34 @@ class Manifest(_Record):
         return self.files[file].sha256 if file in self.files else ""
 
     def _check_slots(self) -> None:
-        """Every slot that a step reads has been written before."""
+        """Every slot that a step reads, or takes over, has been written before, and is kept."""
         once = {slot for slot, _ in self.prologue.writes} if self.prologue else set()
-        known = {slot.name for slot in self.slots} | once
+        lives = {slot.name: slot.lives for slot in self.slots}
+        graphs = [*self.variants, *([self.prologue] if self.prologue else [])]
+        for graph in graphs:
+            for slot, _ in graph.writes:
+                if slot not in lives:
+                    raise ValueError(f"{graph.file} writes {slot!r}, which is no slot")
+
+        def kept(slot: str, step: int) -> bool:
+            return any(began < step <= last for began, last in lives.get(slot, ()))
+
+        for moved in self.slots:
+            for began, _ in moved.lives if moved.source else ():
+                if not kept(moved.source, began):
+                    raise ValueError(f"slots: {moved.name!r} takes over what is not kept")
         written = set(once)
         for step, index in enumerate(self.schedule):
-            variant = self.variants[index]
-            given = written | set(self.distances[step])
+            variant, given = self.variants[index], {*once, *self.distances[step]}
             for slot, _ in variant.reads:
-                if slot not in given:
+                if slot not in given and not (slot in written and kept(slot, step)):
                     raise ValueError(f"step {step} reads {slot!r}, which no step has written")
             written |= {
                 moved.name
                 for moved in self.slots
                 if moved.source in written and any(began == step for began, _ in moved.lives)
             }
-            for slot, _ in variant.writes:
-                if slot not in known:
-                    raise ValueError(f"{variant.file} writes {slot!r}, which is no slot")
-                written.add(slot)
+            written |= {slot for slot, _ in variant.writes}
 
     def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
         """Return the names of a graph's outputs, in order; the prologue has none of the model's."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.errors import ConfigError, EngineError
+from ditfastattn.runtime.bundle.manifest import TensorSpec
 
 _INSTALL = 'pip install "ditfastattn[onnx]"'
 _ON_CUDA = (
@@ -91,8 +92,42 @@ def _session_options(options: SessionOptions) -> Any:
     return made
 
 
-def check_location(path: Path, weights: str) -> None:
-    """Raise ``ConfigError`` unless the graph refers to no other file than ``weights`` beside it."""
+def check_graph(
+    path: Path, weights: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """Raise ``ConfigError`` unless the graph is what the manifest says.
+
+    It refers to no other file than ``weights`` beside it, and has the ``inputs`` and ``outputs``.
+    """
+    model = _read(path)
+    _check_location(path, model, weights)
+    for kind, values, specs in (
+        ("inputs", model.graph.input, inputs),
+        ("outputs", model.graph.output, outputs),
+    ):
+        found = {value.name: _described(value) for value in values}
+        wanted = {
+            spec.name: (_ELEMENT_TYPES[getattr(torch, spec.dtype)], spec.dims) for spec in specs
+        }
+        if found != wanted:
+            name = min(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            raise ConfigError(
+                f"the graph has other {kind} than the manifest says",
+                where=f"{path}: {name}",
+                got=found.get(name, "none of that name"),
+                expected=wanted.get(name, "none of that name"),
+                remedy="export the bundle again (`ditfastattn export`)",
+            )
+
+
+def _described(value: Any) -> tuple[int, tuple[int | str, ...]]:
+    """Return the element type and the dimensions of a graph's input or output."""
+    tensor = value.type.tensor_type
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return tensor.elem_type, dims
+
+
+def _read(path: Path) -> Any:
     try:
         import onnx
     except ImportError as error:
@@ -100,9 +135,12 @@ def check_location(path: Path, weights: str) -> None:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise ConfigError("the graph is not ONNX", where=str(path), got=error) from error
+
+
+def _check_location(path: Path, model: Any, weights: str) -> None:
     for tensor in _tensors(model.graph):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value != weights:
