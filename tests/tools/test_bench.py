@@ -274,7 +274,7 @@ def test_the_command_checks_its_arguments(tmp_path: Path) -> None:
         ("dit-xl-512", 0.75, 1024),
         ("pixart-sigma-1k", 0.61, 4096),
         ("pixart-sigma-2k", 0.61, 16384),
-        ("sd3", 2.08, 4096),
+        ("sd3", 2.03, 4096),
         ("flux", 11.9, 4096),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_demo_compiles_measures_and_writes_everything(
     result = demo.run_demo(
         tmp_path, steps=3, guidance_scale=2.0, min_ssim=0.2, repetitions=10, seed=0
     )
-    names = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
     assert names == ["images.png", "plan.json", "plan.png", "result.json"]
     assert Plan.load(tmp_path / "plan.json") == result.plan
     recorded = json.loads((tmp_path / "result.json").read_text())
