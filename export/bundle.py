@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
-from ditfastattn.export.linear_scheduler import LinearSchedule, linear_schedule
+from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
 from ditfastattn.export.lint import lint
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
 from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, growing
@@ -84,7 +84,7 @@ def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
             where="export(loop=True)",
             got=", ".join(f"{timestep:g}" for timestep in plan.sampler.timesteps[:6]),
             expected=", ".join(f"{timestep:g}" for timestep in timesteps[:6]),
-            remedy="export without a loop: the pipeline's own scheduler then steps the bundle",
+            remedy=WITHOUT_LOOP,
         )
     return found
 

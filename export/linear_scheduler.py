@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ditfastattn.errors import ConfigError
 
+WITHOUT_LOOP = "export without a loop: the pipeline's own scheduler then steps the bundle"
 _HISTORY = 4  # of earlier latents, outputs and clipped estimates that a multistep solver may use
 _TOLERANCE = 1e-5  # relative: schedulers' tables are fp32
 
@@ -129,7 +130,7 @@ def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
             "the scheduler's steps depend on more than their number",
             where="export(loop=True)",
             got=f"{type(scheduler).__name__}: {error}",
-            remedy="export without a loop: the pipeline's own scheduler then steps the bundle",
+            remedy=WITHOUT_LOOP,
         ) from error
     sample = content[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
     run = _Run([sample], [], [])

@@ -92,8 +92,6 @@ def growing(out: Path) -> Generator[Path]:
     Raises:
         ConfigError: there is something that is no bundle at ``out``, or another export is writing.
     """
-    if not out.exists() and _old(out).exists():
-        os.replace(_old(out), out)  # an export was killed between its two renames
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not (out / MANIFEST).is_file():
         raise ConfigError(
@@ -107,6 +105,8 @@ def growing(out: Path) -> Generator[Path]:
     what = "another export is writing this bundle"
     remedy = "wait for it, stop it, or export to another folder"
     with sole_writer(lock, out, what, remedy, remove=True):
+        if not out.exists() and _old(out).exists():
+            os.replace(_old(out), out)  # an export was killed between its two renames
         try:
             yield folder
         except (ConfigError, VerifyError):

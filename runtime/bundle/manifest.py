@@ -194,8 +194,7 @@ class Manifest(_Record, frozen=True):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        graphs = [*self.variants, *([self.prologue] if self.prologue else [])]
-        named = [graph.file for graph in graphs] + [self.weights]
+        named = [graph.file for graph in self.graphs] + [self.weights]
         named += [self.loop.file] if self.loop else []
         for file in named:
             if file not in self.files:
@@ -215,7 +214,7 @@ class Manifest(_Record, frozen=True):
             raise ValueError("inputs: none has a batch")
         if self.plan_sha256 and self.plan_sha256 != self._hash_of(PLAN_FILE):
             raise ValueError(f"plan_sha256: {PLAN_FILE} is another file, or not among the files")
-        for graph in graphs:
+        for graph in self.graphs:
             if not inputs.issuperset(graph.inputs):
                 raise ValueError(f"{graph.file}: inputs that the model has not")
         self._check_slots()
@@ -228,8 +227,7 @@ class Manifest(_Record, frozen=True):
         """Every slot that a step reads, or takes over, has been written before, and is kept."""
         once = {slot for slot, _ in self.prologue.writes} if self.prologue else set()
         lives = {slot.name: slot.lives for slot in self.slots}
-        graphs = [*self.variants, *([self.prologue] if self.prologue else [])]
-        for graph in graphs:
+        for graph in self.graphs:
             for slot, _ in graph.writes:
                 if slot not in lives:
                     raise ValueError(f"{graph.file} writes {slot!r}, which is no slot")
@@ -253,6 +251,11 @@ class Manifest(_Record, frozen=True):
                 if moved.source in written and any(began == step for began, _ in moved.lives)
             }
             written |= {slot for slot, _ in variant.writes}
+
+    @property
+    def graphs(self) -> tuple[VariantSpec, ...]:
+        """Return the graphs that are stepped: the variants, and the prologue if there is one."""
+        return (*self.variants, *([self.prologue] if self.prologue else []))
 
     def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
         """Return the names of a graph's outputs, in order; the prologue has none of the model's."""
