@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditfastattn.exporting import load
 from ditfastattn.passes.plan import CfgLayout, Plan
-from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.lowering import Lowering, many_compilations
@@ -89,18 +89,31 @@ def verify(
     call: Mapping[str, Any],
     providers: Sequence[str] = ("CPUExecutionProvider",),
     seed: int = 0,
+    runtime: str = "onnx",
+    target: str = "",
+    cuda_graphs: bool = False,
 ) -> Verification:
     """Generate with the torch model and the bundle in ``folder``; compare every step and the image.
 
-    The torch model runs by the bundle's plan, uncompiled and in its own dtype: nothing but the
-    runtime differs, and the bundle's dtype, which sets the bounds.
+    The torch model runs by the bundle's plan, uncompiled, in its own dtype and where the pipeline
+    is: nothing but the runtime differs, and the bundle's dtype, which sets the bounds.
+
+    Args:
+        folder: the bundle.
+        pipeline: the pipeline that it was exported from.
+        call: what the pipeline is called with.
+        providers: execution providers of ONNX Runtime.
+        seed: seeds the noise.
+        runtime: ``onnx``, or ``tensorrt``: the bundle's engines, by step variants or a switch.
+        target: whose engines to take; without one, those of this GPU.
+        cuda_graphs: capture each engine as a CUDA graph.
 
     Raises:
         ConfigError: the bundle does not load, or it is of another model than the pipeline's.
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    bundle = load(root, providers)
+    bundle = load(root, providers, runtime=runtime, target=target, cuda_graphs=cuda_graphs)
     prompt = split_prompts(call, seed)[0]
     original = pipeline.transformer
     plain = getattr(original, "_orig_mod", original)

@@ -56,6 +56,9 @@ Seed = Annotated[int, typer.Option(help="Seed of the calibration's generation.")
 Target = Annotated[
     str, typer.Option(help="Compute capability of the GPU, such as sm89; current: this machine's.")
 ]
+LayoutOption = Annotated[
+    Layout, typer.Option(help="Engine per step variant, one of all, or the whole loop.")
+]
 
 
 @app.callback()
@@ -293,32 +296,39 @@ def export(
     loop: Annotated[bool, typer.Option(help="Also write a whole generation as one graph.")] = False,
     tensorrt: Annotated[bool, typer.Option(help="Then build TensorRT engines of it.")] = False,
     target: Target = CURRENT,
+    layout: LayoutOption = Layout.AUTO,
 ) -> None:
     """Write the model, run by a plan, as a bundle of ONNX graphs with one file of weights."""
     from ditfastattn.tools.build_command import run_build
     from ditfastattn.tools.export_command import run_export
 
+    if layout is not Layout.AUTO and not tensorrt:
+        raise ConfigError(
+            "engines are not asked for, and a layout is theirs",
+            where="--layout",
+            got=layout.value,
+            remedy="add --tensorrt, or give the layout to `ditfastattn build`",
+        )
+    loop = loop or layout is Layout.LOOP
     loaded = None if plan is None else Plan.load(plan)
     opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
     steps = 1 if loaded is None else loaded.sampler.steps
     arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
     run_export(Console(), opened, arguments, loaded, out, dtype, not fixed_batch, loop)
     if tensorrt:
-        run_build(Console(), out, target)
+        run_build(Console(), out, target, layout)
 
 
 @app.command()
 def build(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     target: Target = CURRENT,
-    layout: Annotated[
-        Layout, typer.Option(help="Engine per step variant, one of all, or the whole loop.")
-    ] = Layout.AUTO,
+    layout: LayoutOption = Layout.AUTO,
     images: Annotated[
         str, typer.Option(help="Least, usual and most images of a call, with commas.")
     ] = "1,1,4",
     max_engine_mb: Annotated[
-        float, typer.Option(min=0.0, help="MiB of weights that engines of all variants may hold.")
+        float, typer.Option(min=0.0, help="MiB that the engines of all variants may take.")
     ] = 2048.0,
     time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds for each engine.")] = 3600.0,
     library: Annotated[
@@ -340,6 +350,9 @@ def verify(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a dense bundle.")] = 20,
     guidance: Guidance = None,
     call: CallOption = "",
+    runtime: Annotated[
+        str, typer.Option(help="onnx, or tensorrt: the engines for this GPU.")
+    ] = "onnx",
 ) -> None:
     """Compare a bundle with its torch model, step by step; exit 1 where they differ."""
     from ditfastattn.runtime.bundle.manifest import read_manifest
@@ -349,7 +362,7 @@ def verify(
     planned = manifest.sampler.steps if manifest.plan_sha256 else steps
     opened = open_pipeline(pipeline, manifest.model.fingerprint.dtype)
     arguments = Generation(planned, guidance, call).arguments(opened, classes, prompts)
-    run_verify(Console(), bundle, opened, arguments)
+    run_verify(Console(), bundle, opened, arguments, runtime)
 
 
 @app.command()

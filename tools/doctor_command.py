@@ -110,9 +110,16 @@ def _tensorrt(module: str, distribution: str) -> Finding:
         return Finding(distribution, version, "", str(error.__cause__ or error), "reinstall it")
     named = [target for target in library.targets if target != CURRENT]
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        where = f"this GPU (sm{major}{minor})"
-        return Finding(distribution, version, f"build engines and run them on {where}")
+        own = "sm{}{}".format(*torch.cuda.get_device_capability())
+        if named and own not in named:
+            return Finding(
+                distribution,
+                version,
+                f"build engines for {', '.join(named)}",
+                f"this GPU, {own}, is none of them",
+                'pip install "ditfastattn[tensorrt]", which builds for every GPU that it runs on',
+            )
+        return Finding(distribution, version, f"build engines and run them on this GPU ({own})")
     if not named:
         return Finding(distribution, version, "", "it builds on the GPU alone", "install a GPU")
     return Finding(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -55,13 +56,21 @@ def run_export(
     return manifest
 
 
-def run_verify(console: Console, folder: Path, pipeline: Any, call: Mapping[str, Any]) -> None:
+def run_verify(
+    console: Console,
+    folder: Path,
+    pipeline: Any,
+    call: Mapping[str, Any],
+    runtime: str = "onnx",
+) -> None:
     """Compare a bundle with its model and print the differences.
 
     Raises:
         TargetMissedError: they differ by more than rounding explains.
     """
-    found = ditfastattn.verify(folder, pipeline, call)
+    if runtime == "tensorrt" and torch.cuda.is_available():
+        pipeline.to("cuda")
+    found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
     table = Table(title="bundle and torch model, the same inputs")
     for column in ("step variant", "largest error"):
         table.add_column(column, justify="left" if column == "step variant" else "right")

@@ -20,7 +20,7 @@ import torch
 from ditfastattn.errors import ConfigError
 from ditfastattn.export.lint import lint, nodes_of
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
-from ditfastattn.export.tensorrt.job import Job, Profile, run_job
+from ditfastattn.export.tensorrt.job import WORKER, Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
 from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
 from ditfastattn.files import sole_writer
@@ -70,21 +70,12 @@ def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -
     layout, reason = choose_layout(root, manifest, chosen)
     out = root / ENGINES_FOLDER / chosen.target
     out.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(manifest, chosen.images, layout)
-    alone = sole_writer(out / ".lock", out, "another build is writing these engines")
-    with alone, _graphs(root, manifest, layout, rows[1]) as (graphs, switch):
-        engines = Engines(
-            library=library.name,
-            version=library.version,
-            target=chosen.target,
-            device=torch.cuda.get_device_name() if chosen.target == CURRENT else "",
-            layout=layout,
-            reason=reason,
-            rows=rows,
-            manifest_sha256=file_hash(root / MANIFEST),
-            switch=switch,
-        )
-        return _Builder(manifest, engines, chosen, out).build(graphs)
+    with sole_writer(out / ".lock", out, "another build is writing these engines"):
+        builder = _Builder(root, manifest, library, chosen, out)
+        if chosen.layout is Layout.AUTO and layout is Layout.VARIANTS:
+            first = builder.first()
+            layout, reason = choose_layout(root, manifest, chosen, first)
+        return builder.build(layout, reason)
 
 
 def _check_target(library: Library, target: str) -> None:
@@ -147,35 +138,65 @@ def _graphs(
 
 class _Builder:
     def __init__(
-        self, manifest: Manifest, engines: Engines, options: BuildOptions, out: Path
+        self,
+        root: Path,
+        manifest: Manifest,
+        library: Library,
+        options: BuildOptions,
+        out: Path,
     ) -> None:
-        self._manifest, self._engines, self._options = manifest, engines, options
-        self._out = out
-        self._before = _known(out)
+        self._root, self._manifest, self._library = root, manifest, library
+        self._options, self._out = options, out
+        self._known = _known(out)
 
-    def build(self, graphs: list[_Graph]) -> Engines:
+    def first(self) -> int:
+        """Build the first variant's engine alone; return its size in bytes."""
+        layout = Layout.VARIANTS
+        engines = self._described(layout, "the first of them is measured", None)
+        with _graphs(self._root, self._manifest, layout, engines.rows[1]) as (graphs, _):
+            made = self._engine(graphs[0], engines)
+        self._known[made.key] = made
+        return made.content.bytes
+
+    def build(self, layout: Layout, reason: str) -> Engines:
         """Build one engine after the other; ``engines.json`` grows with them."""
-        for graph in graphs:
-            made = self._engine(graph)
-            self._engines = self._engines.model_copy(
-                update={"engines": (*self._engines.engines, made)}
-            )
-            self._engines.save(self._out)
-        kept = {spec.file for spec in self._engines.engines}
+        rows = rows_of(self._manifest, self._options.images, layout)
+        with _graphs(self._root, self._manifest, layout, rows[1]) as (graphs, switch):
+            engines = self._described(layout, reason, switch)
+            for graph in graphs:
+                made = self._engine(graph, engines)
+                engines = engines.model_copy(update={"engines": (*engines.engines, made)})
+                engines.save(self._out)
+        kept = {spec.file for spec in engines.engines}
         for path in self._out.glob("*.engine"):
             if path.name not in kept:
                 path.unlink()
                 path.with_suffix(".log").unlink(missing_ok=True)
-        return self._engines
+        return engines
 
-    def _engine(self, graph: _Graph) -> EngineSpec:
+    def _described(self, layout: Layout, reason: str, switch: SwitchSpec | None) -> Engines:
+        """Return the description of engines of which none is built yet."""
+        target = self._options.target
+        return Engines(
+            library=self._library.name,
+            version=self._library.version,
+            target=target,
+            device=torch.cuda.get_device_name() if target == CURRENT else "",
+            layout=layout,
+            reason=reason,
+            rows=rows_of(self._manifest, self._options.images, layout),
+            manifest_sha256=file_hash(self._root / MANIFEST),
+            switch=switch,
+        )
+
+    def _engine(self, graph: _Graph, engines: Engines) -> EngineSpec:
         lint(graph.path)
-        engines, options = self._engines, self._options
-        profiles = self._profiles(graph)
-        key = self._key(graph, profiles)
-        if key in self._before:
+        options = self._options
+        profiles = self._profiles(graph, engines.rows)
+        key = self._key(graph, engines, profiles)
+        if key in self._known:
             options.on_progress(graph.name, "is there already", 1.0)
-            return self._before[key]
+            return self._known[key]
         file = f"{Path(graph.name).stem}-{key[:12]}.engine"
         engine = self._out / file
         log = engine.with_suffix(".log")
@@ -195,23 +216,23 @@ class _Builder:
             seconds=round(time.monotonic() - began, 1),
             attentions=len(wanted),
             fused=len(found.attentions),
-            findings=tuple(self._findings(wanted, found, content.bytes)),
+            findings=tuple(self._findings(wanted, found, content.bytes, engines.layout)),
         )
 
-    def _profiles(self, graph: _Graph) -> dict[str, Profile]:
+    def _profiles(self, graph: _Graph, rows: tuple[int, int, int]) -> dict[str, Profile]:
         """Return the shapes of the inputs that depend on the batch."""
         if self._manifest.fixed_batch:
             return {}
-        least, usual, most = self._engines.rows
+        least, usual, most = rows
         return {
             name: (spec.sizes(least), spec.sizes(usual), spec.sizes(most))
             for name, spec in graph.inputs.items()
             if any(not isinstance(size, int) for size in spec.shape)
         }
 
-    def _key(self, graph: _Graph, profiles: Mapping[str, Profile]) -> str:
-        engines = self._engines
+    def _key(self, graph: _Graph, engines: Engines, profiles: Mapping[str, Profile]) -> str:
         parts = {
+            "builder": file_hash(WORKER),  # which sets the builder's flags
             "graph": file_hash(graph.path),
             "weights": self._manifest.files[self._manifest.weights].sha256,
             "library": [engines.library, engines.version],
@@ -220,7 +241,9 @@ class _Builder:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _findings(self, wanted: list[str], found: BuildLog, size: int) -> list[str]:
+    def _findings(
+        self, wanted: list[str], found: BuildLog, size: int, layout: Layout
+    ) -> list[str]:
         lines = [f"error: {message}" for message in found.errors[:_TOLD]]
         lines += [f"warning: {message}" for message in dict.fromkeys(found.warnings[:_TOLD])]
         missing = len(wanted) - len(found.attentions)
@@ -231,7 +254,7 @@ class _Builder:
                 f"{missing} of {len(wanted)} attentions are not one fused kernel each{remedy}"
             )
         weights = self._manifest.files[self._manifest.weights].bytes
-        if self._engines.layout is Layout.SWITCH and size > _LARGEST * weights:
+        if layout is Layout.SWITCH and size > _LARGEST * weights:
             lines.append(f"the engine is {size / weights:.2f} times as large as the weights")
         return lines
 

@@ -38,6 +38,16 @@ class Kernel:
         """Tell whether it is a whole attention: product, softmax, product."""
         return "_mha" in self.name
 
+    @property
+    def queries(self) -> int:
+        """Return how many tokens ask in one of an attention's products."""
+        return self.shapes[0][1]
+
+    @property
+    def keys(self) -> int:
+        """Return how many tokens each of them sees."""
+        return self.shapes[1][2]
+
 
 @dataclass(frozen=True)
 class BuildLog:

@@ -10,13 +10,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from ditfastattn.errors import EngineError
 
 Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+WORKER: Final = Path(__file__).with_name("worker.py")
 _SHOWN: Final = 5  # lines of the log in an error
 
 
@@ -61,14 +61,11 @@ def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], Non
         EngineError: the builder refused the graph, crashed, or took longer than ``time_limit``
             seconds.
     """
-    worker = find_spec("ditfastattn.export.tensorrt.worker")
-    assert worker is not None
-    assert worker.origin is not None
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
         request.write_text(job.request(), encoding="utf-8")
         # -P: modules beside the worker are not to hide others.
-        command = [sys.executable, "-P", worker.origin, str(request)]
+        command = [sys.executable, "-P", str(WORKER), str(request)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         )

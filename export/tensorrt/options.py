@@ -27,8 +27,8 @@ class BuildOptions:
         target: a compute capability such as ``sm89``, or ``current``, this machine's GPU.
         layout: the form; see ``choose_layout``.
         images: the least, usual and most images of a call.
-        max_engine_mb: the MiB of weights that engines of all variants may hold, each its own,
-            before ``auto`` takes the switch.
+        max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
+            own, before ``auto`` takes the switch.
         time_limit: for each build, in seconds.
         library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
         on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
@@ -67,8 +67,19 @@ def rows_of(
     return lanes * least, lanes * usual, lanes * most
 
 
-def choose_layout(root: Path, manifest: Manifest, options: BuildOptions) -> tuple[Layout, str]:
+def choose_layout(
+    root: Path, manifest: Manifest, options: BuildOptions, first: int = 0
+) -> tuple[Layout, str]:
     """Return the form to build, and why.
+
+    ``auto`` never takes the loop, which generates whole images and cannot be a pipeline's model.
+
+    Args:
+        root: the bundle's folder.
+        manifest: what it holds.
+        options: what is asked for.
+        first: the size of the first variant's engine in bytes, 0 where it was not measured yet:
+            what it holds beside its weights, every other will too.
 
     Raises:
         ConfigError: the bundle has not what the form needs.
@@ -84,18 +95,22 @@ def choose_layout(root: Path, manifest: Manifest, options: BuildOptions) -> tupl
         return wanted, "it was asked for"
     if count == 1:
         return Layout.VARIANTS, "there is one step variant"
-    held = sum(weight_bytes(root / variant.file) for variant in manifest.variants) / _MEGABYTE
+    weights = [weight_bytes(root / variant.file) for variant in manifest.variants]
+    beside = max(0, first - weights[0])
+    held = (sum(weights) + count * beside) / _MEGABYTE
     once = manifest.files[manifest.weights].bytes / _MEGABYTE
-    sizes = f"{count} engines hold {held:.0f} MiB of weights, one switch {once:.0f} MiB"
+    what = "" if first else " of weights"
+    sizes = f"{count} engines take {held:.0f} MiB{what}, one switch {once:.0f} MiB of weights"
+    limit = f"the limit of {options.max_engine_mb:g} MiB"
     if held <= options.max_engine_mb:
-        return Layout.VARIANTS, f"{sizes}: within the limit of {options.max_engine_mb:g} MiB"
+        return Layout.VARIANTS, f"{sizes}: within {limit}"
     if count > _SWITCHED:
         return (
             Layout.VARIANTS,
-            f"{sizes}: over the limit of {options.max_engine_mb:g} MiB, but a switch of more than "
-            f"{_SWITCHED} variants does not build in reasonable time; cap them (--max-variants)",
+            f"{sizes}: over {limit}, but a switch of more than {_SWITCHED} variants does not build "
+            "in reasonable time; cap them (--max-variants)",
         )
-    return Layout.SWITCH, f"{sizes}: over the limit of {options.max_engine_mb:g} MiB"
+    return Layout.SWITCH, f"{sizes}: over {limit}"
 
 
 def weight_bytes(path: Path) -> int:

@@ -28,15 +28,18 @@ class Bracket:
 
     def move(self, ratio: float) -> None:
         """Choose the next strength, where the ratio of actual to wanted was ``ratio``."""
+        self.strength = self.after(ratio)
+
+    def after(self, ratio: float) -> float:
+        """Return the strength that ``move`` would choose."""
         if self.closed:
-            self.strength = self.low  # nothing is left but to take it
-            return
-        factor = (AIM / max(ratio, 1e-12)) ** (1.0 / self.order)
+            return self.low  # nothing is left but to take it
+        factor: float = (AIM / max(ratio, 1e-12)) ** (1.0 / self.order)
         aimed = self.strength * min(LARGEST_MOVE, max(1.0 / LARGEST_MOVE, factor))
         if self.low and math.isfinite(self.high):
             inside = self.low * 1.05 < aimed < self.high / 1.05
             aimed = aimed if inside else math.sqrt(self.low * self.high)
-        self.strength = aimed
+        return aimed
 
     @property
     def closed(self) -> bool:

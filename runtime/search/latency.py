@@ -27,8 +27,7 @@ from ditfastattn.runtime.search.session import Session
 from ditfastattn.runtime.search.steppers import EagerVariant, Variants
 from ditfastattn.runtime.site_evaluator import legal_strategies
 
-_REPETITIONS = 4
-_WARM_UP = 1
+_REPETITIONS = 3  # the first, which warms up, is seldom the least
 _STORING = "storing a residual"
 _OF_WINDOWS = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, _STORING)
 _Row = tuple[str, str]  # what it is of, and the strategy
@@ -244,11 +243,11 @@ def _time(
                     caches |= {slot: item, previous_of(slot): item}
         distinct = {id(variant): variant for variant in built.values()}
         samples: dict[int, list[float]] = {key: [] for key in distinct}
-        for _ in range(repetitions + _WARM_UP):
+        for _ in range(repetitions):
             for key, variant in distinct.items():
                 inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
                 samples[key].append(_seconds(partial(variant.module, *inputs)))
-    return {name: min(samples[id(variant)][_WARM_UP:]) for name, variant in built.items()}
+    return {name: min(samples[id(variant)]) for name, variant in built.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -75,6 +75,11 @@ class Chooser(Protocol):
         """Return how many plans may be made in looking for one."""
         ...
 
+    @property
+    def predicts(self) -> bool:
+        """Tell whether plans are made without running the model."""
+        ...
+
     def rows(self, strength: float) -> list[Row]:
         """Return the plan of this strength."""
         ...
@@ -118,6 +123,7 @@ class GlobalChooser:
     cache_bytes: Callable[[Sequence[Row]], int] = lambda _: 0
     tries: int = 60
     order: float = 2.0
+    predicts: bool = True
 
     @property
     def costs(self) -> CostTable:
@@ -256,6 +262,7 @@ class PassChooser:
     first: float
     tries: int = 6
     order: float = 1.0
+    predicts: bool = False
 
     def rows(self, strength: float) -> list[Row]:
         """Run a pass at this threshold or budget."""

@@ -31,6 +31,7 @@ from ditfastattn.runtime.search.work import Work
 MAX_ROUNDS = 6
 MAX_SPEED_ROUNDS = 3  # each compiles a plan
 _CLOSE = 0.5  # the part of the allowed damage that a plan should use, at the worst prompt
+_WORTH = 1.1  # or else a further round goes for a plan that is predicted faster by this much
 _MOST_MOVES = 40
 
 
@@ -104,8 +105,8 @@ class Search:
             ratio = _ratio(judged, met) / goal
             met = met and ratio <= 1.0 and _digest(rows) not in refuted
             last = bracket.closing(met) or rounds == self._options.max_rounds
-            enough = ratio >= _CLOSE or self._strongest(rows) or last
-            if met and enough:
+            close = ratio >= _CLOSE or self._strongest(rows) or last
+            if met and (close or not self._worth_a_round(bracket.after(ratio), rows)):
                 self._work.begin(f"round {rounds}: the held-out prompts")
                 checked = self._judge("held-out", rows, self._held_out)
                 if self._met(checked):
@@ -124,6 +125,15 @@ class Search:
             bracket.move(ratio)
         gentle = min((untested[key] for key in untested.keys() - refuted), default=0.0)
         return best or self._fall_back((bracket.low, gentle), rounds)
+
+    def _worth_a_round(self, strength: float, rows: list[Row]) -> bool:
+        """Tell whether a plan of ``strength`` is faster than ``rows`` by what a round is worth.
+
+        Where a plan costs a pass, nothing is predicted, and it is.
+        """
+        if not self._chooser.predicts:
+            return True
+        return self._speedup(self._chooser.rows(strength)) >= _WORTH * self._speedup(rows)
 
     def _fall_back(self, strengths: Sequence[float], rounds: int) -> Found:
         """Return the first plan of ``strengths`` that unseen prompts agree with, else dense."""

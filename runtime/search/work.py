@@ -44,6 +44,7 @@ class Work:
     _variants: Variants | None = None
     _began: float = field(default_factory=time.monotonic)
     _dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _forwards: dict[tuple[Row, ...], float] = field(default_factory=dict)
 
     @property
     def variants(self) -> Variants:
@@ -111,5 +112,8 @@ class Work:
 
     def _forwards_of(self, rows: Sequence[Row]) -> float:
         """Return the matrix products of a generation by ``rows``, in dense forward passes."""
-        step = count_flops(self.session.captured.module.graph)
-        return self.variants.flops(rows).total / step.total
+        key = tuple(rows)
+        if key not in self._forwards:
+            step = count_flops(self.session.captured.module.graph)
+            self._forwards[key] = self.variants.flops(rows).total / step.total
+        return self._forwards[key]

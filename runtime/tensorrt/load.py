@@ -115,10 +115,12 @@ def load_engines(
     else:
         variants = [_not_built] * len(manifest.variants)
     log.info("%s: %s, %s", out, engines.layout.value, engines.reason)
+    if engines.layout is not Layout.LOOP:
+        manifest = manifest.model_copy(update={"loop": None})  # it was not built
 
     def open_loop() -> Engine:
         loop = manifest.loop
-        if loop is None or engines.layout is not Layout.LOOP:
+        if loop is None:
             raise ConfigError(
                 "the unrolled loop was not built",
                 where=str(out),

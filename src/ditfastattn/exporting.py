@@ -72,8 +72,8 @@ def build(
         layout: ``variants`` (an engine per distinct step), ``switch`` (one that holds all),
             ``loop`` (one for the whole generation) or ``auto``.
         images: the least, usual and most images of a call.
-        max_engine_mb: the MiB of weights that the engines of all variants may hold, each its own,
-            before ``auto`` takes the switch.
+        max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
+            own, before ``auto`` takes the switch.
         time_limit: of each build, in seconds; each runs in a process of its own.
         library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
         on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
@@ -136,8 +136,17 @@ def verify(
     call: Mapping[str, Any],
     providers: Sequence[str] = ("CPUExecutionProvider",),
     seed: int = 0,
+    *,
+    runtime: str = "onnx",
+    target: str = "",
+    cuda_graphs: bool = False,
 ) -> Verification:
-    """Compare the bundle in ``folder`` with the torch model of ``pipeline``; see its result."""
+    """Compare the bundle in ``folder`` with the torch model of ``pipeline``; see its result.
+
+    ``runtime``, ``target`` and ``cuda_graphs`` are ``load``'s.
+    """
     from ditfastattn.export import verify as verifying
 
-    return verifying.verify(folder, pipeline, call, providers, seed)
+    return verifying.verify(
+        folder, pipeline, call, providers, seed, runtime, target, cuda_graphs
+    )

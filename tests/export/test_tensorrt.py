@@ -9,12 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from onnx import TensorProto, helper
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
@@ -23,7 +21,6 @@ from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyErr
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
-from ditfastattn.export.lint import lint
 from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
@@ -188,7 +185,7 @@ def test_a_window_is_attended_in_blocks(tmp_path: Path) -> None:
     def seen(log: BuildLog, kind: str) -> set[tuple[int, int]]:
         """Return how many queries see how many keys, in the kernels of attentions so named."""
         found = [kernel for kernel in log.attentions if kernel.nodes[0].startswith(kind)]
-        return {(kernel.shapes[0][1], kernel.shapes[1][2]) for kernel in found}
+        return {(kernel.queries, kernel.keys) for kernel in found}
 
     window = sites[0].window
     assert isinstance(window, int)
@@ -205,7 +202,7 @@ def test_one_switch_holds_all_variants_and_the_weights_once(name: str, tmp_path:
     spec = engines.of("switch.onnx")
     assert spec is not None
     assert spec.fused == spec.attentions > 0
-    assert [line for line in spec.findings if "attention" in line] == []
+    assert [line for line in spec.findings if "times as large" not in line] == []
     assert engines.rows == (2, 2, 2)  # a switch takes one batch
     assert engines.switch is not None
     assert len(engines.switch.variants) == len(read_manifest(tmp_path).variants)
@@ -299,19 +296,6 @@ def test_attention_in_fp32_is_reported_as_not_fused(tmp_path: Path) -> None:
     (spec,) = build(tmp_path, BuildOptions(TARGET)).engines
     assert spec.fused == 0
     assert any("not one fused kernel" in line and "float16" in line for line in spec.findings)
-
-
-def test_a_window_by_the_attention_operator_is_caught(tmp_path: Path) -> None:
-    """The negative control: TensorRT parses it, and drops the window without a word."""
-    shape: list[str | int | None] = ["batch", 2, TOKENS, HEAD_DIM]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, shape) for n in "qkvo"]
-    node = helper.make_node("Attention", ["q", "k", "v"], ["o"], "windowed", is_causal=0)
-    graph = helper.make_graph([node], "windowed", values[:3], values[3:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
-    path = tmp_path / "windowed.onnx"
-    onnx.save(model, str(path))
-    with pytest.raises(VerifyError, match="Attention: TensorRT drops its window"):
-        lint(path)
 
 
 def test_a_graph_that_is_not_sound_is_not_built(

@@ -11,8 +11,13 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
+from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
@@ -27,13 +32,18 @@ from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Engines, Engine
 from ditfastattn.runtime.tensorrt.library import Library, find_library
 from tests.export.helpers import export_tiny
 from tests.helpers import (
+    STEPS,
     TINY_MODELS,
     capture_every_site,
     largest_difference,
+    make_plan,
     mixed_strategies,
+    noise,
+    tiny_digits_pipeline,
     tiny_dit,
     uniform_strategies,
 )
+from tests.plans import plan_for
 
 CPU = torch.device("cpu")
 LARGEST = 16  # rows that a played engine takes
@@ -102,7 +112,11 @@ PLAYED = Library("played", SimpleNamespace(Logger=Logger, Runtime=Runtime), "1")
 
 
 def play(
-    root: Path, manifest: Manifest, layout: Layout, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    manifest: Manifest,
+    layout: Layout,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int = 4,
 ) -> BundleTransformer:
     """Load the bundle in ``root`` by engines that are its graphs."""
     monkeypatch.setattr(loading, "find_library", lambda name: PLAYED)
@@ -111,11 +125,14 @@ def play(
     switch = None
     graphs = {variant.file: root / variant.file for variant in manifest.variants}
     if layout is Layout.SWITCH:
-        made = make_switch(root, manifest, rows=4)
+        made = make_switch(root, manifest, rows)
         switch = made.spec
         graphs = {SWITCH_FILE: root / SWITCH_FILE}
         graphs[SWITCH_FILE].write_bytes(made.model.SerializeToString())
-    if manifest.prologue is not None:
+    if layout is Layout.LOOP:
+        assert manifest.loop is not None
+        graphs = {manifest.loop.file: root / manifest.loop.file}
+    elif manifest.prologue is not None:
         graphs[manifest.prologue.file] = root / manifest.prologue.file
     specs = []
     for name, path in graphs.items():
@@ -226,12 +243,46 @@ def test_an_engine_of_another_version_is_refused(
         play(tmp_path, manifest, Layout.VARIANTS, monkeypatch)
 
 
-def test_only_a_loop_cannot_be_stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_generates_and_cannot_be_stepped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = tiny_dit()
-    manifest = export_tiny(tiny, None, tmp_path)
+    _, sites = capture_every_site(tiny)
+    plan = make_plan(tiny, mixed_strategies(sites, 5), CfgLayout.COND_FIRST, feed_forwards=True)
+    torch._dynamo.reset()
+    call, options = RecordedCall(tiny.call(0, 4)), ExportOptions(loop=True)
+    schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS)
+    manifest = export_model(tiny.model, call, plan, tmp_path, options, schedule)
     model = play(tmp_path, manifest, Layout.LOOP, monkeypatch)
+    start, classes = noise(7, 2, 4, 8, 8), torch.arange(4)
+    expected = load(tmp_path).generate(start, class_labels=classes)
+    assert torch.allclose(model.generate(start, class_labels=classes), expected, atol=1e-5)
     with pytest.raises(ConfigError, match="only the unrolled loop was built"):
         tiny.run(model)
+
+
+def test_engines_of_steps_have_no_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = export_tiny(tiny_dit(), None, tmp_path)
+    model = play(tmp_path, manifest, Layout.VARIANTS, monkeypatch)
+    with pytest.raises(ConfigError, match="the unrolled loop was not built"):
+        model.generate(noise(7, 2, 4, 8, 8))
+
+
+def test_engines_are_verified_against_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    call = {"class_labels": [3], "num_inference_steps": 3, "guidance_scale": 2.0}
+    plan = plan_for(pipeline, call, [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP])
+    torch._dynamo.reset()
+    manifest = ditfastattn.export(pipeline, call, plan, tmp_path, loop=True)
+    model = play(tmp_path, manifest, Layout.SWITCH, monkeypatch, rows=2)
+    monkeypatch.setattr(loading, "load", lambda folder, **options: model)
+    found = ditfastattn.verify(tmp_path, pipeline, call, runtime="tensorrt")
+    assert found.passed
+    assert len(found.step_errors) == 3
+    assert 0.0 < max(found.step_errors) < 1e-4
+    assert found.loop_error == 0.0  # a switch has none
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -252,8 +303,6 @@ def test_a_library_that_is_absent_has_a_remedy(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_engines_on_a_gpu_are_the_model(tmp_path: Path) -> None:
-    import ditfastattn
-
     tiny = tiny_dit(size=32, head_dim=32)
     _, sites = capture_every_site(tiny)
     rows = mixed_strategies(sites, seed=5)

@@ -14,12 +14,14 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
-from ditfastattn import ConfigError, Plan
+from ditfastattn import ConfigError, Plan, Strategy
 from ditfastattn.runtime.search.timing import measure_pairs, summarize
+from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, read_engines
 from ditfastattn.tools import cli, demo
 from ditfastattn.tools.digits_data import class_accuracy
-from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from tests.helpers import tiny_digits_pipeline
+from tests.plans import plan_for
 
 
 def tiny_pipeline() -> DigitsPipeline:
@@ -145,3 +147,47 @@ def test_the_readme_leads_from_a_plan_to_a_digit_out_of_onnxruntime(
     pixels = torch.from_numpy(np.asarray(Image.open("three.png"))) / 255.0
     assert pixels.shape == (64, 64)
     assert class_accuracy(pixels[None, None].float() * 2.0 - 1.0, torch.tensor([3])) == 1.0
+
+
+@pytest.mark.slow
+def test_the_readme_leads_from_a_plan_to_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of four step variants takes the place of the search."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.split() for line in readme_blocks("Build TensorRT engines")[0].splitlines()]
+    ours = [words[1:] for words in commands if words[0] == "ditfastattn"]
+    assert [words[0] for words in ours] == ["calibrate", "export", "build"]
+    pipeline, steps = embedded_pipeline(), int(ours[0][ours[0].index("--steps") + 1])
+    call = {"class_labels": [3], "num_inference_steps": steps, "guidance_scale": 2.0}
+    turns = [Strategy.FULL, Strategy.WINDOW_SHARE_CFG, Strategy.SHARE_STEP, Strategy.SHARE_CFG]
+    plan = plan_for(pipeline, call, (turns * steps)[:steps])
+    plan = plan.model_copy(update={"merge_variants": True})
+    plan.save(Path(ours[0][ours[0].index("--out") + 1]))
+    for words in ours[1:]:
+        torch._dynamo.reset()
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, result.output
+    target = ours[2][ours[2].index("--target") + 1]
+    engines = read_engines(Path("bundle") / ENGINES_FOLDER / target)
+    assert len(engines.engines) >= 4
+    assert all(spec.fused == spec.attentions and not spec.findings for spec in engines.engines)
+
+
+def test_engines_are_built_right_after_the_export(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out = str(tmp_path / "bundle")
+    common = ["export", "--pipeline", str(saved), "--out", out, "--dtype", "float16"]
+    refused = CliRunner().invoke(cli.app, [*common, "--layout", "switch"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "--tensorrt" in str(refused.exception)
+    wanted = ["--tensorrt", "--target", "sm89", "--layout", "loop"]
+    plan = str(tmp_path / "plan.json")
+    searched = ["calibrate", *common[1:3], "--out", plan, "--classes", "1", "--steps", "2"]
+    assert CliRunner().invoke(cli.app, [*searched, "--threshold", "0.3"]).exit_code == 0
+    result = CliRunner().invoke(cli.app, [*common, "--plan", plan, *wanted])
+    assert result.exit_code == 0, result.output
+    assert "layout loop: it was asked for" in " ".join(result.output.split())
+    engines = read_engines(Path(out) / ENGINES_FOLDER / "sm89")
+    assert [spec.graph for spec in engines.engines] == ["loop.onnx"]

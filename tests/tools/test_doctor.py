@@ -57,6 +57,21 @@ def test_what_tensorrt_can_do_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPa
     assert "none can run here" in found("tensorrt-rtx").cannot
 
 
+@pytest.mark.parametrize(
+    ("capability", "cannot"), [((8, 9), ""), ((9, 0), "this GPU, sm90, is none of them")]
+)
+def test_a_gpu_that_tensorrt_does_not_list_is_told(
+    capability: tuple[int, int], cannot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    pretend(monkeypatch, {"tensorrt-rtx": "1.0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    finding = doctor_command._tensorrt("tensorrt_rtx", "tensorrt-rtx")
+    assert finding.cannot == cannot
+    assert "build engines" in finding.can
+
+
 def test_no_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "torch.compile" in found("C++ compiler").remedy

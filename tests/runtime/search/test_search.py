@@ -17,12 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
 from ditfastattn.passes.plan import CfgLayout, SiteKind
 from ditfastattn.runtime import calibrate_pipeline
-from ditfastattn.runtime.search.checkpoint import open_checkpoint
+from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.latency import CostTable
 from ditfastattn.runtime.search.prompts import split_prompts
+from ditfastattn.runtime.search.search import Search, SearchOptions
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
+from ditfastattn.runtime.search.targets import Judgement
 from ditfastattn.runtime.search.timing import PairedTiming, summarize
-from ditfastattn.runtime.search.work import SearchProgress
+from ditfastattn.runtime.search.work import SearchProgress, Work
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import randomize, tiny_digits_pipeline
 
@@ -367,10 +370,51 @@ def test_where_no_plan_meets_the_target_on_unseen_prompts_the_model_stays_dense(
     assert "there was nothing to gain" in caplog.text
 
 
+class Sites:
+    """Choose how many of ten sites share a step, in proportion to the strength."""
+
+    first, order, tries = 0.45, 2.0, 60
+
+    def __init__(self, predicts: bool, step: float) -> None:
+        prices = dict.fromkeys(Strategy, 1.0) | {Strategy.SHARE_STEP: 0.0}
+        self.costs = CostTable(step, (prices,) * 10, (0.0,) * 10)
+        self.predicts = predicts
+
+    def rows(self, strength: float) -> list[tuple[Strategy, ...]]:
+        shared = min(10, round(10 * strength))
+        row = (Strategy.SHARE_STEP,) * shared + (Strategy.FULL,) * (10 - shared)
+        return [(Strategy.FULL,) * 10, row]
+
+
+@pytest.mark.parametrize(
+    ("predicts", "step", "goes_on"),
+    [
+        (True, 100.0, False),  # sites are little of a step: stronger plans are hardly faster
+        (True, 10.0, True),  # sites are all of a step
+        (False, 100.0, True),  # how fast a stronger plan is, only a pass would tell
+    ],
+)
+def test_a_round_is_spent_where_a_faster_plan_is_in_sight(
+    monkeypatch: pytest.MonkeyPatch, predicts: bool, step: float, goes_on: bool
+) -> None:
+    def damage(self: Work, group: str, index: int, rows: Any, *rest: Any) -> list[Judgement]:
+        shared = rows[1].count(Strategy.SHARE_STEP) / 10
+        return [Judgement(value=1.0 - shared**2, damage=shared**2, allowed=0.4)]
+
+    monkeypatch.setattr(Work, "judge", damage)
+    target = Target.min_ssim(0.6)
+    prompts = split_prompts(CALL, 0)
+    with open_session(pipeline(), prompts[0]) as session:
+        work, sites = Work(session, Checkpoint(), 0.0), Sites(predicts, step)
+        found = Search(work, sites, SearchOptions(target), prompts, prompts).quality()
+    assert (found.rounds > 1) == goes_on
+    assert min(found.held_out) >= 0.6
+
+
 WRITER = """
 import sys, time
 from pathlib import Path
-from ditfastattn.runtime.search.checkpoint import open_checkpoint
+from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
 with open_checkpoint(Path(sys.argv[1])):
     print("holding", flush=True)
     time.sleep(600)
