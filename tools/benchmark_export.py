@@ -1,11 +1,15 @@
-"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size, memory.
+"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size; and their memory.
 
-python -m ditfastattn.tools.benchmark_export --out benchmarks/export
+python -m ditfastattn.tools.benchmark_export run --out benchmarks/export
+python -m ditfastattn.tools.benchmark_export memory --out benchmarks/export
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,7 @@ from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
 from ditfastattn.tools.measure import machine
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+_WEIGHED = 3
 FOUR = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG)
 
 
@@ -55,11 +60,6 @@ def run(
         bundles = {
             name: _exported(pipeline, call, made, root / name) for name, made in plans.items()
         }
-        memory = {
-            f"{name}{', low memory' if low else ''}": _alone(root / name, low)
-            for name in plans
-            for low in (False, True)
-        }
         deep = _deep(root / "deep")
         speed = _speed(pipeline, call, loaded, root, repetitions)
     data = {
@@ -67,13 +67,42 @@ def run(
         "arguments": {"plan": str(plan), "repetitions": repetitions},
         "bundles": bundles,
         "28 layers, 20 steps": deep,
-        "memory": memory,
         "speed": {name: asdict(timing) for name, timing in speed.items()},
     }
     write_text_atomically(out / "export.json", json.dumps(data, indent=1) + "\n")
     medians = {name: timing.speedup.median for name, timing in speed.items()}
-    shown = {"bundles": bundles, "deep": deep, "memory": memory, "speedup": medians}
+    shown = {"bundles": bundles, "deep": deep, "speedup": medians}
     Console().print_json(data=shown)
+
+
+@app.command()
+def memory(
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/export"),
+    plan: Annotated[Path, typer.Option(help="A plan of the demo.")] = Path(
+        "benchmarks/demo/plan.json"
+    ),
+) -> None:
+    """Weigh bundles once loaded and at their peak, each in a process of its own."""
+    loaded = Plan.load(plan)
+    pipeline = DEMO.open()
+    call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
+    plans = {"dense": None, "planned": loaded, "four variants": _four_variants(pipeline, call)}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name, made in plans.items():
+            _exported(pipeline, call, made, root / name)
+        found = {
+            f"{name}{', low memory' if low else ''}": _alone(root / name, low)
+            for name in plans
+            for low in (False, True)
+        }
+    data = {
+        "machine": {**machine(), "onnxruntime": onnxruntime.__version__},
+        "arguments": {"plan": str(plan), "processes": _WEIGHED},
+        "memory": found,
+    }
+    write_text_atomically(out / "memory.json", json.dumps(data, indent=1) + "\n")
+    Console().print_json(data=found)
 
 
 def _four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
@@ -119,12 +148,14 @@ def _deep(folder: Path) -> dict[str, Any]:
 
 
 def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
-    """Return the memory that a bundle takes in a process of its own."""
+    """Return the memory that a bundle takes in a process of its own, the median of several."""
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_export", "weigh", str(folder)]
     command += ["--low-memory"] if low_memory else []
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    found: list[dict[str, int]] = []
+    for _ in range(_WEIGHED):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return {name: int(statistics.median(each[name] for each in found)) for name in found[0]}
 
 
 @app.command(hidden=True)
@@ -132,6 +163,8 @@ def weigh(folder: Path, low_memory: bool = False) -> None:
     """Print the memory that a bundle takes: once loaded, and at the peak of a generation."""
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": 20}
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is loaded
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     before = _memory("VmRSS")
     bundle = ditfastattn.load(folder, low_memory=low_memory)

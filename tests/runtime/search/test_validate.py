@@ -265,3 +265,25 @@ def test_compilation_and_plan_are_told_apart(plan: Plan) -> None:
     assert found.timing is not None
     assert len(found.timing.speedup.samples) == 3
     assert told[-1] == "timing 3 pairs of generations"
+
+
+@pytest.mark.slow
+def test_the_drift_of_bfloat16_is_precisions_too() -> None:
+    """Other roundings of the dense model weigh something beside a plan in bf16."""
+
+    def narrow() -> DigitsPipeline:
+        pipeline = tiny_pipeline()
+        pipeline.transformer.to(torch.bfloat16)
+        return pipeline
+
+    call = {"class_labels": [0], "num_inference_steps": 4, "guidance_scale": 2.0}
+    plan = plan_for(narrow(), call, [F, W, S, S], Target.min_ssim(0.9))
+    assert plan.model.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"plan.model.dtype"):
+        validate(tiny_pipeline(), plan, CLASSES, speed=False)
+    drift = validate(narrow(), plan, CLASSES, repetitions=1).drift
+    assert drift.compilation is not None
+    assert 1e-9 < drift.compilation < 1e-3
+    assert drift.plan > 0.0
+    assert drift.plan_share is not None
+    assert 0.0 < drift.plan_share < 1.0
