@@ -56,7 +56,7 @@ def run(
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        plans = {"dense": None, "planned": loaded, "four variants": _four_variants(pipeline, call)}
+        plans = {"dense": None, "planned": loaded, "four variants": four_variants(pipeline, call)}
         bundles = {
             name: _exported(pipeline, call, made, root / name) for name, made in plans.items()
         }
@@ -86,7 +86,7 @@ def memory(
     loaded = Plan.load(plan)
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
-    plans = {"dense": None, "planned": loaded, "four variants": _four_variants(pipeline, call)}
+    plans = {"dense": None, "planned": loaded, "four variants": four_variants(pipeline, call)}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, made in plans.items():
@@ -105,8 +105,8 @@ def memory(
     Console().print_json(data=found)
 
 
-def _four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
-    """Return a plan of four distinct steps in turns."""
+def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
+    """Return a plan of the demo of four distinct steps in turns."""
     prompt = Prompt(call, 0)
     with open_session(pipeline, prompt) as session:
         session.run(DenseStepper(session), prompt)
