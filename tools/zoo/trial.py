@@ -97,6 +97,19 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
     return _exported(trial, zoo, model, plan, expected) if onnx else trial
 
 
+def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
+    """Return how often Dynamo, where it may, breaks the graph of one call.
+
+    Raises:
+        Exception: whatever stops Dynamo, or the model.
+    """
+    torch._dynamo.reset()
+    model = zoo.build(seed)
+    with torch.no_grad():
+        found = torch._dynamo.explain(model)(**zoo.call(BATCH, zoo.timesteps[0]))
+    return int(found.graph_break_count)
+
+
 def _exported(
     trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
 ) -> Trial:
