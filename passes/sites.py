@@ -257,9 +257,8 @@ class _Ancestry:
     def why_no_grid(self, reached: Sequence[Node]) -> str:
         """Return why no grid was found of tokens whose axis leads to the inputs ``reached``."""
         given = [name for node in reached for name in self._roots[node] if name != self._latent]
-        if given:
-            return f"the positions of its tokens are an input: {', '.join(given)}"
-        return "nothing in the graph tells the grid of its tokens"
+        none = "the graph flattens no grid into its tokens"
+        return f"{none}, and what its inputs hold is unknown: {', '.join(given)}" if given else none
 
     def is_static(self, node: Node) -> bool:
         """Tell whether ``node`` depends on parameters, buffers and constants alone."""

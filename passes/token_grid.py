@@ -32,7 +32,13 @@ _RESHAPES = (
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
 _KEEPS_AXES = (  # of the first argument, or of all that are broadcast to the result
-    *(aten.to.dtype, aten.to.device, aten._to_copy.default, aten.contiguous.default),
+    *(
+        aten.to.dtype,
+        aten.to.device,
+        aten.type_as.default,
+        aten._to_copy.default,
+        aten.contiguous.default,
+    ),
     *(aten.clone.default, aten.expand.default, aten.repeat.default, aten.masked_fill.Scalar),
     *(aten.slice.Tensor, aten.slice_scatter.default, aten.repeat_interleave.self_int),
     *(aten.constant_pad_nd.default, aten.pad.default, aten.roll.default),
@@ -147,7 +153,7 @@ def _origins(node: Node, dim: int) -> Iterator[Axis]:
     elif target in _CHANNELS:
         yield first, dim
     elif target in _KEEPS_AXES or torch.Tag.pointwise in getattr(target, "tags", ()):
-        single = target is aten.linear.default or target is ATTENTION
+        single = target in (aten.linear.default, aten.type_as.default, ATTENTION)
         for source in [first] if single else node.all_input_nodes:
             yield source, dim - rank + value(source).dim()
     elif target in (aten.transpose.int, aten.permute.default):

@@ -48,7 +48,9 @@ class WindowResidual:
 
 def insert_window(graph: Graph, attention: Node, site: AttentionSite) -> Node:
     """Add the window attention of ``site`` over the inputs of ``attention``."""
-    mask = attention_mask(attention)
-    keys = None if mask is None else insert_key_mask(graph, mask, attention)
+    mask, keys = attention_mask(attention), None
+    if mask is not None:
+        with graph.inserting_before(attention):
+            keys = insert_key_mask(graph, mask, attention)
     target, arguments = window_call(site.window, attention_scale(attention), site.text, keys)
     return insert(graph, target, (*attention.args[:3], *arguments), attention)
