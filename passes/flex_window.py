@@ -33,8 +33,12 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
         return near | text
 
     def near(counts: Constants) -> flex.BlockMask:
+        parts, part_places, wholes, whole_places = counts
         return flex.BlockMask.from_kv_blocks(
-            *counts,
+            parts,
+            part_places,
+            wholes,
+            whole_places,
             BLOCK_SIZE=FLEX_BLOCK,
             mask_mod=in_band,
             seq_lengths=(total, total),

@@ -104,9 +104,9 @@ def tiles_form(
     ) -> Tensor:
         if not outside:
             return token_major(in_tiles(q, k, v, bias, near))
-        grid = [item[:, :, before:stop] for item in (q, k, v)]
+        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
         rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
-        image = in_tiles(*grid, bias, near, *rest[1:])
+        image = in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
         rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=scale)
         return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
 

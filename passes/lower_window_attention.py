@@ -136,10 +136,12 @@ def blocks_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, C
 
     def in_blocks(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.
-        operands = [queries(q), keys, values]
+        own = queries(q)
         if masked:  # the bias differs along the batch: [blocks * B, H, block, D]
-            operands = [item.reshape(-1, q.shape[1], *item.shape[2:]) for item in operands]
-        blocks = scaled_dot_product_attention(*operands, attn_mask=bias, scale=scale)
+            own, keys, values = (
+                item.reshape(-1, q.shape[1], *item.shape[2:]) for item in (own, keys, values)
+            )
+        blocks = scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=scale)
         apart = blocks.reshape(band.blocks, -1, *blocks.shape[2:])
         merged = apart.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
         return merged[:, :, : band.tokens] if rest else merged

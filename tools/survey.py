@@ -3,7 +3,8 @@
     python -m ditfastattn.tools.survey --out docs/compatibility.md
 
 Every class is tried at a tiny size with random weights: its sites, a plan that mixes all strategies
-against the plan interpreter, and the exported bundle in ONNX Runtime.
+against the plan interpreter, and the exported bundle in ONNX Runtime. With ``--only`` the rows of
+the other classes stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ import torch
 import typer
 from rich.console import Console
 
+from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.plan import SiteKind, Strategy
 from ditfastattn.tools.zoo import ZOO
@@ -72,11 +74,24 @@ class Outcome:
     reason: str = ""
     breaks: int = -1
 
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold what the page says of one class: its row of the table, and what the table leaves out."""
+
+    row: str
+    notes: tuple[str, ...] = ()
+
     @property
     def works(self) -> bool:
         """Tell whether it has sites, and a plan computes what it should."""
-        trial = self.trial
-        return trial is not None and bool(trial.report.sites) and trial.error <= TOLERANCE
+        error = self.row.split(" | ")[5]
+        return error != "-" and float(error) <= TOLERANCE
+
+
+def entry(outcome: Outcome) -> Entry:
+    """Return what the page says of ``outcome``."""
+    return Entry(row(outcome), tuple(notes(outcome)))
 
 
 def exported_classes() -> list[str]:
@@ -167,21 +182,44 @@ def _bands_only(trial: Trial) -> list[str]:
     return list(dict.fromkeys(f"{site.kind}: {site.no_grid}" for site in sites))
 
 
-def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    """Return the whole page."""
-    head = _LEGEND.format(
+def as_markdown(entries: Mapping[str, Entry]) -> str:
+    """Return the whole page of the classes in ``entries``, by name."""
+    works = sum(found.works for found in entries.values())
+    lines = [entries[name].row for name in sorted(entries)]
+    lines += [f"\n{works} of {len(entries)} classes run a plan.\n\n## Reasons\n"]
+    for name in sorted(entries):
+        if entries[name].notes:
+            lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
+    return _head() + "\n".join(lines) + "\n"
+
+
+def _head() -> str:
+    return _LEGEND.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         tolerance=TOLERANCE,
     )
-    lines = [row(outcome) for outcome in outcomes]
-    works = sum(outcome.works for outcome in outcomes)
-    tail = [f"\n{works} of {len(outcomes)} classes run a plan.\n\n## Reasons\n"]
-    for outcome in outcomes:
-        found = notes(outcome)
-        if found:
-            tail += [f"- **{outcome.name}**", *(f"  - {note}" for note in found)]
-    return head + "\n".join([*lines, *tail]) + "\n"
+
+
+def read_page(path: Path) -> dict[str, Entry]:
+    """Return what the page in ``path`` says of each class.
+
+    Raises:
+        ConfigError: the page was written with other releases, or in another form.
+    """
+    page = path.read_text()
+    if not page.startswith(_head()):
+        raise ConfigError(
+            "the page is of other releases, or of another form",
+            where=str(path),
+            expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
+            remedy="survey all classes: leave out --only",
+        )
+    table, _, reasons = page.removeprefix(_head()).partition("\n\n")
+    rows = {line.split(" ")[1]: line for line in table.splitlines()}
+    blocks = re.findall(r"^- \*\*(\w+)\*\*\n((?:  - .*\n)*)", reasons, re.MULTILINE)
+    said = {name: tuple(re.findall("^  - (.*)$", lines, re.M)) for name, lines in blocks}
+    return {name: Entry(line, said.get(name, ())) for name, line in rows.items()}
 
 
 def main(
@@ -191,12 +229,14 @@ def main(
 ) -> None:
     """Try every transformer that diffusers exports."""
     console = Console()
+    known = read_page(out) if only and out is not None and out.exists() else {}
     outcomes = survey(console, onnx, only)
     for outcome in outcomes:
         for note in notes(outcome):
             console.print(f"{outcome.name}: {note}", soft_wrap=True, markup=False)
     if out is not None:
-        write_text_atomically(out, as_markdown(outcomes))
+        entries = known | {outcome.name: entry(outcome) for outcome in outcomes}
+        write_text_atomically(out, as_markdown(entries))
         console.print(f"wrote {out}")
 
 

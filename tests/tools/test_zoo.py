@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditfastattn.errors import ConfigError
 from ditfastattn.passes.plan import SiteKind, Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
@@ -174,5 +175,20 @@ def test_graph_breaks_are_counted(breaks: int) -> None:
 def test_a_broken_graph_stands_in_the_row_with_its_reason() -> None:
     outcome = survey._outcome("Doubling", Handmade("Doubling", {}, call_doubling, breaks=2), False)
     assert survey.row(outcome) == "| Doubling | - | - | - | 2 | - | - |"
-    assert not outcome.works
+    assert not survey.entry(outcome).works
     assert survey.notes(outcome) == [outcome.reason] != [""]
+
+
+def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    entries = {
+        "A": survey.Entry("| A | 2 self | 1 | wsce | 0 | 2e-07 | - |", ("no ONNX: a reason",)),
+        "B": survey.Entry("| B | - | - | - | 3 | - | - |", ("one (of two)", "two: the other")),
+        "C": survey.Entry("| C | 2 joint | 1 | se | 0 | 2e-03 | - |"),
+    }
+    page.write_text(survey.as_markdown(entries))
+    assert survey.read_page(page) == entries
+    assert "1 of 3 classes run a plan" in page.read_text()
+    page.write_text(page.read_text().replace(diffusers.__version__, "0.0.1"))
+    with pytest.raises(ConfigError, match="the page is of other releases"):
+        survey.read_page(page)
