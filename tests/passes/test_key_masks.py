@@ -139,7 +139,8 @@ def padded(tokens: int) -> Tensor:
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 def test_a_query_that_sees_no_key_gives_zero(window: Window) -> None:
-    examples = (*inputs(2, 3, GRID.tokens, 16), padded(GRID.tokens))
+    q, k, v = inputs(2, 3, GRID.tokens, 16)
+    examples = (q, k, v, padded(GRID.tokens))
     expected = by_hand(*examples, window, (0, 0))
     assert not expected[:, :, -1].any()
     found = masked(window, (0, 0))(*examples)

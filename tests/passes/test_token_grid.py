@@ -18,7 +18,7 @@ TOKENS = 24
 
 def heads(x: Tensor) -> Tensor:
     """Turn ``[B, N, 16]`` into ``[B, 2, N, 8]``."""
-    return x.unflatten(-1, (2, 8)).transpose(1, 2)
+    return x.view(2, TOKENS, 2, 8).transpose(1, 2)
 
 
 def table(x: Tensor, ids: Tensor) -> Tensor:
