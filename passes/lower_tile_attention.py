@@ -10,7 +10,8 @@ After::
     %12 = aten.scaled_dot_product_attention.default(%5, %10, %11, ...): float32[12, 64, 64, 32]
 
 Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
-many others, so nothing is masked: what is gathered is all used, by whichever kernel is fastest.
+many others, so nothing is masked but the keys that the model itself masks: what is gathered is all
+used, by whichever kernel is fastest.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn.passes.ir import calls, value
+from ditfastattn.passes.key_masks import key_bias
 from ditfastattn.passes.paste_form import (
     Constants,
     Form,
     FormPaster,
     has_static_shape,
+    is_masked,
     sources,
     token_major,
 )
 from ditfastattn.passes.plan import TileWindow
-from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles
+from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles, seen_tokens
 from ditfastattn.passes.windows import window_of
 
 _MAX_GATHERED_BYTES = 2**31
@@ -50,7 +53,7 @@ def lower_tile_attention(module: GraphModule) -> list[str]:
             continue
         window, scale, text = window_of(node)
         assert isinstance(window, TileWindow)
-        form, constants = tiles_form(window, scale, text, value(node).device)
+        form, constants = tiles_form(window, scale, text, value(node).device, is_masked(node))
         paster.replace(node, (window, scale, text), form, constants)
     module.recompile()
     return reasons
@@ -69,14 +72,21 @@ def _decline(node: Node) -> str:
 
 
 def tiles_form(
-    window: TileWindow, scale: float, text: tuple[int, int], device: torch.device
+    window: TileWindow,
+    scale: float,
+    text: tuple[int, int],
+    device: torch.device,
+    masked: bool = False,
 ) -> tuple[Form, Constants]:
     """Return the form that attends tile by tile, and its constants."""
     before, after = text
     stop = before + window.tokens
     outside = before + after
+    count = math.prod(window.counts)
 
-    def in_tiles(q: Tensor, k: Tensor, v: Tensor, near: Tensor, *extra: Tensor) -> Tensor:
+    def in_tiles(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *extra: Tensor
+    ) -> Tensor:
         batch, heads, _, head_dim = q.shape
         keys, values = (_gathered(window, item, near) for item in (k, v))
         if extra:
@@ -84,25 +94,48 @@ def tiles_form(
                 torch.cat([found, _every_tile(window, item)], dim=2)
                 for found, item in zip((keys, values), extra, strict=True)
             )
-        output = scaled_dot_product_attention(_tiled(window, q), keys, values, scale=scale)
+        output = scaled_dot_product_attention(
+            _tiled(window, q), keys, values, attn_mask=bias, scale=scale
+        )
         return _raster(window, output).reshape(batch, heads, window.tokens, head_dim)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor | None, near: Tensor
+    ) -> Tensor:
         if not outside:
-            return token_major(in_tiles(q, k, v, near))
-        grid = [item[:, :, before:stop] for item in (q, k, v)]
+            return token_major(in_tiles(q, k, v, bias, near))
+        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
         rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
-        image = in_tiles(*grid, near, *rest[1:])
-        rows = scaled_dot_product_attention(rest[0], k, v, scale=scale)
+        image = in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
+        rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=scale)
         return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
 
-    return run, (_near(window, device),)
+    def run(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+        return attend(q, k, v, None, None, near)
+
+    def run_masked(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, near: Tensor, seen: Tensor
+    ) -> Tensor:
+        hidden = key_bias(mask, q.dtype)
+        found = hidden.squeeze(2).index_select(2, seen)
+        each = found.reshape(*found.shape[:2], count, 1, -1)
+        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
+        return attend(q, k, v, hidden, bias, near)
+
+    near = _near(window, device)
+    return (run_masked, (near, _seen(window, text, device))) if masked else (run, (near,))
 
 
 @lru_cache(maxsize=8)
 def _near(window: TileWindow, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return near_tiles(window, device).flatten()
+
+
+@lru_cache(maxsize=8)
+def _seen(window: TileWindow, text: tuple[int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return seen_tokens(window, *text, device).flatten()
 
 
 def _tiled(window: TileWindow, item: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ or as FlexAttention with a block mask (``WindowKernel.FLEX``)::
     %10 = getitem(%9, 0): float32[2, 6, 1024, 32]
 
 Each form is a plain function, traced at the node's shapes and pasted over the node. What depends
-on the band alone, the bias or the block mask, becomes buffers that all nodes share.
+on the band alone, the bias or the block mask, becomes buffers that all nodes share. A mask of keys
+is added to the bias of each block, or to the scores as FlexAttention modifies them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -29,15 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ditfastattn.passes.band import Band, band_bias, band_of, seen_tokens
+from ditfastattn.passes.flex_window import FLEX_BLOCK, flex_form
 from ditfastattn.passes.ir import argument, calls, value
+from ditfastattn.passes.key_masks import key_bias
 from ditfastattn.passes.paste_form import (
     Constants,
     Form,
     FormPaster,
     has_static_shape,
+    is_masked,
     sources,
     token_major,
 )
@@ -52,63 +54,10 @@ class WindowKernel(StrEnum):
     FLEX = "flex"  # on a CPU for tests: Inductor fails there where q or k views a linear's output
 
 
-FLEX_BLOCK = 128
 _FLEX_DEVICES = ("cuda", "xpu")
 _FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLEX_MIN_HEAD_DIM = 16
 _MAX_BIAS_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Band:
-    """Hold what the constants of a window depend on.
-
-    ``tokens`` are those of the band; ``before`` and ``after`` it stand the ones that see, and are
-    seen by, all.
-    """
-
-    tokens: int
-    window: int
-    dtype: torch.dtype
-    device: torch.device
-    before: int = 0
-    after: int = 0
-
-    @property
-    def text(self) -> int:
-        """Return how many tokens stand outside the band."""
-        return self.before + self.after
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of the band, and the others, of ``[B, H, N, D]``."""
-        stop = self.before + self.tokens
-        outside = torch.cat([tensor[:, :, : self.before], tensor[:, :, stop:]], dim=2)
-        return tensor[:, :, self.before : stop], outside
-
-    def joined(self, band: Tensor, outside: Tensor) -> Tensor:
-        """Undo ``split``."""
-        first, last = outside[:, :, : self.before], outside[:, :, self.before :]
-        return torch.cat([first, band, last], dim=2)
-
-    @property
-    def block(self) -> int:
-        """Return how many queries share their keys: the fastest measured, about the window."""
-        return min(256, max(32, 1 << (max(1, self.window) - 1).bit_length()))
-
-    @property
-    def blocks(self) -> int:
-        """Return how many blocks cover the queries, the last one in part."""
-        return math.ceil(self.tokens / self.block)
-
-    @property
-    def span(self) -> int:
-        """Return how many keys of the band the queries of one block see together."""
-        return self.block + 2 * self.window
-
-    @property
-    def bias_bytes(self) -> int:
-        """Return the size of what ``band_bias`` builds."""
-        return self.blocks * self.block * (self.span + self.text) * self.dtype.itemsize
 
 
 def lower_window_attention(
@@ -134,8 +83,8 @@ def lower_window_attention(
 def _lower(paster: FormPaster, node: Node, kernel: WindowKernel) -> None:
     band = _band(node)
     scale: Any = node.args[4]
-    build = _flex_form if kernel is WindowKernel.FLEX else blocks_form
-    form, constants = build(band, scale)
+    build = flex_form if kernel is WindowKernel.FLEX else blocks_form
+    form, constants = build(band, scale, is_masked(node))
     paster.replace(node, (kernel, band, scale), form, constants)
 
 
@@ -144,19 +93,6 @@ def _band(node: Node) -> Band:
     window: Any = node.args[3]
     before, after = argument(node, 5, "before", 0), argument(node, 6, "after", 0)
     return band_of(query.shape[2], window, query.dtype, query.device, before, after)
-
-
-def band_of(
-    tokens: int,
-    window: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    before: int = 0,
-    after: int = 0,
-) -> Band:
-    """Return the band of a window over ``tokens`` in all, text among them."""
-    image = tokens - before - after
-    return Band(image, min(window, image), dtype, device, before, after)
 
 
 def _decline(node: Node, kernel: WindowKernel) -> str:
@@ -175,12 +111,15 @@ def _decline(node: Node, kernel: WindowKernel) -> str:
         return f"FlexAttention does not take {band.dtype}"
     if flexible and head_dim < _FLEX_MIN_HEAD_DIM:
         return f"FlexAttention needs head_dim >= {_FLEX_MIN_HEAD_DIM}, not {head_dim}"
-    if not flexible and band.bias_bytes > _MAX_BIAS_BYTES:
-        return f"the bias of its blocks would take {band.bias_bytes >> 20} MiB"
+    taken = band.bias_bytes
+    if is_masked(node):  # a bias for each row of the batch
+        taken *= value(node).shape[0] * value(sources(node)[3]).shape[1]
+    if not flexible and taken > _MAX_BIAS_BYTES:
+        return f"the bias of its blocks would take {taken >> 20} MiB"
     return ""
 
 
-def blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
+def blocks_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Constants]:
     """Return the form in blocks of queries, each with the keys it can see, and its constants."""
     rest = band.blocks * band.block - band.tokens
 
@@ -197,102 +136,50 @@ def blocks_form(band: Band, scale: float) -> tuple[Form, Constants]:
 
     def in_blocks(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.
-        blocks = scaled_dot_product_attention(queries(q), keys, values, attn_mask=bias, scale=scale)
-        merged = blocks.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
+        own = queries(q)
+        if masked:  # the bias differs along the batch: [blocks * B, H, block, D]
+            own, keys, values = (
+                item.reshape(-1, q.shape[1], *item.shape[2:]) for item in (own, keys, values)
+            )
+        blocks = scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=scale)
+        apart = blocks.reshape(band.blocks, -1, *blocks.shape[2:])
+        merged = apart.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
         return merged[:, :, : band.tokens] if rest else merged
+
+    def with_keys(bias: Tensor, hidden: Tensor, seen: Tensor, batch: int) -> Tensor:
+        """Return the bias of each block and row of the batch, [blocks * B, H | 1, block, keys]."""
+        found = hidden.squeeze(2).index_select(2, seen)
+        each = found.reshape(*found.shape[:2], band.blocks, 1, -1).permute(2, 0, 1, 3, 4)
+        return (each.expand(-1, batch, -1, -1, -1) + bias[:, None]).flatten(0, 1)
 
     def with_text(near: Tensor, text: Tensor) -> Tensor:
         every = text.reshape(1, -1, band.text, text.shape[3]).expand(band.blocks, -1, -1, -1)
         return torch.cat([near, every], dim=2)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor) -> Tensor:
         if not band.text:
             return token_major(in_blocks(q, spans(k), spans(v), bias))
         (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
         near_q, text_q = band.split(q)
         keys, values = with_text(spans(near_k), text_k), with_text(spans(near_v), text_v)
         image = in_blocks(near_q, keys, values, bias)
-        text = scaled_dot_product_attention(text_q, k, v, scale=scale)
+        text = scaled_dot_product_attention(text_q, k, v, attn_mask=hidden, scale=scale)
         return token_major(band.joined(image, text))
 
-    return run, (band_bias(band),)
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return attend(q, k, v, None, bias)
 
-
-@lru_cache(maxsize=4)  # step variants are lowered one by one, and share what they can
-def band_bias(band: Band) -> Tensor:
-    """Return the bias of each block, 0 inside the band, ``[blocks, 1, block, span + text]``.
-
-    Queries past the last token see everything: without a key their softmax would be NaN.
-    """
-    with torch.inference_mode(False):
-        start = torch.arange(band.blocks, device=band.device)[:, None, None] * band.block
-        query = start + torch.arange(band.block, device=band.device)[:, None]
-        key = start + torch.arange(band.span, device=band.device) - band.window
-        seen = ((query - key).abs() <= band.window) & (key >= 0) & (key < band.tokens)
-        seen = seen | (query >= band.tokens)
-        text = torch.ones((*seen.shape[:2], band.text), dtype=torch.bool, device=band.device)
-        seen = torch.cat([seen, text], dim=-1)
-        bias = torch.zeros(seen.shape, dtype=band.dtype, device=band.device)
-        return bias.masked_fill(~seen, -math.inf)[:, None]
-
-
-def _flex_form(band: Band, scale: float) -> tuple[Form, Constants]:
-    total = band.tokens + band.text
-    stop = band.before + band.tokens
-
-    def in_band(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (query - key).abs() <= band.window
-        if not band.text:
-            return near
-        text = (query < band.before) | (query >= stop) | (key < band.before) | (key >= stop)
-        return near | text
-
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        part_counts: Tensor,
-        part_indices: Tensor,
-        whole_counts: Tensor,
-        whole_indices: Tensor,
+    def run_masked(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, seen: Tensor
     ) -> Tensor:
-        mask = flex.BlockMask.from_kv_blocks(
-            part_counts,
-            part_indices,
-            whole_counts,
-            whole_indices,
-            BLOCK_SIZE=FLEX_BLOCK,
-            mask_mod=in_band,
-            seq_lengths=(total, total),
-            compute_q_blocks=False,  # only the backward reads them
-        )
-        return token_major(flex.flex_attention(q, k, v, block_mask=mask, scale=scale))
+        hidden = key_bias(mask, q.dtype)
+        return attend(q, k, v, hidden, with_keys(bias, hidden, seen, q.shape[0]))
 
-    return run, band_blocks(band)
+    bias = band_bias(band)
+    return (run_masked, (bias, _seen(band))) if masked else (run, (bias,))
 
 
 @lru_cache(maxsize=4)
-def band_blocks(band: Band) -> Constants:
-    """Return FlexAttention's key blocks per query block: part and whole ones, counts and indices.
-
-    Found from the blocks' corners: ``create_block_mask`` would look at all ``[N, N]`` pairs.
-    """
-    side, total = FLEX_BLOCK, band.tokens + band.text
-    stop = band.before + band.tokens
+def _seen(band: Band) -> Tensor:
     with torch.inference_mode(False):
-        first = torch.arange(0, total, side, device=band.device)
-        distance = (first[:, None] - first[None, :]).abs()
-        near = (distance - side + 1).clamp(min=0) <= band.window
-        inner = first + side <= total
-        some = (first < band.before) | ((first + side).clamp(max=total) > stop)  # of it is text
-        only = (first + side <= band.before) | (first >= stop)
-        whole = distance + side - 1 <= band.window
-        whole = (whole | only[:, None] | only[None, :]) & inner[:, None] & inner[None, :]
-        near = near | some[:, None] | some[None, :]
-        return *_counted(near & ~whole), *_counted(whole)
-
-
-def _counted(kept: Tensor) -> Constants:
-    counts = kept.sum(-1, dtype=torch.int32)
-    indices = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None], indices[None, None].contiguous()
+        return seen_tokens(band).flatten()

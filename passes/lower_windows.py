@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ditfastattn.passes.band import band_of
+from ditfastattn.passes.key_masks import key_mask
 from ditfastattn.passes.lower_tile_attention import lower_tile_attention, tiles_form
 from ditfastattn.passes.lower_window_attention import (
     WindowKernel,
-    band_of,
     blocks_form,
     lower_window_attention,
 )
@@ -21,12 +22,22 @@ def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO)
 
 
 def compute_window(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, text: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    scale: float,
+    text: tuple[int, int],
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after."""
+    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after.
+
+    ``mask`` is the attention's, the same for every query.
+    """
+    masked = mask is not None
     if isinstance(window, TileWindow):
-        form, constants = tiles_form(window, scale, text, q.device)
+        form, constants = tiles_form(window, scale, text, q.device, masked)
     else:
         band = band_of(q.shape[2], window, q.dtype, q.device, *text)
-        form, constants = blocks_form(band, scale)
-    return form(q, k, v, *constants)
+        form, constants = blocks_form(band, scale, masked)
+    return form(q, k, v, *constants) if mask is None else form(q, k, v, key_mask(mask), *constants)

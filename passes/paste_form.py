@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.nn.attention import flex_attention as flex
 
 from ditfastattn.passes.ir import fake_mode, value
 
-Form = Callable[..., Tensor]  # (q, k, v, *constants) -> output, all [B, H, N, D]
+Form = Callable[..., Tensor]  # (q, k, v[, mask], *constants) -> output, all [B, H, N, D]
 Constants = tuple[Tensor, ...]
 
 
@@ -33,8 +32,9 @@ class FormPaster:
     attributes: dict[int, str] = field(default_factory=dict)  # id of what is registered -> its name
 
     def replace(self, node: Node, key: Hashable, form: Form, constants: Constants) -> None:
-        """Replace ``node``, whose first arguments are query, key and value, by ``form``."""
-        layouts = tuple((value(source).shape, value(source).stride()) for source in sources(node))
+        """Replace ``node``, an attention within a window, by ``form``."""
+        values = [value(source) for source in sources(node)]
+        layouts = tuple((item.shape, item.stride(), item.dtype) for item in values)
         known = (key, layouts)
         if known not in self.traces:
             self.traces[known] = self._trace(form, node, constants)
@@ -57,9 +57,10 @@ class FormPaster:
     def _paste(self, trace: GraphModule, node: Node, constants: Constants) -> None:
         graph = self.module.graph
         inputs = trace.graph.find_nodes(op="placeholder")
-        copies = dict(zip(inputs[:3], sources(node), strict=True))
+        given = sources(node)
+        copies = dict(zip(inputs[: len(given)], given, strict=True))
         with graph.inserting_before(node):
-            for inner, constant in zip(inputs[3:], constants, strict=True):
+            for inner, constant in zip(inputs[len(given) :], constants, strict=True):
                 copies[inner] = graph.get_attr(self._attribute("window_constant", constant))
                 copies[inner].meta["val"] = inner.meta["val"]
             for inner in trace.graph.nodes:
@@ -86,13 +87,17 @@ class FormPaster:
 
 
 def sources(node: Node) -> tuple[Node, ...]:
-    """Return query, key and value."""
-    first: Any = node.args[:3]
-    return tuple(first)
+    """Return query, key and value, and the mask where there is one."""
+    return tuple(argument for argument in node.args if isinstance(argument, Node))
+
+
+def is_masked(node: Node) -> bool:
+    """Tell whether ``node`` has a mask of keys."""
+    return len(sources(node)) > 3
 
 
 def has_static_shape(node: Node) -> bool:
-    """Tell whether the shapes of query, key and value are numbers."""
+    """Tell whether the shapes of all sources are numbers."""
     return all(isinstance(size, int) for source in sources(node) for size in value(source).shape)
 
 

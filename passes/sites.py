@@ -20,9 +20,11 @@ from torch.fx import Graph, Node
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
+from ditfastattn.passes.key_masks import hides_keys_alone
 from ditfastattn.passes.lane_rows import lane_halves
 from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy, Window
 from ditfastattn.passes.recognize_attention import RECOGNIZED
+from ditfastattn.passes.token_grid import GridFinder
 from ditfastattn.passes.windows import band, tiles
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
@@ -36,8 +38,8 @@ class AttentionSite:
     leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
     the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
     in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
-    ``windows`` are the forms that fit, the one chosen is ``window``, 0 where none is legal.
-    ``declined`` says why a strategy is not legal here.
+    ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
+    ``window``, 0 where none is legal. ``declined`` says why a strategy is not legal here.
     """
 
     name: str
@@ -53,6 +55,7 @@ class AttentionSite:
     windows: tuple[Window, ...] = ()
     text: tuple[int, int] = (0, 0)
     declined: dict[Strategy, str] = field(default_factory=dict)
+    no_grid: str = ""
 
     @property
     def axes(self) -> str:
@@ -110,10 +113,11 @@ class SiteReport:
 def find_sites(captured: CapturedGraph) -> SiteReport:
     """Return every site of ``captured``, and each declined attention with its reason."""
     graph = captured.module.graph
-    ancestry = _Ancestry(captured)
     position = latent_position(captured)
     latent = "" if position is None else captured.inputs[position].name
+    ancestry = _Ancestry(captured, latent)
     streams = _find_streams(graph, ancestry, latent) if latent else None
+    grids = GridFinder()
     sites: list[AttentionSite] = []
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
@@ -126,7 +130,7 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
         else:
-            sites.append(_describe(node, name, ordinal, captured, ancestry, streams))
+            sites.append(_describe(node, name, ordinal, grids, ancestry, streams))
     for other in captured.unrecognized:
         node = find(graph, other.node)
         name = _unique(module_path(node) or node.name, names)
@@ -169,7 +173,7 @@ def _describe(
     node: Node,
     name: str,
     ordinal: int,
-    captured: CapturedGraph,
+    grids: GridFinder,
     ancestry: _Ancestry,
     streams: _Streams | None,
 ) -> AttentionSite:
@@ -187,7 +191,9 @@ def _describe(
     no_guidance = ancestry.why_no_shared_guidance(ends)
     if no_guidance:
         declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
-    grid = _grid(node, image, value(node).shape[0] // ancestry.batch)
+    grid = _embedded(node, image, value(node).shape[0] // ancestry.batch)
+    query: Any = node.args[0]
+    grid = grid or grids.find(query, image)
     forms = (band(image), tiles(grid)) if not no_window else ()
     windows = tuple(form for form in forms if form is not None)
     return AttentionSite(
@@ -204,6 +210,7 @@ def _describe(
         windows=windows,
         text=text,
         declined=declined,
+        no_grid="" if grid else ancestry.why_no_grid(grids.inputs(image)),
     )
 
 
@@ -217,8 +224,9 @@ def frontier(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, 
 class _Ancestry:
     """Answer which dynamic inputs a node depends on, and whether its rows follow their batch."""
 
-    def __init__(self, captured: CapturedGraph) -> None:
+    def __init__(self, captured: CapturedGraph, latent: str) -> None:
         self._roots: dict[Node, frozenset[str]] = {}
+        self._latent = latent
         graph = captured.module.graph
         placeholders = graph.find_nodes(op="placeholder")
         pairs = zip(captured.inputs, placeholders, strict=True)
@@ -245,6 +253,12 @@ class _Ancestry:
             if rows != self.batch and end not in self._lanes:
                 return f"its batch is {rows}, the model's {self.batch}, in no order known"
         return ""
+
+    def why_no_grid(self, reached: Sequence[Node]) -> str:
+        """Return why no grid was found of tokens whose axis leads to the inputs ``reached``."""
+        given = [name for node in reached for name in self._roots[node] if name != self._latent]
+        none = "the graph flattens no grid into its tokens"
+        return f"{none}, and what its inputs hold is unknown: {', '.join(given)}" if given else none
 
     def is_static(self, node: Node) -> bool:
         """Tell whether ``node`` depends on parameters, buffers and constants alone."""
@@ -333,8 +347,9 @@ def _why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int
         return f"a band window is defined for self-attention, this is {kind}-attention"
     if kind is SiteKind.JOINT and not any(text):
         return "text and image tokens of this joint attention were not told apart"
-    if attention_mask(node) is not None:
-        return "the attention has a mask"
+    mask = attention_mask(node)
+    if mask is not None and not hides_keys_alone(mask, value(node.args[1]).shape[-2]):
+        return "the attention has a mask that depends on the query"
     if argument(node, 5, "is_causal", False):
         return "the attention is causal"
     if value(node.args[0]).shape != value(node.args[1]).shape:
@@ -356,7 +371,7 @@ def attention_scale(node: Node) -> float:
     return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
 
 
-def _grid(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
+def _embedded(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
     """Return the size of the patch embedding that made these tokens, or ().
 
     Where it embeds frame by frame, and the tokens are those of all frames, time comes first. Where

@@ -5,7 +5,8 @@ along every axis. The grid is cut into tiles, and the queries of a tile attend t
 at most ``reach`` away along each axis. At the grid's edge the window moves inward, so that every
 tile sees equally many keys and nothing within them is masked (sliding tile attention, Zhang et al.
 2025, section 3). Tokens are in row-major order of the grid, time first. Text tokens ``before`` and
-``after`` the grid attend, and are attended by, all, as in ``window_attention``.
+``after`` the grid attend, and are attended by, all, and a mask hides keys, as in
+``window_attention``.
 
 The op marks the window in a graph and computes it plainly, by a mask over full attention;
 ``lower_tile_attention`` replaces it by a form that skips the other tiles.
@@ -23,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.errors import ConfigError
+from ditfastattn.passes.key_masks import among, check_key_mask
 from ditfastattn.passes.plan import TileWindow
 from ditfastattn.passes.window_attention import allocate, check_alike
 
@@ -38,17 +40,19 @@ def tile_attention(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attend from each tile of ``q`` to the tiles near it.
 
     Takes and returns ``[B, H, N, D]``, where ``N`` is ``before``, the grid's tokens, ``after``.
+    ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is added to the scores.
 
     Raises:
-        ConfigError: the inputs are not alike, or the grid is not theirs.
+        ConfigError: the inputs are not alike, the grid is not theirs, or the mask is not of keys.
     """
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
-    _check(q, k, v, window, before + after)
-    seen = seen_pairs(window, before, after, q.device)
+    _check(q, k, v, window, before + after, mask)
+    seen = among(seen_pairs(window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -64,9 +68,10 @@ def _fake(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
-    _check(q, k, v, window, before + after)
+    _check(q, k, v, window, before + after, mask)
     return allocate(q)
 
 
@@ -94,6 +99,17 @@ def tile_order(window: TileWindow, device: torch.device | None = None) -> Tensor
     return tokens.reshape(split).permute(axes).reshape(math.prod(window.counts), -1)
 
 
+def seen_tokens(
+    window: TileWindow, before: int, after: int, device: torch.device | None = None
+) -> Tensor:
+    """Return which tokens the queries of each tile see, int64 ``[tiles, seen + text]``."""
+    near = tile_order(window, device)[near_tiles(window, device)].flatten(1) + before
+    total = before + window.tokens + after
+    text = [*range(before), *range(total - after, total)]
+    every = torch.tensor(text, dtype=torch.int64, device=device).expand(near.shape[0], -1)
+    return torch.cat([near, every], dim=1)
+
+
 def seen_pairs(
     window: TileWindow, before: int, after: int, device: torch.device | None = None
 ) -> Tensor:
@@ -113,8 +129,11 @@ def tile_pairs(window: TileWindow, text: int = 0) -> int:
     return window.tokens * window.seen + text * (2 * window.tokens + text)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: TileWindow, text: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window: TileWindow, text: int, mask: Tensor | None
+) -> None:
     check_alike(q, k, v, "tile_attention")
+    check_key_mask(q, mask, "tile_attention")
     if q.shape[2] != window.tokens + text:
         raise ConfigError(
             "the grid has other tokens than the query",
@@ -135,6 +154,7 @@ def _flops(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: torch.Size | None = None,
     **_: Any,
 ) -> int:
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""

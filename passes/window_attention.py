@@ -2,7 +2,8 @@
 
 Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
 ``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
-text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). The op
+text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask of
+keys, as of padding, hides them from every query; one that sees no other keys gives 0. The op
 marks the window in a graph and computes it plainly, by a mask over full attention;
 ``lower_window_attention`` replaces it by forms that skip the work outside the band.
 
@@ -20,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.errors import ConfigError
+from ditfastattn.passes.key_masks import among, check_key_mask
 
 
 @torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
@@ -31,17 +33,19 @@ def window_attention(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
 
     Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` tokens attend,
-    and are attended by, all.
+    and are attended by, all. ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is
+    added to the scores.
 
     Raises:
-        ConfigError: the inputs are not alike, or the window is negative.
+        ConfigError: the inputs are not alike, the window is negative, or the mask is not of keys.
     """
-    _check(q, k, v, window)
-    seen = seen_pairs(q.shape[2], window, before, after, q.device)
+    _check(q, k, v, window, mask)
+    seen = among(seen_pairs(q.shape[2], window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -55,8 +59,9 @@ def _fake(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    _check(q, k, v, window)
+    _check(q, k, v, window, mask)
     return allocate(q)
 
 
@@ -99,8 +104,9 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
             )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None) -> None:
     check_alike(q, k, v, "window_attention")
+    check_key_mask(q, mask, "window_attention")
     if window < 0:
         raise ConfigError(
             "the window is negative", where="window_attention", got=window, expected="0 or more"
@@ -127,6 +133,7 @@ def _flops(
     scale: float,
     before: int = 0,
     after: int = 0,
+    mask: torch.Size | None = None,
     **_: Any,
 ) -> int:
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""

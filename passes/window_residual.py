@@ -20,7 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from ditfastattn.passes.base import PassResult
 from ditfastattn.passes.caches import read_cache, residual_slot
 from ditfastattn.passes.ir import aten, find, insert, value
-from ditfastattn.passes.sites import AttentionSite, attention_scale
+from ditfastattn.passes.key_masks import insert_key_mask
+from ditfastattn.passes.sites import AttentionSite, attention_mask, attention_scale
 from ditfastattn.passes.windows import window_call
 
 
@@ -47,5 +48,9 @@ class WindowResidual:
 
 def insert_window(graph: Graph, attention: Node, site: AttentionSite) -> Node:
     """Add the window attention of ``site`` over the inputs of ``attention``."""
-    target, arguments = window_call(site.window, attention_scale(attention), site.text)
+    mask, keys = attention_mask(attention), None
+    if mask is not None:
+        with graph.inserting_before(attention):
+            keys = insert_key_mask(graph, mask, attention)
+    target, arguments = window_call(site.window, attention_scale(attention), site.text, keys)
     return insert(graph, target, (*attention.args[:3], *arguments), attention)

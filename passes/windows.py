@@ -41,9 +41,13 @@ def _tile(size: int) -> int:
     return min(fitting, key=lambda tile: abs(tile - size / _TILES), default=size)
 
 
-def window_call(window: Window, scale: float, text: tuple[int, int]) -> tuple[Any, tuple[Any, ...]]:
+def window_call(
+    window: Window, scale: float, text: tuple[int, int], mask: Any = None
+) -> tuple[Any, tuple[Any, ...]]:
     """Return the operator of ``window``, and its arguments after query, key and value."""
-    outside = text if any(text) else ()
+    outside: tuple[Any, ...] = text if any(text) else ()
+    if mask is not None:
+        outside = (*text, mask)
     if isinstance(window, TileWindow):
         sizes = (list(window.grid), list(window.tile), list(window.reach))
         return TILE_ATTENTION, (*sizes, scale, *outside)

@@ -162,7 +162,11 @@ class PlanInterpreter(TorchFunctionMode):
             near = self._near_tiles(here.window, position - here.text[0])
         else:
             near = (position[:, None] - position[None, :]).abs() <= here.window
-        masked: dict[str, Any] = {**call, "attn_mask": near | text[:, None] | text[None, :]}
+        seen = near | text[:, None] | text[None, :]
+        mask = call.get("attn_mask")
+        if mask is not None:
+            seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+        masked: dict[str, Any] = {**call, "attn_mask": seen}
         windowed: Tensor = scaled_dot_product_attention(**masked)
         return windowed
 

@@ -6,7 +6,7 @@ advances to the site once and tries each candidate on the rest of the graph alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class SiteEvaluator:
             kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
             residual = self._half(residual, batch)
         if residual is not None:
-            output = self._window(index, args, self.sites[index].window) + residual
+            output = self._window(index, args, kwargs, self.sites[index].window) + residual
         else:
             output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
         return torch.cat([output, output]) if strategy.shares_cfg else output
@@ -119,8 +119,8 @@ class SiteEvaluator:
         self, environment: Environment, index: int, output: Tensor, window: Window
     ) -> Tensor:
         """Return full minus window attention."""
-        args, _ = self._call(environment, index)
-        return output - self._window(index, args, window)
+        args, kwargs = self._call(environment, index)
+        return output - self._window(index, args, kwargs, window)
 
     def remember(self, environment: Environment, index: int, strategy: Strategy) -> None:
         """Store what later steps may read of site ``index``, whose output has been put."""
@@ -143,10 +143,13 @@ class SiteEvaluator:
         args = tuple(_resolve(item, environment) for item in node.args)
         return args, {key: _resolve(item, environment) for key, item in node.kwargs.items()}
 
-    def _window(self, index: int, args: Sequence[Any], window: Window) -> Tensor:
+    def _window(
+        self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], window: Window
+    ) -> Tensor:
         scale = attention_scale(self._attention[index])
         q, k, v = args[:3]
-        return compute_window(q, k, v, window, scale, self.sites[index].text)
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        return compute_window(q, k, v, window, scale, self.sites[index].text, mask)
 
     def _half(self, item: Any, batch: int) -> Any:
         """Return the conditional half of what has the batch."""

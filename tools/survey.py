@@ -3,7 +3,8 @@
     python -m ditfastattn.tools.survey --out docs/compatibility.md
 
 Every class is tried at a tiny size with random weights: its sites, a plan that mixes all strategies
-against the plan interpreter, and the exported bundle in ONNX Runtime.
+against the plan interpreter, and the exported bundle in ONNX Runtime. With ``--only`` the rows of
+the other classes stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +22,18 @@ import torch
 import typer
 from rich.console import Console
 
+from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.plan import SiteKind, Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
-from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, reason_of, try_model
+from ditfastattn.tools.zoo.trial import (
+    TOLERANCE,
+    Trial,
+    count_graph_breaks,
+    reason_of,
+    try_model,
+)
 
 _EXPORTED = re.compile(r".*(Transformer|DiT).*(Model|Transformer)")
 _NOT_DENOISERS = re.compile(r".*ControlNet.*|.*Prior.*|.*Encoder.*")
@@ -39,8 +47,9 @@ strategy at every site, and compared with the plan interpreter, as is the bundle
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Error* is the largest difference, relative to the largest output (at most {tolerance:g}). What is
-declined is named with the reason below the table.
+*Graph breaks* are those that Dynamo makes where it may; a model with any is refused. *Error* is
+the largest difference, relative to the largest output (at most {tolerance:g}). What is declined is
+named with the reason below the table.
 
 | class | attention | feed-forward | strategies | graph breaks | error | ONNX error |
 |---|---|---|---|---|---|---|
@@ -55,17 +64,34 @@ _LETTERS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold what came of one class: a trial, or why there is none."""
+    """Hold what came of one class: a trial, or why there is none.
+
+    ``breaks`` counts its graph breaks, -1 where Dynamo fails altogether.
+    """
 
     name: str
     trial: Trial | None
     reason: str = ""
+    breaks: int = -1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold what the page says of one class: its row of the table, and what the table leaves out."""
+
+    row: str
+    notes: tuple[str, ...] = ()
 
     @property
     def works(self) -> bool:
         """Tell whether it has sites, and a plan computes what it should."""
-        trial = self.trial
-        return trial is not None and bool(trial.report.sites) and trial.error <= TOLERANCE
+        error = self.row.split(" | ")[5]
+        return error != "-" and float(error) <= TOLERANCE
+
+
+def entry(outcome: Outcome) -> Entry:
+    """Return what the page says of ``outcome``."""
+    return Entry(row(outcome), tuple(notes(outcome)))
 
 
 def exported_classes() -> list[str]:
@@ -81,25 +107,36 @@ def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
     for name in exported_classes():
         if re.search(only, name):
             outcomes.append(_outcome(name, known.get(name), onnx))
-            console.print(_line(outcomes[-1]), soft_wrap=True, markup=False, highlight=False)
+            console.print(row(outcomes[-1]), soft_wrap=True, markup=False, highlight=False)
     return outcomes
 
 
 def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
     if model is None:
         return Outcome(name, None, "there is no tiny configuration of it yet")
+    breaks = _breaks(model)
     try:
-        return Outcome(name, try_model(model, onnx=onnx))
+        return Outcome(name, try_model(model, onnx=onnx), breaks=breaks)
     except Exception as error:  # a survey reports whatever stands in the way
         logging.getLogger(__name__).debug("%s", name, exc_info=True)
-        return Outcome(name, None, f"{type(error).__name__}: {reason_of(error)}")
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        return Outcome(name, None, reason, breaks)
 
 
-def _line(outcome: Outcome) -> str:
+def _breaks(model: ZooModel) -> int:
+    try:
+        return count_graph_breaks(model)
+    except Exception:  # of Dynamo, whose reason the trial meets again
+        logging.getLogger(__name__).debug("%s", model.name, exc_info=True)
+        return -1
+
+
+def row(outcome: Outcome) -> str:
     """Return the row of the table."""
     trial = outcome.trial
+    breaks = "-" if outcome.breaks < 0 else outcome.breaks
     if trial is None:
-        return f"| {outcome.name} | - | - | - | - | - | - |"
+        return f"| {outcome.name} | - | - | - | {breaks} | - | - |"
     kinds = Counter(
         f"{site.kind} over {site.axes}" if site.axes else str(site.kind)
         for site in trial.report.sites
@@ -111,8 +148,8 @@ def _line(outcome: Outcome) -> str:
     onnx = "-" if trial.onnx_error is None else f"{trial.onnx_error:.0e}"
     error = f"{trial.error:.0e}" if trial.report.sites else "-"
     return (
-        f"| {outcome.name} | {attentions or '-'} | {forwards} | {letters or '-'} | 0 | {error} "
-        f"| {onnx} |"
+        f"| {outcome.name} | {attentions or '-'} | {forwards} | {letters or '-'} | {breaks} "
+        f"| {error} | {onnx} |"
     )
 
 
@@ -121,6 +158,7 @@ def notes(outcome: Outcome) -> list[str]:
     if outcome.trial is None:
         return [outcome.reason]
     found = [f"declined: {reason}" for reason in _reasons(outcome.trial)]
+    found += [f"bands only at {reason}" for reason in _bands_only(outcome.trial)]
     if outcome.trial.no_onnx:
         found.append(f"no ONNX: {outcome.trial.no_onnx}")
     return found
@@ -138,21 +176,50 @@ def _reasons(trial: Trial) -> list[str]:
     return list(dict.fromkeys([*declined, *strategies]))
 
 
-def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    """Return the whole page."""
-    head = _LEGEND.format(
+def _bands_only(trial: Trial) -> list[str]:
+    """Return why windows are no tiles, each reason once."""
+    sites = [site for site in trial.report.sites if site.windows and site.no_grid]
+    return list(dict.fromkeys(f"{site.kind}: {site.no_grid}" for site in sites))
+
+
+def as_markdown(entries: Mapping[str, Entry]) -> str:
+    """Return the whole page of the classes in ``entries``, by name."""
+    works = sum(found.works for found in entries.values())
+    lines = [entries[name].row for name in sorted(entries)]
+    lines += [f"\n{works} of {len(entries)} classes run a plan.\n\n## Reasons\n"]
+    for name in sorted(entries):
+        if entries[name].notes:
+            lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
+    return _head() + "\n".join(lines) + "\n"
+
+
+def _head() -> str:
+    return _LEGEND.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         tolerance=TOLERANCE,
     )
-    lines = [_line(outcome) for outcome in outcomes]
-    works = sum(outcome.works for outcome in outcomes)
-    tail = [f"\n{works} of {len(outcomes)} classes run a plan.\n\n## Reasons\n"]
-    for outcome in outcomes:
-        found = notes(outcome)
-        if found:
-            tail += [f"- **{outcome.name}**", *(f"  - {note}" for note in found)]
-    return head + "\n".join([*lines, *tail]) + "\n"
+
+
+def read_page(path: Path) -> dict[str, Entry]:
+    """Return what the page in ``path`` says of each class.
+
+    Raises:
+        ConfigError: the page was written with other releases, or in another form.
+    """
+    page = path.read_text()
+    if not page.startswith(_head()):
+        raise ConfigError(
+            "the page is of other releases, or of another form",
+            where=str(path),
+            expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
+            remedy="survey all classes: leave out --only",
+        )
+    table, _, reasons = page.removeprefix(_head()).partition("\n\n")
+    rows = {line.split(" ")[1]: line for line in table.splitlines()}
+    blocks = re.findall(r"^- \*\*(\w+)\*\*\n((?:  - .*\n)*)", reasons, re.MULTILINE)
+    said = {name: tuple(re.findall("^  - (.*)$", lines, re.M)) for name, lines in blocks}
+    return {name: Entry(line, said.get(name, ())) for name, line in rows.items()}
 
 
 def main(
@@ -162,12 +229,14 @@ def main(
 ) -> None:
     """Try every transformer that diffusers exports."""
     console = Console()
+    known = read_page(out) if only and out is not None and out.exists() else {}
     outcomes = survey(console, onnx, only)
     for outcome in outcomes:
         for note in notes(outcome):
             console.print(f"{outcome.name}: {note}", soft_wrap=True, markup=False)
     if out is not None:
-        write_text_atomically(out, as_markdown(outcomes))
+        entries = known | {outcome.name: entry(outcome) for outcome in outcomes}
+        write_text_atomically(out, as_markdown(entries))
         console.print(f"wrote {out}")
 
 

@@ -86,7 +86,7 @@ def _attention(emitter: Emitter, call: Call) -> str:
     assert isinstance(head_dim, int)
     if call.get(7, "enable_gqa", False):
         key, value_ = (_repeat_heads(emitter, call, item) for item in call.args[1:3])
-    biases = [_bias(emitter, call.get(3, "attn_mask"), call)]
+    biases = [mask_bias(emitter, call.get(3, "attn_mask"), call)]
     if call.get(5, "is_causal", False):
         biases.append(_causal_bias(emitter, call))
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
@@ -115,7 +115,7 @@ def attend(
     return emitter.op("MatMul", weights, value_, name=call.name)
 
 
-def _bias(emitter: Emitter, mask: Value | None, call: Call) -> str:
+def mask_bias(emitter: Emitter, mask: Value | None, call: Call) -> str:
     """Return the mask as what is added to the scores; "" where there is none."""
     if mask is None:
         return ""

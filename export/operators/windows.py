@@ -1,6 +1,7 @@
 """Write attention within a window in ONNX: MatMul-Softmax-MatMul over blocks, or tiles, of queries.
 
-Each has the keys it can see, gathered by a constant index: the work outside is skipped.
+Each has the keys it can see, gathered by a constant index: the work outside is skipped. So is what
+a mask of keys adds to their scores.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ditfastattn.export.operators.base import Call, Emitter, Rule, axis_of
-from ditfastattn.export.operators.products import additive, attend
+from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, axis_of
+from ditfastattn.export.operators.elementwise import finite_minimum
+from ditfastattn.export.operators.products import additive, attend, mask_bias
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.lower_window_attention import Band, band_of
+from ditfastattn.passes.band import Band, band_of, seen_tokens
 from ditfastattn.passes.plan import TileWindow
 from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles
+from ditfastattn.passes.tile_attention import seen_tokens as tokens_seen_by_tiles
 from ditfastattn.passes.window_attention import WINDOW_ATTENTION, seen_pairs
 
 Three = tuple[str, str, str]  # names of query, key and value
@@ -29,16 +32,19 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
     before, after = call.get(5, "before", 0), call.get(6, "after", 0)
     band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
+    mask = _mask(emitter, call, call.get(7, "mask"))
     if band.span >= band.tokens:
         seen = seen_pairs(tokens, band.window, before, after)
-        bias = emitter.constant(additive(seen, call.dtype))
-        return attend(emitter, call, (query, key, value_), scale, [bias])
+        biases = [emitter.constant(additive(seen, call.dtype)), *([mask] if mask else [])]
+        attended = attend(emitter, call, (query, key, value_), scale, biases)
+        return _or_zero(emitter, call, attended, biases) if mask else attended
 
     def in_blocks(tensors: Three, text: tuple[str, str]) -> str:
-        return _in_blocks(emitter, call, band, scale, tensors, text)
+        return _in_blocks(emitter, call, band, scale, tensors, text, mask)
 
     text = before, after
-    return _beside_text(emitter, call, (query, key, value_), scale, band.tokens, text, in_blocks)
+    tensors = (query, key, value_)
+    return _beside_text(emitter, call, tensors, scale, band.tokens, text, mask, in_blocks)
 
 
 def _tile_attention(emitter: Emitter, call: Call) -> str:
@@ -49,12 +55,44 @@ def _tile_attention(emitter: Emitter, call: Call) -> str:
     grid, tile, reach = (tuple(sizes) for sizes in call.args[3:6])
     window, scale = TileWindow(grid=grid, tile=tile, reach=reach), call.args[6]
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
+    text = call.get(7, "before", 0), call.get(8, "after", 0)
+    mask = _mask(emitter, call, call.get(9, "mask"))
+    biases = [_gathered_bias(emitter, mask, tokens_seen_by_tiles(window, *text))] if mask else []
 
     def in_tiles(tensors: Three, text: tuple[str, str]) -> str:
-        return _in_tiles(emitter, call, window, scale, tensors, text)
+        return _in_tiles(emitter, call, window, scale, tensors, text, biases)
 
-    text = call.get(7, "before", 0), call.get(8, "after", 0)
-    return _beside_text(emitter, call, (query, key, value_), scale, window.tokens, text, in_tiles)
+    tensors = (query, key, value_)
+    return _beside_text(emitter, call, tensors, scale, window.tokens, text, mask, in_tiles)
+
+
+def _mask(emitter: Emitter, call: Call, mask: Value | None) -> str:
+    """Return what a mask of keys adds to the scores, finite; "" where there is none."""
+    bias = mask_bias(emitter, mask, call)
+    if mask is None or mask.dtype == torch.bool:
+        return bias
+    return emitter.op("Max", bias, emitter.scalar(finite_minimum(call.dtype), call.dtype))
+
+
+def _or_zero(emitter: Emitter, call: Call, attended: str, biases: list[str]) -> str:
+    """Return 0 for queries that see no key, as torch does; their softmax is of nothing."""
+    total = biases[0]
+    for bias in biases[1:]:
+        total = emitter.op("Add", total, bias)
+    most = emitter.op("ReduceMax", total, emitter.ints([-1]), keepdims=1)
+    hidden = emitter.scalar(finite_minimum(call.dtype) / 2, call.dtype)
+    sees = emitter.op("Greater", most, hidden)
+    return emitter.op("Where", sees, attended, emitter.scalar(0.0, call.dtype), name=call.name)
+
+
+def _gathered_bias(emitter: Emitter, mask: str, seen: torch.Tensor) -> str:
+    """Return what ``mask``, ``[B, H, 1, N]``, adds to the scores of the tokens ``seen``.
+
+    Of ``seen``, ``[blocks, keys]``, it makes ``[B, H, blocks, 1, keys]``.
+    """
+    flat = emitter.op("Squeeze", mask, emitter.ints([2]))
+    found = emitter.op("Gather", flat, emitter.constant(seen), axis=2)
+    return emitter.op("Unsqueeze", found, emitter.ints([3]))
 
 
 def _in_tiles(
@@ -64,6 +102,7 @@ def _in_tiles(
     scale: float,
     tensors: Three,
     text: tuple[str, str],
+    biases: list[str],
 ) -> str:
     heads, head_dim = call.first.shape[1], call.first.shape[3]
     assert isinstance(heads, int)
@@ -86,7 +125,9 @@ def _in_tiles(
 
     query, key, value_ = tensors
     seen = tiled(query), gathered(key, text[0]), gathered(value_, text[1])
-    attended = attend(emitter, call, seen, scale, [], rank=5)
+    attended = attend(emitter, call, seen, scale, biases, rank=5)
+    if biases:
+        attended = _or_zero(emitter, call, attended, biases)
     sizes = emitter.ints([-1, *window.counts, *window.tile, head_dim])
     apart = emitter.op("Reshape", attended, sizes)
     pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]
@@ -101,9 +142,13 @@ def _beside_text(
     scale: float,
     tokens: int,
     text: tuple[int, int],
+    mask: str,
     image: Callable[[Three, tuple[str, str]], str],
 ) -> str:
-    """Attend the image's ``tokens`` by ``image``, and from the ``text`` around them to all."""
+    """Attend the image's ``tokens`` by ``image``, and from the ``text`` around them to all.
+
+    To the scores of all, ``mask`` is added.
+    """
     if not any(text):
         return image(tensors, ("", ""))
     before, after = text
@@ -111,7 +156,7 @@ def _beside_text(
         *(_split_text(emitter, item, tokens, text) for item in tensors), strict=True
     )
     middle = image(near, (others[0], others[1]))
-    rows = attend(emitter, call, (text_q, *tensors[1:]), scale, [])
+    rows = attend(emitter, call, (text_q, *tensors[1:]), scale, [mask] if mask else [])
     parts = [_tokens(emitter, rows, 0, before)] if before else []
     parts += [middle, *([_tokens(emitter, rows, before, None)] if after else [])]
     return emitter.op("Concat", *parts, axis=2, name=call.name)
@@ -139,6 +184,7 @@ def _in_blocks(
     scale: float,
     tensors: Three,
     text: tuple[str, str],
+    mask: str,
 ) -> str:
     """Attend within the band, and to the keys and values ``text`` of tokens outside it."""
     rest = band.blocks * band.block - band.tokens
@@ -162,7 +208,11 @@ def _in_blocks(
     edge = additive((place >= 0) & (place < band.tokens), call.dtype)[:, None]  # [blocks, 1, span]
     inside, edge = (torch.nn.functional.pad(bias, (0, band.text)) for bias in (inside, edge))
     biases = [emitter.constant(inside), emitter.constant(edge)]
+    if mask:
+        biases.append(_gathered_bias(emitter, mask, seen_tokens(band)))
     attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
+    if mask:
+        attended = _or_zero(emitter, call, attended, biases)
     merged = emitter.op("Reshape", attended, emitter.ints([0, 0, -1, head_dim]))
     if not rest:
         return merged

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
 
 from ditfastattn import ConfigError
-from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.plan import TileWindow, Window
 from ditfastattn.passes.windows import window_call
 from tests.export.helpers import assert_same, write_module
 from tests.helpers import noise
@@ -208,6 +208,37 @@ def test_a_window_by_tiles_computes_the_same(
 ) -> None:
     tokens = window.tokens + sum(text)
     assert_same(Tiled(window, *text), {"x": noise(1, 2, tokens, 8)}, tmp_path)
+
+
+class Masked(nn.Module):
+    """Hide keys of a window: all but the first ones, differently in each row of the batch."""
+
+    def __init__(self, window: Window, kind: str, *text: int) -> None:
+        super().__init__()
+        self.window, self.kind = window, kind
+        self.text = (text[0], text[1]) if text else (0, 0)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+        mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
+        if self.kind == "float":
+            mask = torch.where(mask, 0.5, -torch.inf)
+        target, arguments = window_call(self.window, 0.5, self.text, mask)
+        result: Tensor = target(heads, 2 * heads, heads - 1, *arguments)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("text", [(), (5, 0), (0, 5), (3, 4)])
+@pytest.mark.parametrize(
+    "window", [2, 16, 60, TileWindow(grid=(8, 12), tile=(2, 3), reach=(1, 1))], ids=str
+)
+def test_masked_keys_are_hidden_within_a_window(
+    window: Window, text: tuple[int, ...], kind: str, tmp_path: Path
+) -> None:
+    tokens = 96 + sum(text)
+    call = {"x": noise(1, 2, tokens, 8), "lengths": torch.tensor([tokens - 2, 7])}
+    assert_same(Masked(window, kind, *text), call, tmp_path)
 
 
 def test_a_window_in_blocks_skips_the_work_outside(tmp_path: Path) -> None:

@@ -73,8 +73,11 @@ class Attention(torch.nn.Module):
         extra: dict[str, Any] = {}
         if self.case == "causal":
             extra = {"is_causal": True}
-        if self.case == "masked":
-            extra = {"attn_mask": (x.sum(-1) > 0)[:, None, None, :].expand(-1, -1, tokens, -1)}
+        seen = x.sum(-1) > 0
+        if self.case == "masked keys":
+            extra = {"attn_mask": seen[:, None, None, :].expand(-1, -1, tokens, -1)}
+        if self.case == "masked pairs":
+            extra = {"attn_mask": seen[:, None, None, :] & seen[:, None, :, None]}
         if self.case == "dropout":
             extra = {"dropout_p": 0.5}
         if self.case == "static":
@@ -97,6 +100,11 @@ def test_a_hand_written_module_is_a_site() -> None:
     assert (site.kind, site.window, site.grid, site.declined) == (SiteKind.SELF, 2, (), {})
 
 
+def test_a_mask_of_keys_is_no_hindrance() -> None:
+    (site,) = report("masked keys").sites
+    assert (site.kind, site.window, site.declined) == (SiteKind.SELF, 2, {})
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -115,7 +123,7 @@ def test_declined_attention_has_its_reason(case: str, reason: str) -> None:
     ("case", "tokens", "reason"),
     [
         ("causal", 16, "the attention is causal"),
-        ("masked", 16, "the attention has a mask"),
+        ("masked pairs", 16, "the attention has a mask that depends on the query"),
         ("plain", 4, "only 4 tokens: a window would save nothing"),
     ],
 )

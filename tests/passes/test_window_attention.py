@@ -15,14 +15,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditfastattn.errors import ConfigError
+from ditfastattn.passes.band import Band
+from ditfastattn.passes.flex_window import FLEX_BLOCK, band_blocks
 from ditfastattn.passes.ir import calls, value
-from ditfastattn.passes.lower_window_attention import (
-    FLEX_BLOCK,
-    Band,
-    WindowKernel,
-    band_blocks,
-    lower_window_attention,
-)
+from ditfastattn.passes.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.window_attention import kept_pairs, window_attention
 
 WINDOW = torch.ops.ditfastattn.window_attention.default

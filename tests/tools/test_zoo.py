@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from ditfastattn.errors import ConfigError
 from ditfastattn.passes.plan import SiteKind, Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
-from ditfastattn.tools.zoo.trial import TOLERANCE, try_model
+from ditfastattn.tools.zoo.base import ZooModel
+from ditfastattn.tools.zoo.trial import TOLERANCE, count_graph_breaks, try_model
 
 SELF, CROSS, JOINT = SiteKind.SELF, SiteKind.CROSS, SiteKind.JOINT
 NAMED = {  # the families people ask for, and the kinds of attention that each has
@@ -34,6 +43,23 @@ REFUSED = {  # and what stands in the way
     "ZImageTransformer2DModel": "Unsupported context manager",
 }
 MODELS = {model.name: model for model in ZOO}
+MASKED = (  # text is padded, and a mask hides the padding from every query
+    "BriaFiboTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "Krea2Transformer2DModel",
+    "QwenImageTransformer2DModel",
+)
+GRIDS = {  # of tokens that are packed outside of the model
+    "HunyuanVideoTransformer3DModel": (),
+    "LTXVideoTransformer3DModel": (),
+    "QwenImageTransformer2DModel": (4, 4),
+}
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+PINNED = pytest.mark.skipif(
+    f"\n{diffusers.__version__} is built" not in PAGE.read_text(),
+    reason="the page was written for another release of diffusers",
+)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -43,6 +69,42 @@ def test_a_mixed_plan_is_the_interpreters(name: str) -> None:
     attentions = set(trial.kinds) - {SiteKind.FEED_FORWARD}
     assert attentions == NAMED[name]
     assert Strategy.SHARE_STEP in trial.legal
+    if f"{diffusers.__version__} is built" in PAGE.read_text():
+        assert documented(name) == columns(survey.row(survey.Outcome(name, trial)))
+
+
+def documented(name: str) -> list[str]:
+    (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |")]
+    return columns(line)
+
+
+def columns(row: str) -> list[str]:
+    """Return what the table says of a class, but for breaks and errors."""
+    return row.split(" | ")[:4]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_windows_hide_the_keys_that_the_model_masks(name: str) -> None:
+    trial = try_model(MODELS[name])
+    joint = [site for site in trial.report.sites if site.kind is JOINT]
+    assert joint
+    assert all(site.windows for site in joint)
+    windowed = [s for row in trial.rows for s in row if s.windowed]
+    assert windowed
+    assert trial.error <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_packed_tokens_have_the_grid_of_their_positions(name: str) -> None:
+    report = try_model(MODELS[name]).report
+    assert {site.grid for site in report.sites if site.windows} == {GRIDS[name]}
+    assert not any(site.no_grid for site in report.sites if site.windows)
+
+
+def test_positions_that_are_an_input_are_named() -> None:
+    report = try_model(MODELS["FluxTransformer2DModel"]).report
+    reasons = {site.no_grid for site in report.sites if site.windows}
+    assert reasons == {"the positions of its tokens are an input: img_ids"}
 
 
 def test_windows_stand_beside_the_text_and_linear_attention_is_named() -> None:
@@ -70,5 +132,63 @@ def test_what_is_no_graph_is_refused_with_the_reason(name: str) -> None:
         try_model(MODELS[name])
 
 
-def test_every_exported_class_is_tried_or_named() -> None:
-    assert set(MODELS) <= set(survey.exported_classes())
+@PINNED
+def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
+    exported = survey.exported_classes()
+    assert set(exported) - set(MODELS) == {"TransformerTemporalModel"}  # of Latte's predecessor
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" ")[1] for row in rows[1:]] == exported
+
+
+class Doubling(torch.nn.Module):
+    """Double its input, and break the graph ``breaks`` times on the way."""
+
+    def __init__(self, breaks: int) -> None:
+        super().__init__()
+        self.breaks = breaks
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for _ in range(self.breaks):
+            x = x + timestep
+            torch._dynamo.graph_break()
+            x = x - timestep
+        return 2 * x
+
+
+def call_doubling(batch: int, timestep: float) -> dict[str, Any]:
+    return {"x": torch.ones(batch, 3), "timestep": torch.full((batch, 1), timestep)}
+
+
+@dataclass(frozen=True)
+class Handmade(ZooModel):
+    breaks: int = 0
+
+    def build(self, seed: int = 0) -> torch.nn.Module:
+        return Doubling(self.breaks)
+
+
+@pytest.mark.parametrize("breaks", [0, 1, 3])
+def test_graph_breaks_are_counted(breaks: int) -> None:
+    assert count_graph_breaks(Handmade("Doubling", {}, call_doubling, breaks=breaks)) == breaks
+
+
+def test_a_broken_graph_stands_in_the_row_with_its_reason() -> None:
+    outcome = survey._outcome("Doubling", Handmade("Doubling", {}, call_doubling, breaks=2), False)
+    assert survey.row(outcome) == "| Doubling | - | - | - | 2 | - | - |"
+    assert not survey.entry(outcome).works
+    assert survey.notes(outcome) == [outcome.reason] != [""]
+
+
+def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    entries = {
+        "A": survey.Entry("| A | 2 self | 1 | wsce | 0 | 2e-07 | - |", ("no ONNX: a reason",)),
+        "B": survey.Entry("| B | - | - | - | 3 | - | - |", ("one (of two)", "two: the other")),
+        "C": survey.Entry("| C | 2 joint | 1 | se | 0 | 2e-03 | - |"),
+    }
+    page.write_text(survey.as_markdown(entries))
+    assert survey.read_page(page) == entries
+    assert "1 of 3 classes run a plan" in page.read_text()
+    page.write_text(page.read_text().replace(diffusers.__version__, "0.0.1"))
+    with pytest.raises(ConfigError, match="the page is of other releases"):
+        survey.read_page(page)

@@ -20,7 +20,7 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.passes.feed_forwards import closure
 from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.ir import VIEWS, aten, find
+from ditfastattn.passes.ir import VIEWS, aten, calls, find
 from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite, SiteReport, find_sites
 from ditfastattn.runtime.bundle.load import load
@@ -97,6 +97,19 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
     return _exported(trial, zoo, model, plan, expected) if onnx else trial
 
 
+def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
+    """Return how often Dynamo, where it may, breaks the graph of one call.
+
+    Raises:
+        Exception: whatever stops Dynamo, or the model.
+    """
+    torch._dynamo.reset()
+    model = zoo.build(seed)
+    with torch.no_grad():
+        found = torch._dynamo.explain(model)(**zoo.call(BATCH, zoo.timesteps[0]))
+    return int(found.graph_break_count)
+
+
 def _exported(
     trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
 ) -> Trial:
@@ -144,9 +157,10 @@ def _bent(captured: CapturedCall, sites: Sequence[AttentionSite]) -> frozenset[s
     found: set[str] = set()
     for site in sites:
         start = find(graph, site.node)
+        if site.kind is SiteKind.FEED_FORWARD:  # its last linear
+            start = calls(graph, aten.linear.default)[site.ordinal]
         inside = closure(graph, [start], static.__contains__) - {start}
-        attention = site.kind is not SiteKind.FEED_FORWARD
-        if attention and any(node.target not in _AFFINE for node in inside):
+        if any(node.target not in _AFFINE for node in inside):
             found.add(site.name)
     return frozenset(found)
 

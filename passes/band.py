@@ -1,0 +1,106 @@
+"""Describe the band of a window: its blocks of queries, the keys they see, what hides others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Band:
+    """Hold what the constants of a window depend on.
+
+    ``tokens`` are those of the band; ``before`` and ``after`` it stand the ones that see, and are
+    seen by, all.
+    """
+
+    tokens: int
+    window: int
+    dtype: torch.dtype
+    device: torch.device
+    before: int = 0
+    after: int = 0
+
+    @property
+    def text(self) -> int:
+        """Return how many tokens stand outside the band."""
+        return self.before + self.after
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of the band, and the others, of ``[B, H, N, D]``."""
+        stop = self.before + self.tokens
+        outside = torch.cat([tensor[:, :, : self.before], tensor[:, :, stop:]], dim=2)
+        return tensor[:, :, self.before : stop], outside
+
+    def joined(self, band: Tensor, outside: Tensor) -> Tensor:
+        """Undo ``split``."""
+        first, last = outside[:, :, : self.before], outside[:, :, self.before :]
+        return torch.cat([first, band, last], dim=2)
+
+    @property
+    def block(self) -> int:
+        """Return how many queries share their keys: the fastest measured, about the window."""
+        return min(256, max(32, 1 << (max(1, self.window) - 1).bit_length()))
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks cover the queries, the last one in part."""
+        return math.ceil(self.tokens / self.block)
+
+    @property
+    def span(self) -> int:
+        """Return how many keys of the band the queries of one block see together."""
+        return self.block + 2 * self.window
+
+    @property
+    def bias_bytes(self) -> int:
+        """Return the size of what ``band_bias`` builds."""
+        return self.blocks * self.block * (self.span + self.text) * self.dtype.itemsize
+
+
+def band_of(
+    tokens: int,
+    window: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    before: int = 0,
+    after: int = 0,
+) -> Band:
+    """Return the band of a window over ``tokens`` in all, text among them."""
+    image = tokens - before - after
+    return Band(image, min(window, image), dtype, device, before, after)
+
+
+def seen_tokens(band: Band) -> Tensor:
+    """Return which tokens the queries of each block see, int64 ``[blocks, span + text]``.
+
+    In place of those past an end of the band, which the bias hides, stand the ones at its end.
+    """
+    start = torch.arange(band.blocks, device=band.device)[:, None] * band.block
+    near = start + torch.arange(band.span, device=band.device) - band.window
+    total = band.tokens + band.text
+    text = [*range(band.before), *range(total - band.after, total)]
+    every = torch.tensor(text, dtype=torch.int64, device=band.device).expand(band.blocks, -1)
+    return torch.cat([near.clamp(0, band.tokens - 1) + band.before, every], dim=1)
+
+
+@lru_cache(maxsize=4)  # step variants are lowered one by one, and share what they can
+def band_bias(band: Band) -> Tensor:
+    """Return the bias of each block, 0 inside the band, ``[blocks, 1, block, span + text]``.
+
+    Queries past the last token see everything: without a key their softmax would be NaN.
+    """
+    with torch.inference_mode(False):
+        start = torch.arange(band.blocks, device=band.device)[:, None, None] * band.block
+        query = start + torch.arange(band.block, device=band.device)[:, None]
+        key = start + torch.arange(band.span, device=band.device) - band.window
+        seen = ((query - key).abs() <= band.window) & (key >= 0) & (key < band.tokens)
+        seen = seen | (query >= band.tokens)
+        text = torch.ones((*seen.shape[:2], band.text), dtype=torch.bool, device=band.device)
+        seen = torch.cat([seen, text], dim=-1)
+        bias = torch.zeros(seen.shape, dtype=band.dtype, device=band.device)
+        return bias.masked_fill(~seen, -math.inf)[:, None]
