@@ -5,8 +5,8 @@
     sites = find_sites(captured).sites
     module = rewrite(captured, sites, actions, layout)
 
-Parameters and buffers are static inputs by their own names, where the graph uses them; tensors that
-the program lifted, such as tables made in a forward, are constants of the graph again.
+What the model holds (parameters, buffers, other tensors) is a static input by its own name where the
+graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ditfastattn.passes.capture import STATIC_MARK, CapturedGraph, GraphInput, c
 from ditfastattn.passes.ir import aten, calls, clone
 
 _WHERE = "the exported program"
+_HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _CHECKS = (aten._assert_tensor_metadata.default,)  # of what a graph of fixed shapes cannot change
-_STATIC = (InputKind.PARAMETER, InputKind.BUFFER)
-_KNOWN = (*_STATIC, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
+_KNOWN = (*_HELD, InputKind.USER_INPUT)
+_LIFTED = "lifted_tensor_"  # how torch.export calls what no module holds
 
 
 def capture_exported(program: ExportedProgram) -> CapturedGraph:
@@ -158,8 +159,12 @@ def _constants(program: ExportedProgram) -> frozenset[int]:
     return frozenset(
         index
         for index, (spec, node) in enumerate(zip(specs, placeholders, strict=True))
-        if spec.kind is InputKind.CONSTANT_TENSOR or (spec.kind in _STATIC and not node.users)
+        if spec.kind in _HELD and (not node.users or _is_lifted(spec))
     )
+
+
+def _is_lifted(spec: InputSpec) -> bool:
+    return str(spec.target).rpartition(".")[2].startswith(_LIFTED)
 
 
 def _prepared(module: GraphModule, inputs: Sequence[GraphInput]) -> GraphModule:
