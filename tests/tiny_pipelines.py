@@ -179,7 +179,7 @@ def tiny_two_stage_wan_pipeline() -> WanPipeline:
 
 def _wan_transformer(seed: int) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
+    transformer: WanTransformer3DModel = WanTransformer3DModel(
         **HEADS,
         num_layers=2,
         in_channels=4,

@@ -81,7 +81,8 @@ class AdaLNZeroBlock(nn.Module):
             c
         ).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(x, shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(x, shift_mlp, scale_mlp))
+        result: Tensor = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(x, shift_mlp, scale_mlp))
+        return result
 
 
 class LayerScaleBlock(nn.Module):
@@ -96,7 +97,8 @@ class LayerScaleBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x = x + c.unsqueeze(1)
         x = x + self.attn(self.norm1(x)) * self.ls1
-        return x + self.mlp(self.norm2(x)) * self.ls2
+        result: Tensor = x + self.mlp(self.norm2(x)) * self.ls2
+        return result
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

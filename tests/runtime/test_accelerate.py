@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Target
+from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.search.prompts import Prompt, generate
 from tests.tiny_pipelines import (
     IMG2IMG_ARGUMENTS,
@@ -230,7 +231,7 @@ def test_guidance_is_found_as_each_pipeline_runs_it(folder: Path) -> None:
     layouts = {}
     for name in ("dit", "pixart", "sd3", "flux", "wan", "ltx", "qwenimage"):
         pipeline, call = loaded(name, folder)
-        layouts[name] = planned(pipeline, call).sampler.cfg_layout
+        layouts[name] = detect_cfg_layout(pipeline, call)
     assert layouts == {
         "dit": CfgLayout.COND_FIRST,
         "pixart": CfgLayout.UNCOND_FIRST,
