@@ -101,7 +101,7 @@ def prepare(
         ConfigError: the plan is for another model or call, or for two calls a step; there is no
             such dtype.
     """
-    if plan is not None and plan.sampler.cfg_layout is CfgLayout.SEPARATE:
+    if plan is not None and plan.sampler.cfg_layout.calls == 2:
         raise ConfigError(
             "a plan whose steps call the model twice cannot be exported yet",
             where="plan.sampler.cfg_layout",

@@ -8,7 +8,7 @@ model's parameters and buffers, *dynamic* ones are the arguments of the call.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,8 @@ from ditfastattn.passes.functionalize import functionalize
 from ditfastattn.passes.ir import value
 from ditfastattn.passes.recognize_attention import Unrecognized, recognize_attention
 
+STATIC_MARK = "_dynamo_static_input_type"  # in a placeholder's meta["tensor_dict"]
+_PLAIN_PATH = re.compile(r"[\w.]*")
 _PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
 
 
@@ -94,7 +96,7 @@ def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
 
 
 def _describe(node: Node) -> GraphInput:
-    static = "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    static = STATIC_MARK in (node.meta.get("tensor_dict") or {})
     grapharg = node.meta.get("grapharg")
     if grapharg is None:
         return GraphInput(node.name, static)
@@ -121,8 +123,14 @@ def plain_numbers(inputs: Sequence[GraphInput], args: Sequence[Any]) -> list[Any
 
 
 def readable_path(source: str) -> str:
-    """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``."""
-    path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", source)
+    """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
+
+    What torch.export writes is a plain path already.
+    """
+    if _PLAIN_PATH.fullmatch(source):
+        return source.removeprefix(_PEFT_WRAPPER)
+    path = re.sub(r"\.(_old_)?forward\.__self__", "", source)  # a method that a hook put there
+    path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part]
     readable = ".".join(part for part in parts[1:] if part != "self")
@@ -137,15 +145,24 @@ def module_path(node: Node) -> str:
 
 
 def capture(
-    module: GraphModule, inputs: Sequence[GraphInput], args: Sequence[object]
+    module: GraphModule,
+    inputs: Sequence[GraphInput],
+    args: Sequence[object],
+    constants: Container[int] = (),
 ) -> CapturedGraph:
     """Trace ``module`` at the shapes of ``args``; numbers among ``args`` become constants.
+
+    So do the tensors at the positions ``constants``.
 
     Raises:
         ConfigError: the graph writes in place, so that steps could not be rewritten safely, or its
             shapes depend on data.
     """
-    given = {index: item for index, item in enumerate(args) if isinstance(item, Tensor)}
+    given = {
+        index: item
+        for index, item in enumerate(args)
+        if isinstance(item, Tensor) and index not in constants
+    }
     positions = list(given)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given.values()]

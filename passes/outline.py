@@ -39,10 +39,8 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes.capture import module_path
+from ditfastattn.passes.capture import STATIC_MARK, module_path
 from ditfastattn.passes.ir import VIEWS, aten, evaluate, fake_mode, insert, outputs
-
-_STATIC = "_dynamo_static_input_type"
 
 Ranks = dict[Node, int]
 
@@ -149,7 +147,7 @@ def _conditioning(calls: Sequence[Node]) -> frozenset[Node]:
 
 
 def _is_static(node: Node) -> bool:
-    return node.op == "get_attr" or _STATIC in (node.meta.get("tensor_dict") or {})
+    return node.op == "get_attr" or STATIC_MARK in (node.meta.get("tensor_dict") or {})
 
 
 def _last_uses(calls: Sequence[Node]) -> dict[Node, int]:

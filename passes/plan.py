@@ -54,11 +54,12 @@ class CfgLayout(StrEnum):
     COND_FIRST = "cond-first"
     UNCOND_FIRST = "uncond-first"
     SEPARATE = "separate"  # two calls a step, the conditional one first
+    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # what comes second cannot serve the first
 
     @property
     def calls(self) -> int:
         """Return how often a step calls the model."""
-        return 2 if self is CfgLayout.SEPARATE else 1
+        return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
 
     @property
     def batched(self) -> bool:
@@ -271,6 +272,8 @@ class Plan(_Record, frozen=True):
                 reason = "a window is not legal at this site (window is 0)"
             elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.NONE:
                 reason = "guidance is not batched (cfg_layout is none)"
+            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.SEPARATE_UNCOND_FIRST:
+                reason = "the unconditional call comes first, with nothing to take yet"
             if reason:
                 raise ValueError(f"strategies[{step}][{index}] ({site.name}): {strategy}: {reason}")
             computed += strategy.computes

@@ -67,6 +67,8 @@ class AttentionSite:
 
         Between calls of their own, guidance's halves need not be those of a batch.
         """
+        if strategy.shares_cfg and layout is CfgLayout.SEPARATE_UNCOND_FIRST:
+            return "the unconditional call comes first: there is nothing yet that it could take"
         if strategy.shares_cfg and layout is CfgLayout.SEPARATE:
             return self.declined.get(Strategy.WINDOW, "") if strategy.windowed else ""
         if strategy.shares_cfg and layout is CfgLayout.NONE:

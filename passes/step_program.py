@@ -130,7 +130,7 @@ class Lane(Enum):
 
 def lanes_of(layout: CfgLayout) -> tuple[Lane, ...]:
     """Return a step's calls in order."""
-    return (Lane.FIRST, Lane.SECOND) if layout is CfgLayout.SEPARATE else (Lane.ONLY,)
+    return (Lane.FIRST, Lane.SECOND) if layout.calls == 2 else (Lane.ONLY,)
 
 
 def unroll(

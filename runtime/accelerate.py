@@ -14,7 +14,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.denoiser import accelerated, replace_forward, transformer_of
+from ditfastattn.runtime.denoiser import (
+    accelerated,
+    check_no_cache,
+    replace_forward,
+    transformer_of,
+)
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.planned import PlannedFunction
@@ -35,7 +40,8 @@ def accelerate(
     """Compile ``pipeline.transformer`` by ``plan``, in place, and return the pipeline.
 
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
-    A pipeline that is accelerated already gets the new plan. The scheduler, its config, and the
+    A pipeline that is accelerated already gets the new plan. A second transformer, of low-noise
+    steps, stays as it is. The scheduler, its config, and the
     guidance scale where the pipeline tells it, are compared with the plan's as generations begin.
 
     Args:
@@ -45,16 +51,18 @@ def accelerate(
         **options: the backend's other options, as ``torch.compile(options=...)`` takes them.
 
     Raises:
-        ConfigError: there is no transformer; the plan cannot be read, or is for another scheduler.
+        ConfigError: there is no transformer, or one that diffusers caches parts of; the plan cannot
+            be read, or is for another scheduler.
     """
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
+    check_no_cache(module)
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     scheduler = getattr(pipeline, "scheduler", None)
     if loaded is not None and scheduler is not None:
         check_sampler(loaded, scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
-        log.warning("ditfastattn: the pipeline's transformer_2 is left as it is: a plan has one")
+        log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
     chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
     restore(pipeline)
     pipeline.transformer = module  # a torch.compile around it would compile what runs compiled

@@ -172,7 +172,7 @@ def _chooser(
             judge = DEFAULT_TARGET  # a speed says nothing of what damage is
         most, most_bytes = options.max_variants, options.max_cache_bytes
         return make_global(work, prompts, judge, options.objective, most, most_bytes)
-    if work.session.layout is CfgLayout.SEPARATE:
+    if work.session.layout.calls == 2:
         raise ConfigError(
             "this search needs guidance in one call of the transformer",
             where="calibrate(method)",

@@ -49,6 +49,17 @@ def check_not_accelerated(module: nn.Module) -> None:
         )
 
 
+def check_no_cache(module: nn.Module) -> None:
+    """Raise ``ConfigError`` if diffusers caches parts of ``module``: a plan would not know it."""
+    if getattr(module, "is_cache_enabled", False):
+        raise ConfigError(
+            "the transformer has a cache of its own",
+            where=type(module).__name__,
+            got=type(getattr(module, "_cache_config", None)).__name__,
+            remedy="call disable_cache() on it first: a plan takes the cache's place",
+        )
+
+
 def replace_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
     """Replace the forward of ``module`` by ``make(forward)``; return what undoes it.
 

@@ -28,7 +28,8 @@ def detect_cfg_layout(
 
     Without guidance (scale 1) only the conditional lane runs. The half of the guided batch that
     holds the same conditions is the conditional one; where no half does, and a second call of the
-    same timestep follows, guidance takes two calls. Else there is no layout.
+    same timestep follows, guidance takes two calls: the one with the same conditions is the
+    conditional one. Else there is no layout.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer`` and an argument for guidance.
@@ -36,7 +37,7 @@ def detect_cfg_layout(
         timestep: the name of the transformer's timestep argument.
 
     Raises:
-        ConfigError: guidance takes two calls, the unconditional one first.
+        ConfigError: guidance takes two calls, and neither is of the conditions.
     """
     name = guidance_argument(pipeline, call)
     if name not in inspect.signature(pipeline.__call__).parameters:
@@ -62,12 +63,15 @@ def _separate(
     if any(_same(plain, guided[0], name) for name in names):
         log.info("guidance: in two calls, the conditional one first")
         return CfgLayout.SEPARATE
+    if any(_same(plain, guided[1], name) for name in names):
+        log.info("guidance: in two calls, the conditional one second: share-cfg is not considered")
+        return CfgLayout.SEPARATE_UNCOND_FIRST
     raise ConfigError(
-        "guidance calls the transformer twice a step, and not for the conditions first",
+        "guidance calls the transformer twice a step, and for the conditions in neither call",
         where="the transformer's first two calls",
-        got="in neither order known" if not names else f"other conditions first ({names[0]})",
-        expected="the conditional call, then the unconditional one",
-        remedy="run without guidance, or batch it in one call",
+        got=f"other conditions in both ({', '.join(names)})" if names else "the same arguments",
+        expected="a call of the conditions, as without guidance, and another one",
+        remedy="say the order by cfg_layout, run without guidance, or batch it in one call",
     )
 
 

@@ -179,7 +179,7 @@ class PlannedFunction:
         with self._lock:
             if key not in self._specializations:
                 captured = capture(self._module, self._inputs, args)
-                self._specializations[key] = _shared(captured, self._options)
+                self._specializations[key] = specialization_of(captured, self._options)
             return self._specializations[key]
 
 
@@ -478,7 +478,7 @@ class Specialization:
             log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
 
 
-def _shared(captured: CapturedGraph, options: BackendOptions) -> Specialization:
+def specialization_of(captured: CapturedGraph, options: BackendOptions) -> Specialization:
     """Return the specialization of this very graph and options, if there is one already.
 
     Dynamo makes another graph when a batch size changes; at equal shapes both are the same, and a

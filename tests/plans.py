@@ -1,16 +1,24 @@
-"""Make plans for pipelines without searching them."""
+"""Make plans for pipelines without searching them, and generate as the plan interpreter does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ditfastattn.passes.plan import Calibration, Plan, Strategy
+from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.denoiser import Forward, replace_forward
+from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.runtime.search.planned_target import record_target
-from ditfastattn.runtime.search.prompts import split_prompts
+from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper
 from ditfastattn.runtime.search.targets import Target
+from ditfastattn.tools.zoo.trial import mixed_strategies
 
 
 def plan_for(
@@ -29,3 +37,41 @@ def plan_for(
         ]
         recorded = None if target is None else record_target(target)
         return session.plan(rows, session.timesteps, Calibration(method="manual", target=recorded))
+
+
+@dataclass(frozen=True)
+class MixedPlan:
+    """Hold a plan in which every legal strategy may occur, and the sites it speaks of."""
+
+    plan: Plan
+    sites: tuple[AttentionSite, ...]
+
+    def interpret(self, pipeline: Any, prompt: Prompt) -> Tensor:
+        """Return the images of a generation whose transformer the plan interpreter runs."""
+        layout = self.plan.sampler.cfg_layout
+        interpreter = PlanInterpreter(self.plan.strategies, self.sites, layout)
+        numbers = itertools.count()
+
+        def by_step(forward: Forward) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with interpreter.step(*divmod(next(numbers), layout.calls)):
+                    return forward(*args, **kwargs)
+
+            return run
+
+        undo = replace_forward(pipeline.transformer, by_step)
+        try:
+            images: Tensor = generate(pipeline, prompt)
+        finally:
+            undo()
+        return images
+
+
+def mixed_plan_for(pipeline: Any, call: Mapping[str, Any], seed: int = 0) -> MixedPlan:
+    """Return a plan for ``pipeline`` that mixes all that is legal."""
+    prompt = split_prompts(call, 0)[0]
+    with open_session(pipeline, prompt) as session:
+        rows = mixed_strategies(session.sites, seed, session.steps, layout=session.layout)
+        session.run(DenseStepper(session), prompt)
+        plan = session.plan(rows, session.timesteps, Calibration(method="manual"))
+        return MixedPlan(plan, session.sites)

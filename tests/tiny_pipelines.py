@@ -5,6 +5,7 @@ Each can be saved, loaded back and run on one CPU thread within a second.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,19 +13,25 @@ from typing import Any, TypeVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
@@ -39,6 +46,9 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
@@ -159,8 +169,17 @@ def tiny_flux_img2img_pipeline() -> FluxImg2ImgPipeline:
 
 def tiny_wan_pipeline() -> WanPipeline:
     """Return a video pipeline that calls its transformer once per guidance half."""
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
+    return _wan()
+
+
+def tiny_two_stage_wan_pipeline() -> WanPipeline:
+    """Return the same of two transformers: the second one takes the low-noise steps over."""
+    return _wan(transformer_2=_wan_transformer(1), boundary_ratio=0.8)
+
+
+def _wan_transformer(seed: int) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    transformer: WanTransformer3DModel = WanTransformer3DModel(
         **HEADS,
         num_layers=2,
         in_channels=4,
@@ -170,6 +189,11 @@ def tiny_wan_pipeline() -> WanPipeline:
         ffn_dim=32,
         rope_max_seq_len=32,
     )
+    return _random(transformer)
+
+
+def _wan(**stages: Any) -> WanPipeline:
+    transformer = _wan_transformer(0)
     vae = AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
@@ -192,6 +216,70 @@ def tiny_wan_pipeline() -> WanPipeline:
             text_encoder=_random(text_encoder),
             vae=_random(vae),
             scheduler=scheduler,
+            transformer=transformer,
+            **stages,
+        )
+    )
+
+
+def tiny_qwenimage_pipeline() -> QwenImagePipeline:
+    """Return a pipeline with joint attention that calls its transformer per guidance half."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        **HEADS,
+        num_layers=2,
+        in_channels=16,  # 2x2 patches of 4 channels
+        out_channels=4,
+        joint_attention_dim=T5_DIM,
+        axes_dims_rope=(4, 2, 2),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.2, 0.1, 0.3, 0.0],
+        latents_std=[1.5, 1.0, 2.0, 1.2],
+    )
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_random(vae),
+        text_encoder=_qwen(),
+        tokenizer=_qwen_tokenizer(),
+        transformer=_random(transformer),
+    )
+    return _quiet(pipeline)
+
+
+def tiny_ltx_pipeline() -> LTXPipeline:
+    """Return a video pipeline of self- and cross-attention, both guidance halves in one call."""
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        in_channels=8,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=T5_DIM,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+    )
+    return _quiet(
+        LTXPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=_random(vae),
+            text_encoder=_t5(),
+            tokenizer=_t5_tokenizer(),
             transformer=_random(transformer),
         )
     )
@@ -306,6 +394,46 @@ def _clip_config() -> CLIPTextConfig:
     )
 
 
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return a tokenizer that spells prompts, and has the words of the pipeline's template.
+
+    Of a prompt in its template the pipeline drops the first 34 tokens: all that stand before it.
+    """
+    tokens = ["<|endoftext|>", "Ġ", "Ċ", *string.ascii_letters, *string.digits, *string.punctuation]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer.add_tokens(re.findall(r"<\|\w+\|>| ?\w+", _QWEN_TEMPLATE))
+    return tokenizer
+
+
+_QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+
+
+def _qwen() -> Qwen2_5_VLForConditionalGeneration:
+    tokenizer: Any = _qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": T5_DIM,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": T5_DIM,
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return _random(Qwen2_5_VLForConditionalGeneration(config))
+
+
 def _random(module: Module) -> Module:
     randomize(module)
     return module
@@ -330,6 +458,13 @@ TINY_PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "flux": (tiny_flux_pipeline, IMAGE | PROMPT),
     "wan": (tiny_wan_pipeline, IMAGE | PROMPT | {"num_frames": 5}),
     "cogvideox": (tiny_cogvideox_pipeline, IMAGE | PROMPT | {"num_frames": 9}),
+    "ltx": (tiny_ltx_pipeline, IMAGE | PROMPT | {"num_frames": 5}),
+    "qwenimage": (
+        tiny_qwenimage_pipeline,
+        PROMPT
+        | {"height": 32, "width": 32, "negative_prompt": "a dog", "true_cfg_scale": 3.0}
+        | {"max_sequence_length": 16},
+    ),
 }
 
 # As above, for ``tiny_flux_img2img_pipeline``: it skips the first quarter of the steps.

@@ -61,7 +61,8 @@ def open_pipeline(name: str = "", dtype: str = "float32", device: str = "") -> A
     ``device`` "" is the GPU where there is one; "offload" keeps on it what runs alone.
 
     Raises:
-        ConfigError: there is no such pipeline, or it has no transformer.
+        ConfigError: there is no such pipeline, or it has no transformer; weights are to be
+            offloaded, and nothing is there to move them to.
     """
     if dtype not in _DTYPES:
         raise ConfigError("unknown dtype", where="--dtype", got=dtype, expected=", ".join(_DTYPES))
@@ -70,10 +71,22 @@ def open_pipeline(name: str = "", dtype: str = "float32", device: str = "") -> A
     transformer_of(pipeline, f"--pipeline {name}")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == OFFLOAD:
-        pipeline.enable_model_cpu_offload()
+        _offload(pipeline)
     else:
         pipeline.to(chosen)
     return pipeline
+
+
+def _offload(pipeline: Any) -> None:
+    try:
+        pipeline.enable_model_cpu_offload()
+    except RuntimeError as error:
+        raise ConfigError(
+            "weights cannot be moved in turns",
+            where=f"--device {OFFLOAD}",
+            got=error,
+            remedy="run where there is a GPU, or on --device cpu",
+        ) from error
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:

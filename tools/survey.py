@@ -3,8 +3,8 @@
     python -m ditfastattn.tools.survey --out docs/compatibility.md
 
 Every class is tried at a tiny size with random weights: its sites, a plan that mixes all strategies
-against the plan interpreter, and the exported bundle in ONNX Runtime. With ``--only`` the rows of
-the other classes stay as they are.
+against the plan interpreter, the same plan over what torch.export makes of the model, and the
+exported bundle in ONNX Runtime. With ``--only`` the rows of the other classes stay as they are.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ _LEGEND = """\
 Written by `python -m ditfastattn.tools.survey`; do not edit. Every transformer of diffusers
 {diffusers} is built tiny with random weights (torch {torch}, CPU, fp32), captured by
 `torch.compile(..., backend="ditfastattn", fullgraph=True)`, run by a plan that mixes every legal
-strategy at every site, and compared with the plan interpreter, as is the bundle exported to ONNX.
+strategy at every site, and compared with the plan interpreter, as is the same plan over the graph
+of `torch.export`, which must have the same sites, and the bundle exported to ONNX.
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* are those that Dynamo makes where it may; a model with any is refused. *Error* is
-the largest difference, relative to the largest output (at most {tolerance:g}). What is declined is
-named with the reason below the table.
+*Graph breaks* are those that Dynamo makes where it may; a model with any is refused. *Error*,
+*torch.export* and *ONNX* are the largest differences, relative to the largest output (at most
+{tolerance:g}). What is declined is named with the reason below the table.
 
-| class | attention | feed-forward | strategies | graph breaks | error | ONNX error |
-|---|---|---|---|---|---|---|
+| class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
+|---|---|---|---|---|---|---|---|
 """
 _LETTERS = {
     Strategy.WINDOW: "w",
@@ -116,7 +117,7 @@ def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
         return Outcome(name, None, "there is no tiny configuration of it yet")
     breaks = _breaks(model)
     try:
-        return Outcome(name, try_model(model, onnx=onnx), breaks=breaks)
+        return Outcome(name, try_model(model, onnx=onnx, program=True), breaks=breaks)
     except Exception as error:  # a survey reports whatever stands in the way
         logging.getLogger(__name__).debug("%s", name, exc_info=True)
         reason = f"{type(error).__name__}: {reason_of(error)}"
@@ -136,7 +137,7 @@ def row(outcome: Outcome) -> str:
     trial = outcome.trial
     breaks = "-" if outcome.breaks < 0 else outcome.breaks
     if trial is None:
-        return f"| {outcome.name} | - | - | - | {breaks} | - | - |"
+        return f"| {outcome.name} | - | - | - | {breaks} | - | - | - |"
     kinds = Counter(
         f"{site.kind} over {site.axes}" if site.axes else str(site.kind)
         for site in trial.report.sites
@@ -145,12 +146,16 @@ def row(outcome: Outcome) -> str:
     attentions = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     forwards = trial.kinds[SiteKind.FEED_FORWARD]
     letters = "".join(letter for strategy, letter in _LETTERS.items() if strategy in trial.legal)
-    onnx = "-" if trial.onnx_error is None else f"{trial.onnx_error:.0e}"
+    program, onnx = map(_rounded, (trial.program_error, trial.onnx_error))
     error = f"{trial.error:.0e}" if trial.report.sites else "-"
     return (
         f"| {outcome.name} | {attentions or '-'} | {forwards} | {letters or '-'} | {breaks} "
-        f"| {error} | {onnx} |"
+        f"| {error} | {program} | {onnx} |"
     )
+
+
+def _rounded(error: float | None) -> str:
+    return "-" if error is None else f"{error:.0e}"
 
 
 def notes(outcome: Outcome) -> list[str]:
@@ -159,6 +164,8 @@ def notes(outcome: Outcome) -> list[str]:
         return [outcome.reason]
     found = [f"declined: {reason}" for reason in _reasons(outcome.trial)]
     found += [f"bands only at {reason}" for reason in _bands_only(outcome.trial)]
+    if outcome.trial.no_program:
+        found.append(f"no torch.export: {outcome.trial.no_program}")
     if outcome.trial.no_onnx:
         found.append(f"no ONNX: {outcome.trial.no_onnx}")
     return found

@@ -142,9 +142,8 @@ def _guided_energy(difference: Tensor, layout: CfgLayout, guidance_scale: float 
     if layout is CfgLayout.NONE or guidance_scale is None:
         return float(difference.float().square().mean())
     first, second = difference.float().chunk(2)
-    conditional, unconditional = (
-        (second, first) if layout is CfgLayout.UNCOND_FIRST else (first, second)
-    )
+    swapped = layout in (CfgLayout.UNCOND_FIRST, CfgLayout.SEPARATE_UNCOND_FIRST)
+    conditional, unconditional = (second, first) if swapped else (first, second)
     guided = unconditional + guidance_scale * (conditional - unconditional)
     return float(guided.square().mean())
 

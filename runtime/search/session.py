@@ -35,6 +35,7 @@ from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.denoiser import (
     Forward,
+    check_no_cache,
     check_not_accelerated,
     replace_forward,
     transformer_of,
@@ -319,7 +320,9 @@ def open_session(
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
     """
-    check_not_accelerated(transformer_of(pipeline, "calibrate(pipeline)"))
+    transformer = transformer_of(pipeline, "calibrate(pipeline)")
+    check_not_accelerated(transformer)
+    check_no_cache(transformer)
     if cfg_layout is None:
         cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
     session = Session(pipeline, cfg_layout, timestep, attention_only)

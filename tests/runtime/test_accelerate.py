@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Target
+from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.search.prompts import Prompt, generate
 from tests.tiny_pipelines import (
     IMG2IMG_ARGUMENTS,
@@ -34,7 +35,7 @@ def run(pipeline: Any, call: dict[str, Any], seed: int = 5) -> Tensor:
 
 
 def planned(pipeline: Any, call: dict[str, Any], strength: float = 0.5) -> Plan:
-    two_calls = type(pipeline).__name__ == "WanPipeline"  # of the transformer a step
+    two_calls = type(pipeline).__name__ in ("WanPipeline", "QwenImagePipeline")  # a step
     target = Target.min_psnr(12.0) if two_calls else Target.threshold(strength)
     return ditfastattn.calibrate(pipeline, {"num_inference_steps": STEPS, **call}, target=target)
 
@@ -228,13 +229,15 @@ def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
 
 def test_guidance_is_found_as_each_pipeline_runs_it(folder: Path) -> None:
     layouts = {}
-    for name in ("dit", "pixart", "sd3", "flux", "wan"):
+    for name in ("dit", "pixart", "sd3", "flux", "wan", "ltx", "qwenimage"):
         pipeline, call = loaded(name, folder)
-        layouts[name] = planned(pipeline, call).sampler.cfg_layout
+        layouts[name] = detect_cfg_layout(pipeline, call)
     assert layouts == {
         "dit": CfgLayout.COND_FIRST,
         "pixart": CfgLayout.UNCOND_FIRST,
         "sd3": CfgLayout.UNCOND_FIRST,
         "flux": CfgLayout.NONE,  # its guidance is an input of the model: nothing to share
         "wan": CfgLayout.SEPARATE,
+        "ltx": CfgLayout.UNCOND_FIRST,
+        "qwenimage": CfgLayout.SEPARATE,
     }

@@ -10,15 +10,30 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from ditfastattn import CfgLayout, ConfigError, Plan, Target, calibrate, check_sampler
+from ditfastattn import (
+    CfgLayout,
+    ConfigError,
+    Plan,
+    Strategy,
+    Target,
+    accelerate,
+    calibrate,
+    check_sampler,
+    restore,
+)
 from ditfastattn.runtime.guidance import detect_cfg_layout
+from ditfastattn.runtime.search.prompts import Prompt, generate
 from tests.helpers import tiny_dit
+from tests.plans import mixed_plan_for
 
 SCHEDULE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 class Pipeline:
-    """Sample as diffusers' class-conditional pipelines do, with either order of the halves."""
+    """Sample as diffusers' class-conditional pipelines do, with either order of the halves.
+
+    An order of two calls, ``separate`` or ``separate-uncond-first``, runs one half after the other.
+    """
 
     def __init__(self, order: str, scheduler: Any = None) -> None:
         self.transformer = tiny_dit().model
@@ -37,24 +52,34 @@ class Pipeline:
         latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
         classes = torch.tensor(labels)
         guided = guidance_scale != 1.0
+        halves = [classes]
         if guided:
             null = torch.full_like(classes, 10)
-            first = self.order == "cond-first"
-            classes = torch.cat([classes, null] if first else [null, classes])
+            swapped = "uncond-first" in self.order
+            halves = [null, classes] if swapped else [classes, null]
+        apart = "separate" in self.order
         for timestep in self.scheduler.timesteps:
-            lanes = torch.cat([latents, latents]) if guided else latents
-            out = self.transformer(
-                lanes, timestep=timestep.expand(len(lanes)), class_labels=classes
-            ).sample
+            calls = halves if apart else [torch.cat(halves)]
+            found = [self._predict(latents, timestep, labels) for labels in calls]
+            out = torch.cat(found)
             if guided:
                 one, two = out.chunk(2)
-                cond, uncond = (one, two) if self.order == "cond-first" else (two, one)
+                cond, uncond = (two, one) if swapped else (one, two)
                 out = uncond + guidance_scale * (cond - uncond)
             latents = self.scheduler.step(out, timestep, latents).prev_sample
         return latents
 
+    def _predict(self, latents: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
+        lanes = latents.repeat(len(classes) // len(latents), 1, 1, 1)
+        times = timestep.expand(len(lanes))
+        found: Tensor = self.transformer(lanes, timestep=times, class_labels=classes).sample
+        return found
 
-@pytest.mark.parametrize("order", ["cond-first", "uncond-first"])
+
+ORDERS = ["cond-first", "uncond-first", "separate", "separate-uncond-first"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_guidance_is_observed(order: str) -> None:
     assert detect_cfg_layout(Pipeline(order), {"labels": [1, 2]}) == CfgLayout(order)
 
@@ -62,6 +87,48 @@ def test_the_order_of_guidance_is_observed(order: str) -> None:
 def test_without_guidance_there_is_no_layout() -> None:
     call = {"labels": [1, 2], "guidance_scale": 1.0}
     assert detect_cfg_layout(Pipeline("cond-first"), call) is CfgLayout.NONE
+
+
+def test_other_conditions_in_both_calls_are_refused() -> None:
+    class Other(Pipeline):
+        def __call__(
+            self,
+            labels: list[int],
+            num_inference_steps: int = 4,
+            guidance_scale: float = 2.0,
+            generator: torch.Generator | None = None,
+        ) -> Tensor:
+            guided = guidance_scale != 1.0
+            shifted = [label + guided for label in labels]
+            return super().__call__(shifted, num_inference_steps, guidance_scale, generator)
+
+    with pytest.raises(ConfigError, match=r"in neither call[\s\S]*got: .*class_labels"):
+        detect_cfg_layout(Other("separate"), {"labels": [1, 2]})
+
+
+@pytest.mark.parametrize("order", ["separate", "separate-uncond-first"])
+def test_a_plan_of_two_calls_in_either_order_is_the_interpreters(order: str) -> None:
+    pipeline: Any = Pipeline(order)
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 5}
+    mixed = mixed_plan_for(pipeline, call, seed=1)
+    used = {strategy for row in mixed.plan.strategies for strategy in row}
+    assert any(strategy.shares_cfg for strategy in used) == (order == "separate")
+    expected = mixed.interpret(pipeline, Prompt(call, 5))
+    dense = generate(pipeline, Prompt(call, 5))
+    accelerate(pipeline, mixed.plan, lowering="eager")
+    got = generate(pipeline, Prompt(call, 5))
+    restore(pipeline)
+    assert float((got - expected).abs().max()) < 1e-4
+    assert float((got - dense).abs().max()) > 1e-3
+
+
+def test_the_first_of_two_calls_cannot_take_the_second_ones() -> None:
+    mixed = mixed_plan_for(Pipeline("separate-uncond-first"), {"labels": [1]})
+    rows = [list(row) for row in mixed.plan.strategies]
+    rows[1][0] = Strategy.SHARE_CFG
+    text = mixed.plan.model_copy(update={"strategies": rows}).model_dump_json(warnings=False)
+    with pytest.raises(ConfigError, match="the unconditional call comes first"):
+        Plan.parse(text)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ def call(tiny: TinyModel, step: int, lane: int) -> dict[str, Any]:
     return made
 
 
-def mixed(sites: Sequence[AttentionSite], seed: int) -> Rows:
+def mixed(
+    sites: Sequence[AttentionSite], seed: int, layout: CfgLayout = CfgLayout.SEPARATE
+) -> Rows:
     generator = random.Random(seed)
     computed = [1] * len(sites)
     rows: Rows = [(Strategy.FULL,) * len(sites)]
@@ -49,7 +51,7 @@ def mixed(sites: Sequence[AttentionSite], seed: int) -> Rows:
             legal = [
                 strategy
                 for strategy in Strategy
-                if not site.why_not(strategy, CfgLayout.SEPARATE)
+                if not site.why_not(strategy, layout)
                 and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
             ]
             row.append(generator.choice(legal))
@@ -58,12 +60,12 @@ def mixed(sites: Sequence[AttentionSite], seed: int) -> Rows:
     return rows
 
 
-def plan_of(tiny: TinyModel, rows: Rows) -> Plan:
+def plan_of(tiny: TinyModel, rows: Rows, layout: CfgLayout = CfgLayout.SEPARATE) -> Plan:
     found = captured_once(tiny, BATCH)
     return Plan(
         model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
-        sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=CfgLayout.SEPARATE),
+        sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=layout),
         sites=tuple(site.planned() for site in found.every),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
@@ -94,12 +96,18 @@ def reference(tiny: TinyModel, rows: Rows) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("layout", "seed"),
+    [
+        *((CfgLayout.SEPARATE, seed) for seed in range(3)),
+        (CfgLayout.SEPARATE_UNCOND_FIRST, 0),
+    ],
+)
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_mixed_plans_are_the_interpreters(name: str, seed: int) -> None:
+def test_mixed_plans_are_the_interpreters(name: str, layout: CfgLayout, seed: int) -> None:
     tiny = TINY_MODELS[name]()
-    rows = mixed(captured_once(tiny, BATCH).every, seed)
-    model = compiled(tiny, plan_of(tiny, rows))
+    rows = mixed(captured_once(tiny, BATCH).every, seed, layout)
+    model = compiled(tiny, plan_of(tiny, rows, layout))
     expected = reference(tiny, rows)
     assert largest_difference(run(tiny, model), expected) < 1e-5
     assert largest_difference(run(tiny, model), expected) < 1e-5  # and a second generation

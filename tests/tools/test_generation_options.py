@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typer.testing import CliRunner
 
-from ditfastattn import ConfigError, Plan
+from ditfastattn import ConfigError, Plan, accelerate
+from ditfastattn.runtime.search.prompts import Prompt, generate
 from ditfastattn.tools import cli
 from ditfastattn.tools.generation_options import Generation, open_pipeline
+from tests.plans import mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES
 
 
@@ -69,6 +73,31 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
         open_pipeline(str(tmp_path))
     with pytest.raises(ConfigError, match="unknown dtype"):
         open_pipeline("", dtype="int8")
+
+
+def test_offloading_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    original = DiffusionPipeline.enable_model_cpu_offload
+
+    def to_cpu(pipeline: Any, gpu_id: int | None = None, device: Any = "cpu") -> None:
+        moved.append(str(device))
+        original(pipeline, device=device)
+
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"--device offload[\s\S]*--device cpu"):
+            open_pipeline(device="offload")
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", to_cpu)
+    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
+    plain, offloaded = open_pipeline(device="cpu"), open_pipeline(device="offload")
+    assert moved == ["cpu"]
+    mixed = mixed_plan_for(offloaded, call)
+    assert mixed.plan == mixed_plan_for(plain, call).plan
+    expected = mixed.interpret(plain, Prompt(call, 0))
+    accelerate(offloaded, mixed.plan, lowering="eager")
+    moved.clear()
+    got = generate(offloaded, Prompt(call, 0))
+    assert moved  # a pipeline renews its hooks as a generation ends
+    assert float((got - expected).abs().max()) < 1e-4
 
 
 def test_a_text_to_image_pipeline_is_calibrated_validated_and_exported(tmp_path: Path) -> None:

@@ -64,8 +64,11 @@ PINNED = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_mixed_plan_is_the_interpreters(name: str) -> None:
-    trial = try_model(MODELS[name])
+    trial = try_model(MODELS[name], program=True)
     assert trial.error <= TOLERANCE
+    assert not trial.no_program  # torch.export finds the same sites, and takes the same plan
+    assert trial.program_error is not None
+    assert trial.program_error <= TOLERANCE
     attentions = set(trial.kinds) - {SiteKind.FEED_FORWARD}
     assert attentions == NAMED[name]
     assert Strategy.SHARE_STEP in trial.legal

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ditfastattn.passes.ir import VIEWS, aten, calls, find
 from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite, SiteReport, find_sites
 from ditfastattn.runtime.bundle.load import load
+from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools.zoo.base import ZooModel
@@ -44,14 +46,17 @@ class Trial:
     """Hold what the compiler made of one model.
 
     ``error`` is the largest difference of a mixed plan's outputs from the plan interpreter's,
-    relative to the largest output; ``onnx_error`` the exported bundle's, with ``no_onnx`` the
-    reason where there is none.
+    relative to the largest output; ``program_error`` that of the same plan over what torch.export
+    makes of the model, ``onnx_error`` the exported bundle's, with ``no_program`` and ``no_onnx``
+    the reasons where there is none.
     """
 
     name: str
     report: SiteReport
     rows: tuple[tuple[Strategy, ...], ...]
     error: float
+    program_error: float | None = None
+    no_program: str = ""
     onnx_error: float | None = None
     no_onnx: str = ""
 
@@ -67,8 +72,10 @@ class Trial:
         return {s for site in sites for s in Strategy if s not in site.declined}
 
 
-def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
+def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = False) -> Trial:
     """Compile ``zoo`` by a random plan of every legal strategy and compare with the reference.
+
+    With ``program`` it is captured by torch.export as well, with ``onnx`` exported to ONNX.
 
     Raises:
         Exception: whatever Dynamo, or a pass, makes of a model it does not take.
@@ -94,6 +101,8 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False) -> Trial:
     with torch.no_grad():
         found = [_tensor(compiled(**call)) for call in calls]
     trial = Trial(zoo.name, report, plan.strategies, relative_error(found, expected))
+    if program:
+        trial = _by_torch_export(trial, zoo, model, plan, expected)
     return _exported(trial, zoo, model, plan, expected) if onnx else trial
 
 
@@ -110,6 +119,38 @@ def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
     return int(found.graph_break_count)
 
 
+def _by_torch_export(
+    trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
+) -> Trial:
+    """Run ``plan`` over what torch.export makes of the model: other sites would be refused."""
+    calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (), calls[0])
+        planned = PlannedProgram(program, plan, lowering="eager", timestep=zoo.argument)
+        if differing := _differing(planned.sites, trial.report):
+            return replace(trial, no_program=f"other sites: {differing}")
+        with torch.no_grad():
+            found = [_tensor(planned(**call)) for call in calls]
+        return replace(trial, program_error=relative_error(found, expected))
+    except Exception as error:  # a survey reports whatever stands in the way
+        return replace(trial, no_program=reason_of(error))
+
+
+def _differing(found: SiteReport, wanted: SiteReport) -> str:
+    """Name the sites that only one of two captures has, or has otherwise."""
+    pairs = zip_longest(map(_seen, found.sites), map(_seen, wanted.sites))
+    return "; ".join(f"{one} for {other}" for one, other in pairs if one != other)
+
+
+def _seen(site: AttentionSite) -> tuple[object, ...]:
+    """Return what must not depend on the door: all but the names of nodes."""
+    return (
+        *(site.planned(), site.ordinal, len(site.frontier), site.grid, site.windows, site.text),
+        tuple(site.declined.items()),
+    )
+
+
 def _exported(
     trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
 ) -> Trial:
@@ -122,7 +163,7 @@ def _exported(
             error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
         except Exception as found:  # a survey reports whatever stands in the way
             reason = reason_of(found)
-    return Trial(trial.name, trial.report, trial.rows, trial.error, error, reason)
+    return replace(trial, onnx_error=error, no_onnx=reason)
 
 
 def mixed_plan(
@@ -170,6 +211,7 @@ def mixed_strategies(
     seed: int,
     steps: int,
     bent: frozenset[str] = frozenset(),
+    layout: CfgLayout = CfgLayout.COND_FIRST,
 ) -> list[tuple[Strategy, ...]]:
     """Return a random legal schedule in which every legal strategy of every site may occur.
 
@@ -184,7 +226,7 @@ def mixed_strategies(
             legal = [
                 strategy
                 for strategy in Strategy
-                if strategy not in site.declined
+                if not site.why_not(strategy, layout)
                 and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
                 and not (strategy is Strategy.EXTRAPOLATE and site.name in bent)
             ]

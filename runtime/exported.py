@@ -1,0 +1,78 @@
+"""Run a ``torch.export`` program by a plan, without Dynamo."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.capture_exported import capture_exported, flat_tensors
+from ditfastattn.passes.ir import value
+from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.sites import SiteReport
+from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.planned import specialization_of
+
+
+class PlannedProgram:
+    """Run an exported transformer by a plan, one call after another; call it as the module itself.
+
+    A plan made by ``calibrate`` serves, where the export's example inputs were given by keyword::
+
+        program = torch.export.export(model, (), call)
+        planned = PlannedProgram(program, "plan.json")
+        output = planned(**call)
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        plan: Plan | str | os.PathLike[str],
+        *,
+        mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Capture ``program``; ``mode`` and ``options`` are as ``accelerate`` takes them.
+
+        Raises:
+            ConfigError: the program cannot be captured, the plan not be read, or an option is
+                unknown. Whether the plan is for this model shows at the first call.
+        """
+        chosen = parse_options({**options, "plan": plan}, mode)
+        self._program = program
+        self._specialization = specialization_of(capture_exported(program), chosen)
+
+    @property
+    def sites(self) -> SiteReport:
+        """Return the sites of the program, and the attention that is none, with the reasons."""
+        return self._specialization.report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step.
+
+        Raises:
+            ConfigError: the plan is for another model or sampler; the arguments are not of the
+                structure, shapes and dtypes of the export.
+        """
+        tensors = flat_tensors(self._program, args, kwargs)
+        self._check_shapes(tensors)
+        results = self._specialization.step(tensors)
+        return pytree.tree_unflatten(list(results), self._program.call_spec.out_spec)
+
+    def _check_shapes(self, tensors: list[Tensor]) -> None:
+        captured = self._specialization.captured
+        placeholders = captured.module.graph.find_nodes(op="placeholder")
+        for entry, node, got in zip(captured.inputs, placeholders, tensors, strict=True):
+            expected = value(node)
+            if got.shape != expected.shape or got.dtype != expected.dtype:
+                raise ConfigError(
+                    "the program was exported at another shape",
+                    where=f"argument {entry.name!r}",
+                    got=f"{list(got.shape)} {got.dtype}",
+                    expected=f"{list(expected.shape)} {expected.dtype}",
+                    remedy="export it at the shapes it is called with",
+                )

@@ -1,0 +1,159 @@
+"""What torch.export makes of a model: the same sites, and the same plans, as Dynamo's door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ditfastattn import CfgLayout, ConfigError, Strategy
+from ditfastattn.passes.capture_exported import capture_exported
+from ditfastattn.passes.pipeline import SiteAction, rewrite
+from ditfastattn.passes.sites import find_sites
+from ditfastattn.runtime.exported import PlannedProgram
+from tests.helpers import (
+    STEPS,
+    TINY_MODELS,
+    TinyModel,
+    captured_once,
+    flat_inputs,
+    largest_difference,
+    make_plan,
+    mixed_strategies,
+    tiny_dit,
+)
+
+
+def exported(tiny: TinyModel, batch: int = 4) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(tiny.model, (), tiny.call(0, batch))
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_both_doors_find_the_same_sites_and_inputs(name: str) -> None:
+    tiny = TINY_MODELS[name]()
+    captured, known = capture_exported(exported(tiny)), captured_once(tiny)
+    found = find_sites(captured).sites
+    assert [(s.planned(), s.ordinal, s.text, s.declined) for s in found] == [
+        (s.planned(), s.ordinal, s.text, s.declined) for s in known.every
+    ]
+    assert {(entry.name, entry.static) for entry in captured.inputs} == {
+        (entry.name, entry.static) for entry in known.graph.inputs
+    }
+
+
+@pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_plan_of_the_other_door_is_the_interpreters(name: str, layout: CfgLayout) -> None:
+    tiny = TINY_MODELS[name]()
+    every = captured_once(tiny).every
+    rows = mixed_strategies(every, seed=2)
+    plan = make_plan(tiny, rows, layout, feed_forwards=True)  # by Dynamo's door
+    planned = PlannedProgram(exported(tiny), plan, lowering="eager")
+    expected = tiny.reference(rows, every, layout)
+    assert largest_difference(tiny.run(planned), expected) < 1e-5
+    assert largest_difference(tiny.run(planned), expected) < 1e-5  # and a second generation
+    assert largest_difference(tiny.run(tiny.model), expected) > 1e-3
+
+
+def test_compiled_it_is_the_interpreters_too(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    every = captured_once(tiny).every
+    rows = mixed_strategies(every, seed=3)
+    make_plan(tiny, rows, feed_forwards=True).save(tmp_path / "plan.json")
+    planned = PlannedProgram(exported(tiny), tmp_path / "plan.json")
+    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(planned), expected) < 1e-5
+
+
+def test_the_passes_rewrite_an_exported_graph() -> None:
+    tiny = tiny_dit()
+    captured = capture_exported(exported(tiny))
+    sites = find_sites(captured).sites
+    full = [SiteAction(Strategy.FULL)] * len(sites)
+    module = rewrite(captured, sites, full, CfgLayout.COND_FIRST)
+    by_name = dict(
+        zip([e.name for e in captured_once(tiny).graph.inputs], flat_inputs(tiny, 1), strict=True)
+    )
+    with torch.no_grad():
+        got = module(*(by_name[entry.name] for entry in captured.inputs))[0]
+        assert torch.equal(got, tiny.model(**tiny.call(1, 4))[0])
+
+
+def test_a_program_of_free_batch_is_captured_at_its_examples_shapes() -> None:
+    tiny = tiny_dit()
+    given = tiny.call(0, 4)
+    batch = Dim("batch", min=2, max=16)
+    shapes = {
+        name: {0: batch} if isinstance(item, Tensor) else None for name, item in given.items()
+    }
+    with torch.no_grad():
+        program = torch.export.export(tiny.model, (), given, dynamic_shapes=shapes)
+    every = captured_once(tiny).every
+    rows = mixed_strategies(every, seed=2)
+    plan = make_plan(tiny, rows, feed_forwards=True)
+    planned = PlannedProgram(program, plan, lowering="eager")
+    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(planned), expected) < 1e-5
+
+
+def test_a_saved_program_runs_by_a_plan(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    torch.export.save(exported(tiny), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    every = captured_once(tiny).every
+    rows = mixed_strategies(every, seed=2)
+    plan = make_plan(tiny, rows, feed_forwards=True)
+    planned = PlannedProgram(program, plan, lowering="eager")
+    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(planned), expected) < 1e-5
+
+
+def test_other_arguments_than_the_exports_are_refused() -> None:
+    tiny = tiny_dit()
+    program = exported(tiny)
+    sites = captured_once(tiny).sites
+    plan = make_plan(tiny, [(Strategy.FULL,) * len(sites)] * STEPS)
+    planned = PlannedProgram(program, plan, lowering="eager")
+    given = tiny.call(0, 4)
+    with torch.no_grad():
+        with pytest.raises(ConfigError, match=r"hidden_states[\s\S]*got: +\[2, 4, 8, 8\]"):
+            planned(**tiny.call(0, 2))
+        with pytest.raises(ConfigError, match=r"no tensor is a constant[\s\S]*got: +True"):
+            planned(**{**given, "return_dict": True})
+        with pytest.raises(ConfigError, match="another structure"):
+            planned(**{**given, "more": 1})
+    with pytest.raises(ConfigError, match="unknown option"):
+        PlannedProgram(program, plan, speed=2)
+
+
+class Counting(nn.Module):
+    """A model that writes to a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.calls.add_(1.0)
+        return hidden_states + self.calls
+
+
+def test_effects_beside_the_results_are_refused() -> None:
+    program = torch.export.export(Counting(), (), {"hidden_states": torch.ones(2, 3)})
+    with pytest.raises(ConfigError, match="writes in place"):
+        capture_exported(program)
+    with pytest.raises(ConfigError, match=r"got: +buffer_mutation calls"):
+        capture_exported(program.run_decompositions({}))
+
+
+def test_a_program_without_example_inputs_is_refused() -> None:
+    program: Any = exported(tiny_dit())
+    program.example_inputs = None
+    with pytest.raises(ConfigError, match="no example inputs"):
+        capture_exported(program)

@@ -1,0 +1,116 @@
+"""LoRA adapters as users load them: from a file, into a pipeline that a plan runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import ConfigError, Plan
+from ditfastattn.runtime.search.prompts import Prompt, generate
+from tests.plans import mixed_plan_for
+from tests.tiny_pipelines import TINY_PIPELINES
+
+CALL: dict[str, Any] = {"num_inference_steps": 4, **TINY_PIPELINES["sd3"][1]}
+SEED = 5
+UNKNOWN = r"plan\.model\.lora: the model has LoRA adapters that the plan was not calibrated with"
+ABSENT = r"plan\.model\.lora: the plan was calibrated with LoRA adapters; the model has none"
+FUSED = r"plan\.model\.weights[\s\S]*LoRA adapters fused into the weights make new weights"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a pipeline, and the file of an adapter for it."""
+    made = tmp_path_factory.mktemp("lora")
+    build, _ = TINY_PIPELINES["sd3"]
+    pipeline = build()
+    pipeline.save_pretrained(made / "base")
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        init_lora_weights=False,  # lora_B gets weights: zeros would change nothing
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    )
+    pipeline.transformer.add_adapter(config)
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights(made / "style", transformer_lora_layers=layers)
+    return made
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Any:
+    torch._dynamo.reset()
+    return loaded(folder / "base")
+
+
+def loaded(path: Path) -> Any:
+    pipeline: Any = DiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run(pipeline: Any) -> Tensor:
+    images: Tensor = generate(pipeline, Prompt(CALL, SEED))
+    return images
+
+
+def accelerated(pipeline: Any, plan: Plan) -> Any:
+    return ditfastattn.accelerate(pipeline, plan, lowering="eager")
+
+
+def test_a_plan_is_of_the_adapter_that_was_loaded(pipeline: Any, folder: Path) -> None:
+    base, dense = mixed_plan_for(pipeline, CALL), run(pipeline)
+    expected = run(accelerated(pipeline, base.plan))
+    pipeline.load_lora_weights(folder / "style", adapter_name="style")
+    with pytest.raises(ConfigError, match=UNKNOWN):
+        run(pipeline)
+    ditfastattn.restore(pipeline)
+    assert not torch.equal(run(pipeline), dense)
+    styled = mixed_plan_for(pipeline, CALL, seed=1)
+    interpreted = styled.interpret(pipeline, Prompt(CALL, SEED))
+    assert float((run(accelerated(pipeline, styled.plan)) - interpreted).abs().max()) < 1e-4
+    pipeline.unload_lora_weights()
+    with pytest.raises(ConfigError, match=ABSENT):
+        run(pipeline)
+    assert torch.equal(run(accelerated(pipeline, base.plan)), expected)
+
+
+def test_a_fused_adapter_is_saved_and_has_a_plan_of_its_own(
+    pipeline: Any, folder: Path, tmp_path: Path
+) -> None:
+    base = mixed_plan_for(pipeline, CALL).plan
+    pipeline.load_lora_weights(folder / "style")
+    with_adapter = mixed_plan_for(pipeline, CALL).plan
+    loose = run(pipeline)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert torch.allclose(run(pipeline), loose, atol=1e-4)
+    for other, message in ((base, FUSED), (with_adapter, ABSENT)):
+        with pytest.raises(ConfigError, match=message):
+            run(accelerated(pipeline, other))
+    ditfastattn.restore(pipeline)
+    plan = mixed_plan_for(pipeline, CALL).plan
+    expected = run(accelerated(pipeline, plan))
+    pipeline.save_pretrained(tmp_path / "styled")  # while it runs by a plan
+    again = loaded(tmp_path / "styled")
+    assert torch.equal(run(accelerated(again, plan)), expected)
+    assert not hasattr(again.transformer, "peft_config")
+
+
+def test_another_scale_of_a_loaded_adapter_is_refused(pipeline: Any, folder: Path) -> None:
+    pipeline.load_lora_weights(folder / "style", adapter_name="style")
+    plan = mixed_plan_for(pipeline, CALL).plan
+    expected = run(accelerated(pipeline, plan))
+    pipeline.set_adapters("style", 0.5)
+    with pytest.raises(ConfigError, match="another scale"):
+        run(pipeline)
+    pipeline.set_adapters("style", 1.0)
+    assert torch.equal(run(pipeline), expected)

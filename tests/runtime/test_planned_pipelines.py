@@ -1,0 +1,151 @@
+"""Whole pipelines by a plan that mixes all strategies, compared with the plan interpreter."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import CfgLayout, ConfigError, Strategy
+from ditfastattn.runtime.search.prompts import Prompt, generate
+from tests.plans import MixedPlan, mixed_plan_for
+from tests.tiny_pipelines import TINY_PIPELINES, tiny_two_stage_wan_pipeline
+
+STEPS = 5
+SEED = 5
+TWO_CALLS = ("wan", "qwenimage")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline saved and loaded back, and what to call it with."""
+    build, call = TINY_PIPELINES[name]
+    if not (folder / name).exists():
+        build().save_pretrained(folder / name)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder / name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, {"num_inference_steps": STEPS, **call}
+
+
+def run(pipeline: Any, call: dict[str, Any]) -> Tensor:
+    images: Tensor = generate(pipeline, Prompt(call, SEED))
+    return images
+
+
+def assert_interprets(
+    pipeline: Any, call: dict[str, Any], mixed: MixedPlan, lowering: str = "eager"
+) -> None:
+    """Accelerate ``pipeline``; its images must be the interpreter's, and not the dense ones."""
+    dense, expected = run(pipeline, call), mixed.interpret(pipeline, Prompt(call, SEED))
+    ditfastattn.accelerate(pipeline, mixed.plan, lowering=lowering)
+    got, again = run(pipeline, call), run(pipeline, call)
+    ditfastattn.restore(pipeline)
+    assert float((got - expected).abs().max()) < 1e-4
+    assert float((got - dense).abs().max()) > 1e-3
+    assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> None:
+    pipeline, call = loaded(name, folder)
+    mixed = mixed_plan_for(pipeline, call)
+    used = {strategy for row in mixed.plan.strategies for strategy in row}
+    assert {Strategy.FULL, Strategy.SHARE_STEP} <= used
+    shares = any(strategy.shares_cfg for strategy in used)
+    assert shares == (mixed.plan.sampler.cfg_layout is not CfgLayout.NONE)
+    assert mixed.plan.sampler.cfg_layout.calls == 1 + (name in TWO_CALLS)
+    assert_interprets(pipeline, call, mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart", "qwenimage"])
+def test_a_compiled_pipeline_gives_the_interpreters_images(name: str, folder: Path) -> None:
+    pipeline, call = loaded(name, folder)
+    assert_interprets(pipeline, call, mixed_plan_for(pipeline, call, seed=1), "inductor")
+
+
+def test_a_second_prompt_of_another_length_is_refused_by_its_shape(folder: Path) -> None:
+    pipeline, call = loaded("qwenimage", folder)
+    call["max_sequence_length"] = 64
+    longer = {**call, "negative_prompt": "a dog runs"}
+    with pytest.raises(ConfigError, match=r"encoder_hidden_states[\s\S]*the same .*length"):
+        mixed_plan_for(pipeline, longer)
+    mixed = mixed_plan_for(pipeline, call)
+    ditfastattn.accelerate(pipeline, mixed.plan, lowering="eager")
+    with pytest.raises(ConfigError, match=r"inputs\.encoder_hidden_states"):
+        run(pipeline, longer)
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_a_cache_context_reaches_the_accelerated_transformer(name: str, folder: Path) -> None:
+    pipeline, call = loaded(name, folder)
+    transformer = pipeline.transformer
+    mixed = mixed_plan_for(pipeline, call)
+    ditfastattn.accelerate(pipeline, mixed.plan, lowering="eager")
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def note(_: Any, __: Any, kwargs: dict[str, Any], output: tuple[Tensor]) -> None:
+        seen.append((kwargs, output[0].clone()))
+
+    hook = transformer.register_forward_hook(note, with_kwargs=True)
+    run(pipeline, call)
+    hook.remove()
+    assert len(seen) == 2 * STEPS
+    assert not torch.equal(seen[0][1], seen[1][1])  # of the prompt, and of the negative one
+    ditfastattn.reset()
+    with torch.no_grad():
+        for number, (kwargs, expected) in enumerate(seen):  # as loops of one's own do
+            with transformer.cache_context("uncond" if number % 2 else "cond"):
+                assert torch.equal(transformer(**kwargs)[0], expected)
+
+
+def test_a_cache_of_diffusers_and_a_plan_exclude_each_other(folder: Path) -> None:
+    pipeline, call = loaded("wan", folder)
+    mixed = mixed_plan_for(pipeline, call)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig[\s\S]*disable_cache"):
+        ditfastattn.accelerate(pipeline, mixed.plan)
+    pipeline.transformer.disable_cache()
+    assert_interprets(pipeline, call, mixed)
+
+
+def test_a_second_transformer_runs_dense_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipeline: Any = tiny_two_stage_wan_pipeline()
+    call = {"num_inference_steps": 2 * STEPS, **TINY_PIPELINES["wan"][1]}
+    mixed = mixed_plan_for(pipeline, call)
+    assert 1 < mixed.plan.sampler.steps < 2 * STEPS  # those of the first one
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        assert_interprets(pipeline, call, mixed)
+    assert "transformer_2 runs dense" in caplog.text
+
+
+def test_model_offloading_moves_what_runs_by_a_plan(folder: Path) -> None:
+    pipeline, call = loaded("pixart", folder)
+    mixed = mixed_plan_for(pipeline, call)
+    expected = mixed.interpret(pipeline, Prompt(call, SEED))
+    dense = run(pipeline, call)
+    pipeline.enable_model_cpu_offload(device="cpu")  # the hooks of a GPU; weights stay in place
+    ditfastattn.accelerate(pipeline, mixed.plan, lowering="eager")
+    for _ in range(2):  # the pipeline takes its hooks off and puts them on after each generation
+        assert float((run(pipeline, call) - expected).abs().max()) < 1e-4
+        assert pipeline.transformer._hf_hook is not None
+    ditfastattn.restore(pipeline)
+    assert torch.equal(run(pipeline, call), dense)
