@@ -155,7 +155,7 @@ def test_the_error_of_a_parabola_through_any_three_outputs(gaps: tuple[int, int]
 
 def test_what_is_smooth_is_nearer_to_a_parabola_than_to_a_line() -> None:
     time = torch.linspace(0.0, 1.0, 12)[:, None]
-    outputs = (torch.sin(time + torch.arange(SITES)) + time**2)[:, :, None, None].expand(
+    outputs = (torch.sin(time + torch.arange(SITES) + 0.5) + time**2)[:, :, None, None].expand(
         -1, -1, 2, 4
     )
     sketch = profile_module.Sketch(outputs, torch.zeros(12, SITES, 1, 2, 4))
