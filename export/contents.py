@@ -13,6 +13,7 @@ from typing import Any
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
+from ditfastattn.passes.caches import output_of
 from ditfastattn.passes.plan import CfgLayout, Sampler
 from ditfastattn.runtime.bundle.manifest import (
     PLAN_FILE,
@@ -97,7 +98,7 @@ def _slots(prepared: PreparedModel, contents: Contents) -> tuple[SlotSpec, ...]:
         return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
 
     stepped = [
-        made(slot.name, values[slot.source or slot.name], slot.lives, slot.source)
+        made(slot.name, values[output_of(slot.name)], slot.lives, slot.source)
         for slot in prepared.program.slots
     ]
     return (*stepped, *(made(value.name, value, ()) for value in once))

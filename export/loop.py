@@ -150,8 +150,8 @@ class _Writer:
         }
         results = emit(self.emitter, graph.source, [known[value.name] for value in graph.inputs])
         count = len(graph.results)
-        for slot, before in program.moves_at(step):
-            self.caches[slot] = self.caches[before]
+        moved = {slot: self.caches[source] for slot, source in program.moves_at(step)}
+        self.caches.update(moved)
         self.caches.update(zip(graph.writes, results[count:], strict=True))
         live = program.live_after(step)
         self.caches = {slot: value for slot, value in self.caches.items() if slot in live}

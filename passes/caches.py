@@ -5,9 +5,10 @@ the first frontier node, after the output projection) or ``blocks.0.attn/residua
 window attention, before the output projection). A graph that reads a slot has an input for it; a
 graph that writes one returns it after the model's own outputs.
 
-Two slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
-last: whoever runs the graphs moves it over, a pointer and no copy. ``blocks.0.attn/distance`` is
-how far a step extrapolates, a number that the schedule fixes.
+Some slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
+last, ``blocks.0.attn/earlier.0`` the one before it: whoever runs the graphs moves them over, a
+pointer and no copy. ``blocks.0.attn/distance`` and ``blocks.0.attn/curvature`` are how far a step
+extrapolates, numbers that the schedule fixes.
 
 ``invariant/linear_4`` holds what is computed once per generation, by a graph of its own.
 """
@@ -37,20 +38,40 @@ def residual_slot(site: str) -> str:
 
 def previous_slot(site: str, index: int) -> str:
     """Name the slot of the output before the last at the ``index``-th frontier node."""
-    return previous_of(output_slot(site, index))
+    return f"{site}/previous.{index}"
 
 
-def previous_of(slot: str) -> str:
-    """Return the slot that takes over what the output slot ``slot`` held."""
-    return slot.replace("/output.", "/previous.")
+def earlier_slot(site: str, index: int) -> str:
+    """Name the slot of the output before the previous one at the ``index``-th frontier node."""
+    return f"{site}/earlier.{index}"
+
+
+def output_of(slot: str) -> str:
+    """Return the output slot of what ``slot``, an output or one it was moved to, has held."""
+    return re.sub(r"/(previous|earlier)\.(\d+)$", r"/output.\2", slot)
 
 
 def distance_slot(site: str) -> str:
     """Name the input that says how far ``site`` extrapolates: fp32, no dimensions.
 
-    It counts steps since the last output, in units of the steps between the last two.
+    The change between the last two outputs is added so many times. On a line these are the steps
+    since the last output, in units of the steps between the two.
     """
     return f"{site}/distance"
+
+
+def curvature_slot(site: str) -> str:
+    """Name the input that says how often a parabola adds the change before: fp32, no dimensions.
+
+    That is the change from the earlier to the previous output; it is subtracted, as this is
+    negative.
+    """
+    return f"{site}/curvature"
+
+
+def number_slots(site: str, outputs: int) -> tuple[str, ...]:
+    """Name the inputs that say how far ``site`` extrapolates from ``outputs`` outputs, 2 or 3."""
+    return (distance_slot(site), curvature_slot(site))[: outputs - 1]
 
 
 def invariant_slot(node: str) -> str:

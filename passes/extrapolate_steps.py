@@ -1,11 +1,14 @@
-"""Follow a site's output along the line through its last two (TaylorSeer, equation 3, first order).
+"""Follow a site's output along the curve through its last ones (TaylorSeer, equation 3).
+
+Of first order that is the line through the last two, of second order the parabola through the last
+three, written with the changes from one output to the next.
 
 Before::
 
     %8 = aten.linear.default(%7, %3, %4): float32[2, 64, 32]
     %9 = aten.mul.Tensor(%2, %8): float32[2, 64, 32]
 
-After; norm, projections and attention that fed %8 alone are dead::
+After, on a line; norm, projections and attention that fed %8 alone are dead::
 
     %5 = input cache_blocks_0_attn_distance: float32[]
     %6 = input cache_blocks_0_attn_output_0: float32[2, 64, 32]
@@ -15,49 +18,91 @@ After; norm, projections and attention that fed %8 alone are dead::
     %10 = aten.add.Tensor(%6, %9): float32[2, 64, 32]
     %11 = aten.mul.Tensor(%2, %10): float32[2, 64, 32]
 
-The distance is an input and no constant: steps that differ in it alone are one variant.
+A parabola adds, times ``cache_blocks_0_attn_curvature``, ``%7`` minus the output before it. These
+numbers are inputs and no constants: steps that differ in them alone are one variant.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.base import PassResult
-from ditfastattn.passes.caches import distance_slot, output_slot, previous_slot, read_cache
+from ditfastattn.passes.caches import (
+    earlier_slot,
+    number_slots,
+    output_slot,
+    previous_slot,
+    read_cache,
+)
 from ditfastattn.passes.ir import aten, fake_mode, find, insert, value
 from ditfastattn.passes.sites import AttentionSite
 
 
 @dataclass(frozen=True)
 class ExtrapolateSteps:
-    """Extrapolate the outputs of ``sites`` from the last two that were computed."""
+    """Extrapolate from computed outputs: ``linear`` sites from two, ``quadratic`` from three."""
 
-    sites: tuple[AttentionSite, ...]
+    linear: tuple[AttentionSite, ...]
+    quadratic: tuple[AttentionSite, ...] = ()
     name: str = "extrapolate-steps"
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace each frontier node."""
-        for site in self.sites:
-            distance = _distance(module.graph, site, find(module.graph, site.node))
-            for index, member in enumerate(site.frontier):
-                node = find(module.graph, member)
-                node.replace_all_uses_with(_line(module.graph, site, index, node, distance))
-        return PassResult(len(self.sites))
+        for order, sites in ((1, self.linear), (2, self.quadratic)):
+            for site in sites:
+                _extrapolate(module.graph, site, order)
+        return PassResult(len(self.linear) + len(self.quadratic))
 
 
-def _distance(graph: Graph, site: AttentionSite, like: Node) -> Node:
+def output_weights(elapsed: int, gaps: Sequence[int]) -> tuple[float, ...]:
+    """Return Lagrange's weights of the last outputs, ``elapsed`` steps after the last one.
+
+    ``gaps`` are the steps between them, those between the last two first: one gap for a line, two
+    for a parabola.
+    """
+    steps = [0, *accumulate(-gap for gap in gaps)]
+    return tuple(
+        math.prod((elapsed - other) / (own - other) for other in steps if other != own)
+        for own in steps
+    )
+
+
+def change_factors(elapsed: int, gaps: Sequence[int]) -> tuple[float, ...]:
+    """Return how often each change is added to the last output: the same curve, by differences."""
+    weights = output_weights(elapsed, gaps)
+    return tuple(-sum(weights[index:]) for index in range(1, len(weights)))
+
+
+def _extrapolate(graph: Graph, site: AttentionSite, order: int) -> None:
+    like = find(graph, site.node)
+    numbers = [_number(graph, slot, like) for slot in number_slots(site.name, order + 1)]
+    for index, member in enumerate(site.frontier):
+        node = find(graph, member)
+        held = [
+            read_cache(graph, slot(site.name, index), value(node))
+            for slot in (output_slot, previous_slot, earlier_slot)[: order + 1]
+        ]
+        node.replace_all_uses_with(_curve(graph, node, held, numbers))
+
+
+def _number(graph: Graph, slot: str, like: Node) -> Node:
     with fake_mode(graph):
         scalar = torch.empty((), dtype=torch.float32, device=value(like).device)
-    return read_cache(graph, distance_slot(site.name), scalar)
+    return read_cache(graph, slot, scalar)
 
 
-def _line(graph: Graph, site: AttentionSite, index: int, node: Node, distance: Node) -> Node:
-    last = read_cache(graph, output_slot(site.name, index), value(node))
-    before = read_cache(graph, previous_slot(site.name, index), value(node))
+def _curve(graph: Graph, node: Node, held: list[Node], numbers: list[Node]) -> Node:
+    """Add to the last output each change before it, times its number."""
+    result = held[0]
     with graph.inserting_before(node):
-        change = insert(graph, aten.sub.Tensor, (last, before), node)
-        step = insert(graph, aten.mul.Tensor, (change, distance), node)
-        return insert(graph, aten.add.Tensor, (last, step), node)
+        for (later, before), number in zip(pairwise(held), numbers, strict=True):
+            change = insert(graph, aten.sub.Tensor, (later, before), node)
+            scaled = insert(graph, aten.mul.Tensor, (change, number), node)
+            result = insert(graph, aten.add.Tensor, (result, scaled), node)
+    return result

@@ -62,7 +62,9 @@ def variant_passes(
         ),
         WindowResidual(chosen(Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)),
         ShareAcrossSteps(chosen(Strategy.SHARE_STEP)),
-        ExtrapolateSteps(chosen(Strategy.EXTRAPOLATE)),
+        ExtrapolateSteps(
+            linear=chosen(Strategy.EXTRAPOLATE), quadratic=chosen(Strategy.EXTRAPOLATE_QUADRATIC)
+        ),
         ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
         HoistInvariants(invariants),
         HoistInvariants(folded, FOLD_TIMESTEPS),

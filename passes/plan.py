@@ -22,7 +22,7 @@ SCHEMA_VERSION = 3
 
 
 class Strategy(StrEnum):
-    """Name what a site does at one step (DiTFastAttn, section 3; the last is TaylorSeer's)."""
+    """Name what a site does at one step (DiTFastAttn, section 3; the last two are TaylorSeer's)."""
 
     FULL = "full"
     WINDOW = "window"  # WA-RS: window attention plus the cached residual
@@ -30,6 +30,7 @@ class Strategy(StrEnum):
     SHARE_CFG = "share-cfg"  # ASC: the conditional half serves both halves
     WINDOW_SHARE_CFG = "window+share-cfg"
     EXTRAPOLATE = "extrapolate"  # the line through the outputs of the last two that computed one
+    EXTRAPOLATE_QUADRATIC = "extrapolate-quadratic"  # the parabola through those of the last three
 
     @property
     def windowed(self) -> bool:
@@ -39,12 +40,29 @@ class Strategy(StrEnum):
     @property
     def computes(self) -> bool:
         """Tell whether the site computes an output, rather than reuse earlier ones."""
-        return self not in (Strategy.SHARE_STEP, Strategy.EXTRAPOLATE)
+        return not self.outputs_needed
+
+    @property
+    def outputs_needed(self) -> int:
+        """Return how many earlier outputs this one is made of; 0 where it is computed."""
+        return _OUTPUTS_NEEDED.get(self, 0)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Tell whether the output follows a curve through earlier ones."""
+        return self.outputs_needed > 1
 
     @property
     def shares_cfg(self) -> bool:
         """Tell whether only the conditional half is computed."""
         return self in (Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG)
+
+
+_OUTPUTS_NEEDED = {
+    Strategy.SHARE_STEP: 1,
+    Strategy.EXTRAPOLATE: 2,
+    Strategy.EXTRAPOLATE_QUADRATIC: 3,
+}
 
 
 class CfgLayout(StrEnum):
@@ -264,8 +282,9 @@ class Plan(_Record, frozen=True):
             reason = ""
             if strategy is Strategy.SHARE_STEP and not computed:
                 reason = "no earlier step computes an output to share"
-            elif strategy is Strategy.EXTRAPOLATE and computed < 2:
-                reason = f"{computed} earlier steps compute an output, a line needs two"
+            elif computed < strategy.outputs_needed:
+                curve = "a line needs two" if strategy.outputs_needed == 2 else "a parabola three"
+                reason = f"{computed} earlier steps compute an output, {curve}"
             elif strategy.windowed and not has_residual:
                 reason = "no earlier full step computes the residual"
             elif strategy.windowed and not site.window:

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 from ditfastattn.errors import VerifyError
-from ditfastattn.passes.caches import distance_slot, output_slot, previous_slot, residual_slot
+from ditfastattn.passes.caches import (
+    earlier_slot,
+    number_slots,
+    output_of,
+    output_slot,
+    previous_slot,
+    residual_slot,
+)
 from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.extrapolate_steps import change_factors
 from ditfastattn.passes.ir import find, value
 from ditfastattn.passes.pipeline import SiteAction
 from ditfastattn.passes.plan import CfgLayout, Strategy
@@ -37,7 +46,7 @@ class CacheSlot:
 class StepProgram:
     """Hold the distinct step variants, the schedule ``step -> variant`` and the cache slots.
 
-    ``distances[step]`` says how far each site that extrapolates goes, by the name of its input;
+    ``distances[step]`` says how far each site that extrapolates goes, by the names of its inputs;
     ``written[step]`` is how many bytes of caches the step makes. Where guidance calls the model
     twice a step, each lane has a program and caches of its own; what the second one shares it
     ``adopted`` from the first.
@@ -89,20 +98,26 @@ class StepProgram:
         """Return the slots that a later step reads: after ``step`` all other memory is free."""
         return self._live[step]
 
-    def moves_at(self, step: int) -> tuple[tuple[str, str], ...]:
-        """Return the pairs (slot, source) that move over after ``step``, before its writes."""
-        return self._moves[step]
+    def moves_at(self, step: int, adopted: bool = False) -> tuple[tuple[str, str], ...]:
+        """Return the pairs (slot, source) that move over, all at once, before ``step`` writes.
+
+        With ``adopted`` those that move over before ``step`` begins, as it adopts their output.
+        """
+        return self._moves[step, adopted]
 
     @cached_property
-    def _moves(self) -> list[tuple[tuple[str, str], ...]]:
-        return [
-            tuple(
+    def _moves(self) -> dict[tuple[int, bool], tuple[tuple[str, str], ...]]:
+        return {
+            (step, adopted): tuple(
                 (slot.name, slot.source)
                 for slot in self.slots
-                if slot.source and any(written == step for written, _ in slot.lives)
+                if slot.source
+                and (output_of(slot.name) in self.adopted_at(step)) == adopted
+                and any(written == step for written, _ in slot.lives)
             )
             for step in range(len(self.schedule))
-        ]
+            for adopted in (False, True)
+        }
 
     @cached_property
     def _live(self) -> list[frozenset[str]]:
@@ -200,12 +215,12 @@ def _adopted(sites: Sequence[AttentionSite], row: Sequence[Strategy], lane: Lane
 def _site_actions(strategies: Sequence[Strategy], lane: Lane) -> list[SiteAction]:
     """Add to each step what later steps, or its second call, will read, and nothing else."""
     actions: list[SiteAction] = []
-    output_wanted = previous_wanted = residual_wanted = False
+    outputs_wanted, residual_wanted = 0, False  # how many of the outputs computed last
     for strategy in reversed(strategies):
         computes = strategy.computes
         full = strategy is Strategy.FULL
         adopts = strategy.shares_cfg and lane is Lane.SECOND
-        wanted = output_wanted or (strategy.shares_cfg and lane is Lane.FIRST)
+        wanted = outputs_wanted > 0 or (strategy.shares_cfg and lane is Lane.FIRST)
         if adopts:
             actions.append(SiteAction(Strategy.SHARE_STEP))  # of the first call's output
         else:
@@ -216,8 +231,7 @@ def _site_actions(strategies: Sequence[Strategy], lane: Lane) -> list[SiteAction
                     writes_residual=full and residual_wanted,
                 )
             )
-        output_wanted = not computes or previous_wanted
-        previous_wanted = strategy is Strategy.EXTRAPOLATE or (previous_wanted and not computes)
+        outputs_wanted = max(outputs_wanted - computes, strategy.outputs_needed)
         reads = strategy.windowed and not adopts
         residual_wanted = reads or (residual_wanted and not full)
     return actions[::-1]
@@ -253,18 +267,25 @@ def _slots(
     own = {step for step, action in enumerate(column) if action.writes_output}
     written = sorted(own | {step - 1 for step in adopted})
     read = [step for step, action in enumerate(column) if not action.strategy.computes]
-    lines = [step for step in read if column[step].strategy is Strategy.EXTRAPOLATE]
     computed = [step for step, strategy in enumerate(strategies) if strategy.computes]
-    moved = _lives(computed, lines)
-    taken = {step - (step in adopted) for step, _ in moved}
+
+    def needing(outputs: int) -> set[int]:
+        return {step for step in read if column[step].strategy.outputs_needed >= outputs}
+
+    earlier_lives = _lives(computed, sorted(needing(3)))
+    taken = {step for step, _ in earlier_lives}  # from the slot of the previous output
+    previous_lives = _lives(computed, sorted(needing(2) | taken))
+    moved = {step - (step in adopted) for step, _ in previous_lives}
     residual_written = [step for step, action in enumerate(column) if action.writes_residual]
     residual_read = [step for step, action in enumerate(column) if action.strategy.windowed]
-    output_lives = _lives(written, sorted({*read, *taken}))
+    output_lives = _lives(written, sorted({*read, *moved}))
     slots: list[CacheSlot] = []
     for index, member in enumerate(site.frontier):
         name, before = output_slot(site.name, index), previous_slot(site.name, index)
+        earlier = earlier_slot(site.name, index)
         slots.append(_slot(name, member, output_lives, captured))
-        slots.append(_slot(before, member, moved, captured, source=name))
+        slots.append(_slot(before, member, previous_lives, captured, source=name))
+        slots.append(_slot(earlier, member, earlier_lives, captured, source=before))
     residual_lives = _lives(residual_written, residual_read)
     slots.append(_slot(residual_slot(site.name), site.node, residual_lives, captured))
     return [slot for slot in slots if slot.lives]
@@ -306,9 +327,11 @@ def _distances(
         for step, strategy in enumerate(column):
             if strategy.computes:
                 computed.append(step)
-            elif strategy is Strategy.EXTRAPOLATE and len(computed) > 1:
-                before, last = computed[-2:]
-                found[step][distance_slot(site.name)] = (step - last) / (last - before)
+            elif strategy.extrapolates and len(computed) >= strategy.outputs_needed:
+                held = computed[: -strategy.outputs_needed - 1 : -1]  # the last one first
+                gaps = [later - before for later, before in pairwise(held)]
+                names = number_slots(site.name, strategy.outputs_needed)
+                found[step].update(zip(names, change_factors(step - held[0], gaps), strict=True))
     return found
 
 
@@ -321,10 +344,12 @@ def _check_writers(program: StepProgram) -> None:
                 written |= {(index, "output")}
             if not action.strategy.computes and (index, "output") not in written:
                 raise VerifyError(f"step {step}, site {index}: reads an output no step has written")
-            if action.strategy is Strategy.EXTRAPOLATE and not program.distances[step].get(
-                distance_slot(program.sites[index].name)
-            ):
-                raise VerifyError(f"step {step}, site {index}: extrapolates from less than two")
+            needed = action.strategy.outputs_needed
+            numbers = number_slots(program.sites[index].name, needed)
+            if action.strategy.extrapolates and not program.distances[step].keys() >= {*numbers}:
+                raise VerifyError(
+                    f"step {step}, site {index}: extrapolates from less than {needed} outputs"
+                )
             if action.strategy.windowed and (index, "residual") not in written:
                 raise VerifyError(
                     f"step {step}, site {index}: reads a residual no step has written"

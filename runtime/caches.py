@@ -53,20 +53,19 @@ class Caches:
 
     def adopt(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
         """Take over, before ``step``, outputs that the step's first call has computed."""
-        for slot, source in program.moves_at(step):
-            if source in values:
-                self._held[slot] = self._held[source]
+        self._move(program.moves_at(step, adopted=True))
         self._held.update(values)
 
     def write(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
         """Keep what ``step`` has returned for its slots."""
         self.peak = max(self.peak, self.bytes + sum(item.nbytes for item in values.values()))
-        for slot, source in program.moves_at(step):
-            if source not in program.adopted_at(step):
-                self._held[slot] = self._held[source]
+        self._move(program.moves_at(step))
         self._held.update(values)
         for slot in self._held.keys() - program.live_after(step):
             del self._held[slot]
+
+    def _move(self, moves: Sequence[tuple[str, str]]) -> None:
+        self._held.update({slot: self._held[source] for slot, source in moves})  # all at once
 
 
 class Buffers:

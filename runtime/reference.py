@@ -130,9 +130,20 @@ class PlanInterpreter(TorchFunctionMode):
         last_step, last = self._lane.history[site][-1]
         if strategy is Strategy.SHARE_STEP:
             return last
-        step_before, before = self._lane.history[site][-2]
-        slope = (last - before) / (last_step - step_before)
-        return last + slope * (self._step - last_step)
+        if strategy is Strategy.EXTRAPOLATE:
+            step_before, before = self._lane.history[site][-2]
+            slope = (last - before) / (last_step - step_before)
+            return last + slope * (self._step - last_step)
+        return self._parabola(self._lane.history[site][-3:])
+
+    def _parabola(self, points: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Return Lagrange's polynomial through three outputs, at this step."""
+        result = torch.zeros_like(points[0][1])
+        for own, output in points:
+            others = [step for step, _ in points if step != own]
+            weight = math.prod((self._step - other) / (own - other) for other in others)
+            result = result + weight * output
+        return result
 
     def _attend(self, site: int, strategy: Strategy, call: dict[str, Any]) -> Tensor:
         if self._halves(strategy):

@@ -39,9 +39,9 @@ def legal_candidates(site: AttentionSite, layout: CfgLayout) -> tuple[Strategy, 
 
 
 def legal_strategies(site: AttentionSite, layout: CfgLayout) -> tuple[Strategy, ...]:
-    """Return the candidates of ``site`` and extrapolation, which needs two earlier outputs."""
-    extrapolate = () if Strategy.EXTRAPOLATE in site.declined else (Strategy.EXTRAPOLATE,)
-    return (*legal_candidates(site, layout), *extrapolate)
+    """Return the candidates of ``site`` and what extrapolates, from several earlier outputs."""
+    curves = tuple(s for s in Strategy if s.extrapolates and s not in site.declined)
+    return (*legal_candidates(site, layout), *curves)
 
 
 @dataclass

@@ -297,7 +297,7 @@ def uniform_strategies(
 ) -> list[tuple[Strategy, ...]]:
     """Return full steps as far as ``strategy`` needs them, then ``strategy`` where it is legal."""
     chosen = tuple(Strategy.FULL if strategy in s.declined else strategy for s in sites)
-    first = 2 if strategy is Strategy.EXTRAPOLATE else 1
+    first = max(1, strategy.outputs_needed)
     return [tuple(Strategy.FULL for _ in sites)] * first + [chosen] * (steps - first)
 
 

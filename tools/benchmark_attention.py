@@ -99,9 +99,7 @@ def run(
     side = math.isqrt(tokens)
     tiled = tiles((side, side)) if side**2 == tokens else None
     actions = {
-        strategy.value: SiteAction(strategy)
-        for strategy in Strategy
-        if strategy is not Strategy.EXTRAPOLATE
+        strategy.value: SiteAction(strategy) for strategy in Strategy if not strategy.extrapolates
     }
     actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
     acting = {name: (site, action) for name, action in actions.items()}

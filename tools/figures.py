@@ -31,6 +31,7 @@ STRATEGY_COLOURS: dict[Strategy, str] = {
     Strategy.SHARE_CFG: "#e69f00",
     Strategy.SHARE_STEP: "#f7efc4",
     Strategy.EXTRAPOLATE: "#b5d99c",
+    Strategy.EXTRAPOLATE_QUADRATIC: "#009e73",
 }
 STRATEGY_LABELS: dict[Strategy, str] = {
     Strategy.FULL: "full",
@@ -39,6 +40,7 @@ STRATEGY_LABELS: dict[Strategy, str] = {
     Strategy.SHARE_CFG: "guidance shared",
     Strategy.SHARE_STEP: "step shared",
     Strategy.EXTRAPOLATE: "extrapolated from two steps",
+    Strategy.EXTRAPOLATE_QUADRATIC: "extrapolated from three steps",
 }
 MOST_SAMPLES = 10
 _DOTS_PER_INCH = 150

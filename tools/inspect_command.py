@@ -17,6 +17,7 @@ SYMBOLS = {
     Strategy.SHARE_CFG: ("c", "yellow"),
     Strategy.WINDOW_SHARE_CFG: ("x", "magenta"),
     Strategy.EXTRAPOLATE: ("/", "blue"),
+    Strategy.EXTRAPOLATE_QUADRATIC: ("~", "blue"),
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.caches import previous_of
+from ditfastattn.passes.caches import output_of
 from ditfastattn.passes.pipeline import DENSE, SiteAction
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
@@ -234,18 +234,18 @@ def _time(
     Rows that come to the same variant are timed once.
     """
     caches: dict[str, Tensor] = {}
-    unit = torch.ones((), device=example[0].device)  # the distance of an extrapolation
+    unit = torch.ones((), device=example[0].device)  # how far an extrapolation goes
     with torch.no_grad():
         for variant in built.values():
             if not variant.reads:
                 returned = variant.module(*example)
-                for slot, item in zip(variant.writes, returned[results:], strict=True):
-                    caches |= {slot: item, previous_of(slot): item}
+                caches |= zip(variant.writes, returned[results:], strict=True)
         distinct = {id(variant): variant for variant in built.values()}
         samples: dict[int, list[float]] = {key: [] for key in distinct}
         for _ in range(repetitions):
             for key, variant in distinct.items():
-                inputs = [*example, *(caches.get(slot, unit) for slot in variant.reads)]
+                slots = map(output_of, variant.reads)  # any earlier output is timed by the last
+                inputs = [*example, *(caches.get(slot, unit) for slot in slots)]
                 samples[key].append(_seconds(partial(variant.module, *inputs)))
     return {name: min(samples[id(variant)]) for name, variant in built.items()}
 

@@ -10,6 +10,7 @@ window              ``r[t] - r[s]``
 share-cfg           ``d[t]`` at the copied half, where ``d = o_cond - o_uncond``
 window+share-cfg    ``r_c[t] - r_c[s]``, and ``d[t] - (r_c[t] - r_c[s])`` at the copied half
 extrapolate         ``o[t] - o[s] - (t - s) / g * (o[s] - o[s - g])``, with gap ``g``
+quadratic           ``o[t]`` minus the parabola through ``o[s]``, ``o[s - g]``, ``o[s - g - h]``
 ==================  ==============================================================
 
 So a sample of their elements, the same ones at every step, gives the error for *every* pair of
@@ -20,14 +21,18 @@ the energies): what shortcuts add to the image mostly points the same way, so am
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ditfastattn.passes.extrapolate_steps import output_weights
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.graph_runner import Environment
@@ -38,6 +43,10 @@ Array = NDArray[np.float64]
 _SAMPLES = 2048  # elements per site, step and half
 _SEED = 0
 MAX_GAP = 6  # steps between the two outputs of an extrapolation
+_LINE_GAPS = tuple((gap,) for gap in range(MAX_GAP + 1))
+# Steps between the three outputs of a quadratic one, those between the last two first.
+GAP_PAIRS = tuple((gap, gap) for gap in range(1, MAX_GAP + 1))
+_PAIR_AT: dict[tuple[int, ...], int] = {pair: index for index, pair in enumerate(GAP_PAIRS)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,8 @@ class ErrorTable:
 
     Those that read a cache are ``[T, T, M]``: at step ``t`` with the cache of step ``s < t``.
     ``share_cfg`` is ``[T, M]``; ``extrapolate`` is ``[T, T, MAX_GAP + 1, M]``, by the gap before
-    ``s``, whose first entry (no such gap) is infinite.
+    ``s``, whose first entry (no such gap) is infinite; ``extrapolate_quadratic`` is
+    ``[T, T, len(GAP_PAIRS), M]``.
     """
 
     share_step: Array
@@ -176,6 +186,7 @@ class ErrorTable:
     window_share_cfg: Array
     share_cfg: Array
     extrapolate: Array
+    extrapolate_quadratic: Array
 
     @property
     def steps(self) -> int:
@@ -187,10 +198,18 @@ class ErrorTable:
         """Return the number of sites."""
         return int(self.share_cfg.shape[1])
 
-    def of(self, strategy: Strategy, step: int, source: int, site: int, gap: int = 0) -> float:
+    def of(
+        self,
+        strategy: Strategy,
+        step: int,
+        source: int,
+        site: int,
+        gaps: tuple[int, ...] = (0,),
+    ) -> float:
         """Return the error of ``strategy`` at ``step`` with the cache of step ``source``.
 
-        ``gap`` is the number of steps between the last two outputs, of an extrapolation.
+        ``gaps`` are the numbers of steps between the last two outputs and between the two before,
+        of an extrapolation.
         """
         match strategy:
             case Strategy.SHARE_STEP:
@@ -202,7 +221,13 @@ class ErrorTable:
             case Strategy.SHARE_CFG:
                 return float(self.share_cfg[step, site])
             case Strategy.EXTRAPOLATE:
-                return float(self.extrapolate[step, source, gap if gap <= MAX_GAP else 0, site])
+                gap = gaps[0] if gaps[0] <= MAX_GAP else 0
+                return float(self.extrapolate[step, source, gap, site])
+            case Strategy.EXTRAPOLATE_QUADRATIC:
+                pair = _PAIR_AT.get(gaps)
+                if pair is None:
+                    return math.inf
+                return float(self.extrapolate_quadratic[step, source, pair, site])
             case Strategy.FULL:
                 return 0.0
 
@@ -229,6 +254,7 @@ def error_table(
         Strategy.WINDOW_SHARE_CFG,
         Strategy.SHARE_CFG,
         Strategy.EXTRAPOLATE,
+        Strategy.EXTRAPOLATE_QUADRATIC,
     )
     tables = [
         np.stack(
@@ -241,58 +267,69 @@ def error_table(
         for k, strategy in enumerate(order)
     ]
     future = np.triu(np.ones(tables[0].shape[:2], dtype=bool))  # a cache is of an earlier step
-    for table in (*tables[:3], tables[4]):
+    for table in (*tables[:3], *tables[4:]):
         table[future] = np.inf
     return ErrorTable(*tables)
 
 
-def _energies(sketch: Sketch, site: int, form: int) -> tuple[Array, Array, Array, Array, Array]:
+def _energies(sketch: Sketch, site: int, form: int) -> tuple[Array, ...]:
     """Return one site's: share-step, window, window+share-cfg ``[T, T]``, share-cfg ``[T]``.
 
-    And extrapolate ``[T, T, MAX_GAP + 1]``.
+    And extrapolate ``[T, T, MAX_GAP + 1]``, and quadratic ``[T, T, len(GAP_PAIRS)]``.
     """
     outputs = sketch.outputs[:, site].double().numpy()
     residuals = sketch.residuals[:, site, form].double().numpy()
     energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
     steps = len(outputs)
     share = _distances(outputs.reshape(steps, -1)) / energy
-    lines = _lines(outputs.reshape(steps, -1)) / energy[:, :, None]
+    curves = [
+        _missed(outputs.reshape(steps, -1), gaps) / energy[:, :, None]
+        for gaps in (_LINE_GAPS, GAP_PAIRS)
+    ]
     window = _distances(residuals.reshape(steps, -1)) / energy
     if outputs.shape[1] == 1:
         nothing = np.full_like(share, np.inf)
-        return share, window, nothing, nothing[:, 0], lines
+        return share, window, nothing, nothing[:, 0], *curves
     between = outputs[:, 0] - outputs[:, 1]
     conditional = residuals[:, 0]
     drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
     along = (conditional * between).sum(1)[:, None] - between @ conditional.T
     gap = (between**2).sum(1)[:, None]
     both = (2.0 * drift + gap - 2.0 * along) / energy
-    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0], lines
+    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0], *curves
 
 
-def _lines(rows: Array) -> Array:
-    """Return squared distances of each row from the lines through two others, by their gap.
+def _missed(rows: Array, curves: Sequence[tuple[int, ...]]) -> Array:
+    """Return squared distances of each row from ``curves`` through others, by the gaps of those.
 
-    ``[T, n] -> [T, T, MAX_GAP + 1]``: the energy of ``o[t] - (1 + d) o[s] + d o[s - g]``, where
-    ``d = (t - s) / g``.
+    ``[T, n] -> [T, T, len(curves)]``: the energy of ``o[t]`` minus the line through ``o[s]`` and
+    ``o[s - g]``, or the parabola through ``o[s]``, ``o[s - g]`` and ``o[s - g - h]``; infinite
+    where there are none.
     """
     steps = len(rows)
     products = rows @ rows.T
-    own = np.diag(products)
-    found = np.full((steps, steps, MAX_GAP + 1), np.inf)
-    for gap in range(1, min(MAX_GAP, steps - 1) + 1):
-        last = np.arange(gap, steps)
-        before = last - gap
-        far = (np.arange(steps)[:, None] - last[None, :]) / gap
-        found[:, gap:, gap] = (
-            own[:, None]
-            + (1.0 + far) ** 2 * own[last]
-            + far**2 * own[before]
-            - 2.0 * (1.0 + far) * products[:, last]
-            + 2.0 * far * products[:, before]
-            - 2.0 * far * (1.0 + far) * products[last, before]
-        )
+    own = np.diag(products)[:, None]
+    found = np.full((steps, steps, len(curves)), np.inf)
+    for index, gaps in enumerate(curves):
+        if not 0 < sum(gaps) < steps:
+            continue
+        weights = _curve_weights(steps, gaps)
+        sources = [np.arange(sum(gaps), steps) - ago for ago in accumulate((0, *gaps))]
+        total = np.repeat(own, len(sources[0]), axis=1)
+        for weight, source in zip(weights, sources, strict=True):
+            total -= 2.0 * weight * products[:, source]
+            for other, another in zip(weights, sources, strict=True):
+                total += weight * other * products[source, another]
+        found[:, sum(gaps) :, index] = total
     return found.clip(min=0.0)
+
+
+@cache
+def _curve_weights(steps: int, gaps: tuple[int, ...]) -> Array:
+    """Return the weights of ``o[s]``, ``o[s - g]`` and so on at each step: ``[1 + gaps, T, S]``."""
+    last = range(sum(gaps), steps)
+    weights = [[output_weights(step - source, gaps) for source in last] for step in range(steps)]
+    return np.moveaxis(np.array(weights), -1, 0)
 
 
 def _distances(rows: Array) -> Array:

@@ -93,8 +93,8 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
 
     A step takes the row of the plan's step nearest to its relative position, the earlier of two;
     the first step is full. A site that the plan does not know is full, and so is one where its
-    strategy is not legal here, or extrapolates before two steps have computed an output; these are
-    reported in the log.
+    strategy is not legal here, or extrapolates before enough steps have computed an output; these
+    are reported in the log.
     """
     known = {site.name: index for index, site in enumerate(plan.sites)}
     reasons: dict[str, str] = {}
@@ -146,7 +146,7 @@ def _nearest(step: int, steps: int, old_steps: int) -> int:
 
 
 def _why_not(strategy: Strategy, site: AttentionSite, layout: CfgLayout, computed: int) -> str:
-    if strategy is Strategy.EXTRAPOLATE and computed < 2:
+    if computed < strategy.outputs_needed:
         return "too few steps have computed an output"
     return site.why_not(strategy, layout)
 

@@ -14,16 +14,19 @@ just fits, which gives the plans on the convex hull of the trade-off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditfastattn.passes.extrapolate_steps import output_weights
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.runtime.search.latency import CostTable
-from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable
+from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 
 Array = NDArray[np.float64]
 Row = tuple[Strategy, ...]
@@ -46,32 +49,57 @@ class Problem:
 
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
         """Return one site's share; infinite where a cache is read that nobody wrote."""
-        output = residual = gap = 0
+        output = residual = 0
+        gaps = (0, 0)  # between the last two outputs, and between the two before
         inherited = total = 0.0  # a reused output carries the error of the step that computed it
         for step, strategy in enumerate(column):
             source = residual if strategy.computes else output
-            error = self.errors.of(strategy, step, source, site, gap)
-            if strategy is Strategy.SHARE_STEP:
-                error += inherited
-            elif strategy is Strategy.EXTRAPOLATE:  # a line carries it further
-                error += inherited * (1.0 + (step - output) / max(gap, 1))
-            else:
-                gap, output, inherited = step - output, step, error
+            error = self.errors.of(strategy, step, source, site, gaps)
+            if strategy.computes:
+                gaps, output, inherited = (step - output, gaps[0]), step, error
+            else:  # a curve carries it further
+                error += inherited * _carried(step - output, gaps[: strategy.outputs_needed - 1])
             if strategy is Strategy.FULL:
                 residual = step
             total += error * float(self.weights[step, site])
         return total
+
+    def without_parabolas(self) -> Problem:
+        """Return the same problem where nothing extrapolates from three outputs."""
+        never = np.full_like(self.errors.extrapolate_quadratic, np.inf)
+        return replace(self, errors=replace(self.errors, extrapolate_quadratic=never))
 
     def speedup(self, rows: Sequence[Row], merge_variants: bool = False) -> float:
         """Return the dense price over the plan's."""
         return self.costs.speedup(rows, merge_variants)
 
 
+@cache
+def _carried(elapsed: int, gaps: tuple[int, ...]) -> float:
+    """Return the weight of the last output in what is reused ``elapsed`` steps after it."""
+    return output_weights(elapsed, gaps)[0]
+
+
+@cache
+def _carried_by(step: int, gaps: tuple[tuple[int, ...], ...]) -> Array:
+    """Return what is carried to ``step`` from each step before it, ``[step, len(gaps)]``."""
+    return np.array([[_carried(step - source, each) for each in gaps] for source in range(step)])
+
+
 def within_budget(problem: Problem, budget: float) -> list[Row]:
     """Return a cheap plan whose drift is at most ``budget``.
 
-    The cheapest on the hull that fits; what it leaves of the budget goes to the sites whose column
-    of the next plan on the hull fits still, in the order of what a unit of drift saves there.
+    It is no dearer than the one without parabolas, though the hulls' plans may leave more unused.
+    """
+    plans = [_on_hull(each, budget) for each in (problem, problem.without_parabolas())]
+    return min(plans, key=problem.costs.plan)
+
+
+def _on_hull(problem: Problem, budget: float) -> list[Row]:
+    """Return the cheapest plan on the hull that fits, with more of the budget used.
+
+    What it leaves of the budget goes to the sites whose column of the next plan on the hull fits
+    still, in the order of what a unit of drift saves there.
     """
     dense: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
     if budget <= 0.0:
@@ -118,6 +146,7 @@ _STRATEGY = (
     Strategy.WINDOW,
     Strategy.WINDOW_SHARE_CFG,
 )
+_REUSING = (Strategy.SHARE_STEP, Strategy.EXTRAPOLATE, Strategy.EXTRAPOLATE_QUADRATIC)
 _UNSTORED = slice(_FULL, _CFG_STORED)
 _STORED = slice(_CFG_STORED, None)
 
@@ -138,10 +167,11 @@ def solve(problem: Problem, multiplier: float) -> list[Row]:
 class _Paths:
     """Find the shortest paths of ``sites``, of which all or none have windows.
 
-    A node is (step that computes, step of the residual, gap to the step that computed before, what
-    it computes); where there are no windows the second is always 0, and a gap of 0 is one too wide
-    to extrapolate over. ``standing`` is ``[M, T, R, G, 5]``: what it costs to have computed there,
-    and to have reused the output ever since.
+    A node is (step that computes, step of the residual, gaps, what it computes); where there are no
+    windows the second is always 0. The gaps are those before the step: one, as a line needs it, 0
+    where it is too wide; or one of ``GAP_PAIRS``, as a parabola needs it. Before a node of one gap
+    there may be any. ``standing`` is ``[M, T, R, G, 5]``: what it costs to have computed there, and
+    to have reused the output ever since.
     """
 
     def __init__(
@@ -158,96 +188,113 @@ class _Paths:
             for strategy in Strategy
         }
         self._storing = np.array([problem.costs.residual[site] for site in sites])
-        gaps = min(MAX_GAP, max(1, steps - 1)) + 1
-        self._shape = (steps, steps if windowed else 1, gaps, len(_STRATEGY))
+        self._lines = min(MAX_GAP, max(1, steps - 1)) + 1
+        legal = np.isfinite(self._errors.extrapolate_quadratic).any(axis=(0, 1, 3))
+        self._pairs = [i for i, pair in enumerate(GAP_PAIRS) if legal[i] and sum(pair) < steps]
+        self._gaps: list[tuple[int, ...]] = [(gap,) for gap in range(self._lines)]
+        self._gaps += [GAP_PAIRS[pair] for pair in self._pairs]
+        self._shape = (steps, steps if windowed else 1, len(self._gaps), len(_STRATEGY))
         self._standing = np.full((len(sites), *self._shape), np.inf)
         self._inherited = np.zeros((len(sites), *self._shape[:2], 1, len(_STRATEGY)))
         self._origin = np.zeros(self._standing.shape, dtype=np.int64)
         self._standing[:, 0, 0, 0, _FULL] = self._price[Strategy.FULL]
         for step in range(1, steps):
             self._arrive(step)
-            self._standing[:, :step] += self._reuse(step, np.arange(step)).min(axis=0)
+            self._reuse(step)
         self._last = self._standing.reshape(len(sites), -1).argmin(axis=1)
 
-    def _reuse(self, step: int, sources: NDArray[np.int64]) -> Array:
-        """Return what it costs at ``step`` to share, and to extrapolate, from each node.
+    def _reuse(self, step: int) -> None:
+        """Reuse at ``step`` what each node has computed, as is cheapest."""
+        errors, lines, pairs = self._errors, self._gaps[: self._lines], self._gaps[self._lines :]
+        share = errors.share_step[step, :step, None]
+        line = errors.extrapolate[step, :step, : self._lines]
+        parabola = errors.extrapolate_quadratic[step, :step][:, self._pairs]
+        known = np.minimum(
+            self._following(Strategy.SHARE_STEP, step, share, [()]),
+            self._following(Strategy.EXTRAPOLATE, step, line, lines),
+        )
+        curved = self._following(Strategy.EXTRAPOLATE_QUADRATIC, step, parabola, pairs)
+        curved = np.minimum(known[:, :, :, [gaps[0] for gaps in pairs]], curved)
+        self._standing[:, :step, :, : self._lines] += known
+        self._standing[:, :step, :, self._lines :] += curved
 
-        ``[2, M, len(sources), R, G, 5]``.
+    def _following(
+        self, strategy: Strategy, step: int, error: Array, gaps: Sequence[tuple[int, ...]]
+    ) -> Array:
+        """Return what ``strategy`` costs at ``step``, ``[M, step, R, len(gaps), 5]``.
+
+        That is by its own ``error``, ``[step, len(gaps), M]``, and by what it carries further.
         """
-        gaps = np.arange(self._shape[2])
-        inherited = self._inherited[:, sources]
-        far = (step - sources)[:, None] / np.maximum(gaps, 1)
-        shared = self._errors.share_step[step, sources].T[:, :, None, None, None]
-        line = self._errors.extrapolate[step, sources][:, gaps].transpose(2, 0, 1)
-        both = np.stack(
-            [
-                np.broadcast_to(shared + inherited, (*inherited.shape[:3], len(gaps), 5)),
-                line[:, :, None, :, None] + (1.0 + far)[:, None, :, None] * inherited,
-            ]
-        )
-        price = np.stack([self._price[Strategy.SHARE_STEP], self._price[Strategy.EXTRAPOLATE]])
-        weight = self._multiplier * self._weights[step]
-        legal = np.isfinite(both)
-        cost = price[:, :, None, None, None, None] + weight[:, None, None, None, None] * np.where(
-            legal, both, 0.0
-        )
-        return np.where(legal, cost, np.inf)
+        weight = self._multiplier * self._weights[step][:, None, None]
+        own = error.transpose(2, 0, 1)
+        legal = np.isfinite(own)
+        cost = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
+        carried = weight * _carried_by(step, tuple(gaps))
+        further = carried[:, :, None, :, None] * self._inherited[:, :step]
+        return np.where(legal, cost, np.inf)[:, :, None, :, None] + further
 
     def _arrive(self, step: int) -> None:
-        """Fill in the nodes that compute at ``step``, by the gap to the step before."""
-        for gap in range(self._shape[2]):
-            first = max(0, step - gap) if gap else 0
-            last = step - gap + 1 if gap else max(0, step - self._shape[2] + 1)
-            if step >= gap and first < last:
-                self._arrive_from(step, gap, slice(first, last))
-
-    def _arrive_from(self, step: int, gap: int, earlier: slice) -> None:
-        reach = self._standing[:, earlier]
-        start = earlier.start
-        flat = reach.reshape(len(reach), -1)
-        residual = step if self._windowed else 0
-        best = flat.argmin(axis=1) + start * int(np.prod(self._shape[1:]))
-        full = (slice(None), step, residual, gap, _FULL)
-        self._standing[full] = flat.min(axis=1) + self._price[Strategy.FULL]
-        self._origin[full] = best
-        unstored, from_unstored = self._cheapest(reach, _UNSTORED, start)
-        cfg = np.broadcast_to(self._errors.share_cfg[step][:, None], unstored.shape)
-        self._compute(step, gap, _CFG, unstored, from_unstored, cfg)
+        """Fill in the nodes that compute at ``step``."""
+        unstored, from_unstored = reach, from_reach = self._reach(step, _UNSTORED)
+        if self._windowed:
+            stored, from_stored = self._reach(step, _STORED)
+            reach = np.concatenate([unstored, stored], axis=1)
+            from_reach = np.concatenate([from_unstored, from_stored], axis=1)
+        best = reach.argmin(axis=1)[:, None]
+        least, origin = (
+            np.take_along_axis(each, best, axis=1)[:, 0] for each in (reach, from_reach)
+        )
+        full = (slice(None), step, step if self._windowed else 0, slice(None), _FULL)
+        self._standing[full] = least + self._price[Strategy.FULL][:, None]
+        self._origin[full] = origin
+        cfg = np.broadcast_to(self._errors.share_cfg[step][:, None], unstored.shape[:2])
+        self._compute(step, _CFG, unstored, from_unstored, cfg)
         if not self._windowed:
             return
-        stored, from_stored = self._cheapest(reach, _STORED, start)
-        with_storing = unstored + self._storing[:, None]
+        with_storing = unstored + self._storing[:, None, None]
         cheaper = with_storing < stored
         ready = np.where(cheaper, with_storing, stored)
         from_ready = np.where(cheaper, from_unstored, from_stored)
         both = self._errors.window_share_cfg[step].T
-        self._compute(step, gap, _CFG_STORED, stored, from_stored, cfg)
-        self._compute(step, gap, _WINDOW, ready, from_ready, self._errors.window[step].T)
-        self._compute(step, gap, _WINDOW_CFG, ready, from_ready, both)
+        self._compute(step, _CFG_STORED, stored, from_stored, cfg)
+        self._compute(step, _WINDOW, ready, from_ready, self._errors.window[step].T)
+        self._compute(step, _WINDOW_CFG, ready, from_ready, both)
 
-    def _compute(
-        self, step: int, gap: int, kind: int, value: Array, origin: Array, error: Array
-    ) -> None:
+    def _compute(self, step: int, kind: int, value: Array, origin: Array, error: Array) -> None:
         weight = self._multiplier * self._weights[step][:, None]
         legal = np.isfinite(error)
         known = np.where(legal, error, 0.0)
         price = self._price[_STRATEGY[kind]][:, None]
-        cost = np.where(legal, price, 0.0) + weight * known
-        self._standing[:, step, :, gap, kind] = np.where(legal, value + cost, np.inf)
+        cost = np.where(legal, np.where(legal, price, 0.0) + weight * known, np.inf)
+        self._standing[:, step, :, :, kind] = value + cost[:, :, None]
         self._inherited[:, step, :, 0, kind] = known
-        self._origin[:, step, :, gap, kind] = origin
+        self._origin[:, step, :, :, kind] = origin
 
-    def _cheapest(self, reach: Array, kinds: slice, start: int) -> tuple[Array, Array]:
+    def _reach(self, step: int, kinds: slice) -> tuple[Array, Array]:
+        """Return what it costs to arrive at ``step`` from nodes of ``kinds``: ``[M, R, G]``.
+
+        That is per site, residual and gaps before ``step``; and the flat nodes it is from.
+        """
+        shape = len(self._standing), *self._shape[1:3]
+        values, nodes = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+        for index, (gap, *before) in enumerate(self._gaps):
+            earlier = slice(step - gap, step - gap + 1) if gap else slice(0, step - self._lines + 1)
+            held = [i for i, each in enumerate(self._gaps) if not before or each[0] == before[0]]
+            if earlier.start >= 0 and earlier.start < earlier.stop:
+                cheapest = self._cheapest(kinds, earlier, held)
+                values[:, :, index], nodes[:, :, index] = cheapest
+        return values, nodes
+
+    def _cheapest(self, kinds: slice, earlier: slice, held: list[int]) -> tuple[Array, Array]:
         """Return per site and residual ``[M, R]`` the least value, and the flat node it is of."""
-        sites, steps, residuals, gaps, count = reach.shape
-        offset = kinds.indices(count)[0]
-        chosen = reach[..., kinds]
-        width = chosen.shape[4]
+        chosen = self._standing[:, earlier, :, :, kinds][:, :, :, held]
+        sites, steps, residuals, gaps, width = chosen.shape
         flat = chosen.transpose(0, 2, 1, 3, 4).reshape(sites, residuals, -1)
         best = flat.argmin(axis=2)
         step, gap, kind = np.unravel_index(best, (steps, gaps, width))
         row = np.broadcast_to(np.arange(residuals), step.shape)
-        node: Any = np.ravel_multi_index((step + start, row, gap, kind + offset), self._shape)
+        place = step + earlier.start, row, np.array(held)[gap], kind + kinds.start
+        node: Any = np.ravel_multi_index(place, self._shape)
         return flat.min(axis=2), node
 
     def column(self, index: int) -> list[Strategy]:
@@ -255,11 +302,32 @@ class _Paths:
         found = [Strategy.SHARE_STEP] * self._steps
         node, end = int(self._last[index]), self._steps
         while True:
-            step, residual, gap, kind = map(int, np.unravel_index(node, self._shape))
+            step, residual, gaps, kind = map(int, np.unravel_index(node, self._shape))
             found[step] = _STRATEGY[kind]
+            inherited = float(self._inherited[index, step, residual, 0, kind])
             for later in range(step + 1, end):
-                share, line = self._reuse(later, np.array([step]))[:, index, 0, residual, gap, kind]
-                found[later] = Strategy.EXTRAPOLATE if line < share else Strategy.SHARE_STEP
+                costs = {
+                    strategy: self._cost(strategy, index, later, step, self._gaps[gaps], inherited)
+                    for strategy in _REUSING
+                }
+                found[later] = min(costs, key=lambda strategy: costs[strategy])
             if step == 0:
                 return found
-            node, end = int(self._origin[index, step, residual, gap, kind]), step
+            node, end = int(self._origin[index, step, residual, gaps, kind]), step
+
+    def _cost(
+        self,
+        strategy: Strategy,
+        site: int,
+        step: int,
+        source: int,
+        gaps: tuple[int, ...],
+        inherited: float,
+    ) -> float:
+        """Return what it costs one site to follow at ``step`` from its node at ``source``."""
+        error = self._errors.of(strategy, step, source, site, gaps)
+        if math.isinf(error):
+            return math.inf
+        carried = _carried(step - source, gaps[: strategy.outputs_needed - 1])
+        weight = self._multiplier * float(self._weights[step, site])
+        return float(self._price[strategy][site]) + weight * (error + carried * inherited)

@@ -457,3 +457,29 @@ def test_the_manifest_tells_the_caches(tmp_path: Path) -> None:
     assert names[f"{site}/previous.0"]["source"] == f"{site}/output.0"
     assert names[f"{site}/output.0"]["shape"][0] == {"numerator": 1, "denominator": 1}
     assert data["distances"][2][f"{site}/distance"] == 1.0
+
+
+def test_the_manifest_tells_the_caches_of_parabolas(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    full, share, curve = Strategy.FULL, Strategy.SHARE_STEP, Strategy.EXTRAPOLATE_QUADRATIC
+    rows = [(entry,) * len(sites) for entry in (full, full, share, full, curve, curve)]
+    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    named, site = {slot.name: slot for slot in manifest.slots}, sites[0].name
+    output, previous, earlier = (
+        named[f"{site}/{slot}.0"] for slot in ("output", "previous", "earlier")
+    )
+    assert (output.source, previous.source, earlier.source) == ("", output.name, previous.name)
+    assert output.lives == ((0, 1), (1, 3), (3, 5))
+    assert previous.lives == ((1, 3), (3, 5))
+    assert earlier.lives == ((3, 5),)
+    assert earlier.shape == output.shape
+    # Outputs at steps 3, 1 and 0: Newton's differences, two steps apart and one.
+    for step, elapsed in ((4, 1), (5, 2)):
+        bend = elapsed * (elapsed + 2) / 3
+        numbers = manifest.distances[step]
+        assert numbers[f"{site}/distance"] == pytest.approx((elapsed + bend) / 2)
+        assert numbers[f"{site}/curvature"] == pytest.approx(-bend)
+    assert manifest.schedule[4] == manifest.schedule[5]
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4

@@ -79,12 +79,13 @@ def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddim that clips", "dpm-solver++ that clips"])
 def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -> None:
     pipeline = tiny_digits_pipeline(SCHEDULERS[name]())
-    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 5, "guidance_scale": 2.0}
+    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 6, "guidance_scale": 2.0}
     steps = [
         Strategy.FULL,
         Strategy.WINDOW_SHARE_CFG,
         Strategy.FULL,
         Strategy.EXTRAPOLATE,
+        Strategy.EXTRAPOLATE_QUADRATIC,
         Strategy.SHARE_STEP,
     ]
     plan = plan_for(pipeline, call, steps)

@@ -83,6 +83,10 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         ({"strategies": [[SHARE], [FULL], [FULL]]}, "no earlier step computes an output"),
         ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier full step"),
         ({"strategies": [[FULL], ["extrapolate"], [FULL]]}, "a line needs two"),
+        (
+            {"strategies": [[FULL], [FULL], ["extrapolate-quadratic"]]},
+            "2 earlier steps compute an output, a parabola three",
+        ),
         ({"strategies": [["share-cfg"], ["window"], [FULL]]}, "no earlier full step"),
         ({"sites": []}, "1 entries for 0 sites"),
     ],

@@ -15,7 +15,7 @@ from ditfastattn.passes.caches import read_slots, written_slots
 from ditfastattn.passes.canonicalize import canonicalize
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
-from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
+from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps, change_factors
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.passes.ir import ATTENTION, aten, calls, clone, graph_text, value
 from ditfastattn.passes.pipeline import DENSE, SiteAction, rewrite
@@ -112,6 +112,39 @@ def test_golden_extrapolate_steps() -> None:
         "%10 = aten.mul.Tensor(%3, %9): float32[2, 1, 16, 8]\n"
         "return [%10]"
     )
+
+
+def test_golden_extrapolate_steps_quadratic() -> None:
+    captured, site = block()
+    assert after(captured, ExtrapolateSteps((), (site,)), EliminateDeadCode()) == GOLDEN_INPUTS + (
+        "%4 = input cache_attention_0_distance: float32[]\n"
+        "%5 = input cache_attention_0_curvature: float32[]\n"
+        "%6 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
+        "%7 = input cache_attention_0_previous_0: float32[2, 1, 16, 8]\n"
+        "%8 = input cache_attention_0_earlier_0: float32[2, 1, 16, 8]\n"
+        "%9 = aten.sub.Tensor(%6, %7): float32[2, 1, 16, 8]\n"
+        "%10 = aten.mul.Tensor(%9, %4): float32[2, 1, 16, 8]\n"
+        "%11 = aten.add.Tensor(%6, %10): float32[2, 1, 16, 8]\n"
+        "%12 = aten.sub.Tensor(%7, %8): float32[2, 1, 16, 8]\n"
+        "%13 = aten.mul.Tensor(%12, %5): float32[2, 1, 16, 8]\n"
+        "%14 = aten.add.Tensor(%11, %13): float32[2, 1, 16, 8]\n"
+        "%15 = aten.mul.Tensor(%3, %14): float32[2, 1, 16, 8]\n"
+        "return [%15]"
+    )
+
+
+@pytest.mark.parametrize("gaps", [(1, 1), (3, 3), (2, 5), (4, 1)])
+@pytest.mark.parametrize("elapsed", [1, 2, 7])
+def test_a_parabola_at_any_spacing_is_followed_exactly(gaps: tuple[int, int], elapsed: int) -> None:
+    def curve(step: float) -> float:
+        return 0.25 * step**2 - 3.0 * step + 2.0
+
+    last, previous, earlier = curve(0), curve(-gaps[0]), curve(-sum(gaps))
+    distance, curvature = change_factors(elapsed, gaps)
+    found = last + distance * (last - previous) + curvature * (previous - earlier)
+    assert found == pytest.approx(curve(elapsed), rel=1e-12)
+    (line,) = change_factors(elapsed, gaps[:1])
+    assert last + line * (last - previous) != pytest.approx(curve(elapsed), rel=1e-3)
 
 
 def test_golden_store_caches() -> None:

@@ -11,7 +11,7 @@ from ditfastattn.passes.step_program import StepProgram, _check_writers, unroll
 from tests.helpers import TINY_MODELS, capture_sites, mixed_strategies
 
 F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
-E = Strategy.EXTRAPOLATE
+E, Q = Strategy.EXTRAPOLATE, Strategy.EXTRAPOLATE_QUADRATIC
 
 
 def program(column: list[Strategy]) -> StepProgram:
@@ -57,9 +57,35 @@ def test_a_line_keeps_the_last_two_outputs_while_it_reads_them() -> None:
     assert result.peak_cache_bytes == 2 * 4 * 16 * 16 * 4
 
 
-def test_a_line_without_two_outputs_is_our_bug() -> None:
-    with pytest.raises(VerifyError, match="step 1, site 0: extrapolates from less than two"):
-        program([F, E, F, F, F, F])
+def test_a_parabola_keeps_the_last_three_outputs_while_it_reads_them() -> None:
+    result = program([F, F, S, C, E, F, Q, S, Q, F, F])
+    name = "transformer_blocks.0.attn1"
+    output, previous, earlier = f"{name}/output.0", f"{name}/previous.0", f"{name}/earlier.0"
+    lives = {slot.name: slot.lives for slot in result.slots}
+    assert lives == {
+        output: ((1, 3), (3, 5), (5, 8)),
+        previous: ((3, 5), (5, 8)),
+        earlier: ((5, 8),),
+    }
+    moves = [dict(result.moves_at(step)) for step in range(11)]
+    assert moves[3] == {previous: output}
+    assert moves[5] == {previous: output, earlier: previous}
+    assert not any(moves[:3] + moves[4:5] + moves[6:])
+    numbers = [tuple(result.distances[step].values()) for step in range(11)]
+    assert numbers[4] == (0.5,)
+    # At steps 1, 3 and 5, evenly apart: last + d (last - previous) + c (previous - earlier).
+    assert numbers[6] == pytest.approx((0.875, -0.375))
+    assert numbers[8] == pytest.approx((1.5 * 4.5 / 2, -1.5 * 2.5 / 2))
+    assert result.schedule[6] == result.schedule[8]  # the numbers are inputs, no constants
+    assert result.peak_cache_bytes == 3 * 4 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize(("column", "needed"), [([F, E], 2), ([F, F, Q], 3), ([F, F, E, Q], 3)])
+def test_a_curve_without_enough_outputs_is_our_bug(column: list[Strategy], needed: int) -> None:
+    step = len(column) - 1
+    message = f"step {step}, site 0: extrapolates from less than {needed} outputs"
+    with pytest.raises(VerifyError, match=message):
+        program([*column, F, F])
 
 
 def test_equal_steps_share_a_variant() -> None:

@@ -52,7 +52,7 @@ def mixed(
                 strategy
                 for strategy in Strategy
                 if not site.why_not(strategy, layout)
-                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
+                and computed[index] >= strategy.outputs_needed
             ]
             row.append(generator.choice(legal))
             computed[index] += row[-1].computes
@@ -111,6 +111,20 @@ def test_mixed_plans_are_the_interpreters(name: str, layout: CfgLayout, seed: in
     expected = reference(tiny, rows)
     assert largest_difference(run(tiny, model), expected) < 1e-5
     assert largest_difference(run(tiny, model), expected) < 1e-5  # and a second generation
+
+
+F, C, Q = Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE_QUADRATIC
+
+
+@pytest.mark.parametrize("steps", [(F, C, F, C, Q, Q), (F, F, C, C, Q, C), (F, C, C, Q, F, Q)])
+def test_a_parabola_goes_through_outputs_of_the_other_call(steps: tuple[Strategy, ...]) -> None:
+    tiny = TINY_MODELS["dit"]()
+    sites = captured_once(tiny, BATCH).every
+    rows = [(strategy,) * len(sites) for strategy in steps]
+    expected = reference(tiny, rows)
+    model = compiled(tiny, plan_of(tiny, rows))
+    assert largest_difference(run(tiny, model), expected) < 1e-5
+    assert largest_difference(run(tiny, model), expected) < 1e-5
 
 
 def test_a_shared_second_call_computes_no_attention() -> None:

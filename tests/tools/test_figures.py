@@ -27,10 +27,10 @@ from ditfastattn.tools.figures import STRATEGY_COLOURS, STRATEGY_LABELS, image_g
 
 
 def make_plan(sites: int, steps: int) -> Plan:
-    """Return a plan that is full at first, as far as lines need it, then goes round all."""
-    rows = [(Strategy.FULL,) * sites] * 2
+    """Return a plan that is full at first, as far as curves need it, then goes round all."""
+    rows = [(Strategy.FULL,) * sites] * 3
     every = list(Strategy)
-    for step in range(2, steps):
+    for step in range(3, steps):
         rows.append(tuple(every[(step + site) % len(every)] for site in range(sites)))
     return Plan(
         model=Fingerprint(structure="s", weights="w", dtype="float32"),

@@ -189,7 +189,7 @@ def mixed_plan(
 def _bent(captured: CapturedCall, sites: Sequence[AttentionSite]) -> frozenset[str]:
     """Return the sites behind which something that is not affine belongs to them, such as a norm.
 
-    There a line through outputs is another one than the interpreter's, who extrapolates before it.
+    There a curve through outputs is another one than the interpreter's, who extrapolates before it.
     """
     graph = captured.graph.module.graph
     positions = [i for i, entry in enumerate(captured.graph.inputs) if entry.static]
@@ -227,8 +227,8 @@ def mixed_strategies(
                 strategy
                 for strategy in Strategy
                 if not site.why_not(strategy, layout)
-                and not (strategy is Strategy.EXTRAPOLATE and computed[index] < 2)
-                and not (strategy is Strategy.EXTRAPOLATE and site.name in bent)
+                and computed[index] >= strategy.outputs_needed
+                and not (strategy.extrapolates and site.name in bent)
             ]
             row.append(generator.choice(legal))
             computed[index] += row[-1].computes

@@ -20,7 +20,7 @@ from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.methods import Method, PassChooser
 from ditfastattn.runtime.search.per_step import PerStepCalibrator, choose_row
-from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable, Profiler, error_table
+from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable, Profiler, error_table
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.session import Session, open_session
@@ -28,7 +28,7 @@ from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.work import Work
 from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates
-from tests.helpers import randomize, tiny_digits_pipeline
+from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 
 STEPS = 5
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": STEPS, "guidance_scale": 2.0}
@@ -127,7 +127,7 @@ def test_a_sample_is_close_to_the_whole(session: Session) -> None:
 
 def test_the_error_of_a_line_through_any_two_outputs() -> None:
     rows = np.random.default_rng(0).random((9, 5))
-    found = profile_module._lines(rows)
+    found = profile_module._missed(rows, [(gap,) for gap in range(MAX_GAP + 1)])
     assert np.isinf(found[:, :, 0]).all()
     for step, last, gap in itertools.product(range(9), range(9), range(1, MAX_GAP + 1)):
         if last < gap:
@@ -136,6 +136,39 @@ def test_the_error_of_a_line_through_any_two_outputs() -> None:
         slope = (rows[last] - rows[last - gap]) / gap
         missed = rows[step] - (rows[last] + slope * (step - last))
         assert found[step, last, gap] == pytest.approx((missed**2).sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("gaps", [*GAP_PAIRS, (1, 3), (4, 2)])
+def test_the_error_of_a_parabola_through_any_three_outputs(gaps: tuple[int, int]) -> None:
+    rows = np.random.default_rng(0).random((16, 5))
+    found = profile_module._missed(rows, [gaps])[:, :, 0]
+    for step, last in itertools.product(range(16), range(16)):
+        if last < sum(gaps):
+            assert np.isinf(found[step, last])
+            continue
+        steps = np.array([last, last - gaps[0], last - sum(gaps)])
+        curve = np.polynomial.Polynomial.fit  # another way to the same curve, element by element
+        through = [curve(steps, rows[steps, i], 2)(step) for i in range(5)]
+        missed = rows[step] - np.array(through)
+        assert found[step, last] == pytest.approx((missed**2).sum(), rel=1e-6, abs=1e-9)
+
+
+def test_what_is_smooth_is_nearer_to_a_parabola_than_to_a_line() -> None:
+    time = torch.linspace(0.0, 1.0, 12)[:, None]
+    outputs = (torch.sin(time + torch.arange(SITES) + 0.5) + time**2)[:, :, None, None].expand(
+        -1, -1, 2, 4
+    )
+    sketch = profile_module.Sketch(outputs, torch.zeros(12, SITES, 1, 2, 4))
+    _, sites = capture_every_site(tiny_dit())
+    table = error_table([sketch], sites[:SITES], CfgLayout.COND_FIRST)
+    line, parabola = Strategy.EXTRAPOLATE, Strategy.EXTRAPOLATE_QUADRATIC
+    for step, gap in itertools.product(range(6, 12), (1, 2)):
+        source = step - 1
+        found = table.of(parabola, step, source, 0, (gap, gap))
+        assert 0.0 < found < 0.5 * table.of(line, step, source, 0, (gap,))
+    assert table.of(parabola, 5, 4, 0, (3, 3)) == np.inf  # reaches before the first step
+    assert table.of(parabola, 11, 10, 0, (1, 2)) == np.inf  # not among the pairs
+    assert table.of(parabola, 4, 6, 0, (1, 1)) == np.inf  # a later step's cache
 
 
 def test_without_guidance_sharing_it_has_no_price(session: Session) -> None:
@@ -194,7 +227,8 @@ def test_weights_give_back_what_was_measured() -> None:
     steps = 10
     errors = np.random.default_rng(0).random((steps, steps, 2)) + 0.1
     lines = np.full((steps, steps, MAX_GAP + 1, 2), np.inf)
-    table = ErrorTable(errors, errors, errors, errors[0], lines)
+    parabolas = np.full((steps, steps, len(GAP_PAIRS), 2), np.inf)
+    table = ErrorTable(errors, errors, errors, errors[0], lines, parabolas)
     effects = {1: [1.0, 3.0], 7: [2.0, 2.0], 9: [5.0, 1.0]}
     damages = {1: 1e-6, 7: 1e-3, 9: 1e-2}
     weights = site_weights(table, effects, damages)
@@ -234,7 +268,7 @@ def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session
 
 def prices(count: int) -> CostTable:
     each = {F: 4.0, Strategy.WINDOW: 2.0, Strategy.SHARE_CFG: 2.5, Strategy.SHARE_STEP: 0.0}
-    each[Strategy.EXTRAPOLATE] = 0.2
+    each |= {Strategy.EXTRAPOLATE: 0.2, Strategy.EXTRAPOLATE_QUADRATIC: 0.3}
     return CostTable(10.0, ({**each, Strategy.WINDOW_SHARE_CFG: 1.0},) * count, (0.5,) * count)
 
 

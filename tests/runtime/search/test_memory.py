@@ -47,6 +47,7 @@ def test_a_site_without_caches_still_shares_guidance() -> None:
     bare = without_caches(case, [1])
     assert np.isinf(bare.errors.share_step[..., 1]).all()
     assert np.isinf(bare.errors.extrapolate[..., 1]).all()
+    assert np.isinf(bare.errors.extrapolate_quadratic[..., 1]).all()
     assert np.isfinite(bare.errors.share_cfg).all()
     assert np.isfinite(bare.errors.share_step[2, 0, [0, 2]]).all()
     assert np.isfinite(case.errors.share_step[2, 0, 1])  # the problem itself is left alone

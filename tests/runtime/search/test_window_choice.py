@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan import TileWindow
 from ditfastattn.runtime.search.latency import CostTable
-from ditfastattn.runtime.search.profile import MAX_GAP, ErrorTable
+from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 from ditfastattn.runtime.search.retarget import retarget
 from ditfastattn.runtime.search.solve import Problem, within_budget
 from ditfastattn.runtime.search.window_choice import (
@@ -39,6 +39,7 @@ def problem(window_errors: tuple[float, ...], window_prices: tuple[float, ...]) 
         window_share_cfg=never,
         share_cfg=np.full((STEPS, SITES), np.inf),
         extrapolate=np.full((STEPS, STEPS, MAX_GAP + 1, SITES), np.inf),
+        extrapolate_quadratic=np.full((STEPS, STEPS, len(GAP_PAIRS), SITES), np.inf),
     )
     prices = {strategy: np.inf for strategy in Strategy}
     sites = tuple(
