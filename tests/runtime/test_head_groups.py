@@ -23,7 +23,6 @@ from tests.helpers import (
     TINY_MODELS,
     TinyModel,
     largest_difference,
-    mixed_strategies,
     tiny_dit,
     uniform_strategies,
 )
@@ -41,34 +40,39 @@ def run_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -
     return tiny.run(model)
 
 
-def often_together(sites: Sequence[AttentionSite], seed: int) -> Rows:
-    """Return a mixed schedule whose groups of an attention often take its first one's strategy."""
-    rows = mixed_strategies(sites, seed)
+def some_rows(sites: Sequence[AttentionSite], seed: int, steps: int = STEPS) -> Rows:
+    """Return a random legal schedule in which all groups of an attention often do the same."""
     generator = random.Random(seed)
-    first: dict[str, int] = {}
+    together = _attentions(sites)
+    computed = [1] * len(sites)
+    rows: Rows = [(FULL,) * len(sites)]
+    while len(rows) < steps:
+        row = [FULL] * len(sites)
+        for members in together:
+            legal = [_legal(sites[index], computed[index]) for index in members]
+            common = generator.choice([strategy for strategy in legal[0] if strategy in legal[-1]])
+            agree = generator.random() < 0.5 and all(common in each for each in legal)
+            for index, each in zip(members, legal, strict=True):
+                row[index] = common if agree else generator.choice(each)
+                computed[index] += row[index].computes
+        rows.append(tuple(row))
+    return rows
+
+
+def _attentions(sites: Sequence[AttentionSite]) -> list[list[int]]:
+    """Return the sites by the attention they are groups of; others are by themselves."""
+    found: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
-        if site.whole is not None:
-            first.setdefault(site.whole.name, index)
-    together = [{name for name in first if generator.random() < 0.7} for _ in rows]
+        found.setdefault(site.name if site.whole is None else site.whole.name, []).append(index)
+    return list(found.values())
+
+
+def _legal(site: AttentionSite, computed: int) -> list[Strategy]:
     return [
-        tuple(
-            row[first[site.whole.name]]
-            if site.whole is not None and site.whole.name in alike and _safe(row, first, site)
-            else strategy
-            for site, strategy in zip(sites, row, strict=True)
-        )
-        for row, alike in zip(rows, together, strict=True)
+        strategy
+        for strategy in Strategy
+        if strategy not in site.declined and not (strategy is Strategy.EXTRAPOLATE and computed < 2)
     ]
-
-
-def _safe(row: tuple[Strategy, ...], first: dict[str, int], site: AttentionSite) -> bool:
-    """Tell whether a strategy is legal whatever came before: a line needs two outputs."""
-    assert site.whole is not None
-    return row[first[site.whole.name]] is not Strategy.EXTRAPOLATE
-
-
-def some_rows(sites: Sequence[AttentionSite], seed: int) -> Rows:
-    return often_together(sites, seed) if seed % 2 else mixed_strategies(sites, seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
