@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,13 +11,14 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import Plan
 from ditfastattn.passes.capture import CapturedGraph
+from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.passes.head_groups import even_groups
 from ditfastattn.passes.hoist_invariants import find_invariants
 from ditfastattn.passes.ir import ATTENTION, aten, calls, clone, graph_text, outputs
 from ditfastattn.passes.merge_heads import MergeHeads
 from ditfastattn.passes.pipeline import rewrite
-from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
 from ditfastattn.passes.split_heads import groups_of, split_heads
 from ditfastattn.passes.step_program import unroll
@@ -65,13 +68,25 @@ GOLDEN_SPLIT = """\
 %1 = input arg1_1: float32[2, 4, 5, 8]
 %2 = input arg2_1: float32[1, 4, 16, 5]
 %3 = input arg3_1: float32[8, 8]
-"""
+%4 = aten.slice.Tensor(%0, 1, 0, 1): float32[2, 1, 16, 8]
+%5 = aten.slice.Tensor(%1, 1, 0, 1): float32[2, 1, 5, 8]
+%6 = aten.slice.Tensor(%1, 1, 0, 1): float32[2, 1, 5, 8]
+%7 = aten.slice.Tensor(%2, 1, 0, 1): float32[1, 1, 16, 5]
+%8 = aten.slice.Tensor(%0, 1, 1, 4): float32[2, 3, 16, 8]
+%9 = aten.slice.Tensor(%1, 1, 1, 4): float32[2, 3, 5, 8]
+%10 = aten.slice.Tensor(%1, 1, 1, 4): float32[2, 3, 5, 8]
+%11 = aten.slice.Tensor(%2, 1, 1, 4): float32[1, 3, 16, 5]
+%12 = aten.scaled_dot_product_attention.default(%4, %5, %6, %7): float32[2, 1, 16, 8]
+%13 = aten.scaled_dot_product_attention.default(%8, %9, %10, %11): float32[2, 3, 16, 8]
+%14 = aten.cat.default([%12, %13], 1): float32[2, 4, 16, 8]
+%15 = aten.linear.default(%14, %3): float32[2, 4, 16, 8]
+return [%15]"""
 
 
 def test_golden_split() -> None:
     captured, sites = four_heads()
     divided = split_heads(captured, sites, {sites[0].name: (1, 3)}).captured
-    assert graph_text(divided.module.graph) == ""
+    assert graph_text(divided.module.graph) == GOLDEN_SPLIT
 
 
 def test_golden_merged() -> None:
@@ -81,8 +96,11 @@ def test_golden_merged() -> None:
     assert [site.heads for site, _ in groups] == [1, 3]
     module = clone(divided.module)
     assert MergeHeads(groups).run(module).changed == 2
+    EliminateDeadCode().run(module)
     assert graph_text(module.graph) == graph_text(captured.module.graph)
     assert MergeHeads(groups).run(module).changed == 0
+    apart = tuple((site, SHARE if site.first_head else FULL) for site, _ in groups)
+    assert MergeHeads(apart).run(clone(divided.module)).changed == 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -185,15 +203,39 @@ def test_neighbours_of_one_strategy_are_one_attention() -> None:
 
 
 def test_windows_of_unlike_forms_stay_apart() -> None:
+    tiny = tiny_dit(heads=4, size=16)
+    found = split(tiny, 2)
+    groups = list(attentions(found.every))
+    assert len(groups[0].windows) == 2
+    groups[0] = replace(groups[0], window=groups[0].windows[1])
+    rows = [(FULL,) * 6, (Strategy.WINDOW,) * 6]
+    program = unroll(rows, found.graph, groups)
+    actions = program.variants[program.schedule[1]]
+    module = rewrite(found.graph, program.sites, actions, COND_FIRST)
+    assert len(calls(module.graph, *WINDOWED)) == 4  # two in the first block
+
+
+def test_an_attention_shares_no_step_behind_a_line() -> None:
     found = split(tiny_dit(heads=4), 2)
-    groups = attentions(found.every)
-    assert len(groups[0].windows) == 2 or groups[0].windows
+    line = Strategy.EXTRAPOLATE
+    column = [(FULL, FULL), (FULL, FULL), (line, SHARE), (SHARE, SHARE), (SHARE, SHARE)]
+    rows = [pair * 3 for pair in column]
+    program = unroll(rows, found.graph, attentions(found.every))
+    whole = len(program.sites) - 1
+    done = [program.variants[variant][whole].strategy for variant in program.schedule]
+    assert done == [FULL, FULL, FULL, FULL, SHARE]
+    merged = unroll(rows, found.graph, attentions(found.every), merge_variants=True)
+    assert len(merged.variants) == len(set(rows))
 
 
 def test_the_keys_of_the_text_are_hoisted_for_all_heads_at_once() -> None:
     tiny = TINY_MODELS["pixart"]()
     whole, divided = captured_once(tiny), split(tiny, 2)
-    assert find_invariants(divided.graph, {0, 2}) == find_invariants(whole.graph, {0, 2})
+    names = [entry.name for entry in whole.graph.inputs]
+    varying = [names.index(name) for name in ("hidden_states", "timestep")]
+    found = find_invariants(whole.graph, varying)
+    assert len(found) >= 2 * len([site for site in whole.sites if site.kind is SiteKind.CROSS])
+    assert find_invariants(divided.graph, varying) == found
 
 
 def test_a_cache_of_merged_heads_is_no_view_of_all() -> None:

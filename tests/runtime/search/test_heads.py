@@ -115,7 +115,7 @@ def test_every_method_finds_strategies_of_heads(method: str) -> None:
 
 
 def test_no_number_of_groups_below_one() -> None:
-    with pytest.raises(ConfigError, match=r"head_groups[\s\S]*got: 0"):
+    with pytest.raises(ConfigError, match=r"head_groups[\s\S]*got: +0"):
         search(head_groups=0)
 
 
