@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ditfastattn.passes.base import PassResult
+from ditfastattn.passes.caches import written_slots
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.head_groups import HeadRange, head_range, mark
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, insert, outputs, value
@@ -152,11 +153,12 @@ def _join(graph: Graph, whole: Node) -> None:
 
 def _keep_caches_apart(graph: Graph) -> None:
     """Copy what a group's cache holds of a merged attention, which would live as long else."""
-    for node in outputs(graph):
+    written = outputs(graph)[len(outputs(graph)) - len(written_slots(graph)) :]
+    for node in written:
         if not isinstance(node, Node):
             continue
-        moved = node.target is aten.transpose.int
-        if _slice_of(node, moved) is not None:
+        merged = _slice_of(node, node.target is aten.transpose.int)
+        if merged is not None and merged.target is ATTENTION:
             with graph.inserting_after(node):
                 copied = insert(graph, aten.clone.default, (node,), node)
             graph.output_node().replace_input_with(node, copied)
@@ -179,7 +181,8 @@ def _covering(merged: Node, parts: Sequence[Node], swapped: bool) -> int:
         piece = part.all_input_nodes[0] if swapped else part
         if _slice_of(part, swapped) is not merged or piece.args[2] != covered:
             return 0
-        covered = int(piece.args[3])  # type: ignore[call-overload]
+        end: Any = piece.args[3]
+        covered = end
         if covered == value(merged).shape[1]:
             return count
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +39,7 @@ from tests.helpers import (
 
 COND_FIRST = CfgLayout.COND_FIRST
 FULL, SHARE = Strategy.FULL, Strategy.SHARE_STEP
-TINY = {name: make for name, make in TINY_MODELS.items()} | {
-    "dit of 4 heads": lambda: tiny_dit(heads=4)
-}
+TINY: dict[str, Any] = {**TINY_MODELS, "dit of 4 heads": lambda: tiny_dit(heads=4)}
 
 
 class Heads(torch.nn.Module):
@@ -163,7 +163,7 @@ def test_what_cannot_be_split_stays_whole_with_its_reason() -> None:
 
 
 def variant(
-    tiny: TinyModel, count: int, rows: list[tuple[Strategy, ...]], step: int
+    tiny: TinyModel, count: int, rows: Sequence[tuple[Strategy, ...]], step: int
 ) -> CapturedGraph:
     found = split(tiny, count) if count > 1 else captured_once(tiny)
     program = unroll(rows, found.graph, attentions(found.every))

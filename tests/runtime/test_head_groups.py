@@ -29,7 +29,7 @@ from tests.helpers import (
 
 FULL, SHARE = Strategy.FULL, Strategy.SHARE_STEP
 LAYOUTS = (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
-TINY = {**TINY_MODELS, "dit of 4 heads": lambda: tiny_dit(heads=4)}
+TINY: dict[str, Any] = {**TINY_MODELS, "dit of 4 heads": lambda: tiny_dit(heads=4)}
 Rows = list[tuple[Strategy, ...]]
 
 

@@ -14,7 +14,7 @@ from ditfastattn import ConfigError, Plan, Strategy, Target, accelerate, calibra
 from ditfastattn.runtime.search.prompts import as_images, generate, split_prompts
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
-from tests.helpers import randomize, tiny_digits_pipeline
+from tests.helpers import TINY_DIGITS, randomize, tiny_digits_pipeline
 
 SHARE = Strategy.SHARE_STEP
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}
@@ -121,7 +121,7 @@ def test_no_number_of_groups_below_one() -> None:
 
 def test_heads_that_cannot_be_split_are_refused() -> None:
     made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    config = {**made.transformer.config, "num_attention_heads": 1}
-    made.transformer = DiTTransformer2DModel.from_config(config).eval()
+    config: dict[str, Any] = TINY_DIGITS | {"num_attention_heads": 1}
+    made.transformer = DiTTransformer2DModel(**config).eval()
     with pytest.raises(ConfigError, match=r"split by heads[\s\S]*one head"):
         calibrate(made, CALL, target=TARGET, head_groups=2)
