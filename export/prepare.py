@@ -18,10 +18,11 @@ from ditfastattn.passes.capture import GraphInput, latent_position
 from ditfastattn.passes.fingerprint import fingerprint
 from ditfastattn.passes.hoist_invariants import find_invariants
 from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
-from ditfastattn.passes.sites import AttentionSite, find_sites
+from ditfastattn.passes.sites import AttentionSite, find_sites, with_wholes
 from ditfastattn.passes.step_program import StepProgram, unroll
 from ditfastattn.runtime.matching import (
     planned_sites,
+    split_as_planned,
     static_tensors,
     timestep_position,
 )
@@ -110,16 +111,19 @@ def prepare(
         )
     original = capture_call(model, call)
     static = static_tensors(original.graph, original.tensors)
+    identity = fingerprint(original.graph, find_sites(original.graph).sites, static)
+    original = _split(original, plan)
     found = find_sites(original.graph).sites
-    identity = fingerprint(original.graph, found, static)
     sites = () if plan is None else planned_sites(plan, original.graph, found, identity)
     own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
     dtype = _dtype(options.dtype) if options.dtype else own
     first = original
     if dtype != own:  # a plan is of the model's own dtype: it was matched before
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
-        first = capture_call(model, call)
-    second = capture_call(model, call.doubled()) if options.dynamic_batch else first
+        first = _split(capture_call(model, call), plan)
+    second = first
+    if options.dynamic_batch:
+        second = _split(capture_call(model, call.doubled()), plan)
     both = _again(sites, first), _again(sites, second)
     batches = call.batch, call.batch * (1 + options.dynamic_batch)
     timestep = timestep_position(first.graph, options.timestep)
@@ -127,18 +131,27 @@ def prepare(
     varying = {timestep} if latent is None else {timestep, latent}
     rows = [[]] if plan is None else plan.strategies
     merged = plan is not None and plan.merge_variants
+    program = unroll(rows, first.graph, both[0], merged)
     return PreparedModel(
         model=model,
         dtype=dtype,
         call=call,
         plan=plan,
         identity=identity,
-        captures=Captures(first, second, batches, both),
-        program=unroll(rows, first.graph, both[0], merged),
+        captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
+        program=program,
         invariants=() if plan is None else find_invariants(first.graph, varying),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )
+
+
+def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
+    """Return ``call`` with its heads split as ``plan`` does."""
+    if plan is None:
+        return call
+    sites = find_sites(call.graph).sites
+    return replace(call, graph=split_as_planned(plan, call.graph, sites))
 
 
 def _again(sites: tuple[AttentionSite, ...], captured: CapturedCall) -> tuple[AttentionSite, ...]:

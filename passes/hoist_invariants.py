@@ -31,6 +31,7 @@ from ditfastattn.passes.caches import invariant_slot, read_cache, write_cache
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.flops import count_node
+from ditfastattn.passes.head_groups import head_range
 from ditfastattn.passes.ir import clone, find, value
 
 HOIST_INVARIANTS = "hoist-invariants"
@@ -69,7 +70,9 @@ def find_invariants(captured: CapturedGraph, varying: Collection[int]) -> tuple[
     found: list[str] = []
     for node in captured.module.graph.nodes:
         sources = node.all_input_nodes
-        changes.setdefault(node, any(changes[source] for source in sources))
+        # Of heads that are split all are hoisted at once: steps may merge them.
+        in_step = head_range(node) is not None or any(changes[source] for source in sources)
+        changes.setdefault(node, in_step)
         depends.setdefault(node, any(depends[source] for source in sources))
         costs[node] = count_node(node).total > 0 or any(costs[source] for source in sources)
         if node.op == "call_function" and not changes[node]:

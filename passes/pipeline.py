@@ -18,6 +18,7 @@ from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
 from ditfastattn.passes.ir import clone, graph_text, outputs
+from ditfastattn.passes.merge_heads import MergeHeads
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
 from ditfastattn.passes.share_across_steps import ShareAcrossSteps
@@ -66,6 +67,9 @@ def variant_passes(
             linear=chosen(Strategy.EXTRAPOLATE), quadratic=chosen(Strategy.EXTRAPOLATE_QUADRATIC)
         ),
         ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
+        MergeHeads(
+            tuple((site, action.strategy) for site, action in pairs if site.whole is not None)
+        ),
         HoistInvariants(invariants),
         HoistInvariants(folded, FOLD_TIMESTEPS),
         SinkBatchSlices(),

@@ -13,7 +13,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ditfastattn.errors import ConfigError
 from ditfastattn.files import write_text_atomically
@@ -149,11 +156,23 @@ class TileWindow(_Record, frozen=True):
 Window = Annotated[int, Field(ge=0)] | TileWindow
 
 
+class HeadGroup(_Record, frozen=True):
+    """Say which heads of an attention a site is: those of ``site``, ``of`` in all, from ``first``.
+
+    The site's own ``heads`` says how many.
+    """
+
+    site: str
+    first: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(gt=1)]
+
+
 class PlannedSite(_Record, frozen=True):
     """Describe one site of the model a plan is for.
 
     ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
-    describes tiles; 0 where a window is not legal. A feed-forward is one head of its width.
+    describes tiles; 0 where a window is not legal. A feed-forward is one head of its width. Where
+    the heads of an attention take strategies of their own, a site is a ``group`` of them.
     """
 
     name: str
@@ -162,6 +181,13 @@ class PlannedSite(_Record, frozen=True):
     heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
     window: Window
+    group: HeadGroup | None = None
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``group`` out where there is none: such a plan is as it was before groups."""
+        fields: dict[str, Any] = write(self)
+        return {name: item for name, item in fields.items() if name != "group" or item is not None}
 
 
 class Sampler(_Record, frozen=True):
@@ -273,7 +299,34 @@ class Plan(_Record, frozen=True):
                 )
         for index, site in enumerate(self.sites):
             self._check_site(index, site)
+        self._check_groups()
         return self
+
+    def _check_groups(self) -> None:
+        """Check that the groups of an attention are in order, and are all of its heads."""
+        for name, members in self._groups().items():
+            after = 0
+            for site, group in members:
+                if group.first != after or group.of != members[0][1].of:
+                    raise ValueError(f"sites ({site.name}): group: expected to begin at {after}")
+                after += site.heads
+            if after != members[0][1].of:
+                raise ValueError(f"sites: the groups of {name} hold {after} of its heads")
+
+    def _groups(self) -> dict[str, list[tuple[PlannedSite, HeadGroup]]]:
+        found: dict[str, list[tuple[PlannedSite, HeadGroup]]] = {}
+        for site in self.sites:
+            if site.group is not None:
+                found.setdefault(site.group.site, []).append((site, site.group))
+        return found
+
+    @property
+    def head_groups(self) -> dict[str, tuple[int, ...]]:
+        """Return how many heads each group has, by the attention that is split."""
+        return {
+            name: tuple(site.heads for site, _ in members)
+            for name, members in self._groups().items()
+        }
 
     def _check_site(self, index: int, site: PlannedSite) -> None:
         computed, has_residual = 0, False

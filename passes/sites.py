@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -19,10 +19,18 @@ from torch.fx import Graph, Node
 
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
 from ditfastattn.passes.key_masks import hides_keys_alone
 from ditfastattn.passes.lane_rows import lane_halves
-from ditfastattn.passes.plan import CfgLayout, PlannedSite, SiteKind, Strategy, Window
+from ditfastattn.passes.plan import (
+    CfgLayout,
+    HeadGroup,
+    PlannedSite,
+    SiteKind,
+    Strategy,
+    Window,
+)
 from ditfastattn.passes.recognize_attention import RECOGNIZED
 from ditfastattn.passes.token_grid import GridFinder
 from ditfastattn.passes.windows import band, tiles
@@ -40,6 +48,8 @@ class AttentionSite:
     in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
     ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
     ``window``, 0 where none is legal. ``declined`` says why a strategy is not legal here.
+    A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
+    puts its groups together.
     """
 
     name: str
@@ -56,6 +66,8 @@ class AttentionSite:
     text: tuple[int, int] = (0, 0)
     declined: dict[Strategy, str] = field(default_factory=dict)
     no_grid: str = ""
+    whole: AttentionSite | None = None
+    first_head: int = 0
 
     @property
     def axes(self) -> str:
@@ -84,7 +96,26 @@ class AttentionSite:
             heads=self.heads,
             head_dim=self.head_dim,
             window=self.window,
+            group=None
+            if self.whole is None
+            else HeadGroup(site=self.whole.name, first=self.first_head, of=self.whole.heads),
         )
+
+
+def with_wholes(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """Return ``sites``, and after them each site all of whose heads are among their groups."""
+    groups: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        if site.whole is not None:
+            groups.setdefault(site.whole.name, []).append(site)
+    known = {site.name for site in sites}
+    wholes = [
+        members[0].whole
+        for name, members in groups.items()
+        if members[0].whole is not None and name not in known
+        if sum(site.heads for site in members) == members[0].whole.heads
+    ]
+    return (*sites, *wholes)
 
 
 def attentions(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
@@ -123,16 +154,18 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     sites: list[AttentionSite] = []
     declined: list[DeclinedAttention] = []
     names: dict[str, int] = {}
-    spelled = [node for node in calls(graph, ATTENTION) if RECOGNIZED not in node.meta]
+    wholes = [node for node in calls(graph, ATTENTION) if _first_head(node) == 0]
+    spelled = [node for node in wholes if RECOGNIZED not in node.meta]
     ordinals = {node: ordinal for ordinal, node in enumerate(spelled)}
-    for place, node in enumerate(calls(graph, ATTENTION)):
-        ordinal = ordinals.get(node, -1)
-        name = _unique(module_path(node) or f"attention.{place}", names)
-        reason = _why_not_a_site(node, ancestry, latent)
+    for place, first in enumerate(wholes):
+        ordinal = ordinals.get(first, -1)
+        name = _unique(module_path(first) or f"attention.{place}", names)
+        reason = _why_not_a_site(first, ancestry, latent)
         if reason:
             declined.append(DeclinedAttention(name, ordinal, reason))
-        else:
-            sites.append(_describe(node, name, ordinal, grids, ancestry, streams))
+            continue
+        site = _describe(first, name, ordinal, grids, ancestry, streams)
+        sites += [site] if head_range(first) is None else _describe_groups(site, graph, ancestry)
     for other in captured.unrecognized:
         node = find(graph, other.node)
         name = _unique(module_path(node) or node.name, names)
@@ -213,6 +246,61 @@ def _describe(
         text=text,
         declined=declined,
         no_grid="" if grid else ancestry.why_no_grid(grids.inputs(image)),
+    )
+
+
+def _first_head(node: Node) -> int:
+    heads = head_range(node)
+    return 0 if heads is None else heads.first
+
+
+def _describe_groups(
+    first: AttentionSite, graph: Graph, ancestry: _Ancestry
+) -> list[AttentionSite]:
+    """Return the sites of all groups of a split attention, as its ``first`` group's was described.
+
+    All have the shapes of the first but for the heads, and so what is legal.
+    """
+    marked = [(node, head_range(node)) for node in graph.nodes]
+    own = [
+        (node, heads) for node, heads in marked if heads is not None and heads.site == first.name
+    ]
+    groups = [(node, heads) for node, heads in own if node.target is ATTENTION]
+    joined, every = next((node, heads) for node, heads in own if _joins(node))
+    ends = frontier(joined, ancestry.is_static)
+    no_guidance = ancestry.why_no_shared_guidance(ends)
+    whole = replace(
+        first,
+        node=joined.name,
+        frontier=tuple(member.name for member in ends),
+        heads=every.last,
+        window=0,
+        windows=(),
+        declined={Strategy.SHARE_CFG: no_guidance} if no_guidance else {},
+    )
+    return [_group(first, whole, node, heads, ancestry) for node, heads in groups]
+
+
+def _joins(node: Node) -> bool:
+    return node.target in (aten.cat.default, aten.transpose.int)
+
+
+def _group(
+    first: AttentionSite,
+    whole: AttentionSite,
+    node: Node,
+    heads: HeadRange,
+    ancestry: _Ancestry,
+) -> AttentionSite:
+    ends = frontier(node, ancestry.is_static)
+    return replace(
+        first,
+        name=group_name(whole.name, heads.first, heads.last),
+        node=node.name,
+        frontier=tuple(member.name for member in ends),
+        heads=heads.last - heads.first,
+        whole=whole,
+        first_head=heads.first,
     )
 
 

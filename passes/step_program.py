@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
@@ -23,7 +23,7 @@ from ditfastattn.passes.extrapolate_steps import change_factors
 from ditfastattn.passes.ir import find, value
 from ditfastattn.passes.pipeline import SiteAction
 from ditfastattn.passes.plan import CfgLayout, Strategy
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.sites import AttentionSite, with_wholes
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,16 @@ def unroll(
     Steps alike in strategies may still differ in what they must store for later steps. With
     ``merge_variants`` they become one variant that stores what any of them must: fewer variants,
     at the price of some caches that nobody reads.
+
+    Where heads are split, the program's sites hold the whole attentions too, after ``sites``: what
+    all groups of one do at a step, it does at its own frontier, behind the output projection.
     """
-    chosen = [[row[index] for row in strategies] for index in range(len(sites))]
-    columns = [_site_actions(column, lane) for column in chosen]
+    sites, chosen = _with_wholes(sites, strategies, merge_variants)
+    columns = _columns(sites, chosen, lane)
     rows = list(zip(*columns, strict=True)) if columns else [()] * len(strategies)
     if merge_variants:
         rows = _merged(rows)
+    rows = [_undoubled(sites, row) for row in rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     variants = tuple(dict.fromkeys(rows))
     program = StepProgram(
@@ -179,10 +183,94 @@ def unroll(
         ),
         distances=_distances(sites, chosen, len(strategies)),
         written=tuple(_written(sites, row, captured) for row in rows),
-        adopted=tuple(_adopted(sites, row, lane) for row in strategies),
+        adopted=tuple(
+            _adopted(sites, [column[step] for column in chosen], lane)
+            for step in range(len(strategies))
+        ),
     )
     _check_writers(program)
     return program
+
+
+def _with_wholes(
+    sites: Sequence[AttentionSite],
+    strategies: Sequence[Sequence[Strategy]],
+    merge_variants: bool,
+) -> tuple[tuple[AttentionSite, ...], list[list[Strategy]]]:
+    """Return ``sites`` and the attentions whose groups they are, with a column of each."""
+    chosen = [[row[index] for row in strategies] for index in range(len(sites))]
+    every = with_wholes(sites)
+    for whole in every[len(sites) :]:
+        pairs = list(zip(sites, chosen, strict=False))
+        groups = [column for site, column in pairs if _is_of(site, whole)]
+        rows = list(zip(*groups, strict=True))
+        column = _together(whole, rows)
+        if merge_variants:  # steps of the same strategies do the same
+            kept = {tuple(r) for r, own in zip(strategies, column, strict=True) if own.computes}
+            column = _together(whole, rows, [tuple(row) in kept for row in strategies])
+        chosen.append(column)
+    return every, chosen
+
+
+def _is_of(site: AttentionSite, whole: AttentionSite) -> bool:
+    return site.whole is not None and site.whole.name == whole.name
+
+
+def _together(
+    whole: AttentionSite,
+    rows: Sequence[Sequence[Strategy]],
+    computing: Sequence[bool] = (),
+) -> list[Strategy]:
+    """Return what the whole attention does at each step, when its groups do ``rows``.
+
+    When all groups share, its output is the last step's, unless one has extrapolated then: what it
+    shares is what it computed before. When each computes one half of guidance alone, so does what
+    is made of them. At the steps that are ``computing`` it shares no step.
+    """
+    column: list[Strategy] = []
+    last: Sequence[Strategy] = ()
+    for step, row in enumerate(rows):
+        shares = all(strategy is Strategy.SHARE_STEP for strategy in row)
+        curved = any(strategy.extrapolates for strategy in last)
+        if shares and not curved and not any(computing[step : step + 1]):
+            column.append(Strategy.SHARE_STEP)
+            continue
+        last = row
+        shares_cfg = all(strategy.shares_cfg for strategy in row)
+        legal = Strategy.SHARE_CFG not in whole.declined
+        column.append(Strategy.SHARE_CFG if shares_cfg and legal else Strategy.FULL)
+    return column
+
+
+def _columns(
+    sites: Sequence[AttentionSite], chosen: Sequence[Sequence[Strategy]], lane: Lane
+) -> list[list[SiteAction]]:
+    """Return the actions of each site; a group rests while the whole attention shares."""
+    shared = {
+        site.name: {step for step, strategy in enumerate(column) if not strategy.computes}
+        for site, column in zip(sites, chosen, strict=True)
+    }
+    return [
+        _site_actions(column, lane, shared.get(site.whole.name, ()) if site.whole else ())
+        for site, column in zip(sites, chosen, strict=True)
+    ]
+
+
+_UNDOUBLED = {Strategy.SHARE_CFG: Strategy.FULL, Strategy.WINDOW_SHARE_CFG: Strategy.WINDOW}
+
+
+def _undoubled(
+    sites: Sequence[AttentionSite], row: tuple[SiteAction, ...]
+) -> tuple[SiteAction, ...]:
+    """Let groups leave it to the whole attention to copy one half of guidance over the other."""
+    pairs = list(zip(sites, row, strict=True))
+    copied = {site.name for site, action in pairs if action.strategy is Strategy.SHARE_CFG}
+    return tuple(
+        replace(action, strategy=_UNDOUBLED[action.strategy])
+        if site.whole is not None and site.whole.name in copied and not action.writes_output
+        else action
+        for site, action in pairs
+    )
 
 
 def _merged(rows: Sequence[tuple[SiteAction, ...]]) -> list[tuple[SiteAction, ...]]:
@@ -212,11 +300,20 @@ def _adopted(sites: Sequence[AttentionSite], row: Sequence[Strategy], lane: Lane
     )
 
 
-def _site_actions(strategies: Sequence[Strategy], lane: Lane) -> list[SiteAction]:
-    """Add to each step what later steps, or its second call, will read, and nothing else."""
+def _site_actions(
+    strategies: Sequence[Strategy], lane: Lane, idle: Collection[int] = ()
+) -> list[SiteAction]:
+    """Add to each step what later steps, or its second call, will read, and nothing else.
+
+    At the steps ``idle`` nobody asks what the site would share.
+    """
     actions: list[SiteAction] = []
     outputs_wanted, residual_wanted = 0, False  # how many of the outputs computed last
-    for strategy in reversed(strategies):
+    for step in reversed(range(len(strategies))):
+        strategy = strategies[step]
+        if step in idle:
+            actions.append(SiteAction(Strategy.FULL))  # dead, and erased
+            continue
         computes = strategy.computes
         full = strategy is Strategy.FULL
         adopts = strategy.shares_cfg and lane is Lane.SECOND

@@ -43,6 +43,7 @@ class WindowResidual:
                 total = insert(module.graph, aten.add.Tensor, (window, residual), attention)
             attention.replace_all_uses_with(total)
             module.graph.erase_node(attention)
+            total.name = attention.name  # where nothing follows it, it is the site's frontier
         return PassResult(len(self.sites))
 
 

@@ -52,6 +52,7 @@ def calibrate(
     max_variants: int = 0,
     max_cache_mb: float = 0.0,
     attention_only: bool = False,
+    head_groups: int = 1,
     windows: WindowForm | str = WindowForm.AUTO,
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
@@ -78,6 +79,9 @@ def calibrate(
         max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
             always do.
+        head_groups: how many groups of heads each attention forms, which take strategies of their
+            own (DiTFastAttnV2's head-wise attention); as many as there are heads at most, 1 leaves
+            attentions whole.
         windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid
             where one is known, or ``auto``: per site what measures better, for the ``global``
             method, else bands.
@@ -99,6 +103,7 @@ def calibrate(
     resolved = _resolve(Method(method), target)
     _check_cap("max_variants", max_variants, resolved)
     _check_cap("max_cache_mb", max_cache_mb, resolved)
+    _check_head_groups(head_groups)
     options = SearchOptions(
         target=target,
         method=resolved,
@@ -113,7 +118,7 @@ def calibrate(
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
     forms = _window_form(WindowForm(windows), resolved)
     narrow = attention_only or resolved is not Method.GLOBAL
-    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow)
+    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, head_groups)
     with holding as checkpoint, opening as session:
         session.take_sites(allowed_windows(session.sites, forms))
         work = Work(session, checkpoint, 0.0, on_progress)
@@ -211,6 +216,16 @@ def _check_cap(name: str, most: float, method: Method) -> None:
             where=f"calibrate({name})",
             got=f"{most} with method {method}",
             expected="a number above 0 with the global method, or 0 for no cap",
+        )
+
+
+def _check_head_groups(count: int) -> None:
+    if count < 1:
+        raise ConfigError(
+            "heads cannot be grouped like this",
+            where="calibrate(head_groups)",
+            got=count,
+            expected="the number of groups per attention; 1 leaves attentions whole",
         )
 
 

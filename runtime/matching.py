@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,9 @@ from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.ir import value
 from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan, PlannedSite, TileWindow
 from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.split_heads import split_heads
+
+log = logging.getLogger(__name__)
 
 _RECALIBRATE = "calibrate a plan for this model and these inputs"
 
@@ -60,6 +64,19 @@ def check_lanes(first: Tensor, second: Tensor, where: str) -> None:
             expected="the same latents twice, for the conditional and the unconditional half",
             remedy="run with the plan's guidance, or calibrate a plan without guidance",
         )
+
+
+def split_as_planned(
+    plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]
+) -> CapturedGraph:
+    """Return ``captured`` with the heads of its ``sites`` split by the groups of ``plan``.
+
+    What cannot be split is left whole, and logged; ``planned_sites`` then refuses the plan.
+    """
+    split = split_heads(captured, sites, plan.head_groups)
+    for name, reason in split.declined.items():
+        log.warning("ditfastattn: the plan splits the heads of %s, but %s", name, reason)
+    return split.captured
 
 
 def planned_sites(

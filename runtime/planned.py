@@ -56,6 +56,7 @@ from ditfastattn.runtime.matching import (
     check_lanes,
     input_shapes,
     planned_sites,
+    split_as_planned,
     static_tensors,
     timestep_position,
 )
@@ -190,12 +191,16 @@ class Specialization:
         """Find the sites of ``captured``; programs and variants are made when first needed."""
         self._results = len(outputs(captured.module.graph))
         verify(captured.module, len(captured.inputs), self._results, "capture")
+        self._whole_sites = find_sites(captured).sites  # of the model, whatever a plan splits
         self.captured = captured
+        if options.plan is not None and not options.dense:
+            self.captured = split_as_planned(options.plan, captured, self._whole_sites)
         self.identity = identity
-        self.report: SiteReport = find_sites(captured)
+        self.report: SiteReport = find_sites(self.captured)
         self.options = options
         self.plans: dict[Fingerprint, Plan] = {}
         # A dense run needs no clock.
+        captured = self.captured
         self.timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latent = latent_position(captured)
         self._prologue = self._make_prologue(HOIST_INVARIANTS, {self.timestep, self._latent})
@@ -238,7 +243,7 @@ class Specialization:
         if found is not None and (found.owner is None or found.owner() is owner):
             return found
         static = static_tensors(self.captured, tensors)
-        identity = fingerprint(self.captured, self.report.sites, static)
+        identity = fingerprint(self.captured, self._whole_sites, static)
         made = Generation(None if owner is None else weakref.ref(owner), identity)
         plan = self.options.plan or self.plans.get(identity)
         if plan is not None:

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -72,10 +73,10 @@ class PlanInterpreter(TorchFunctionMode):
         self._strategies = strategies
         self._described = sites
         self._layout = layout
-        self._sites = {
-            (linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION, site.ordinal): index
-            for index, site in enumerate(sites)
-        }
+        self._sites: dict[tuple[Any, int], list[int]] = {}  # several where heads are split
+        for index, site in enumerate(sites):
+            func = linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION
+            self._sites.setdefault((func, site.ordinal), []).append(index)
         self._lanes = [_Lane(), _Lane()]
         self._lane = self._lanes[0]
         self._step = 0
@@ -104,10 +105,27 @@ class PlanInterpreter(TorchFunctionMode):
             # Were it left to dispatch by itself, what it calls would not be seen.
             with self, patch.object(functional, "has_torch_function", lambda _: False):
                 return func(*args, **keywords)
-        site = self._sites.get((func, self._calls[func]))
+        sites = self._sites.get((func, self._calls[func]), [])
         self._calls[func] += 1
-        if site is None:
+        if not sites:
             return func(*args, **keywords)
+        if func is linear:
+            return self._run(
+                sites[0], lambda strategy: self._feed_forward(strategy, args, keywords)
+            )
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+        keywords |= dict(zip(names, args, strict=False))
+        if self._described[sites[0]].whole is None:
+            return self._run(sites[0], partial(self._attend, sites[0], keywords))
+        calls = [self._of_heads(site, keywords) for site in sites]
+        outputs = [
+            self._run(site, partial(self._attend, site, call))
+            for site, call in zip(sites, calls, strict=True)
+        ]
+        return torch.cat(outputs, dim=-3)
+
+    def _run(self, site: int, compute: Callable[[Strategy], Tensor]) -> Tensor:
+        """Return the output of ``site``, reused or by ``compute``, and note it down."""
         strategy = self._strategies[self._step][site]
         if not strategy.computes:
             return self._reuse(site, strategy)
@@ -115,16 +133,31 @@ class PlanInterpreter(TorchFunctionMode):
             copied = self._lanes[0].history[site][-1]
             self._lane.history.setdefault(site, []).append(copied)
             return copied[1]
-        if func is linear:
-            whole: Tensor = linear(*args, **keywords)
-            half = self._conditional(whole, whole)
-            output = torch.cat([half, half]) if self._halves(strategy) else whole
-        else:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-            keywords |= dict(zip(names, args, strict=False))
-            output = self._attend(site, strategy, keywords)
+        output = compute(strategy)
         self._lane.history.setdefault(site, []).append((self._step, output))
         return output
+
+    def _feed_forward(
+        self, strategy: Strategy, args: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Tensor:
+        whole: Tensor = linear(*args, **keywords)
+        half = self._conditional(whole, whole)
+        return torch.cat([half, half]) if self._halves(strategy) else whole
+
+    def _of_heads(self, site: int, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the call of an attention for the heads of ``site`` alone."""
+        here = self._described[site]
+        heads = call["query"].shape[-3]
+        narrowed = dict(call)
+        if narrowed.pop("enable_gqa", False):
+            for name in ("key", "value"):
+                repeats = heads // call[name].shape[-3]
+                narrowed[name] = call[name].repeat_interleave(repeats, dim=-3)
+        for name in ("query", "key", "value", "attn_mask"):
+            item = narrowed.get(name)
+            if item is not None and item.dim() > 2 and item.shape[-3] == heads:
+                narrowed[name] = item.narrow(-3, here.first_head, here.heads)
+        return narrowed
 
     def _reuse(self, site: int, strategy: Strategy) -> Tensor:
         last_step, last = self._lane.history[site][-1]
@@ -145,7 +178,7 @@ class PlanInterpreter(TorchFunctionMode):
             result = result + weight * output
         return result
 
-    def _attend(self, site: int, strategy: Strategy, call: dict[str, Any]) -> Tensor:
+    def _attend(self, site: int, call: dict[str, Any], strategy: Strategy) -> Tensor:
         if self._halves(strategy):
             half = {name: self._conditional(item, call["query"]) for name, item in call.items()}
             residual = self._conditional(self._lane.residuals.get(site), call["query"])

@@ -63,11 +63,11 @@ class TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_dit(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
+def tiny_dit(seed: int = 0, size: int = 8, head_dim: int = 8, heads: int = 2) -> TinyModel:
     """Return a class-conditional DiT of three layers, 16 tokens unless told."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=4,
         out_channels=4,

@@ -131,6 +131,9 @@ def calibrate(
     attention_only: Annotated[
         bool, typer.Option(help="Leave the feed-forward layers as they are.")
     ] = False,
+    head_groups: Annotated[
+        int, typer.Option(min=1, help="Groups of heads that choose apart; 1: all together.")
+    ] = 1,
     windows: Annotated[
         WindowForm, typer.Option(help="A band of the sequence, tiles of the grid, or the better.")
     ] = WindowForm.AUTO,
@@ -181,6 +184,7 @@ def calibrate(
                 max_variants=max_variants,
                 max_cache_mb=max_cache_mb,
                 attention_only=attention_only,
+                head_groups=head_groups,
                 windows=windows,
                 lowering=lowering,
                 seed=seed,

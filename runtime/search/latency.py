@@ -3,7 +3,8 @@
 The unit is the whole step: all sites of a kind take the strategy at once and the step's time is
 compared with the dense one's, so that what dies with an attention (norms, projections) and what a
 shortcut adds (residual bookkeeping) are in the price. Each kind is priced with the others computed;
-what all of them save together, which is less than the sum, is measured too and shared out.
+what all of them save together, which is less than the sum, is measured too and shared out. Of heads
+that are split the first group is a kind of its own: what feeds all groups dies with the last.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def measure_costs(
     groups: dict[Any, list[int]] = {}
     for index, site in enumerate(session.sites):
         legal = legal_strategies(site, session.layout)
-        key = (site.kind, site.tokens, site.heads, site.head_dim, site.windows, legal)
+        shape = (site.kind, site.tokens, site.heads, site.head_dim, site.windows)
+        key = (*shape, site.first_head > 0, legal)
         groups.setdefault(key, []).append(index)
     rows = _everywhere(session.sites)
     for members in groups.values():

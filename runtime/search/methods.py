@@ -281,7 +281,10 @@ class PassChooser:
         self.work.begin(f"a {self.method} pass at strength {strength:.3g}")
         before, layout, timestep = self.work.forwards, session.layout, session.timestep
         images = len(split_prompts(self.batch.call, self.batch.seed))
-        with open_session(session.pipeline, self.batch, layout, timestep, True) as batched:
+        opening = open_session(
+            session.pipeline, self.batch, layout, timestep, True, session.head_groups
+        )
+        with opening as batched:
             if self.method is Method.GREEDY:
 
                 def report(progress: Progress) -> None:

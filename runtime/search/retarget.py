@@ -77,7 +77,8 @@ def retarget(
     kept.prepare(prompts[0].call)
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
-    with holding, open_session(pipeline, prompts[0], cfg_layout, timestep, narrow) as session:
+    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)
+    with holding, opening as session:
         _check_model(plan, session)
         session.take_sites(_with_windows(plan, session))
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))

@@ -6,6 +6,7 @@ is exchanged, so schedulers, guidance and decoding are the user's own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from ditfastattn.passes.plan import (
     Strategy,
 )
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
+from ditfastattn.passes.split_heads import Groups, groups_of, split_heads
 from ditfastattn.passes.step_program import lanes_of, unroll
 from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
@@ -50,6 +52,8 @@ from ditfastattn.runtime.matching import (
 )
 from ditfastattn.runtime.search.prompts import Prompt, argument_of, generate, guidance_argument
 from ditfastattn.runtime.search.timing import device_name
+
+log = logging.getLogger(__name__)
 
 Outputs = tuple[Any, ...]
 
@@ -88,10 +92,16 @@ class Session:
     """Run generations of a pipeline whose transformer is one captured graph."""
 
     def __init__(
-        self, pipeline: Any, layout: CfgLayout, timestep: str, attention_only: bool
+        self,
+        pipeline: Any,
+        layout: CfgLayout,
+        timestep: str,
+        attention_only: bool,
+        head_groups: int | Groups = 1,
     ) -> None:
         """Prepare; use ``open_session``."""
         self.pipeline = pipeline
+        self.head_groups = head_groups
         self._attention_only = attention_only
         self._original = pipeline.transformer
         self._undo: Callable[[], None] | None = None
@@ -257,8 +267,7 @@ class Session:
             captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
         )
         report = find_sites(captured)
-        sites = attentions(report.sites) if self._attention_only else report.sites
-        if not sites:
+        if not (attentions(report.sites) if self._attention_only else report.sites):
             raise ConfigError(
                 "there is no attention to plan",
                 where="the transformer's graph",
@@ -269,7 +278,29 @@ class Session:
         tensors = tuple(item for item in args if isinstance(item, Tensor))
         identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
         position = timestep_position(captured, self.timestep)
+        captured = self._split(captured, report.sites)
+        found = find_sites(captured).sites
+        sites = attentions(found) if self._attention_only else found
         return _Model(captured, sites, identity, position, tensors)
+
+    def _split(self, captured: CapturedGraph, sites: Sequence[AttentionSite]) -> CapturedGraph:
+        """Split the heads of ``captured`` as was asked for; say what cannot be."""
+        wanted = self.head_groups
+        groups = groups_of(sites, wanted) if isinstance(wanted, int) else wanted
+        split = split_heads(captured, sites, groups)
+        reasons = [f"{name}: {reason}" for name, reason in split.declined.items()]
+        if reasons and isinstance(wanted, int) and split.captured is captured:
+            raise ConfigError(
+                "no attention can be split by heads",
+                where="calibrate(head_groups)",
+                got=wanted,
+                remedy=f"leave head_groups at 1: {'; '.join(reasons)}",
+            )
+        if reasons:
+            log.warning(
+                "ditfastattn: the heads of some sites stay together: %s", "; ".join(reasons)
+            )
+        return split.captured
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
         pairs = zip(self._known.captured.inputs, self._known.example, tensors, strict=True)
@@ -311,11 +342,13 @@ def open_session(
     cfg_layout: CfgLayout | None = None,
     timestep: str = "timestep",
     attention_only: bool = False,
+    head_groups: int | Groups = 1,
 ) -> Generator[Session]:
     """Capture the transformer of ``pipeline`` while ``prompt`` runs; give it back at the end.
 
     ``cfg_layout`` is found by observation where None. With ``attention_only`` feed-forwards are
-    no sites.
+    no sites. ``head_groups`` are how many groups the heads of each attention form, each a site of
+    its own, or the sizes of the groups by the attention's name.
 
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
@@ -325,7 +358,7 @@ def open_session(
     check_no_cache(transformer)
     if cfg_layout is None:
         cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
-    session = Session(pipeline, cfg_layout, timestep, attention_only)
+    session = Session(pipeline, cfg_layout, timestep, attention_only, head_groups)
     session.hold()
     try:
         with many_compilations():

@@ -73,7 +73,7 @@ class Variants:
     def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
         """Count a whole generation by the plan ``rows``."""
         counts = [
-            self.get(program.variants[variant]).flops
+            self.get(program.variants[variant], program.sites).flops
             for program in self.programs(rows, merge_variants)
             for variant in program.schedule
         ]
@@ -119,7 +119,7 @@ class PlanStepper:
         if call < len(self._known) and not program.live_after(at) and not any(adopted):
             return (self._known[call],)
         results = self._variants.results
-        variant = self._variants.get(program.variants[program.schedule[at]])
+        variant = self._variants.get(program.variants[program.schedule[at]], program.sites)
         caches = self._caches[lane].read(program, at, variant.reads, args[0].device, {})
         returned = variant.module(*args, *caches)
         written = dict(zip(variant.writes, returned[results:], strict=True))

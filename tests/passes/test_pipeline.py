@@ -22,6 +22,7 @@ def test_the_pipeline_reads_at_a_glance() -> None:
         "share-across-steps",
         "extrapolate-steps",
         "share-across-cfg",
+        "merge-heads",
         "hoist-invariants",
         "fold-timesteps",
         "sink-batch-slices",

@@ -196,3 +196,11 @@ def test_the_benchmark_times_capped_plans(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(point["measured_speedup"]["median"] > 0.0 for point in points)
     predicted = [point["predicted_speedup"] for point in points[:-1]]
     assert predicted == sorted(predicted)
+
+
+def test_heads_are_grouped_on_request(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    result = calibrate(saved, out, "--head-groups", "2", "--min-ssim", "0.5")
+    assert result.exit_code == 0, result.output
+    groups = Plan.load(out).head_groups
+    assert groups == {f"transformer_blocks.{i}.attn1": (1, 1) for i in range(2)}

@@ -1,0 +1,35 @@
+"""Split the heads of tiny models, and make plans for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
+from ditfastattn.passes.sites import attentions, find_sites
+from ditfastattn.passes.split_heads import groups_of, split_heads
+from tests.helpers import Capture, TinyModel, captured_once, make_plan
+
+
+def split(tiny: TinyModel, count: int, batch: int = 4) -> Capture:
+    """Return what ``tiny`` captures, each attention's heads in ``count`` groups."""
+    found = captured_once(tiny, batch)
+    divided = split_heads(found.graph, found.every, groups_of(found.every, count))
+    assert not divided.declined
+    return Capture(divided.captured, find_sites(divided.captured).sites, found.static)
+
+
+def head_plan(
+    tiny: TinyModel,
+    count: int,
+    rows: Sequence[Sequence[Strategy]],
+    layout: CfgLayout = CfgLayout.COND_FIRST,
+    feed_forwards: bool = True,
+) -> Plan:
+    """Return a plan of ``rows`` over the groups of heads of ``tiny``."""
+    found = split(tiny, count)
+    sites = found.every if feed_forwards else attentions(found.every)
+    full = [(Strategy.FULL,) * len(captured_once(tiny).every)] * len(rows)
+    whole = make_plan(tiny, full, layout, feed_forwards=True)
+    data = whole.model_dump()
+    data |= {"sites": [site.planned() for site in sites], "strategies": rows}
+    return Plan.model_validate(data)
