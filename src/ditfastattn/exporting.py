@@ -147,6 +147,4 @@ def verify(
     """
     from ditfastattn.export import verify as verifying
 
-    return verifying.verify(
-        folder, pipeline, call, providers, seed, runtime, target, cuda_graphs
-    )
+    return verifying.verify(folder, pipeline, call, providers, seed, runtime, target, cuda_graphs)

@@ -41,7 +41,7 @@ from tests.helpers import TINY_MODELS, capture_every_site, make_plan
 REACH = 16  # keys on each side of a query
 
 
-def attention_graph(path: Path, **window: int) -> Path:
+def attention_graph(path: Path, **window: Any) -> Path:
     """Write one attention by ONNX's own operator, opset 25."""
     shape = [2, 2, TOKENS, HEAD_DIM]
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, shape) for n in "qkvo"]
@@ -203,7 +203,7 @@ class OnnxParser:
 def test_the_library_tensorrt_is_asked_for_strong_types_and_profiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no targets and, in its earlier versions, no monitor; a stand-in notes what it is asked."""
+    """It has no targets and, in early versions, no monitor; a stand-in notes what it is asked."""
     bundle = tmp_path / "bundle"
     manifest = export_tiny(TINY_MODELS["dit"](), None, bundle)
     (tmp_path / "tensorrt.py").write_text(TENSORRT)

@@ -273,7 +273,8 @@ def test_the_drift_of_bfloat16_is_precisions_too() -> None:
 
     def narrow() -> DigitsPipeline:
         pipeline = tiny_pipeline()
-        pipeline.transformer.to(torch.bfloat16)
+        transformer: Any = pipeline.transformer
+        transformer.to(torch.bfloat16)
         return pipeline
 
     call = {"class_labels": [0], "num_inference_steps": 4, "guidance_scale": 2.0}
