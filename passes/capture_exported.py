@@ -5,8 +5,8 @@
     sites = find_sites(captured).sites
     module = rewrite(captured, sites, actions, layout)
 
-What the model holds (parameters, buffers, other tensors) is a static input by its own name where the
-graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
+What the model holds (parameters, buffers, other tensors) is a static input by its own name where
+the graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
 """
 
 from __future__ import annotations

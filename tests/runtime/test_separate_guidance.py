@@ -51,8 +51,7 @@ def mixed(
             legal = [
                 strategy
                 for strategy in Strategy
-                if not site.why_not(strategy, layout)
-                and computed[index] >= strategy.outputs_needed
+                if not site.why_not(strategy, layout) and computed[index] >= strategy.outputs_needed
             ]
             row.append(generator.choice(legal))
             computed[index] += row[-1].computes
