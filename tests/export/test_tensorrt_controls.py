@@ -1,4 +1,4 @@
-"""What the builder's log must tell: windows that were dropped, every target, every form of window."""
+"""What the builder's log must tell: dropped windows, every target, every form of window."""
 
 from __future__ import annotations
 

@@ -180,8 +180,8 @@ def test_a_mixed_plan_on_a_hand_written_dit_is_the_interpreters(
     attentions = found.sites
     assert [(site.heads, site.tokens) for site in attentions] == [(HEADS, TOKENS)] * DEPTH
     assert all(not site.declined for site in attentions)
-    rows = mixed_strategies(found.every, seed=1)
-    assert {strategy for row in rows for strategy in row} == set(Strategy)
+    drawn = (mixed_strategies(found.every, seed) for seed in range(50))
+    rows = next(rows for rows in drawn if {s for row in rows for s in row} == set(Strategy))
     options: dict[str, Any] = {"plan": plan_of(found, rows), "lowering": "eager", "timestep": "t"}
     torch._dynamo.reset()
     planned = torch.compile(made, backend="ditfastattn", fullgraph=True, options=options)
