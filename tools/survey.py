@@ -190,10 +190,11 @@ def as_markdown(entries: Mapping[str, Entry]) -> str:
     for name in sorted(entries):
         if entries[name].notes:
             lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
-    return _head() + "\n".join(lines) + "\n"
+    return head() + "\n".join(lines) + "\n"
 
 
-def _head() -> str:
+def head() -> str:
+    """Return how the page begins: what it says, and the releases that it holds for."""
     return _LEGEND.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
@@ -208,14 +209,14 @@ def read_page(path: Path) -> dict[str, Entry]:
         ConfigError: the page was written with other releases, or in another form.
     """
     page = path.read_text()
-    if not page.startswith(_head()):
+    if not page.startswith(head()):
         raise ConfigError(
             "the page is of other releases, or of another form",
             where=str(path),
             expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
             remedy="survey all classes: leave out --only",
         )
-    table, _, reasons = page.removeprefix(_head()).partition("\n\n")
+    table, _, reasons = page.removeprefix(head()).partition("\n\n")
     rows = {line.split(" ")[1]: line for line in table.splitlines()}
     blocks = re.findall(r"^- \*\*(\w+)\*\*\n((?:  - .*\n)*)", reasons, re.MULTILINE)
     said = {name: tuple(re.findall("^  - (.*)$", lines, re.M)) for name, lines in blocks}
