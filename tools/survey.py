@@ -47,7 +47,8 @@ strategy at every site, and compared with the plan interpreter, as is the bundle
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* are those that Dynamo makes where it may; a model with any is refused. *Error* is
+*Graph breaks* are those that Dynamo makes where it may; a model with any is refused, as is one of
+which it makes no graph (-). *Error* is
 the largest difference, relative to the largest output (at most {tolerance:g}). What is declined is
 named with the reason below the table.
 
@@ -66,7 +67,7 @@ _LETTERS = {
 class Outcome:
     """Hold what came of one class: a trial, or why there is none.
 
-    ``breaks`` counts its graph breaks, -1 where Dynamo fails altogether.
+    ``breaks`` counts its graph breaks, -1 where Dynamo has no graph at all.
     """
 
     name: str

@@ -139,17 +139,19 @@ def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
 
 
 class Doubling(torch.nn.Module):
-    """Double its input, and break the graph ``breaks`` times on the way."""
+    """Double the sum of its inputs, and break the graph up to twice on the way."""
 
     def __init__(self, breaks: int) -> None:
         super().__init__()
         self.breaks = breaks
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        for _ in range(self.breaks):
-            x = x + timestep
+        x = x + timestep
+        if self.breaks > 0:
             torch._dynamo.graph_break()
             x = x - timestep
+        if self.breaks > 1:
+            torch._dynamo.graph_break()
         return 2 * x
 
 
@@ -165,7 +167,7 @@ class Handmade(ZooModel):
         return Doubling(self.breaks)
 
 
-@pytest.mark.parametrize("breaks", [0, 1, 3])
+@pytest.mark.parametrize("breaks", [0, 1, 2])
 def test_graph_breaks_are_counted(breaks: int) -> None:
     assert count_graph_breaks(Handmade("Doubling", {}, call_doubling, breaks=breaks)) == breaks
 
