@@ -32,18 +32,12 @@ _RESHAPES = (
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
 _KEEPS_AXES = (  # of the first argument, or of all that are broadcast to the result
-    *(
-        aten.to.dtype,
-        aten.to.device,
-        aten.type_as.default,
-        aten._to_copy.default,
-        aten.contiguous.default,
-    ),
-    *(aten.clone.default, aten.expand.default, aten.repeat.default, aten.masked_fill.Scalar),
-    *(aten.slice.Tensor, aten.slice_scatter.default, aten.repeat_interleave.self_int),
+    *(aten.to.dtype, aten.to.device, aten.type_as.default, aten._to_copy.default),
+    *(aten.contiguous.default, aten.clone.default, aten.expand.default, aten.repeat.default),
+    *(aten.masked_fill.Scalar, aten.slice.Tensor, aten.slice_scatter.default),
     *(aten.constant_pad_nd.default, aten.pad.default, aten.roll.default),
     *(aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int),
-    ATTENTION,
+    *(aten.repeat_interleave.self_int, ATTENTION),
 )
 _CHANNELS = (aten.view_as_complex.default, aten.view_as_real.default)  # end, or begin, at the last
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)

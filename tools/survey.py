@@ -48,9 +48,10 @@ of `torch.export`, which must have the same sites, and the bundle exported to ON
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* are those that Dynamo makes where it may; a model with any is refused. *Error*,
-*torch.export* and *ONNX* are the largest differences, relative to the largest output (at most
-{tolerance:g}). What is declined is named with the reason below the table.
+*Graph breaks* are those that Dynamo makes where it may; a model with any is refused, as is one of
+which it makes no graph (-). *Error*, *torch.export* and *ONNX* are the largest differences, relative
+to the largest output (at most {tolerance:g}). What is declined is named with the reason below the
+table.
 
 | class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
 |---|---|---|---|---|---|---|---|
@@ -67,7 +68,7 @@ _LETTERS = {
 class Outcome:
     """Hold what came of one class: a trial, or why there is none.
 
-    ``breaks`` counts its graph breaks, -1 where Dynamo fails altogether.
+    ``breaks`` counts its graph breaks, -1 where Dynamo has no graph at all.
     """
 
     name: str
@@ -197,10 +198,11 @@ def as_markdown(entries: Mapping[str, Entry]) -> str:
     for name in sorted(entries):
         if entries[name].notes:
             lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
-    return _head() + "\n".join(lines) + "\n"
+    return head() + "\n".join(lines) + "\n"
 
 
-def _head() -> str:
+def head() -> str:
+    """Return how the page begins: what it says, and the releases that it holds for."""
     return _LEGEND.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
@@ -215,14 +217,14 @@ def read_page(path: Path) -> dict[str, Entry]:
         ConfigError: the page was written with other releases, or in another form.
     """
     page = path.read_text()
-    if not page.startswith(_head()):
+    if not page.startswith(head()):
         raise ConfigError(
             "the page is of other releases, or of another form",
             where=str(path),
             expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
             remedy="survey all classes: leave out --only",
         )
-    table, _, reasons = page.removeprefix(_head()).partition("\n\n")
+    table, _, reasons = page.removeprefix(head()).partition("\n\n")
     rows = {line.split(" ")[1]: line for line in table.splitlines()}
     blocks = re.findall(r"^- \*\*(\w+)\*\*\n((?:  - .*\n)*)", reasons, re.MULTILINE)
     said = {name: tuple(re.findall("^  - (.*)$", lines, re.M)) for name, lines in blocks}

@@ -51,15 +51,11 @@ MASKED = (  # text is padded, and a mask hides the padding from every query
     "QwenImageTransformer2DModel",
 )
 GRIDS = {  # of tokens that are packed outside of the model
-    "HunyuanVideoTransformer3DModel": (),
-    "LTXVideoTransformer3DModel": (),
+    "LTXVideoTransformer3DModel": (3, 4, 4),
     "QwenImageTransformer2DModel": (4, 4),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-PINNED = pytest.mark.skipif(
-    f"\n{diffusers.__version__} is built" not in PAGE.read_text(),
-    reason="the page was written for another release of diffusers",
-)
+CURRENT = PAGE.read_text().startswith(survey.head())
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -72,7 +68,7 @@ def test_a_mixed_plan_is_the_interpreters(name: str) -> None:
     attentions = set(trial.kinds) - {SiteKind.FEED_FORWARD}
     assert attentions == NAMED[name]
     assert Strategy.SHARE_STEP in trial.legal
-    if f"{diffusers.__version__} is built" in PAGE.read_text():
+    if CURRENT:
         assert documented(name) == columns(survey.row(survey.Outcome(name, trial)))
 
 
@@ -107,7 +103,9 @@ def test_packed_tokens_have_the_grid_of_their_positions(name: str) -> None:
 def test_positions_that_are_an_input_are_named() -> None:
     report = try_model(MODELS["FluxTransformer2DModel"]).report
     reasons = {site.no_grid for site in report.sites if site.windows}
-    assert reasons == {"the positions of its tokens are an input: img_ids"}
+    (reason,) = reasons
+    assert "flattens no grid into its tokens" in reason
+    assert reason.endswith("unknown: img_ids")
 
 
 def test_windows_stand_beside_the_text_and_linear_attention_is_named() -> None:
@@ -135,7 +133,7 @@ def test_what_is_no_graph_is_refused_with_the_reason(name: str) -> None:
         try_model(MODELS[name])
 
 
-@PINNED
+@pytest.mark.skipif(not CURRENT, reason="other releases than the page's, or another survey")
 def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
     exported = survey.exported_classes()
     assert set(exported) - set(MODELS) == {"TransformerTemporalModel"}  # of Latte's predecessor
@@ -144,17 +142,19 @@ def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
 
 
 class Doubling(torch.nn.Module):
-    """Double its input, and break the graph ``breaks`` times on the way."""
+    """Double the sum of its inputs, and break the graph up to twice on the way."""
 
     def __init__(self, breaks: int) -> None:
         super().__init__()
         self.breaks = breaks
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        for _ in range(self.breaks):
-            x = x + timestep
+        x = x + timestep
+        if self.breaks > 0:
             torch._dynamo.graph_break()
             x = x - timestep
+        if self.breaks > 1:
+            torch._dynamo.graph_break()
         return 2 * x
 
 
@@ -170,7 +170,7 @@ class Handmade(ZooModel):
         return Doubling(self.breaks)
 
 
-@pytest.mark.parametrize("breaks", [0, 1, 3])
+@pytest.mark.parametrize("breaks", [0, 1, 2])
 def test_graph_breaks_are_counted(breaks: int) -> None:
     assert count_graph_breaks(Handmade("Doubling", {}, call_doubling, breaks=breaks)) == breaks
 

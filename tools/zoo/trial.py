@@ -107,7 +107,7 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
 
 
 def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
-    """Return how often Dynamo, where it may, breaks the graph of one call.
+    """Return how often Dynamo, where it may, breaks the graph of one call; -1 if it has none.
 
     Raises:
         Exception: whatever stops Dynamo, or the model.
