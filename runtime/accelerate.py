@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from ditfastattn.passes.plan import Plan
 from ditfastattn.runtime.denoiser import (
     accelerated,
-    check_no_cache,
+    check_not_hooked,
     replace_forward,
     transformer_of,
 )
@@ -51,12 +51,12 @@ def accelerate(
         **options: the backend's other options, as ``torch.compile(options=...)`` takes them.
 
     Raises:
-        ConfigError: there is no transformer, or one that diffusers caches parts of; the plan cannot
-            be read, or is for another scheduler.
+        ConfigError: there is no transformer, or one whose parts are cached or moved while it runs;
+            the plan cannot be read, or is for another scheduler.
     """
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
-    check_no_cache(module)
+    check_not_hooked(module)
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     scheduler = getattr(pipeline, "scheduler", None)
     if loaded is not None and scheduler is not None:

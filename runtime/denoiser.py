@@ -49,14 +49,26 @@ def check_not_accelerated(module: nn.Module) -> None:
         )
 
 
-def check_no_cache(module: nn.Module) -> None:
-    """Raise ``ConfigError`` if diffusers caches parts of ``module``: a plan would not know it."""
+def check_not_hooked(module: nn.Module) -> None:
+    """Raise ``ConfigError`` if parts of ``module`` are cached, or moved, while it runs.
+
+    A plan would not know of what diffusers caches, and no graph can hold what moves weights.
+    """
     if getattr(module, "is_cache_enabled", False):
         raise ConfigError(
             "the transformer has a cache of its own",
             where=type(module).__name__,
             got=type(getattr(module, "_cache_config", None)).__name__,
             remedy="call disable_cache() on it first: a plan takes the cache's place",
+        )
+    parts = (name for name, part in module.named_modules() if name and _HOOKED in vars(part))
+    for name in parts:
+        raise ConfigError(
+            "the transformer's weights are moved part by part while it runs",
+            where=type(module).__name__,
+            got=f"a hook at {name}",
+            expected="hooks around the whole transformer, if any",
+            remedy="use enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
         )
 
 

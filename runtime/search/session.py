@@ -37,8 +37,8 @@ from ditfastattn.passes.verify import verify
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.denoiser import (
     Forward,
-    check_no_cache,
     check_not_accelerated,
+    check_not_hooked,
     replace_forward,
     transformer_of,
 )
@@ -355,7 +355,7 @@ def open_session(
     """
     transformer = transformer_of(pipeline, "calibrate(pipeline)")
     check_not_accelerated(transformer)
-    check_no_cache(transformer)
+    check_not_hooked(transformer)
     if cfg_layout is None:
         cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
     session = Session(pipeline, cfg_layout, timestep, attention_only, head_groups)

@@ -137,6 +137,18 @@ def test_a_second_transformer_runs_dense_and_that_is_said(
     assert "transformer_2 runs dense" in caplog.text
 
 
+def test_weights_that_move_part_by_part_are_refused(folder: Path) -> None:
+    pipeline, call = loaded("dit", folder)
+    mixed = mixed_plan_for(pipeline, call)
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+    for refused in (
+        lambda: ditfastattn.accelerate(pipeline, mixed.plan),
+        lambda: mixed_plan_for(pipeline, call),
+    ):
+        with pytest.raises(ConfigError, match=r"part by part[\s\S]*enable_model_cpu_offload"):
+            refused()
+
+
 def test_model_offloading_moves_what_runs_by_a_plan(folder: Path) -> None:
     pipeline, call = loaded("pixart", folder)
     mixed = mixed_plan_for(pipeline, call)
