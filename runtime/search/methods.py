@@ -107,7 +107,8 @@ def measured_costs(work: Work, objective: Objective) -> tuple[CostTable, ...]:
 def _read_costs(data: dict[str, Any]) -> CostTable:
     return CostTable(
         step=data["step"],
-        sites=tuple({Strategy(k): float(v) for k, v in site.items()} for site in data["sites"]),
+        # An interrupted search may be older than a strategy, and has no price for it.
+        sites=tuple({s: float(site.get(s, "inf")) for s in Strategy} for site in data["sites"]),
         residual=tuple(data["residual"]),
     )
 

@@ -189,8 +189,12 @@ class _Paths:
         }
         self._storing = np.array([problem.costs.residual[site] for site in sites])
         self._lines = min(MAX_GAP, max(1, steps - 1)) + 1
-        legal = np.isfinite(self._errors.extrapolate_quadratic).any(axis=(0, 1, 3))
-        self._pairs = [i for i, pair in enumerate(GAP_PAIRS) if legal[i] and sum(pair) < steps]
+        legal = np.isfinite(self._errors.extrapolate_quadratic)
+        self._pairs = [
+            index
+            for index, pair in enumerate(GAP_PAIRS)
+            if sum(pair) < steps and legal[:, :, index].any()
+        ]
         self._gaps: list[tuple[int, ...]] = [(gap,) for gap in range(self._lines)]
         self._gaps += [GAP_PAIRS[pair] for pair in self._pairs]
         self._shape = (steps, steps if windowed else 1, len(self._gaps), len(_STRATEGY))
@@ -228,10 +232,11 @@ class _Paths:
         weight = self._multiplier * self._weights[step][:, None, None]
         own = error.transpose(2, 0, 1)
         legal = np.isfinite(own)
-        cost = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
+        known = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
         carried = weight * _carried_by(step, tuple(gaps))
-        further = carried[:, :, None, :, None] * self._inherited[:, :step]
-        return np.where(legal, cost, np.inf)[:, :, None, :, None] + further
+        cost: Array = carried[:, :, None, :, None] * self._inherited[:, :step]
+        cost += np.where(legal, known, np.inf)[:, :, None, :, None]
+        return cost
 
     def _arrive(self, step: int) -> None:
         """Fill in the nodes that compute at ``step``."""
@@ -276,7 +281,8 @@ class _Paths:
         That is per site, residual and gaps before ``step``; and the flat nodes it is from.
         """
         shape = len(self._standing), *self._shape[1:3]
-        values, nodes = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+        values: Array = np.full(shape, np.inf)
+        nodes: Any = np.zeros(shape, dtype=np.int64)
         for index, (gap, *before) in enumerate(self._gaps):
             earlier = slice(step - gap, step - gap + 1) if gap else slice(0, step - self._lines + 1)
             held = [i for i, each in enumerate(self._gaps) if not before or each[0] == before[0]]
