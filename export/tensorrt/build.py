@@ -241,9 +241,7 @@ class _Builder:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _findings(
-        self, wanted: list[str], found: BuildLog, size: int, layout: Layout
-    ) -> list[str]:
+    def _findings(self, wanted: list[str], found: BuildLog, size: int, layout: Layout) -> list[str]:
         lines = [f"error: {message}" for message in found.errors[:_TOLD]]
         lines += [f"warning: {message}" for message in dict.fromkeys(found.warnings[:_TOLD])]
         missing = len(wanted) - len(found.attentions)
