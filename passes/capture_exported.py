@@ -5,8 +5,8 @@
     sites = find_sites(captured).sites
     module = rewrite(captured, sites, actions, layout)
 
-What the model holds (parameters, buffers, other tensors) is a static input by its own name where the
-graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
+What the model holds (parameters, buffers, other tensors) is a static input by its own name where
+the graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def flat_tensors(
 
 def _ordered(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the arguments, those by keyword in the order of the export."""
-    order = program.call_spec.in_spec.child(1).context
+    structure: Any = program.call_spec.in_spec  # of every program that torch.export makes
+    order = structure.child(1).context
     first = {name: kwargs[name] for name in order if name in kwargs}
     return tuple(args), first | dict(kwargs)
 
