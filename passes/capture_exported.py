@@ -82,7 +82,8 @@ def flat_tensors(
 
 def _ordered(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the arguments, those by keyword in the order of the export."""
-    order = program.call_spec.in_spec.child(1).context
+    structure: Any = program.call_spec.in_spec  # of every program that torch.export makes
+    order = structure.child(1).context
     first = {name: kwargs[name] for name in order if name in kwargs}
     return tuple(args), first | dict(kwargs)
 

@@ -61,7 +61,8 @@ class PlannedProgram:
         tensors = flat_tensors(self._program, args, kwargs)
         self._check_shapes(tensors)
         results = self._specialization.step(tensors)
-        return pytree.tree_unflatten(list(results), self._program.call_spec.out_spec)
+        structure: Any = self._program.call_spec.out_spec
+        return pytree.tree_unflatten(list(results), structure)
 
     def _check_shapes(self, tensors: list[Tensor]) -> None:
         captured = self._specialization.captured

@@ -52,10 +52,9 @@ class Pipeline:
         latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
         classes = torch.tensor(labels)
         guided = guidance_scale != 1.0
-        halves = [classes]
+        swapped, halves = "uncond-first" in self.order, [classes]
         if guided:
             null = torch.full_like(classes, 10)
-            swapped = "uncond-first" in self.order
             halves = [null, classes] if swapped else [classes, null]
         apart = "separate" in self.order
         for timestep in self.scheduler.timesteps:
