@@ -50,7 +50,8 @@ of `torch.export`, which must have the same sites, and the bundle exported to ON
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
 *Graph breaks* are those that Dynamo makes where it may; a model with any is refused, as is one of
 which it makes no graph (-). *Error*, *torch.export* and *ONNX* are the largest differences,
-relative to the largest output (at most {tolerance:g}). What is declined is named with the reason below.
+relative to the largest output (at most {tolerance:g}). What is declined is named with the reason
+below.
 
 | class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
 |---|---|---|---|---|---|---|---|
