@@ -240,22 +240,15 @@ class _Paths:
 
     def _arrive(self, step: int) -> None:
         """Fill in the nodes that compute at ``step``."""
-        unstored, from_unstored = reach, from_reach = self._reach(step, _UNSTORED)
-        if self._windowed:
-            stored, from_stored = self._reach(step, _STORED)
-            reach = np.concatenate([unstored, stored], axis=1)
-            from_reach = np.concatenate([from_unstored, from_stored], axis=1)
-        best = reach.argmin(axis=1)[:, None]
-        least, origin = (
-            np.take_along_axis(each, best, axis=1)[:, 0] for each in (reach, from_reach)
-        )
-        full = (slice(None), step, step if self._windowed else 0, slice(None), _FULL)
-        self._standing[full] = least + self._price[Strategy.FULL][:, None]
-        self._origin[full] = origin
+        unstored, from_unstored = self._reach(step, _UNSTORED)
         cfg = np.broadcast_to(self._errors.share_cfg[step][:, None], unstored.shape[:2])
         self._compute(step, _CFG, unstored, from_unstored, cfg)
         if not self._windowed:
+            self._compute_full(step, unstored, from_unstored)
             return
+        stored, from_stored = self._reach(step, _STORED)
+        reach = np.concatenate([unstored, stored], axis=1)
+        self._compute_full(step, reach, np.concatenate([from_unstored, from_stored], axis=1))
         with_storing = unstored + self._storing[:, None, None]
         cheaper = with_storing < stored
         ready = np.where(cheaper, with_storing, stored)
@@ -264,6 +257,14 @@ class _Paths:
         self._compute(step, _CFG_STORED, stored, from_stored, cfg)
         self._compute(step, _WINDOW, ready, from_ready, self._errors.window[step].T)
         self._compute(step, _WINDOW_CFG, ready, from_ready, both)
+
+    def _compute_full(self, step: int, reach: Array, nodes: Array) -> None:
+        """Compute everything at ``step``, whatever the residual was before."""
+        best = reach.argmin(axis=1)[:, None]
+        least, origin = (np.take_along_axis(each, best, axis=1)[:, 0] for each in (reach, nodes))
+        full = (slice(None), step, step if self._windowed else 0, slice(None), _FULL)
+        self._standing[full] = least + self._price[Strategy.FULL][:, None]
+        self._origin[full] = origin
 
     def _compute(self, step: int, kind: int, value: Array, origin: Array, error: Array) -> None:
         weight = self._multiplier * self._weights[step][:, None]
