@@ -72,7 +72,8 @@ def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -
     out.mkdir(parents=True, exist_ok=True)
     with sole_writer(out / ".lock", out, "another build is writing these engines"):
         builder = _Builder(root, manifest, library, chosen, out)
-        if chosen.layout is Layout.AUTO and layout is Layout.VARIANTS:
+        several = len(manifest.variants) > 1
+        if several and chosen.layout is Layout.AUTO and layout is Layout.VARIANTS:
             first = builder.first()
             layout, reason = choose_layout(root, manifest, chosen, first)
         return builder.build(layout, reason)

@@ -71,7 +71,7 @@ def _legal(site: AttentionSite, computed: int) -> list[Strategy]:
     return [
         strategy
         for strategy in Strategy
-        if strategy not in site.declined and not (strategy is Strategy.EXTRAPOLATE and computed < 2)
+        if strategy not in site.declined and computed >= strategy.outputs_needed
     ]
 
 

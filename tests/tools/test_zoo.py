@@ -177,7 +177,7 @@ def test_graph_breaks_are_counted(breaks: int) -> None:
 
 def test_a_broken_graph_stands_in_the_row_with_its_reason() -> None:
     outcome = survey._outcome("Doubling", Handmade("Doubling", {}, call_doubling, breaks=2), False)
-    assert survey.row(outcome) == "| Doubling | - | - | - | 2 | - | - |"
+    assert survey.row(outcome) == "| Doubling | - | - | - | 2 | - | - | - |"
     assert not survey.entry(outcome).works
     assert survey.notes(outcome) == [outcome.reason] != [""]
 
