@@ -148,7 +148,7 @@ def prepare(
 
 def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
     """Return ``call`` with its heads split as ``plan`` does."""
-    if plan is None:
+    if plan is None or not plan.head_groups:
         return call
     sites = find_sites(call.graph).sites
     return replace(call, graph=split_as_planned(plan, call.graph, sites))

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ditfastattn.errors import ConfigError
 from ditfastattn.passes.capture_exported import capture_exported, flat_tensors
 from ditfastattn.passes.ir import value
 from ditfastattn.passes.plan import Plan
 from ditfastattn.passes.sites import SiteReport
+from ditfastattn.runtime.matching import check_shapes
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.planned import specialization_of
 
@@ -67,13 +67,10 @@ class PlannedProgram:
     def _check_shapes(self, tensors: list[Tensor]) -> None:
         captured = self._specialization.captured
         placeholders = captured.module.graph.find_nodes(op="placeholder")
-        for entry, node, got in zip(captured.inputs, placeholders, tensors, strict=True):
-            expected = value(node)
-            if got.shape != expected.shape or got.dtype != expected.dtype:
-                raise ConfigError(
-                    "the program was exported at another shape",
-                    where=f"argument {entry.name!r}",
-                    got=f"{list(got.shape)} {got.dtype}",
-                    expected=f"{list(expected.shape)} {expected.dtype}",
-                    remedy="export it at the shapes it is called with",
-                )
+        check_shapes(
+            captured,
+            [value(node) for node in placeholders],
+            tensors,
+            "the program was exported at another shape",
+            "export it at the shapes it is called with",
+        )

@@ -32,6 +32,28 @@ def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
     return dict(sorted(shapes.items()))
 
 
+def check_shapes(
+    captured: CapturedGraph,
+    expected: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    problem: str,
+    remedy: str,
+) -> None:
+    """Raise ``ConfigError`` unless ``tensors`` have the shapes and dtypes of ``expected``.
+
+    Both are in the order of the inputs of ``captured``.
+    """
+    for entry, wanted, got in zip(captured.inputs, expected, tensors, strict=True):
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            raise ConfigError(
+                problem,
+                where=f"argument {entry.name!r}",
+                got=f"{list(got.shape)} {got.dtype}",
+                expected=f"{list(wanted.shape)} {wanted.dtype}",
+                remedy=remedy,
+            )
+
+
 def timestep_position(captured: CapturedGraph, name: str) -> int:
     """Return which flat input is the timestep.
 

@@ -191,12 +191,14 @@ class Specialization:
         """Find the sites of ``captured``; programs and variants are made when first needed."""
         self._results = len(outputs(captured.module.graph))
         verify(captured.module, len(captured.inputs), self._results, "capture")
-        self._whole_sites = find_sites(captured).sites  # of the model, whatever a plan splits
+        whole = find_sites(captured)
+        self._whole_sites = whole.sites  # of the model, whatever a plan splits
         self.captured = captured
         if options.plan is not None and not options.dense:
-            self.captured = split_as_planned(options.plan, captured, self._whole_sites)
+            self.captured = split_as_planned(options.plan, captured, whole.sites)
         self.identity = identity
-        self.report: SiteReport = find_sites(self.captured)
+        split = self.captured is not captured
+        self.report: SiteReport = find_sites(self.captured) if split else whole
         self.options = options
         self.plans: dict[Fingerprint, Plan] = {}
         # A dense run needs no clock.

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -283,6 +284,18 @@ def tiny_digits_pipeline(scheduler: Any, size: int = 16) -> DigitsPipeline:
     pipeline = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return pipeline
+
+
+def attentive_pipeline() -> DigitsPipeline:
+    """Return a tiny pipeline whose attention matters to its images."""
+    made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    randomize(made.transformer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.transformer.named_parameters():
+            if ".attn1." in name and parameter.dim() == 2:
+                parameter.normal_()
+    return made
 
 
 def mixed_strategies(

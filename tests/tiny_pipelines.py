@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -473,3 +474,13 @@ IMG2IMG_ARGUMENTS: dict[str, Any] = (
     | PROMPT
     | {"image": torch.linspace(0.0, 1.0, 3 * 32 * 32).reshape(1, 3, 32, 32), "strength": 0.75}
 )
+
+
+def load_saved(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline of ``TINY_PIPELINES`` saved in ``folder`` and loaded, and its call."""
+    build, call = TINY_PIPELINES[name]
+    if not (folder / name).exists():
+        build().save_pretrained(folder / name)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder / name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, call

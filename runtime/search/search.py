@@ -80,6 +80,7 @@ class Search:
         self._held_out = held_out
         self._judged: dict[tuple[str, str, int], list[Judgement]] = {}
         self._hardness: dict[tuple[str, int], float] = {}  # by the last plan
+        self._plans: dict[float, list[Row]] = {}
 
     def quality(self) -> Found:
         """Return the strongest plan whose worst calibration and held-out prompts meet the target.
@@ -94,7 +95,7 @@ class Search:
         goal, rounds, seen, refuted = 1.0, 0, set[str](), set[str]()
         untested: dict[str, float] = {}  # what meets the target here, and was not tried elsewhere
         for _ in range(_MOST_MOVES):
-            strength, rows = bracket.strength, self._chooser.rows(bracket.strength)
+            strength, rows = bracket.strength, self._rows(bracket.strength)
             rounds += _digest(rows) not in seen
             if rounds > self._options.max_rounds:
                 break
@@ -126,6 +127,12 @@ class Search:
         gentle = min((untested[key] for key in untested.keys() - refuted), default=0.0)
         return best or self._fall_back((bracket.low, gentle), rounds)
 
+    def _rows(self, strength: float) -> list[Row]:
+        """Return the plan of this strength, made once."""
+        if strength not in self._plans:
+            self._plans[strength] = self._chooser.rows(strength)
+        return self._plans[strength]
+
     def _worth_a_round(self, strength: float, rows: list[Row]) -> bool:
         """Tell whether a plan of ``strength`` is faster than ``rows`` by what a round is worth.
 
@@ -133,12 +140,12 @@ class Search:
         """
         if not self._chooser.predicts:
             return True
-        return self._speedup(self._chooser.rows(strength)) >= _WORTH * self._speedup(rows)
+        return self._speedup(self._rows(strength)) >= _WORTH * self._speedup(rows)
 
     def _fall_back(self, strengths: Sequence[float], rounds: int) -> Found:
         """Return the first plan of ``strengths`` that unseen prompts agree with, else dense."""
         rounds = min(rounds, self._options.max_rounds)
-        plans = [(strength, self._chooser.rows(strength)) for strength in strengths if strength]
+        plans = [(strength, self._rows(strength)) for strength in strengths if strength]
         plans = [(strength, rows) for strength, rows in plans if _changes(rows)]
         judged: list[Judgement] = []
         checked: list[Judgement] = []
@@ -158,7 +165,7 @@ class Search:
 
     def threshold(self) -> Found:
         """Return the plan of the target's own strength."""
-        return Found(self._chooser.rows(self._target.bound), self._target.bound, rounds=1)
+        return Found(self._rows(self._target.bound), self._target.bound, rounds=1)
 
     def speed(self, measure: Callable[[Plan], PairedTiming]) -> tuple[Found, PairedTiming]:
         """Return the gentlest plan that is measured fast enough.
@@ -196,7 +203,7 @@ class Search:
         rows = self._dense_rows()
         for _ in range(self._chooser.tries):
             self._work.begin(f"choosing a plan of {speedup:.2f}x")
-            rows = self._chooser.rows(bracket.strength)
+            rows = self._rows(bracket.strength)
             fast = self._speedup(rows) >= speedup
             if fast and (best is None or bracket.strength < best.strength):
                 best = Found(rows, bracket.strength, rounds=rounds)

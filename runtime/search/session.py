@@ -45,6 +45,7 @@ from ditfastattn.runtime.denoiser import (
 from ditfastattn.runtime.guidance import detect_cfg_layout
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import (
+    check_shapes,
     input_shapes,
     scheduler_config,
     static_tensors,
@@ -278,10 +279,10 @@ class Session:
         tensors = tuple(item for item in args if isinstance(item, Tensor))
         identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
         position = timestep_position(captured, self.timestep)
-        captured = self._split(captured, report.sites)
-        found = find_sites(captured).sites
+        split = self._split(captured, report.sites)
+        found = report.sites if split is captured else find_sites(split).sites
         sites = attentions(found) if self._attention_only else found
-        return _Model(captured, sites, identity, position, tensors)
+        return _Model(split, sites, identity, position, tensors)
 
     def _split(self, captured: CapturedGraph, sites: Sequence[AttentionSite]) -> CapturedGraph:
         """Split the heads of ``captured`` as was asked for; say what cannot be."""
@@ -303,16 +304,13 @@ class Session:
         return split.captured
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
-        pairs = zip(self._known.captured.inputs, self._known.example, tensors, strict=True)
-        for entry, expected, got in pairs:
-            if got.shape != expected.shape or got.dtype != expected.dtype:
-                raise ConfigError(
-                    "a search must call one graph of the transformer, at one shape",
-                    where=f"argument {entry.name!r}",
-                    got=f"{list(got.shape)} {got.dtype}",
-                    expected=f"{list(expected.shape)} {expected.dtype}",
-                    remedy="give every prompt the same number of images, resolution and length",
-                )
+        check_shapes(
+            self._known.captured,
+            self._known.example,
+            tensors,
+            "a search must call one graph of the transformer, at one shape",
+            "give every prompt the same number of images, resolution and length",
+        )
 
 
 class _CountingStepper:

@@ -23,6 +23,7 @@ from ditfastattn.runtime.search.prompts import Prompt, generate
 from tests.tiny_pipelines import (
     IMG2IMG_ARGUMENTS,
     TINY_PIPELINES,
+    load_saved,
     tiny_flux_img2img_pipeline,
 )
 
@@ -46,13 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
-    build, call = TINY_PIPELINES[name]
-    if not (folder / name).exists():
-        build().save_pretrained(folder / name)
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder / name)
-    pipeline.set_progress_bar_config(disable=True)
     torch._dynamo.reset()
-    return pipeline, call
+    return load_saved(name, folder)
 
 
 @pytest.mark.parametrize("name", TINY_PIPELINES)

@@ -84,6 +84,16 @@ def test_the_passes_rewrite_an_exported_graph() -> None:
         assert torch.equal(got, tiny.model(**tiny.call(1, 4))[0])
 
 
+def assert_interprets(program: ExportedProgram, tiny: TinyModel) -> None:
+    """By a mixed plan ``program`` must compute what the plan interpreter does."""
+    every = captured_once(tiny).every
+    rows = mixed_strategies(every, seed=2)
+    plan = make_plan(tiny, rows, feed_forwards=True)
+    planned = PlannedProgram(program, plan, lowering="eager")
+    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
+    assert largest_difference(tiny.run(planned), expected) < 1e-5
+
+
 def test_a_program_of_free_batch_is_captured_at_its_examples_shapes() -> None:
     tiny = tiny_dit()
     given = tiny.call(0, 4)
@@ -93,24 +103,14 @@ def test_a_program_of_free_batch_is_captured_at_its_examples_shapes() -> None:
     }
     with torch.no_grad():
         program = torch.export.export(tiny.model, (), given, dynamic_shapes=shapes)
-    every = captured_once(tiny).every
-    rows = mixed_strategies(every, seed=2)
-    plan = make_plan(tiny, rows, feed_forwards=True)
-    planned = PlannedProgram(program, plan, lowering="eager")
-    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
-    assert largest_difference(tiny.run(planned), expected) < 1e-5
+    assert_interprets(program, tiny)
 
 
 def test_a_saved_program_runs_by_a_plan(tmp_path: Path) -> None:
     tiny = tiny_dit()
     torch.export.save(exported(tiny), tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
-    every = captured_once(tiny).every
-    rows = mixed_strategies(every, seed=2)
-    plan = make_plan(tiny, rows, feed_forwards=True)
-    planned = PlannedProgram(program, plan, lowering="eager")
-    expected = tiny.reference(rows, every, CfgLayout.COND_FIRST)
-    assert largest_difference(tiny.run(planned), expected) < 1e-5
+    assert_interprets(program, tiny)
 
 
 def test_other_arguments_than_the_exports_are_refused() -> None:

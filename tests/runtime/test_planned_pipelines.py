@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.runtime.search.prompts import Prompt, generate
 from tests.plans import MixedPlan, mixed_plan_for
-from tests.tiny_pipelines import TINY_PIPELINES, tiny_two_stage_wan_pipeline
+from tests.tiny_pipelines import TINY_PIPELINES, load_saved, tiny_two_stage_wan_pipeline
 
 STEPS = 5
 SEED = 5
@@ -35,11 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline saved and loaded back, and what to call it with."""
-    build, call = TINY_PIPELINES[name]
-    if not (folder / name).exists():
-        build().save_pretrained(folder / name)
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder / name)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, call = load_saved(name, folder)
     return pipeline, {"num_inference_steps": STEPS, **call}
 
 

@@ -14,7 +14,7 @@ from ditfastattn import ConfigError, Plan, Strategy, Target, accelerate, calibra
 from ditfastattn.runtime.search.prompts import as_images, generate, split_prompts
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
-from tests.helpers import TINY_DIGITS, randomize, tiny_digits_pipeline
+from tests.helpers import TINY_DIGITS, attentive_pipeline, tiny_digits_pipeline
 
 SHARE = Strategy.SHARE_STEP
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}
@@ -24,15 +24,11 @@ TARGET = Target.min_ssim(0.99)
 
 def pipeline() -> Any:
     """Return a tiny model in each of whose attentions the first of two heads never changes."""
-    made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    randomize(made.transformer)
-    torch.manual_seed(1)
+    made = attentive_pipeline()
     with torch.no_grad():
         for name, parameter in made.transformer.named_parameters():
-            if ".attn1." in name and parameter.dim() == 2:
-                parameter.normal_()
-                if ".to_v." in name:
-                    parameter[: len(parameter) // 2] = 0.0  # of its values the bias is left
+            if ".attn1.to_v." in name and parameter.dim() == 2:
+                parameter[: len(parameter) // 2] = 0.0  # of its values the bias is left
     return made
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,8 +25,7 @@ from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Varia
 from ditfastattn.runtime.search.targets import Judgement
 from ditfastattn.runtime.search.timing import PairedTiming, summarize
 from ditfastattn.runtime.search.work import SearchProgress, Work
-from ditfastattn.tools.digits_pipeline import DigitsPipeline
-from tests.helpers import randomize, tiny_digits_pipeline
+from tests.helpers import attentive_pipeline
 
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}
 HELD_OUT: dict[str, Any] = {**CALL, "class_labels": [3, 4, 5]}
@@ -36,28 +34,16 @@ HELD_OUT: dict[str, Any] = {**CALL, "class_labels": [3, 4, 5]}
 LONGER: dict[str, Any] = {**CALL, "num_inference_steps": 16}
 
 
-def pipeline() -> DigitsPipeline:
-    """Return a tiny model whose attention matters."""
-    made = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    randomize(made.transformer)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in made.transformer.named_parameters():
-            if ".attn1." in name and parameter.dim() == 2:
-                parameter.normal_()
-    return made
-
-
 def search(target: Target, **options: Any) -> Plan:
     """Search by counted operations, so that two searches find the same plan."""
     given = {"objective": "attention-flops", "held_out": HELD_OUT, "lowering": "eager", **options}
-    return calibrate(pipeline(), CALL, target=target, **given)
+    return calibrate(attentive_pipeline(), CALL, target=target, **given)
 
 
 def images(plan: Plan, call: dict[str, Any], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Return dense and planned images of the prompts of ``call``, run anew."""
     prompts = split_prompts(call, seed)
-    with open_session(pipeline(), prompts[0]) as session:
+    with open_session(attentive_pipeline(), prompts[0]) as session:
         variants = Variants(session)
         return [
             (
@@ -216,7 +202,7 @@ def test_speed_is_really_measured_on_the_compiled_plan() -> None:
 def test_variants_are_capped(by_ssim: Plan, most: int) -> None:
     plan = search(Target.min_ssim(0.99), max_variants=most)
     prompts = split_prompts(CALL, 0)
-    with open_session(pipeline(), prompts[0]) as session:
+    with open_session(attentive_pipeline(), prompts[0]) as session:
         program = Variants(session).programs(plan.strategies, plan.merge_variants)[0]
         free = Variants(session).programs(by_ssim.strategies, False)[0]
     assert len(program.variants) <= most < len(free.variants)
@@ -270,7 +256,7 @@ class Attention:
 def test_non_redundant_attention_stays_full_and_that_is_said(
     random: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = pipeline()
+    made = attentive_pipeline()
     blocks: Any = made.transformer.transformer_blocks
     for block in blocks:
         block.attn1.set_processor(Attention(random))
@@ -324,7 +310,7 @@ def test_a_round_costs_at_most_four_dense_generations(target: Target) -> None:
         begun.setdefault(progress.phase, progress.done)
 
     options: dict[str, Any] = {"objective": "attention-flops", "held_out": HELD_OUT}
-    plan = calibrate(pipeline(), FOUR, target=target, on_progress=note, **options)
+    plan = calibrate(attentive_pipeline(), FOUR, target=target, on_progress=note, **options)
     begun["the end"] = plan.calibration.forwards
     ends = dict(zip(begun, list(begun.values())[1:], strict=False))
     rounds = [phase for phase in begun if phase.endswith("the calibration prompts")]
@@ -404,7 +390,7 @@ def test_a_round_is_spent_where_a_faster_plan_is_in_sight(
     monkeypatch.setattr(Work, "judge", damage)
     target = Target.min_ssim(0.6)
     prompts = split_prompts(CALL, 0)
-    with open_session(pipeline(), prompts[0]) as session:
+    with open_session(attentive_pipeline(), prompts[0]) as session:
         work, sites = Work(session, Checkpoint(), 0.0), Sites(predicts, step)
         found = Search(work, sites, SearchOptions(target), prompts, prompts).quality()
     assert (found.rounds > 1) == goes_on
@@ -494,12 +480,12 @@ def test_bad_arguments_are_refused(
     call: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        calibrate(pipeline(), call, target=Target.min_ssim(0.9), **options)
+        calibrate(attentive_pipeline(), call, target=Target.min_ssim(0.9), **options)
 
 
 def test_full_rows_are_dense_to_the_bit() -> None:
     prompts = split_prompts(CALL, 0)
-    with open_session(pipeline(), prompts[0]) as session:
+    with open_session(attentive_pipeline(), prompts[0]) as session:
         rows = [(Strategy.FULL,) * len(session.sites)] * 6
         dense = session.run(DenseStepper(session), prompts[0])
         planned = session.run(PlanStepper(Variants(session), rows), prompts[0])
