@@ -84,13 +84,15 @@ class RunReport:
     """Report what a plan does to a model at one set of shapes.
 
     ``planned`` covers one generation, bookkeeping included; it is None until every variant of the
-    plan has been compiled, which the first generation does.
+    plan has been compiled, which the first generation does. ``ahead_bytes`` are those of what the
+    exact passes compute ahead and keep: of the generation, and of each of its timesteps.
     """
 
     plan: Plan
     sites: SiteReport
     variants: int
     peak_cache_bytes: int
+    ahead_bytes: int
     dense: Flops
     planned: Flops | None
 
@@ -278,9 +280,14 @@ class Specialization:
             sites=self.report,
             variants=len({row for program in programs for row in program.variants}),
             peak_cache_bytes=sum(program.peak_cache_bytes for program in programs),
+            ahead_bytes=self._ahead_bytes(plan, programs),
             dense=count_flops(self.captured.module.graph).times(calls),
             planned=sum(flops, once) if len(flops) == calls else None,
         )
+
+    def _ahead_bytes(self, plan: Plan, programs: Sequence[StepProgram]) -> int:
+        once, each = self._prologue.bytes, self._timestep_prologue.bytes
+        return len(programs) * once + plan.sampler.steps * each
 
     def calibrating(self) -> Generation:
         """Return this thread's generation under calibration."""
@@ -474,11 +481,13 @@ class Specialization:
 
     def _log_program(self, plan: Plan, programs: Sequence[StepProgram]) -> None:
         log.info(
-            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches",
+            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
+            "%.1f MiB computed ahead",
             plan.sampler.steps,
             sum(len(program.variants) for program in programs),
             sum(len(program.slots) for program in programs),
             sum(program.peak_cache_bytes for program in programs) / 2**20,
+            self._ahead_bytes(plan, programs) / 2**20,
         )
         log.info("plan: %s", summary(plan))
         if plan.changed == 0:

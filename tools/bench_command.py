@@ -49,6 +49,7 @@ def _request(model: BenchModel, options: BenchOptions) -> dict[str, Any]:
         "steps": options.steps,
         "repetitions": options.repetitions,
         "budgets": options.budgets,
+        "fractions": options.fractions,
         "max_variants": options.max_variants,
         "lowering": options.lowering,
         "settings": {peer.name: [setting.label for setting in peer.settings] for peer in PEERS},

@@ -4,13 +4,15 @@
 
 The layer is a residual branch as a DiT block has it: projections, attention, output projection and
 gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
-the output for later steps. Where the tokens are a square's, windows by tiles are timed too.
+the output for later steps. Where the tokens are a square's, windows by tiles are timed too. A
+profile of each says which operators its time went to; what Inductor fused is the rest.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,6 +40,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 LANES = 2  # the conditional and the unconditional half of one image
 STORING = "full, storing"
+REST = "fused and the rest"
+_PROFILED = 10
 
 
 class Branch(nn.Module):
@@ -124,6 +128,7 @@ def run(
     pairs = measure_turns(calls[full], [calls[name] for name in others], repetitions)
     timings = {full: pairs[0].baseline}
     timings |= {name: pair.candidate for name, pair in zip(others, pairs, strict=True)}
+    profiles = {name: _profile(calls[name], device) for name in calls}
     ratios = {name: 1.0 / pair.speedup.median for name, pair in zip(others, pairs, strict=True)}
     data = {
         "machine": machine(),
@@ -131,11 +136,29 @@ def run(
         "window_per_side": site.window,
         "tiles": str(tiled) if tiled is not None else None,
         "ratio_to_full": ratios,
+        "profile_seconds": profiles,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
     }
     path = out / f"{device}-{tokens}-{dtype}.json"
     write_text_atomically(path, json.dumps(data, indent=1) + "\n")
     Console().print_json(data=ratios)
+
+
+def _profile(call: Callable[[int], None], device: str) -> dict[str, float]:
+    """Return the seconds that one call spends in each operator, and in the rest."""
+    began = time.perf_counter()
+    with torch.profiler.profile() as profiler:
+        for _ in range(_PROFILED):
+            call(0)
+    whole = (time.perf_counter() - began) / _PROFILED
+    found: dict[str, float] = {}
+    for event in profiler.key_averages():
+        taken = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
+        found[event.key] = taken * 1e-6 / _PROFILED
+    # On the CPU these are the operators' own times; a call of the compiled graph is fused loops.
+    named = {name: seconds for name, seconds in found.items() if device != "cpu" or "::" in name}
+    heavy = {name: seconds for name, seconds in named.items() if seconds > 0.01 * whole}
+    return {**heavy, REST: whole - sum(heavy.values())}
 
 
 def _once(run: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor], _: int) -> None:

@@ -6,8 +6,6 @@ python -m ditfastattn.tools.benchmark_export memory --out benchmarks/export
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -35,7 +33,7 @@ from ditfastattn.runtime.search.steppers import DenseStepper
 from ditfastattn.runtime.search.timing import PairedTiming, measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
-from ditfastattn.tools.measure import machine
+from ditfastattn.tools.measure import machine, process_memory, trim_memory
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _WEIGHED = 3
@@ -163,22 +161,14 @@ def weigh(folder: Path, low_memory: bool = False) -> None:
     """Print the memory that a bundle takes: once loaded, and at the peak of a generation."""
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": 20}
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is loaded
+    trim_memory()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = _memory("VmRSS")
+    before = process_memory()
     bundle = ditfastattn.load(folder, low_memory=low_memory)
-    loaded = _memory("VmRSS")
+    loaded = process_memory()
     Lane(pipeline, bundle, [Prompt(call, 0)]).warm_up()
-    peak = _memory("VmHWM")
+    peak = process_memory("VmHWM")
     print(json.dumps({"loaded_bytes": loaded - before, "peak_bytes": peak - before}))
-
-
-def _memory(field: str) -> int:
-    """Return one of the sizes that Linux counts for this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return 1024 * int(line.split()[1])
 
 
 def _speed(

@@ -1,4 +1,4 @@
-"""Measure what each exact pass gains: what it takes out of a step, and out of memory.
+"""Measure what each exact pass takes out of a step.
 
     python -m ditfastattn.tools.benchmark_passes --out benchmarks/passes
 
@@ -20,13 +20,11 @@ from rich.console import Console
 from ditfastattn.env import DISABLE
 from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
-from ditfastattn.passes.plan import Calibration, Plan, SiteKind, Strategy
-from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.passes.step_program import unroll
+from ditfastattn.passes.plan import Calibration, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
 from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.session import Session, open_session
+from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper
 from ditfastattn.runtime.search.timing import measure_turns
 from ditfastattn.tools.bench.models import DEMO
@@ -53,15 +51,11 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/passes"),
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps.")] = 20,
     repetitions: Annotated[int, typer.Option(min=10)] = 10,
-    plan: Annotated[
-        Path, typer.Option(help="A plan of the demo, whose caches are counted.")
-    ] = Path("benchmarks/demo/plan.json"),
 ) -> None:
     """Time generations with each pass alone, and both, against neither."""
     data: dict[str, Any] = {
         "machine": machine(),
         "arguments": {"steps": steps, "repetitions": repetitions},
-        "caches": _caches(Plan.load(plan)),
         "models": {},
     }
     for name, (pipeline, call) in _models().items():
@@ -71,7 +65,7 @@ def run(
         name: {lane: timing["speedup"]["median"] for lane, timing in gains.items()}
         for name, gains in data["models"].items()
     }
-    Console().print_json(data={**shown, "caches": data["caches"]})
+    Console().print_json(data=shown)
 
 
 def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, Any]:
@@ -107,47 +101,6 @@ def _warm(lane: Lane, disabled: tuple[str, ...]) -> Lane:
     with patch.dict(os.environ, {DISABLE: ",".join(disabled)}):
         lane.warm_up()
     return lane
-
-
-def _caches(plan: Plan) -> dict[str, Any]:
-    """Return the bytes of the caches of a plan of the demo, kept while read and kept for good."""
-    pipeline = DEMO.open()
-    with open_session(pipeline, Prompt({**DEMO.call(0), "num_inference_steps": 2}, 0)) as session:
-        return {
-            "demo plan": _cache_bytes(session, plan.strategies),
-            "demo plan's attention alone": _cache_bytes(session, _attention_alone(session, plan)),
-        }
-
-
-def _attention_alone(session: Session, plan: Plan) -> list[tuple[Strategy, ...]]:
-    attention = [site.kind is not SiteKind.FEED_FORWARD for site in session.sites]
-    pairs = (zip(row, attention, strict=True) for row in plan.strategies)
-    return [tuple(s if kept else Strategy.FULL for s, kept in pair) for pair in pairs]
-
-
-def _cache_bytes(session: Session, rows: Any) -> dict[str, int]:
-    program = unroll(rows, session.captured, session.sites)
-    slots = {slot.name: slot.bytes for slot in program.slots}
-    return {
-        "peak": program.peak_cache_bytes,
-        "slots of the plan, all kept": sum(slots.values()),
-        "outputs and residuals of all sites": _everything(session),
-    }
-
-
-def _everything(session: Session) -> int:
-    """Return the bytes of each site's output, and of each attention's residual."""
-    total = 0
-    for site in session.sites:
-        total += _once(session, site, Strategy.SHARE_STEP)
-        if Strategy.WINDOW not in site.declined:
-            total += _once(session, site, Strategy.WINDOW)
-    return total
-
-
-def _once(session: Session, site: AttentionSite, strategy: Strategy) -> int:
-    program = unroll([[Strategy.FULL], [strategy]], session.captured, [site])
-    return sum(slot.bytes for slot in program.slots)
 
 
 if __name__ == "__main__":

@@ -398,7 +398,10 @@ def bench(
     ] = 10,
     budgets: Annotated[
         str, typer.Option(help="Budgets of drift of our plans, with commas.")
-    ] = "0.06,0.13,0.2,0.3,0.37,0.45,0.6",
+    ] = "0.06,0.09,0.13,0.16,0.2,0.3,0.37,0.45,0.6",
+    fractions: Annotated[
+        str, typer.Option(help="Plans that keep so much of the attention's FLOPs, too.")
+    ] = "",
     max_variants: Annotated[
         int, typer.Option(min=0, help="Most distinct step variants of our plans; 0: no cap.")
     ] = 0,
@@ -417,7 +420,12 @@ def bench(
     from ditfastattn.tools.bench_command import run_bench
 
     options = BenchOptions(
-        steps, peers_named(peers), _numbers(budgets, "--budgets"), repetitions, max_variants
+        steps,
+        peers_named(peers),
+        _numbers(budgets, "--budgets"),
+        repetitions,
+        max_variants,
+        fractions=_numbers(fractions, "--fractions"),
     )
     if pipeline:
         opened = open_pipeline(pipeline, dtype, device)
@@ -441,7 +449,7 @@ def _source(plan: Path, out: Path) -> Plan:
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in text.split(",") if text)
     except ValueError as error:
         raise ConfigError(
             "these are not numbers", where=option, got=text, expected="for example 0.2,0.4"

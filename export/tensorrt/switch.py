@@ -22,6 +22,7 @@ from typing import Any, Final
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from ditfastattn.export.tensorrt.keep_whole import keep_products_whole
 from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
 from ditfastattn.runtime.tensorrt.engines import PortSpec, SwitchSpec, SwitchVariant
 
@@ -51,6 +52,7 @@ def make_switch(root: Path, manifest: Manifest, rows: int) -> Switch:
     ]
     for model in models:
         _fix(model.graph, manifest, rows)
+        keep_products_whole(model)
     return _Joiner(manifest, models, rows).join()
 
 

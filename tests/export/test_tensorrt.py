@@ -168,8 +168,8 @@ def test_a_switch_holds_little_beside_its_weights(tmp_path: Path) -> None:
     (engine,) = engines.engines
     assert len(manifest.variants) == 4
     assert engine.fused == engine.attentions
-    # 1.22 by this plan: the aim is 1.2, and an engine per variant would be near 4.
-    assert engine.content.bytes <= 1.25 * manifest.files[manifest.weights].bytes
+    # 1.06 by this plan; an engine per variant would be near 4.
+    assert engine.content.bytes <= 1.2 * manifest.files[manifest.weights].bytes
 
 
 @needs_builder

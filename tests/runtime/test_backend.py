@@ -18,6 +18,7 @@ from ditfastattn.runtime.planned import Generation
 from tests.helpers import (
     STEPS,
     TIMESTEPS,
+    TINY_MODELS,
     TinyModel,
     capture_every_site,
     capture_sites,
@@ -275,6 +276,21 @@ def test_the_predicted_peak_of_the_caches_is_the_measured_one(seed: int) -> None
     peaks = [lane.caches.peak for found in generations() for lane in found.lanes]
     assert report.peak_cache_bytes > 0
     assert report.peak_cache_bytes in peaks
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_what_is_computed_ahead_takes_the_memory_that_is_reported(name: str) -> None:
+    tiny = TINY_MODELS[name]()
+    plan = uniform_plan(tiny, Strategy.SHARE_STEP)
+    compiled = planned(tiny, plan=plan)
+    with torch.no_grad():
+        for step in range(STEPS):
+            compiled(**tiny.call(step, 4))
+    (report,) = [r for r in reports() if r.plan == plan]
+    (generation,) = [g for g in generations() if len(g.folded.steps) == STEPS]
+    held = [generation.lanes[0].hoisted.values, *(v for _, v in generation.folded.steps.values())]
+    assert sum(item.nbytes for values in held for item in values.values()) == report.ahead_bytes
+    assert report.ahead_bytes > 0
 
 
 def generations() -> list[Generation]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
 from ditfastattn.tools.bench_command import run_bench
 from tests.helpers import randomize, tiny_digits_pipeline
+from tests.tiny_pipelines import TINY_PIPELINES
 
 STEPS = 8
 PROMPTS = [
@@ -188,6 +190,9 @@ def test_the_bench_writes_every_lane_and_every_failure(tmp_path: Path) -> None:
     assert eager["ssim"] == 1.0
     assert gentle["ssim"] > strong["ssim"]
     assert first_block["details"] == {"threshold": 0.2}
+    # Of its first step, and of what is cheap to no purpose, a plan shares nothing.
+    assert 0.0 < strong["details"]["attention_flops"] < gentle["details"]["attention_flops"] <= 1.0
+    assert strong["details"]["matrix_flops"] < gentle["details"]["matrix_flops"]
     (failure,) = data["failures"]
     assert failure["method"] == "broken"
     assert failure["reason"] == "RuntimeError: no such block"
@@ -195,6 +200,34 @@ def test_the_bench_writes_every_lane_and_every_failure(tmp_path: Path) -> None:
     assert (tmp_path / "tiny-4-ssim.png").stat().st_size > 1000
     assert (tmp_path / "tiny-4-psnr.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.search"))
+
+
+def test_plans_keep_the_attention_that_is_asked_for(tmp_path: Path) -> None:
+    wanted = replace(options(), budgets=(), fractions=(0.8, 0.4))
+    data = run_bench(Console(), TINY, wanted, tmp_path, False)
+    (_, more, less) = (lane["details"].get("attention_flops") for lane in data["lanes"])
+    assert 0.4 < more <= 0.8  # of few sites and steps, the next plan may be some way below
+    assert 0.2 < less <= 0.4
+    with pytest.raises(ConfigError, match="no plan keeps so little of the attention"):
+        run_bench(Console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False)
+
+
+def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, call = TINY_PIPELINES["pixart"]
+    build().save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    rest = {name: item for name, item in call.items() if name != "prompt"}
+    eager = partial(BenchOptions, lowering=Lowering.EAGER)
+    monkeypatch.setattr(harness, "BenchOptions", eager)
+    arguments = ["bench", "--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--budgets", "0.3"]
+    arguments += ["--peers", "first-block", "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "pixart-4.json").read_text(encoding="utf-8"))
+    settings = len(peers_named("first-block")[0].settings)
+    assert [lane["method"] for lane in data["lanes"]] == [EAGER, OURS, *["first-block"] * settings]
+    assert data["failures"] == []
 
 
 def test_a_resumed_run_measures_nothing_twice(

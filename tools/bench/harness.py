@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ditfastattn.passes.plan import Plan
+from ditfastattn.errors import ConfigError
+from ditfastattn.passes.plan import Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.planned import reports, summary
 from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
 from ditfastattn.runtime.search.latency import Objective
-from ditfastattn.runtime.search.methods import make_global
+from ditfastattn.runtime.search.methods import GlobalChooser, make_global
 from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.search import Found, Search, SearchOptions
 from ditfastattn.runtime.search.session import open_session
@@ -39,6 +40,7 @@ MOST_PSNR = 99.0  # dB, where images are equal: JSON has no infinity
 SAME_PSNR = 30.0  # dB to the eager form, below which a compiled form does something else
 EQUALLY_FAST = 1.02
 _FORM_REPETITIONS = 3
+_BISECTIONS = 16
 _DENSE_COMPILE = "dense-compile-seconds"
 
 Data = dict[str, Any]  # JSON
@@ -52,7 +54,8 @@ class BenchOptions:
     Attributes:
         steps: sampler steps.
         peers: the methods to compare with.
-        budgets: the strengths of our plans, as budgets of drift; none are searched without.
+        budgets: the strengths of our plans, as budgets of drift.
+        fractions: more of our plans, by how much of the attention's FLOPs they keep at most.
         repetitions: timed generations of each lane, each of another prompt.
         max_variants: the cap on distinct step variants of our plans; 0 is none.
         lowering: what compiles; ``eager`` compiles nothing, and is for tests.
@@ -64,6 +67,7 @@ class BenchOptions:
     repetitions: int = 10
     max_variants: int = 0
     lowering: Lowering = Lowering.INDUCTOR
+    fractions: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,16 @@ class Bench:
             )
             for plan in plans
         ]
-        return self._measure(lanes)
+        measured = self._measure(lanes)
+        kept = {f"drift {plan.calibration.strength:g}": _flops_kept(plan) for plan in plans}
+        for lane in measured["lanes"]:
+            lane["details"] |= kept[lane["setting"]]
+        return measured
 
     def _plans(self) -> list[Plan]:
-        """Return a plan per budget of drift; those that come out alike once."""
+        """Return a plan per budget of drift and per fraction; those that come out alike once."""
         names = [f"plan-{budget:g}" for budget in self.options.budgets]
+        names += [f"plan-attention-{fraction:g}" for fraction in self.options.fractions]
         kept = [self._checkpoint.peek(name) for name in names]
         if None in kept:  # a search that was killed goes on where it was
             kept = self._searched()
@@ -184,10 +193,9 @@ class Bench:
             chooser = make_global(work, prompts, target, Objective.LATENCY, options.max_variants)
             made = SearchOptions(target, max_variants=options.max_variants)
             search = Search(work, chooser, made, prompts, prompts)
-            return [
-                search.plan(Found(chooser.rows(budget), budget), 0.0).model_dump(mode="json")
-                for budget in options.budgets
-            ]
+            found = [Found(chooser.rows(budget), budget) for budget in options.budgets]
+            found += [_keeping(chooser, work, fraction) for fraction in options.fractions]
+            return [search.plan(item, 0.0).model_dump(mode="json") for item in found]
 
     def _peer(self, peer: Peer) -> Data:
         failures: list[Data] = []
@@ -299,6 +307,40 @@ class Bench:
             self.dense_compile_seconds = self._dense.warm_up()
             self._checkpoint.put(_DENSE_COMPILE, self.dense_compile_seconds)
         return self._dense
+
+
+def _keeping(chooser: GlobalChooser, work: Work, fraction: float) -> Found:
+    """Return the gentlest plan found that keeps at most ``fraction`` of the attention's FLOPs."""
+    merged = chooser.most > 0
+    full = [(Strategy.FULL,) * len(work.session.sites)] * work.session.steps
+    dense = work.variants.flops(full, merged).attention
+    low, high = 0.0, chooser.first or 1.0
+    best: Found | None = None
+    for _ in range(_BISECTIONS):
+        strength = high if best is None else (low + high) / 2
+        rows = chooser.rows(strength)
+        if work.variants.flops(rows, merged).attention <= fraction * dense:
+            best, high = Found(rows, strength), strength
+        else:
+            low, high = strength, (2 * high if best is None else high)
+    if best is None:
+        raise ConfigError(
+            "no plan keeps so little of the attention",
+            where="--fractions",
+            got=fraction,
+            remedy="ask for more steps, or keep more",
+        )
+    return best
+
+
+def _flops_kept(plan: Plan) -> Data:
+    """Return the fractions of a dense generation's FLOPs that ``plan`` runs, once compiled."""
+    report = next(report for report in reports() if report.plan == plan)
+    assert report.planned is not None  # it has generated
+    return {
+        "attention_flops": report.planned.attention / report.dense.attention,
+        "matrix_flops": report.planned.total / report.dense.total,
+    }
 
 
 def _against(eager: Lane, lane: Lane) -> Data:

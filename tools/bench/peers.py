@@ -269,7 +269,10 @@ def _mags(*triples: tuple[float, int, float]) -> tuple[Setting, ...]:
 
 _THRESHOLDS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.2)
 _DB = partial(_thresholds, "residual_diff_threshold", Fn_compute_blocks=1, max_warmup_steps=3)
-_TAYLORS = ((2, 8, 1), (2, 3, 1), (2, 1, 1), (3, 3, 1), (3, 3, 2), (4, 3, 1), (5, 3, 1))
+_TAYLORS = (
+    *((2, 8, 1), (2, 3, 1), (2, 1, 1), (3, 3, 1), (3, 3, 2)),
+    *((4, 3, 1), (5, 3, 1), (6, 3, 1), (8, 3, 1)),
+)
 _DENSE_TAYLOR = _taylors((1, 0, 1))[0]
 
 PEERS: tuple[Peer, ...] = (
@@ -341,6 +344,7 @@ PEERS: tuple[Peer, ...] = (
             (0.09, 3, 0.2),
             (0.12, 3, 0.2),
             (0.24, 4, 0.1),
+            (0.5, 6, 0.1),
         ),
         _mags((0.0, 0, 1.0))[0],
         calibrate=_mag_ratios,
