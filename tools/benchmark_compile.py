@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -34,10 +35,11 @@ from ditfastattn.passes.plan import Calibration, Plan, Strategy
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from ditfastattn.runtime.search.lane import Lane
-from ditfastattn.runtime.search.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.session import open_session
 from ditfastattn.runtime.search.steppers import DenseStepper
 from ditfastattn.runtime.search.timing import measure_pairs, summarize
+from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import machine
 
@@ -57,6 +59,7 @@ Steps = Annotated[int, typer.Option(min=2, help="Sampler steps.")]
 Variants = Annotated[int, typer.Option(min=2, help="Distinct steps of the plan.")]
 Out = Annotated[Path, typer.Option(help="Folder for the JSON.")]
 OUT = Path("benchmarks/compile")
+_RUN = OutlinedStep.__call__
 
 
 class Backend(StrEnum):
@@ -206,6 +209,12 @@ def pairs(layers: Layers = 28, repetitions: int = 50) -> None:
 
 def _dispatch_seconds(step: OutlinedStep, args: Sequence[Tensor]) -> float:
     """Return the median time of ``step`` with regions that return what they returned before."""
+    empty = _emptied(step, args)
+    return summarize([_seconds(lambda: empty(args)) for _ in range(1000)]).median
+
+
+def _emptied(step: OutlinedStep, args: Sequence[Tensor]) -> OutlinedStep:
+    """Run ``step`` once; return one whose regions do nothing but return what they returned."""
     results: list[Any] = []
 
     def recorded(region: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,10 +227,71 @@ def _dispatch_seconds(step: OutlinedStep, args: Sequence[Tensor]) -> float:
     def ready(result: Any) -> Callable[..., Any]:
         return lambda *_: result
 
-    replace(step, calls=tuple(replace(call, run=recorded(call.run)) for call in step.calls))(args)
+    _RUN(
+        replace(step, calls=tuple(replace(call, run=recorded(call.run)) for call in step.calls)),
+        args,
+    )
     paired = zip(step.calls, results, strict=True)
-    empty = replace(step, calls=tuple(replace(call, run=ready(result)) for call, result in paired))
-    return summarize([_seconds(lambda: empty(args)) for _ in range(1000)]).median
+    return replace(step, calls=tuple(replace(call, run=ready(result)) for call, result in paired))
+
+
+@app.command()
+def dispatch(
+    out: Out = OUT,
+    plan: Annotated[Path, typer.Option(help="A plan of the demo.")] = Path(
+        "benchmarks/demo/plan.json"
+    ),
+    repetitions: Annotated[int, typer.Option(min=10, help="Timed pairs of generations.")] = 20,
+) -> None:
+    """Time the demo's calls of the model by a plan, and the same calls with empty regions.
+
+    What is left then is guards, clock, caches and dispatch.
+    """
+    loaded, pipeline = Plan.load(plan), DEMO.open()
+    prompt = Prompt({**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}, 0)
+    model = _ours(pipeline, plan=loaded)
+    calls = _recorded_calls(pipeline, prompt)
+    emptied: dict[int, OutlinedStep] = {}
+
+    def generation(_: int) -> None:
+        with torch.no_grad():
+            for args, named in calls:
+                model(*args, **named)
+
+    def run_empty(step: OutlinedStep, args: Sequence[Tensor]) -> list[Any]:
+        if id(step) not in emptied:
+            emptied[id(step)] = _emptied(step, args)
+        return _RUN(emptied[id(step)], args)
+
+    def overhead(_: int) -> None:
+        with patch.object(OutlinedStep, "__call__", run_empty):
+            generation(0)
+
+    for warm in (generation, generation, overhead, overhead):
+        warm(0)
+    timing = measure_pairs(generation, overhead, repetitions)
+    results = {
+        "generation_seconds": asdict(timing.baseline),
+        "overhead_seconds": asdict(timing.candidate),
+        "overhead_of_generation": timing.candidate.median / timing.baseline.median,
+        "variants": len(emptied),
+    }
+    _write(out / "dispatch.json", results, steps=len(calls), repetitions=repetitions)
+
+
+def _recorded_calls(pipeline: Any, prompt: Prompt) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments of the model's calls in one dense generation."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    hook = pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        generate(pipeline, prompt)
+    finally:
+        hook.remove()
+    return calls
 
 
 def _ours(pipeline: DigitsPipeline, **options: Any) -> Any:
