@@ -11,6 +11,14 @@ After::
 
     return [%0]
 
+A cast to the dtype of another tensor depends on that tensor no longer::
+
+    %2 = aten.type_as.default(%0, %1): float32[2, 4]
+
+becomes::
+
+    %2 = aten.to.dtype(%0, float32): float32[2, 4]
+
 What is taken from the first dimension of a permutation, as queries, keys and values from
 ``[3, B, H, N, D]``, is taken before it, so that the batch stays the first dimension::
 
@@ -41,6 +49,8 @@ def canonicalize(module: GraphModule) -> int:
     dropped = _drop_inactive_autocast(module)
     for node in calls(module.graph, aten.permute.default):
         _select_before(module, node)
+    for node in calls(module.graph, aten.type_as.default):
+        _cast_by_dtype(module, node)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
@@ -63,6 +73,16 @@ def _drop_inactive_autocast(module: GraphModule) -> int:
             module.graph.erase_node(end)
         module.graph.erase_node(node)
     return len(inactive)
+
+
+def _cast_by_dtype(module: GraphModule, node: Node) -> None:
+    """Take from the tensor that ``node`` casts like no more than its dtype."""
+    source: Any = node.args[0]
+    if value(source).device == value(node).device:
+        with module.graph.inserting_before(node):
+            cast = insert(module.graph, aten.to.dtype, (source, value(node).dtype), node)
+        node.replace_all_uses_with(cast)
+        module.graph.erase_node(node)
 
 
 def _select_before(module: GraphModule, permute: Node) -> None:

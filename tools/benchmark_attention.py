@@ -5,7 +5,8 @@
 The layer is a residual branch as a DiT block has it: projections, attention, output projection and
 gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
 the output for later steps. Where the tokens are a square's, windows by tiles are timed too. A
-profile of each says which operators its time went to; what Inductor fused is the rest.
+profile of each says which operators its time went to; what Inductor fused is the rest. The kernel
+of a band is also timed alone, with the bias that hides what is outside the band and without it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ditfastattn.files import write_text_atomically
+from ditfastattn.passes.band import band_bias, band_of
 from ditfastattn.passes.caches import read_slots
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.plan import CfgLayout, Strategy
+from ditfastattn.passes.plan import CfgLayout, Strategy, Window
 from ditfastattn.passes.sites import find_sites
 from ditfastattn.passes.windows import tiles
 from ditfastattn.runtime.lowering import Lowering, lower
@@ -136,12 +138,44 @@ def run(
         "window_per_side": site.window,
         "tiles": str(tiled) if tiled is not None else None,
         "ratio_to_full": ratios,
+        "kernel_ratio_to_full": _kernels(x, heads, site.window, repetitions),
         "profile_seconds": profiles,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
     }
     path = out / f"{device}-{tokens}-{dtype}.json"
     write_text_atomically(path, json.dumps(data, indent=1) + "\n")
     Console().print_json(data=ratios)
+
+
+def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[str, float]:
+    """Return the time of a band's attention in blocks, and what part of the products it computes.
+
+    Both are ratios to the full attention of as many heads and tokens, nothing else in either.
+    """
+    assert isinstance(window, int)
+    batch, tokens, width = x.shape
+    band = band_of(tokens, window, x.dtype, x.device)
+    head_dim, rows = width // heads, batch * heads
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, head_dim, dtype=x.dtype, device=x.device)
+
+    whole = [some(batch, heads, tokens) for _ in range(3)]
+    near = [some(band.blocks, rows, size) for size in (band.block, band.span, band.span)]
+    bias = band_bias(band)
+
+    def attend(tensors: Sequence[Tensor], mask: Tensor | None, _: int) -> None:
+        q, k, v = tensors
+        nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    calls = [partial(attend, near, bias), partial(attend, near, None)]
+    with torch.no_grad():
+        for warm in (partial(attend, whole, None), *calls):
+            warm(0)
+        timings = measure_turns(partial(attend, whole, None), calls, repetitions)
+    names = ("blocks", "blocks without the bias")
+    found = {name: 1.0 / pair.speedup.median for name, pair in zip(names, timings, strict=True)}
+    return {"products": band.blocks * band.block * band.span / tokens**2, **found}
 
 
 def _profile(call: Callable[[int], None], device: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from onnx import TensorProto, helper
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, VerifyError
@@ -36,7 +37,15 @@ from tests.export.test_tensorrt import (
     needs_builder,
     wide,
 )
-from tests.helpers import TINY_MODELS, capture_every_site, make_plan
+from tests.helpers import (
+    TINY_MODELS,
+    TinyModel,
+    capture_every_site,
+    make_plan,
+    noise,
+    randomize,
+    timestep,
+)
 
 REACH = 16  # keys on each side of a query
 
@@ -113,6 +122,57 @@ def test_windowed_attentions_see_blocks_of_keys(name: str, by_tiles: bool, tmp_p
     assert len(images) == sum(bool(site.windows) for site in sites)
     for kernel in images:
         assert kernel.queries < kernel.keys <= TOKENS // 2 + text
+
+
+def wan() -> TinyModel:
+    """Return a Wan of one layer over 4 frames of 24 by 24 tokens."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        return {
+            "hidden_states": noise(step, batch // 2, 4, 4, 48, 48).repeat(2, 1, 1, 1, 1),
+            "encoder_hidden_states": noise(99, batch, 5, 16),
+            "timestep": timestep(step, batch),
+            "return_dict": False,
+        }
+
+    return TinyModel(randomize(model), call)
+
+
+@needs_builder
+def test_a_videos_tiles_see_near_tiles_of_near_frames(tmp_path: Path) -> None:
+    tiny = wan()
+    _, sites = capture_every_site(tiny)
+    chosen = [replace(s, window=s.windows[-1]) if s.windows else s for s in sites]
+    (tiles,) = (site.window for site in chosen if site.windows)
+    assert tiles == TileWindow(grid=(4, 24, 24), tile=(1, 4, 4), reach=(1, 1, 1))
+    rows = [
+        tuple(strategy if site.windows else Strategy.FULL for site in chosen)
+        for strategy in (Strategy.FULL, *[Strategy.WINDOW] * 5)
+    ]
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in chosen)})
+    torch._dynamo.reset()
+    options = ExportOptions(dtype="float16")
+    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path, options)
+    engines = build(tmp_path, BuildOptions(TARGET, Layout.VARIANTS))
+    spec = engines.of(read_manifest(tmp_path).variants[1].file)
+    assert spec is not None
+    assert spec.findings == ()
+    log = read_log((tmp_path / ENGINES_FOLDER / TARGET / spec.file).with_suffix(".log"))
+    windows = [k for k in log.attentions if any("tile_attention" in node for node in k.nodes)]
+    assert [(kernel.queries, kernel.keys) for kernel in windows] == [(16, 27 * 16)]
 
 
 @needs_builder

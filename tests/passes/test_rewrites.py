@@ -202,6 +202,22 @@ def test_canonicalize_keeps_what_computes_something() -> None:
     }
 
 
+def test_canonicalize_lets_a_cast_depend_on_no_other_tensor() -> None:
+    class Like(torch.nn.Module):
+        def forward(self, x: Tensor, wide: Tensor) -> Tensor:
+            return x.type_as(wide).sin().type_as(wide)
+
+    given = {"x": torch.randn(2, 4), "wide": torch.randn(3).double()}
+    module = capture_model(Like(), given).module
+    assert graph_text(module.graph) == (
+        "%0 = input arg0_1: float32[2, 4]\n"
+        "%1 = input arg1_1: float64[3]\n"
+        "%2 = aten.to.dtype(%0, torch.float64): float64[2, 4]\n"
+        "%3 = aten.sin.default(%2): float64[2, 4]\n"
+        "return [%3]"
+    )
+
+
 def sunk(function: type[torch.nn.Module], *shape: int) -> tuple[GraphModule, int]:
     """Return the graph of ``function`` with its last node halved and sunk, and the moves."""
     module = capture_model(function(), {"x": torch.randn(*shape)}).module
