@@ -11,8 +11,7 @@ After::
 
 Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
 many others, so nothing is masked but the keys that the model itself masks: what is gathered is all
-used, by whichever kernel is fastest. On a CPU some heads at a time are gathered and attended:
-larger buffers are new pages at each call, and to fill those takes longer than the attention.
+used, by whichever kernel is fastest.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles, seen_t
 from ditfastattn.passes.windows import window_of
 
 _MAX_GATHERED_BYTES = 2**31
-_CPU_BUFFER_BYTES = 2**24  # the C library maps buffers of 32 MiB and more anew
 
 
 def lower_tile_attention(module: GraphModule) -> list[str]:
@@ -89,19 +87,6 @@ def tiles_form(
     def in_tiles(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *extra: Tensor
     ) -> Tensor:
-        """Attend tile by tile, some heads at a time; ``extra`` are the text's keys and values."""
-        heads, at_once = q.shape[1], _heads_at_once(window, k)
-        parts: list[Tensor] = []
-        for first in range(0, heads, at_once):
-            own = slice(first, first + at_once)
-            hidden = None if bias is None else bias[:, own].flatten(0, 1)
-            texts = [item[:, own] for item in extra]
-            parts.append(tiled(q[:, own], k[:, own], v[:, own], hidden, near, *texts))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def tiled(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *extra: Tensor
-    ) -> Tensor:
         batch, heads, _, head_dim = q.shape
         keys, values = (_gathered(window, item, near) for item in (k, v))
         if extra:
@@ -134,20 +119,11 @@ def tiles_form(
         hidden = key_bias(mask, q.dtype)
         found = hidden.squeeze(2).index_select(2, seen)
         each = found.reshape(*found.shape[:2], count, 1, -1)
-        bias = each.expand(*q.shape[:2], -1, -1, -1)  # [B, H, tiles, 1, seen]
+        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
         return attend(q, k, v, hidden, bias, near)
 
     near = _near(window, device)
     return (run_masked, (near, _seen(window, text, device))) if masked else (run, (near,))
-
-
-def _heads_at_once(window: TileWindow, keys: Tensor) -> int:
-    """Return how many heads' gathered keys fit a buffer, at least one; all but on a CPU."""
-    batch, heads, _, head_dim = keys.shape
-    if keys.device.type != "cpu":
-        return heads
-    each = batch * math.prod(window.counts) * window.seen * head_dim * keys.dtype.itemsize
-    return min(heads, max(1, _CPU_BUFFER_BYTES // each))
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -14,9 +13,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
-from ditfastattn.passes import lower_tile_attention
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.passes.ir import ATTENTION, calls, value
+from ditfastattn.passes.lower_tile_attention import lower_tile_attention
 from ditfastattn.passes.lower_windows import compute_window
 from ditfastattn.passes.plan import TileWindow
 from ditfastattn.passes.sites import AttentionSite
@@ -95,7 +94,7 @@ def test_the_form_equals_the_op(window: TileWindow, text: tuple[int, int]) -> No
     module = trace(tiled(window, *text), *examples)
     (node,) = calls(module.graph, TILE_ATTENTION)
     before, node.meta["stack_trace"] = value(node), "File model.py, line 7"
-    assert lower_tile_attention.lower_tile_attention(module) == []
+    assert lower_tile_attention(module) == []
     assert not calls(module.graph, TILE_ATTENTION)
     (after,) = module.graph.output_node().all_input_nodes
     assert (value(after).shape, value(after).stride()) == (before.shape, before.stride())
@@ -107,34 +106,10 @@ def test_the_form_equals_the_op(window: TileWindow, text: tuple[int, int]) -> No
     torch.testing.assert_close(eager, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", [(0, 0), (3, 4)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_heads_are_attended_some_at_a_time(
-    text: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, k, v = inputs(2, 3, IMAGE.tokens + sum(text), 16)
-    each = 2 * math.prod(IMAGE.counts) * IMAGE.seen * 16 * 4  # bytes of one head's gathered keys
-    monkeypatch.setattr(lower_tile_attention, "_CPU_BUFFER_BYTES", 2 * each)
-    mask = [torch.rand(2, 1, 1, q.shape[2]) > 0.3] if masked else []
-
-    def model(*tensors: Tensor) -> Tensor:
-        sizes = [list(part) for part in (IMAGE.grid, IMAGE.tile, IMAGE.reach)]
-        result: Tensor = TILE_ATTENTION(*tensors[:3], *sizes, 0.3, *text, *tensors[3:])
-        return result
-
-    module = trace(model, q, k, v, *mask)
-    assert lower_tile_attention.lower_tile_attention(module) == []
-    # Two heads, then one, of two rows each; the text's queries by themselves.
-    rows = [value(node.args[0]).shape[0] for node in calls(module.graph, ATTENTION)]
-    assert rows == [2 * 2, 2 * 1, *([2] if any(text) else [])]
-    expected = model(q, k, v, *mask)
-    torch.testing.assert_close(module(q, k, v, *mask)[0], expected, rtol=0, atol=1e-5)
-
-
 def test_the_compiled_form_equals_the_op() -> None:
     examples = inputs(2, 3, IMAGE.tokens + 5, 16)
     module = trace(tiled(IMAGE, 0, 5), *examples)
-    lower_tile_attention.lower_tile_attention(module)
+    lower_tile_attention(module)
     expected = tiled(IMAGE, 0, 5)(*examples)
     torch.testing.assert_close(compiled(module, *examples), expected, rtol=0, atol=1e-5)
 
@@ -143,7 +118,7 @@ def test_the_form_skips_the_other_tiles() -> None:
     window = TileWindow(grid=(32, 32), tile=(4, 4), reach=(1, 1))
     module = trace(tiled(window), *inputs(1, 2, 1024, 16))
     counted = count_flops(module.graph).attention
-    lower_tile_attention.lower_tile_attention(module)
+    lower_tile_attention(module)
     (attention,) = calls(module.graph, ATTENTION)
     assert value(attention.args[0]).shape == (2, 64, 16, 16)
     assert value(attention.args[1]).shape == (2, 64, 9 * 16, 16)
@@ -154,7 +129,7 @@ def test_what_would_fill_the_memory_stays_and_is_named() -> None:
     window = TileWindow(grid=(64, 64, 64), tile=(8, 8, 8), reach=(1, 1, 1))
     fake = [torch.empty(1, 2, 64**3, 64, device="meta") for _ in range(3)]
     module = trace(tiled(window), *fake)
-    (reason,) = lower_tile_attention.lower_tile_attention(module)
+    (reason,) = lower_tile_attention(module)
     assert "would take 6912 MiB" in reason
     assert len(calls(module.graph, TILE_ATTENTION)) == 1
 
