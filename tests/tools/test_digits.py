@@ -111,7 +111,8 @@ def test_a_generator_per_image_makes_it_independent_of_its_batch(pipeline: Digit
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = draw(pipeline, [3, 7], generator=seeds)
     alone = draw(pipeline, [7], generator=[torch.Generator().manual_seed(2)])
-    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+    # A batch of another size may take other kernels, whose rounding a generation adds up.
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-3)
 
 
 def test_output_types(pipeline: DigitsPipeline) -> None:
