@@ -20,7 +20,7 @@ from ditfastattn.passes.caches import written_slots
 from ditfastattn.passes.capture import CapturedGraph
 from ditfastattn.passes.flops import Flops, count_flops
 from ditfastattn.passes.hoist_invariants import find_invariants, prologue
-from ditfastattn.passes.ir import find, value
+from ditfastattn.passes.ir import outputs, value
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
 
@@ -46,7 +46,7 @@ class Prologue:
         self._run: RunnableGraph | None = None
         self.flops: Flops = count_flops(self._module.graph)
         #: how much memory the values take
-        self.bytes = sum(value(find(captured.module.graph, node)).nbytes for node in self.nodes)
+        self.bytes = sum(value(node).nbytes for node in outputs(self._module.graph))
         used = [bool(node.users) for node in self._module.graph.find_nodes(op="placeholder")]
         entries = list(enumerate(captured.inputs))
         self.weights = [index for index, entry in entries if entry.static and used[index]]

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 _PRODUCTS = ("MatMul", "Gemm")
 
@@ -77,15 +78,10 @@ def _picked(graph: GraphProto, node: NodeProto, part: list[int]) -> list[NodePro
     apart = f"{node.output[0]}.apart"
     shape = [*(0 for _ in part[:-1]), len(node.output), part[-1]]
     nodes = [helper.make_node("Reshape", [node.input[0], f"{apart}.shape"], [apart], apart)]
-    graph.initializer.append(_integers(f"{apart}.shape", shape, [len(shape)]))
+    graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{apart}.shape"))
     for number, output in enumerate(node.output):
         place = f"{output}.place"
-        graph.initializer.append(_integers(place, [number], []))
+        graph.initializer.append(numpy_helper.from_array(np.array(number, np.int64), place))
         picked = helper.make_node("Gather", [apart, place], [output], output, axis=len(part) - 1)
         nodes.append(picked)
     return nodes
-
-
-def _integers(name: str, values: Sequence[int], dims: Sequence[int]) -> TensorProto:
-    content = b"".join(value.to_bytes(8, "little", signed=True) for value in values)
-    return helper.make_tensor(name, TensorProto.INT64, dims, content, raw=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, weight_bytes
 from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library
@@ -34,6 +36,7 @@ from tests.export.test_tensorrt import (
     TOKENS,
     four_rows,
     half_bundle,
+    log_of,
     needs_builder,
     wide,
 )
@@ -88,6 +91,25 @@ def test_a_dropped_window_is_seen_in_the_log(tmp_path: Path) -> None:
     assert most_keys(log) == TOKENS  # every query sees every key
 
 
+def log_of_windows(tiny: TinyModel, sites: Sequence[AttentionSite], out: Path) -> BuildLog:
+    """Build ``tiny`` with every window that ``sites`` have; return the log of a windowed step."""
+    rows = [
+        tuple(strategy if site.windows else Strategy.FULL for site in sites)
+        for strategy in (Strategy.FULL, *[Strategy.WINDOW] * 5)
+    ]
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in sites)})
+    torch._dynamo.reset()
+    options = ExportOptions(dtype="float16")
+    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
+    engines = build(out, BuildOptions(TARGET, Layout.VARIANTS))
+    graph = read_manifest(out).variants[1].file
+    spec = engines.of(graph)
+    assert spec is not None
+    assert spec.findings == ()
+    return log_of(out, engines, graph)
+
+
 @needs_builder
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 @pytest.mark.parametrize("by_tiles", [False, True], ids=["bands", "tiles"])
@@ -100,21 +122,7 @@ def test_windowed_attentions_see_blocks_of_keys(name: str, by_tiles: bool, tmp_p
         else site
         for site in sites
     ]
-    rows = [
-        tuple(strategy if site.windows else Strategy.FULL for site in chosen)
-        for strategy in (Strategy.FULL, *[Strategy.WINDOW] * 5)
-    ]
-    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in chosen)})
-    torch._dynamo.reset()
-    options = ExportOptions(dtype="float16")
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path, options)
-    engines = build(tmp_path, BuildOptions(TARGET, Layout.VARIANTS))
-    windowed = read_manifest(tmp_path).variants[1].file
-    spec = engines.of(windowed)
-    assert spec is not None
-    assert spec.findings == ()
-    log = read_log((tmp_path / ENGINES_FOLDER / TARGET / spec.file).with_suffix(".log"))
+    log = log_of_windows(tiny, chosen, tmp_path)
     form = "tile_attention" if by_tiles else "window_attention"
     windows = [k for k in log.attentions if any(node.startswith(form) for node in k.nodes)]
     text = 5 if name == "sd3" else 0
@@ -157,20 +165,7 @@ def test_a_videos_tiles_see_near_tiles_of_near_frames(tmp_path: Path) -> None:
     chosen = [replace(s, window=s.windows[-1]) if s.windows else s for s in sites]
     (tiles,) = (site.window for site in chosen if site.windows)
     assert tiles == TileWindow(grid=(4, 24, 24), tile=(1, 4, 4), reach=(1, 1, 1))
-    rows = [
-        tuple(strategy if site.windows else Strategy.FULL for site in chosen)
-        for strategy in (Strategy.FULL, *[Strategy.WINDOW] * 5)
-    ]
-    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in chosen)})
-    torch._dynamo.reset()
-    options = ExportOptions(dtype="float16")
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path, options)
-    engines = build(tmp_path, BuildOptions(TARGET, Layout.VARIANTS))
-    spec = engines.of(read_manifest(tmp_path).variants[1].file)
-    assert spec is not None
-    assert spec.findings == ()
-    log = read_log((tmp_path / ENGINES_FOLDER / TARGET / spec.file).with_suffix(".log"))
+    log = log_of_windows(tiny, chosen, tmp_path)
     windows = [k for k in log.attentions if any("tile_attention" in node for node in k.nodes)]
     assert [(kernel.queries, kernel.keys) for kernel in windows] == [(16, 27 * 16)]
 
