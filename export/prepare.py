@@ -157,7 +157,10 @@ def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
 def _again(sites: tuple[AttentionSite, ...], captured: CapturedCall) -> tuple[AttentionSite, ...]:
     """Return the planned sites of another capture of the same model."""
     known = {site.name: site for site in find_sites(captured.graph).sites}
-    return tuple(replace(known[site.name], window=site.window) for site in sites)
+    return tuple(
+        replace(known[site.name], window=site.window).with_caches_in(site.cache_dtype)
+        for site in sites
+    )
 
 
 def _dtype(name: str) -> torch.dtype:

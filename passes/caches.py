@@ -24,6 +24,7 @@ from ditfastattn.passes.ir import add_input, add_output
 
 _SLOT = "cache_slot"
 _WRITES = "cache_writes"
+_DISTANCE, _CURVATURE, _INVARIANT = "distance", "curvature", "invariant"
 
 
 def output_slot(site: str, index: int) -> str:
@@ -46,6 +47,12 @@ def earlier_slot(site: str, index: int) -> str:
     return f"{site}/earlier.{index}"
 
 
+def site_of(slot: str) -> str:
+    """Return the site whose output or residual ``slot`` holds; "" where it holds neither."""
+    site, _, item = slot.rpartition("/")
+    return "" if site == _INVARIANT or item in (_DISTANCE, _CURVATURE) else site
+
+
 def output_of(slot: str) -> str:
     """Return the output slot of what ``slot``, an output or one it was moved to, has held."""
     return re.sub(r"/(previous|earlier)\.(\d+)$", r"/output.\2", slot)
@@ -57,7 +64,7 @@ def distance_slot(site: str) -> str:
     The change between the last two outputs is added so many times. On a line these are the steps
     since the last output, in units of the steps between the two.
     """
-    return f"{site}/distance"
+    return f"{site}/{_DISTANCE}"
 
 
 def curvature_slot(site: str) -> str:
@@ -66,7 +73,7 @@ def curvature_slot(site: str) -> str:
     That is the change from the earlier to the previous output; it is subtracted, as this is
     negative.
     """
-    return f"{site}/curvature"
+    return f"{site}/{_CURVATURE}"
 
 
 def number_slots(site: str, outputs: int) -> tuple[str, ...]:
@@ -76,15 +83,14 @@ def number_slots(site: str, outputs: int) -> tuple[str, ...]:
 
 def invariant_slot(node: str) -> str:
     """Name the slot of the step-invariant value of ``node``."""
-    return f"invariant/{node}"
+    return f"{_INVARIANT}/{node}"
 
 
 def read_cache(graph: Graph, slot: str, like: Tensor) -> Node:
     """Return the graph input that brings ``slot``, adding it if it is not there yet."""
-    for node in graph.find_nodes(op="placeholder"):
-        if node.meta.get(_SLOT) == slot:
-            found: Node = node
-            return found
+    found = read_nodes(graph).get(slot)
+    if found is not None:
+        return found
     node = add_input(graph, "cache_" + re.sub(r"\W", "_", slot), like)
     node.meta[_SLOT] = slot
     return node
@@ -97,10 +103,15 @@ def write_cache(graph: Graph, slot: str, node: Node) -> None:
     output.meta[_WRITES] = (*written_slots(graph), slot)
 
 
+def read_nodes(graph: Graph) -> dict[str, Node]:
+    """Return the graph's cache inputs, by their slots."""
+    inputs = graph.find_nodes(op="placeholder")
+    return {node.meta[_SLOT]: node for node in inputs if _SLOT in node.meta}
+
+
 def read_slots(graph: Graph) -> tuple[str, ...]:
     """Return the slots the graph reads, in the order of its cache inputs."""
-    inputs = graph.find_nodes(op="placeholder")
-    return tuple(node.meta[_SLOT] for node in inputs if _SLOT in node.meta)
+    return tuple(read_nodes(graph))
 
 
 def written_slots(graph: Graph) -> tuple[str, ...]:

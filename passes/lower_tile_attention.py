@@ -12,12 +12,16 @@ After::
 Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
 many others, so nothing is masked but the keys that the model itself masks: what is gathered is all
 used, by whichever kernel is fastest.
+
+Of a grid of one axis, the sequence itself, a tile sees one run of tokens. On a CPU nothing is
+gathered then: each tile attends a slice of the keys.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -65,6 +69,8 @@ def _decline(node: Node) -> str:
     window, _, _ = window_of(node)
     assert isinstance(window, TileWindow)
     keys = value(sources(node)[1])
+    if _is_in_runs(window, keys.device):
+        return ""
     gathered = 2 * keys.nbytes * math.prod(window.spans)
     if gathered > _MAX_GATHERED_BYTES:
         return f"the keys and values that its tiles see would take {gathered >> 20} MiB"
@@ -79,6 +85,8 @@ def tiles_form(
     masked: bool = False,
 ) -> tuple[Form, Constants]:
     """Return the form that attends tile by tile, and its constants."""
+    if _is_in_runs(window, device):
+        return _runs_form(window, scale, text, masked), ()
     before, after = text
     stop = before + window.tokens
     outside = before + after
@@ -124,6 +132,62 @@ def tiles_form(
 
     near = _near(window, device)
     return (run_masked, (near, _seen(window, text, device))) if masked else (run, (near,))
+
+
+def _is_in_runs(window: TileWindow, device: torch.device) -> bool:
+    """Tell whether tiles attend slices: a GPU would be busy with each for too short a time."""
+    return len(window.grid) == 1 and device.type == "cpu"
+
+
+def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: bool) -> Form:
+    """Return the form for tiles of the sequence, each of which sees one run of it."""
+    before, after = text
+    stop = before + window.tokens
+
+    def seen(item: Tensor, dim: int, first: int, last: int) -> Tensor:
+        """Return the tokens from ``first`` to ``last``, and the text."""
+        if last - first == window.tokens:
+            return item
+        parts = [(0, before), (before + first, before + last), (stop, stop + after)]
+        found = [item.narrow(dim, start, end - start) for start, end in parts if end > start]
+        return torch.cat(found, dim=dim) if len(found) > 1 else found[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        def queries(start: int, end: int, first: int, last: int) -> Tensor:
+            keys, values = seen(k, 2, first, last), seen(v, 2, first, last)
+            bias = None if hidden is None else seen(hidden, 3, first, last)
+            rows = q.narrow(2, start, end - start)
+            return scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+
+        everything = 0, window.tokens
+        parts = [queries(0, before, *everything)] if before else []
+        for start, end, first, last in _runs(window):
+            parts.append(queries(before + start, before + end, first, last))
+        parts += [queries(stop, stop + after, *everything)] if after else []
+        return token_major(torch.cat(parts, dim=2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, None)
+
+    def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attend(q, k, v, key_bias(mask, q.dtype))
+
+    return run_masked if masked else run
+
+
+def _runs(window: TileWindow) -> list[tuple[int, int, int, int]]:
+    """Return runs of queries, from and to, and the run of keys that each sees, of a sequence.
+
+    Tiles at an end of the sequence, which see the same, are one run.
+    """
+    (tile,), (span,), (reach,), (count,) = window.tile, window.spans, window.reach, window.counts
+    firsts = [min(max(0, place - reach), count - span) for place in range(count)]
+    found: list[tuple[int, int, int, int]] = []
+    for first, alike in groupby(range(count), key=firsts.__getitem__):
+        places = list(alike)
+        queries = places[0] * tile, (places[-1] + 1) * tile
+        found.append((*queries, first * tile, (first + span) * tile))
+    return found
 
 
 @lru_cache(maxsize=8)

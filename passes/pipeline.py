@@ -19,6 +19,7 @@ from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
 from ditfastattn.passes.ir import clone, graph_text, outputs
 from ditfastattn.passes.merge_heads import MergeHeads
+from ditfastattn.passes.narrow_caches import NarrowCaches
 from ditfastattn.passes.plan import CfgLayout, Strategy
 from ditfastattn.passes.share_across_cfg import ShareAcrossCfg
 from ditfastattn.passes.share_across_steps import ShareAcrossSteps
@@ -70,6 +71,7 @@ def variant_passes(
         MergeHeads(
             tuple((site, action.strategy) for site, action in pairs if site.whole is not None)
         ),
+        NarrowCaches(tuple(sites)),
         HoistInvariants(invariants),
         HoistInvariants(folded, FOLD_TIMESTEPS),
         SinkBatchSlices(),

@@ -101,6 +101,13 @@ class SiteKind(StrEnum):
     FEED_FORWARD = "feed-forward"
 
 
+class CacheDtype(StrEnum):
+    """Name what caches may be kept in, to take less memory than in the model's dtype."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 # An infinite PSNR is written as "Infinity": JSON has no such number.
 class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     pass
@@ -172,7 +179,8 @@ class PlannedSite(_Record, frozen=True):
 
     ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
     describes tiles; 0 where a window is not legal. A feed-forward is one head of its width. Where
-    the heads of an attention take strategies of their own, a site is a ``group`` of them.
+    the heads of an attention take strategies of their own, a site is a ``group`` of them. Caches
+    are kept in ``cache_dtype``, in the model's own dtype where there is none.
     """
 
     name: str
@@ -181,13 +189,14 @@ class PlannedSite(_Record, frozen=True):
     heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
     window: Window
+    cache_dtype: CacheDtype | None = None
     group: HeadGroup | None = None
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``group`` out where there is none: such a plan is as it was before groups."""
+        """Leave out what there is none of: such a plan is as it was before it could be."""
         fields: dict[str, Any] = write(self)
-        return {name: item for name, item in fields.items() if name != "group" or item is not None}
+        return {name: item for name, item in fields.items() if item is not None}
 
 
 class Sampler(_Record, frozen=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
@@ -24,6 +25,7 @@ from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_
 from ditfastattn.passes.key_masks import hides_keys_alone
 from ditfastattn.passes.lane_rows import lane_halves
 from ditfastattn.passes.plan import (
+    CacheDtype,
     CfgLayout,
     HeadGroup,
     PlannedSite,
@@ -33,7 +35,7 @@ from ditfastattn.passes.plan import (
 )
 from ditfastattn.passes.recognize_attention import RECOGNIZED
 from ditfastattn.passes.token_grid import GridFinder
-from ditfastattn.passes.windows import band, tiles
+from ditfastattn.passes.windows import window_forms
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
 
@@ -49,7 +51,7 @@ class AttentionSite:
     ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
     ``window``, 0 where none is legal. ``declined`` says why a strategy is not legal here.
     A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
-    puts its groups together.
+    puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
     """
 
     name: str
@@ -68,11 +70,24 @@ class AttentionSite:
     no_grid: str = ""
     whole: AttentionSite | None = None
     first_head: int = 0
+    cache_dtype: CacheDtype | None = None
 
     @property
     def axes(self) -> str:
         """Name what the image's tokens run over: "space", "time", both, or "" where not known."""
         return {1: "time", 2: "space", 3: "time and space"}.get(len(self.grid), "")
+
+    def with_caches_in(self, dtype: CacheDtype | None) -> AttentionSite:
+        """Return this site, and what it is a group of, with caches kept in ``dtype``."""
+        whole = self.whole and replace(self.whole, cache_dtype=dtype)
+        return replace(self, cache_dtype=dtype, whole=whole)
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in what a cache keeps values of ``dtype``: never in a wider one."""
+        if self.cache_dtype is None:
+            return dtype
+        kept: torch.dtype = getattr(torch, self.cache_dtype)
+        return kept if kept.itemsize < dtype.itemsize else dtype
 
     def why_not(self, strategy: Strategy, layout: CfgLayout) -> str:
         """Return why ``strategy`` is not legal here under ``layout``, or "".
@@ -96,6 +111,7 @@ class AttentionSite:
             heads=self.heads,
             head_dim=self.head_dim,
             window=self.window,
+            cache_dtype=self.cache_dtype,
             group=None
             if self.whole is None
             else HeadGroup(site=self.whole.name, first=self.first_head, of=self.whole.heads),
@@ -229,8 +245,7 @@ def _describe(
     grid = _embedded(node, image, value(node).shape[0] // ancestry.batch)
     query: Any = node.args[0]
     grid = grid or grids.find(query, image)
-    forms = (band(image), tiles(grid)) if not no_window else ()
-    windows = tuple(form for form in forms if form is not None)
+    windows = window_forms(image, grid) if not no_window else ()
     return AttentionSite(
         name=name,
         ordinal=ordinal,

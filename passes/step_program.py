@@ -340,13 +340,14 @@ def _written(
     total = 0
     for site, action in zip(sites, row, strict=True):
         written = site.frontier if action.writes_output else ()
-        total += sum(_bytes(node, captured) for node in written)
-        total += _bytes(site.node, captured) if action.writes_residual else 0
+        total += sum(_bytes(site, node, captured) for node in written)
+        total += _bytes(site, site.node, captured) if action.writes_residual else 0
     return total
 
 
-def _bytes(node: str, captured: CapturedGraph) -> int:
-    return value(find(captured.module.graph, node)).nbytes
+def _bytes(site: AttentionSite, node: str, captured: CapturedGraph) -> int:
+    tensor = value(find(captured.module.graph, node))
+    return tensor.numel() * site.kept_dtype(tensor.dtype).itemsize
 
 
 def _slots(
@@ -380,11 +381,11 @@ def _slots(
     for index, member in enumerate(site.frontier):
         name, before = output_slot(site.name, index), previous_slot(site.name, index)
         earlier = earlier_slot(site.name, index)
-        slots.append(_slot(name, member, output_lives, captured))
-        slots.append(_slot(before, member, previous_lives, captured, source=name))
-        slots.append(_slot(earlier, member, earlier_lives, captured, source=before))
+        slots.append(_slot(site, name, member, output_lives, captured))
+        slots.append(_slot(site, before, member, previous_lives, captured, source=name))
+        slots.append(_slot(site, earlier, member, earlier_lives, captured, source=before))
     residual_lives = _lives(residual_written, residual_read)
-    slots.append(_slot(residual_slot(site.name), site.node, residual_lives, captured))
+    slots.append(_slot(site, residual_slot(site.name), site.node, residual_lives, captured))
     return [slot for slot in slots if slot.lives]
 
 
@@ -398,6 +399,7 @@ def _lives(written: Sequence[int], read: Sequence[int]) -> tuple[tuple[int, int]
 
 
 def _slot(
+    site: AttentionSite,
     name: str,
     node: str,
     lives: tuple[tuple[int, int], ...],
@@ -408,8 +410,8 @@ def _slot(
     return CacheSlot(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        bytes=tensor.nbytes,
+        dtype=str(site.kept_dtype(tensor.dtype)).removeprefix("torch."),
+        bytes=_bytes(site, node, captured),
         lives=lives,
         source=source,
     )

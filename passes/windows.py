@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch.fx import Node
@@ -17,11 +18,23 @@ WINDOWED = (WINDOW_ATTENTION, TILE_ATTENTION)
 _BAND_FRACTION = 8  # the paper's window: N/8 tokens on each side
 _TILES = 6  # along an axis, of which 3 are seen: a quarter of an image, as of the paper's window
 _FEWEST_TILES = 4  # of which 3 are seen
+_TILES_PER_SIDE = 2  # of the sequence, for the paper's window: the fastest measured
 
 
 def band(tokens: int) -> int:
     """Return the paper's window over ``tokens``, per side."""
     return max(1, tokens // _BAND_FRACTION)
+
+
+def window_forms(tokens: int, grid: Sequence[int]) -> tuple[Window, ...]:
+    """Return the windows over ``tokens`` of ``grid``, () where none is known: a band first.
+
+    Tiles of the grid follow, and tiles of the sequence.
+    """
+    forms = [band(tokens), tiles(grid)]
+    if len(grid) != 1:  # of frames the grid is the sequence
+        forms.append(sequence_tiles(tokens))
+    return tuple(form for form in forms if form is not None)
 
 
 def tiles(grid: Sequence[int]) -> TileWindow | None:
@@ -34,6 +47,25 @@ def tiles(grid: Sequence[int]) -> TileWindow | None:
     if list(grid) == sides:
         return None
     return TileWindow(grid=tuple(grid), tile=tuple(sides), reach=(1,) * len(sides))
+
+
+@cache
+def sequence_tiles(tokens: int) -> TileWindow | None:
+    """Return a window of whole tiles of the flattened sequence that sees the paper's, or None.
+
+    It sees all that the band sees and a little more, in as many products as the band's blocks take,
+    and needs no bias to hide anything. None where no tile near half of a side divides ``tokens``.
+    """
+    side = band(tokens)
+    wanted = side / _TILES_PER_SIDE
+    tile = _divisor(tokens, wanted)
+    if not wanted / 2 <= tile <= 2 * wanted:
+        return None
+    return TileWindow(grid=(tokens,), tile=(tile,), reach=(math.ceil(side / tile),))
+
+
+def _divisor(size: int, near: float) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - near))
 
 
 def _tile(size: int) -> int:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import CfgLayout, Plan
+from ditfastattn.passes.ir import find, value
+from ditfastattn.passes.plan import CacheDtype, CfgLayout, Plan
+from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.lane import measure_speed
@@ -51,6 +53,7 @@ def calibrate(
     objective: Objective | str = Objective.LATENCY,
     max_variants: int = 0,
     max_cache_mb: float = 0.0,
+    cache_dtype: CacheDtype | str | None = None,
     attention_only: bool = False,
     head_groups: int = 1,
     windows: WindowForm | str = WindowForm.AUTO,
@@ -77,14 +80,16 @@ def calibrate(
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
         max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
+        cache_dtype: keep caches in ``float16`` or ``bfloat16``, in half the memory of a model's
+            fp32; what they hold is rounded. In the model's own dtype where None.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
             always do.
         head_groups: how many groups of heads each attention forms, which take strategies of their
             own (DiTFastAttnV2's head-wise attention); as many as there are heads at most, 1 leaves
             attentions whole.
-        windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid
-            where one is known, or ``auto``: per site what measures better, for the ``global``
-            method, else bands.
+        windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid,
+            or of the sequence where no grid is known, or ``auto``: per site what measures better,
+            for the ``global`` method, else bands.
         cfg_layout: the order of the guidance halves; found by observation where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
@@ -120,7 +125,9 @@ def calibrate(
     narrow = attention_only or resolved is not Method.GLOBAL
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, head_groups)
     with holding as checkpoint, opening as session:
-        session.take_sites(allowed_windows(session.sites, forms))
+        device = session.example[0].device.type
+        sites = allowed_windows(session.sites, forms, device)
+        session.take_sites(_with_caches_in(cache_dtype, session, sites))
         work = Work(session, checkpoint, 0.0, on_progress)
         resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
         if resumed:
@@ -219,6 +226,25 @@ def _check_cap(name: str, most: float, method: Method) -> None:
         )
 
 
+def _with_caches_in(
+    dtype: CacheDtype | str | None, session: Session, sites: Sequence[AttentionSite]
+) -> tuple[AttentionSite, ...]:
+    """Return ``sites`` with caches kept in ``dtype``, which must be narrower than the model's."""
+    if dtype is None:
+        return tuple(sites)
+    made = tuple(site.with_caches_in(CacheDtype(dtype)) for site in sites)
+    own = {value(find(session.captured.module.graph, site.node)).dtype for site in sites}
+    if all(site.kept_dtype(item) == item for site in made for item in own):
+        raise ConfigError(
+            "caches would take as much memory as in the model's own dtype",
+            where="calibrate(cache_dtype)",
+            got=f"{dtype}, and a model that computes in "
+            + ", ".join(str(item).removeprefix("torch.") for item in own),
+            remedy="leave cache_dtype out",
+        )
+    return made
+
+
 def _check_head_groups(count: int) -> None:
     if count < 1:
         raise ConfigError(
@@ -241,7 +267,9 @@ def _request(
     return {
         "model": session.identity.model_dump(),
         "layout": session.layout,
-        "sites": [[site.name, *map(str, site.windows)] for site in session.sites],
+        "sites": [
+            [site.name, *map(str, site.windows), str(site.cache_dtype)] for site in session.sites
+        ],
         "call": {name: repr(item) for name, item in sorted(call.items())},
         "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
         "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),

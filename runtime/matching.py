@@ -120,7 +120,7 @@ def planned_sites(
     if recorded != found:
         raise _mismatch("sites", _names(found), _names(recorded))
     check_fingerprint(fingerprint, plan.model)
-    chosen = tuple(map(_with_window, chosen, plan.sites))
+    chosen = tuple(map(_as_planned, chosen, plan.sites))
     for row in plan.strategies:
         for site, strategy in zip(chosen, row, strict=True):
             reason = site.why_not(strategy, plan.sampler.cfg_layout)
@@ -129,13 +129,13 @@ def planned_sites(
     return chosen
 
 
-def _with_window(site: AttentionSite, planned: PlannedSite) -> AttentionSite:
-    """Give ``site`` the window of the plan, whose grid must be of the site's tokens."""
+def _as_planned(site: AttentionSite, planned: PlannedSite) -> AttentionSite:
+    """Give ``site`` window and caches of the plan; a grid must be of the site's tokens."""
     window, tokens = planned.window, site.tokens - sum(site.text)
     if isinstance(window, TileWindow) and window.tokens != tokens:
         grid = " x ".join(map(str, window.grid))
         raise _mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)
-    return replace(site, window=window)
+    return replace(site, window=window).with_caches_in(planned.cache_dtype)
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:

@@ -4,9 +4,10 @@
 
 The layer is a residual branch as a DiT block has it: projections, attention, output projection and
 gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
-the output for later steps. Where the tokens are a square's, windows by tiles are timed too. A
-profile of each says which operators its time went to; what Inductor fused is the rest. The kernel
-of a band is also timed alone, with the bias that hides what is outside the band and without it.
+the output for later steps. Windows by tiles of the sequence are timed too and, where the tokens
+are a square's, by tiles of that. A profile of each says which operators its time went to; what
+Inductor fused is the rest. The kernels are also timed alone: those of a band, with the bias that
+hides what is outside it and without, and those of tiles of the sequence.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from ditfastattn.files import write_text_atomically
 from ditfastattn.passes.band import band_bias, band_of
 from ditfastattn.passes.caches import read_slots
 from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.lower_windows import compute_window
 from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.plan import CfgLayout, Strategy, Window
+from ditfastattn.passes.plan import CfgLayout, Strategy, TileWindow, Window
 from ditfastattn.passes.sites import find_sites
-from ditfastattn.passes.windows import tiles
+from ditfastattn.passes.windows import sequence_tiles, tiles
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.timing import measure_turns
 from ditfastattn.tools.measure import machine
@@ -103,16 +105,19 @@ def run(
     captured, args = captured_branch(branch, x, gate)
     (site,) = find_sites(captured).sites
     side = math.isqrt(tokens)
-    tiled = tiles((side, side)) if side**2 == tokens else None
+    tiled = {"by tiles of the sequence": sequence_tiles(tokens)}
+    if side**2 == tokens:
+        tiled["by tiles"] = tiles((side, side))
     actions = {
         strategy.value: SiteAction(strategy) for strategy in Strategy if not strategy.extrapolates
     }
     actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
     acting = {name: (site, action) for name, action in actions.items()}
-    if tiled is not None:
-        by_tiles = replace(site, window=tiled)
-        of_windows = [name for name in actions if "window" in name or name == STORING]
-        acting |= {f"{name}, by tiles": (by_tiles, actions[name]) for name in of_windows}
+    of_windows = [name for name in actions if "window" in name or name == STORING]
+    for form, window in tiled.items():
+        if window is not None:
+            by_tiles = replace(site, window=window)
+            acting |= {f"{name}, {form}": (by_tiles, actions[name]) for name in of_windows}
     calls: dict[str, Callable[[int], None]] = {}
     for name, (acted, action) in acting.items():
         module = rewrite(captured, (acted,), (action,), CfgLayout.COND_FIRST, name)
@@ -136,7 +141,7 @@ def run(
         "machine": machine(),
         "arguments": {"tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype},
         "window_per_side": site.window,
-        "tiles": str(tiled) if tiled is not None else None,
+        "tiles": {form: str(window) for form, window in tiled.items() if window is not None},
         "ratio_to_full": ratios,
         "kernel_ratio_to_full": _kernels(x, heads, site.window, repetitions),
         "profile_seconds": profiles,
@@ -150,7 +155,8 @@ def run(
 def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[str, float]:
     """Return the time of a band's attention in blocks, and what part of the products it computes.
 
-    Both are ratios to the full attention of as many heads and tokens, nothing else in either.
+    And the same of tiles of the sequence. All are ratios to the full attention of as many heads and
+    tokens, nothing else in either.
     """
     assert isinstance(window, int)
     batch, tokens, width = x.shape
@@ -168,14 +174,25 @@ def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[st
         q, k, v = tensors
         nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    calls = [partial(attend, near, bias), partial(attend, near, None)]
+    def in_tiles(tiled: TileWindow, _: int) -> None:
+        compute_window(*whole, tiled, head_dim**-0.5, (0, 0))
+
+    calls = {
+        "blocks": partial(attend, near, bias),
+        "blocks without the bias": partial(attend, near, None),
+    }
+    tiled = sequence_tiles(tokens)
+    if tiled is not None:
+        calls["tiles of the sequence"] = partial(in_tiles, tiled)
     with torch.no_grad():
-        for warm in (partial(attend, whole, None), *calls):
+        for warm in (partial(attend, whole, None), *calls.values()):
             warm(0)
-        timings = measure_turns(partial(attend, whole, None), calls, repetitions)
-    names = ("blocks", "blocks without the bias")
-    found = {name: 1.0 / pair.speedup.median for name, pair in zip(names, timings, strict=True)}
-    return {"products": band.blocks * band.block * band.span / tokens**2, **found}
+        timings = measure_turns(partial(attend, whole, None), list(calls.values()), repetitions)
+    found = {name: 1.0 / pair.speedup.median for name, pair in zip(calls, timings, strict=True)}
+    products = {"products of blocks": band.blocks * band.block * band.span / tokens**2}
+    if tiled is not None:
+        products["products of tiles of the sequence"] = tiled.seen / tokens
+    return products | found
 
 
 def _profile(call: Callable[[int], None], device: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -52,6 +53,7 @@ WEIGHTS = {
     Strategy.SHARE_STEP: 4,
     Strategy.SHARE_CFG: 2,
     Strategy.WINDOW_SHARE_CFG: 3,
+    Strategy.EXTRAPOLATE: 4,
 }
 
 Layers = Annotated[int, typer.Option(min=1, help="Layers of the model.")]
@@ -97,20 +99,38 @@ def make_rows(
 ) -> list[tuple[Strategy, ...]]:
     """Return a full first step, then ``variants - 1`` drawn rows in turns, each over some steps."""
     random_ = random.Random(0)
-    full = (Strategy.FULL,) * len(sites)
+    rows = [(Strategy.FULL,) * len(sites)]
+    computed = [1] * len(sites)
 
-    def draw(site: AttentionSite) -> Strategy:
-        legal = [strategy for strategy in WEIGHTS if strategy not in site.declined]
+    def draw(index: int) -> Strategy:
+        legal = [
+            strategy
+            for strategy in WEIGHTS
+            if strategy not in sites[index].declined and computed[index] >= strategy.outputs_needed
+        ]
         return random_.choices(legal, [WEIGHTS[strategy] for strategy in legal])[0]
 
-    drawn = [tuple(map(draw, sites)) for _ in range(variants - 1)]
-    return [full, *(drawn[step * (variants - 1) // (steps - 1)] for step in range(steps - 1))]
+    of_step = [step * (variants - 1) // (steps - 1) for step in range(steps - 1)]
+    for _, alike in groupby(of_step):
+        row = tuple(map(draw, range(len(sites))))
+        for _ in alike:
+            rows.append(row)
+            computed = [n + s.computes for n, s in zip(computed, row, strict=True)]
+    return rows
 
 
 def make_plan(pipeline: DigitsPipeline, prompt: Prompt, variants: int) -> Plan:
-    """Return a plan of ``variants`` distinct steps for ``pipeline``; nothing is compiled."""
+    """Return a plan of ``variants`` distinct steps for ``pipeline``; nothing is compiled.
+
+    Each layer has another of the windows that fit it, in turns.
+    """
     with open_session(pipeline, prompt) as session:
         session.run(DenseStepper(session), prompt)
+        turns = [
+            replace(site, window=site.windows[place % len(site.windows)]) if site.windows else site
+            for place, site in enumerate(session.sites)
+        ]
+        session.take_sites(turns)
         rows = make_rows(session.sites, session.steps, variants)
         calibration = Calibration(method="manual")
         return session.plan(rows, session.timesteps, calibration, merge_variants=True)

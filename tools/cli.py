@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 import ditfastattn
 from ditfastattn.errors import ConfigError, EngineError, TargetMissedError
-from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.plan import CacheDtype, Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Method
@@ -128,6 +128,9 @@ def calibrate(
     max_cache_mb: Annotated[
         float, typer.Option(min=0.0, help="Most MiB of caches for one image; 0: no cap.")
     ] = 0.0,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Keep caches in half precision, not in the model's.")
+    ] = None,
     attention_only: Annotated[
         bool, typer.Option(help="Leave the feed-forward layers as they are.")
     ] = False,
@@ -183,6 +186,7 @@ def calibrate(
                 objective=objective,
                 max_variants=max_variants,
                 max_cache_mb=max_cache_mb,
+                cache_dtype=cache_dtype,
                 attention_only=attention_only,
                 head_groups=head_groups,
                 windows=windows,

@@ -1,7 +1,9 @@
 """Keep the caches of a plan within a bound of bytes.
 
-Sites are taken their caches away, those first that save least time per byte, until the rest fits;
-the plan is chosen anew for what they may still do, so that the budget of drift is spent elsewhere.
+Sites are forbidden what needs caches, rung by rung: first extrapolation, which keeps several
+outputs of a site in place of one, then every cache. On each rung those sites come first that save
+least time per byte, until the rest fits; the plan is chosen anew for what they may still do, so
+that the budget of drift is spent elsewhere.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from dataclasses import fields, replace
 import numpy as np
 
 from ditfastattn.passes.plan import Strategy
+from ditfastattn.runtime.search.profile import ErrorTable
 from ditfastattn.runtime.search.solve import Problem, Row
 
 Choose = Callable[[Problem], list[Row]]
+
+EXTRAPOLATION = ("extrapolate", "extrapolate_quadratic")  # tables of errors, by strategy
+CACHES = tuple(field.name for field in fields(ErrorTable) if field.name != "share_cfg")
 
 
 def within_memory(
@@ -22,17 +28,22 @@ def within_memory(
 ) -> list[Row]:
     """Return what ``choose`` chooses, with at most ``most`` bytes of caches.
 
-    The number of sites without caches is found by bisection.
+    How much is forbidden is found by bisection.
     """
     rows = choose(problem)
     if cache_bytes(rows) <= most:
         return rows
     order = _by_worth(problem, rows, cache_bytes)
-    low, high = 0, len(order)  # ``low`` sites without caches are too few, ``high`` are enough
-    found = choose(without_caches(problem, order))
+
+    def restricted(count: int) -> Problem:
+        extrapolating, cached = order[:count], order[: max(0, count - len(order))]
+        return forbid(forbid(problem, EXTRAPOLATION, extrapolating), CACHES, cached)
+
+    low, high = 0, 2 * len(order)  # ``low`` restrictions are too few, ``high`` are enough
+    found = choose(restricted(high))
     while high - low > 1:
         middle = (low + high) // 2
-        rows = choose(without_caches(problem, order[:middle]))
+        rows = choose(restricted(middle))
         if cache_bytes(rows) <= most:
             found, high = rows, middle
         else:
@@ -40,15 +51,13 @@ def within_memory(
     return found
 
 
-def without_caches(problem: Problem, sites: Sequence[int]) -> Problem:
-    """Forbid ``sites`` what reads a cache; they may still share guidance."""
-    errors = problem.errors
-    tables = {}
-    for field in fields(errors):
-        if field.name != "share_cfg":
-            tables[field.name] = getattr(errors, field.name).copy()
-            tables[field.name][..., list(sites)] = np.inf
-    return replace(problem, errors=replace(errors, **tables))
+def forbid(problem: Problem, tables: Sequence[str], sites: Sequence[int]) -> Problem:
+    """Forbid ``sites`` the strategies of ``tables``, those of errors."""
+    made = {}
+    for name in tables:
+        made[name] = getattr(problem.errors, name).copy()
+        made[name][..., list(sites)] = np.inf
+    return replace(problem, errors=replace(problem.errors, **made))
 
 
 def _by_worth(

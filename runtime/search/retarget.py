@@ -25,6 +25,7 @@ from ditfastattn.passes.plan import (
     SiteKind,
     Strategy,
     TileWindow,
+    Window,
 )
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
@@ -80,7 +81,7 @@ def retarget(
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)
     with holding, opening as session:
         _check_model(plan, session)
-        session.take_sites(_with_windows(plan, session))
+        session.take_sites(_as_planned(plan, session))
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
         work = Work(session, Checkpoint(), at_most, on_progress)
         adapted = _validated(work, plan, kept, prompts, unseen, seed)
@@ -121,23 +122,32 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
     return rows
 
 
-def _with_windows(plan: Plan, session: Session) -> list[AttentionSite]:
-    """Return the session's sites with windows of the plan's form: its own where the tokens agree.
+def _as_planned(plan: Plan, session: Session) -> list[AttentionSite]:
+    """Return the session's sites with caches kept as in the plan, and windows of its form.
 
-    Elsewhere they are the same fraction of the sequence, or of the grid, as any plan's.
+    These are its own where the tokens agree; elsewhere they are the same fraction of the sequence,
+    or of the grid, as any plan's.
     """
     known = {site.name: site for site in plan.sites}
     sites: list[AttentionSite] = []
     for site in session.sites:
         planned = known.get(site.name)
-        if planned is None or not planned.window:
+        if planned is None:
             sites.append(site)
             continue
-        tiled = isinstance(planned.window, TileWindow)
-        alike = [form for form in site.windows if isinstance(form, TileWindow) == tiled]
+        kept = site.with_caches_in(planned.cache_dtype)
+        if not planned.window:
+            sites.append(kept)
+            continue
+        alike = [form for form in site.windows if _axes(form) == _axes(planned.window)]
         same = planned.tokens == site.tokens
-        sites.append(replace(site, window=planned.window if same else (*alike, site.window)[0]))
+        sites.append(replace(kept, window=planned.window if same else (*alike, site.window)[0]))
     return sites
+
+
+def _axes(window: Window) -> int:
+    """Return how many axes the tiles of ``window`` have; 0 of a band."""
+    return len(window.grid) if isinstance(window, TileWindow) else 0
 
 
 def _nearest(step: int, steps: int, old_steps: int) -> int:

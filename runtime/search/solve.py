@@ -31,7 +31,8 @@ from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 Array = NDArray[np.float64]
 Row = tuple[Strategy, ...]
 
-_BISECTIONS = 30
+_MOST_RATES = 60  # tried; about ten are enough
+_ON_HULL = 1e-9  # of a plan's price and drift, what rounding may make of equal ones
 
 
 @dataclass(frozen=True)
@@ -99,21 +100,27 @@ def _on_hull(problem: Problem, budget: float) -> list[Row]:
     """Return the cheapest plan on the hull that fits, with more of the budget used.
 
     What it leaves of the budget goes to the sites whose column of the next plan on the hull fits
-    still, in the order of what a unit of drift saves there.
+    still, in the order of what a unit of drift saves there. The two are neighbours where no plan is
+    better at the rate at which they are equally good.
     """
-    dense: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
+    best: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
     if budget <= 0.0:
-        return dense
-    rate = problem.costs.step * problem.errors.steps / budget  # the natural exchange rate
-    low, high = np.log(1e-8), np.log(1e8)
-    best, beyond = dense, dense
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2.0
-        rows = solve(problem, rate * float(np.exp(middle)))
+        return best
+    natural = problem.costs.step * problem.errors.steps / budget
+    beyond = solve(problem, _ON_HULL * natural)  # of plans as cheap the one of least drift
+    if problem.drift(beyond) <= budget:
+        return beyond
+    for _ in range(_MOST_RATES):
+        drift, price = problem.drift(best), problem.costs.plan(best)
+        rate = (price - problem.costs.plan(beyond)) / (problem.drift(beyond) - drift)
+        rows = solve(problem, rate)
+        value = problem.costs.plan(rows) + rate * problem.drift(rows)
+        if value >= (price + rate * drift) * (1.0 - _ON_HULL):
+            break
         if problem.drift(rows) <= budget:
-            best, high = rows, middle
+            best = rows
         else:
-            beyond, low = rows, middle
+            beyond = rows
     return _filled(problem, best, beyond, budget)
 
 
@@ -207,6 +214,10 @@ class _Paths:
             self._reuse(step)
         self._last = self._standing.reshape(len(sites), -1).argmin(axis=1)
 
+    def _residuals(self, step: int) -> slice:
+        """Return those residuals that nodes before ``step`` can have."""
+        return slice(0, step if self._windowed else 1)
+
     def _reuse(self, step: int) -> None:
         """Reuse at ``step`` what each node has computed, as is cheapest."""
         errors, lines, pairs = self._errors, self._gaps[: self._lines], self._gaps[self._lines :]
@@ -219,13 +230,14 @@ class _Paths:
         )
         curved = self._following(Strategy.EXTRAPOLATE_QUADRATIC, step, parabola, pairs)
         curved = np.minimum(known[:, :, :, [gaps[0] for gaps in pairs]], curved)
-        self._standing[:, :step, :, : self._lines] += known
-        self._standing[:, :step, :, self._lines :] += curved
+        standing = self._standing[:, :step, self._residuals(step)]
+        standing[:, :, :, : self._lines] += known
+        standing[:, :, :, self._lines :] += curved
 
     def _following(
         self, strategy: Strategy, step: int, error: Array, gaps: Sequence[tuple[int, ...]]
     ) -> Array:
-        """Return what ``strategy`` costs at ``step``, ``[M, step, R, len(gaps), 5]``.
+        """Return what ``strategy`` costs at ``step``, ``[M, step, residuals, len(gaps), 5]``.
 
         That is by its own ``error``, ``[step, len(gaps), M]``, and by what it carries further.
         """
@@ -234,7 +246,8 @@ class _Paths:
         legal = np.isfinite(own)
         known = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
         carried = weight * _carried_by(step, tuple(gaps))
-        cost: Array = carried[:, :, None, :, None] * self._inherited[:, :step]
+        inherited = self._inherited[:, :step, self._residuals(step)]
+        cost: Array = carried[:, :, None, :, None] * inherited
         cost += np.where(legal, known, np.inf)[:, :, None, :, None]
         return cost
 
@@ -289,12 +302,15 @@ class _Paths:
             held = [i for i, each in enumerate(self._gaps) if not before or each[0] == before[0]]
             if earlier.start >= 0 and earlier.start < earlier.stop:
                 cheapest = self._cheapest(kinds, earlier, held)
-                values[:, :, index], nodes[:, :, index] = cheapest
+                known = self._residuals(earlier.stop)
+                values[:, known, index], nodes[:, known, index] = cheapest
         return values, nodes
 
     def _cheapest(self, kinds: slice, earlier: slice, held: list[int]) -> tuple[Array, Array]:
         """Return per site and residual ``[M, R]`` the least value, and the flat node it is of."""
-        chosen = self._standing[:, earlier, :, :, kinds][:, :, :, held]
+        chosen = self._standing[:, earlier, self._residuals(earlier.stop), :, kinds]
+        if len(held) < len(self._gaps):
+            chosen = chosen[:, :, :, held]
         sites, steps, residuals, gaps, width = chosen.shape
         flat = chosen.transpose(0, 2, 1, 3, 4).reshape(sites, residuals, -1)
         best = flat.argmin(axis=2)

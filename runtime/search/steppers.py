@@ -46,12 +46,12 @@ class Variants:
     def get(
         self, actions: tuple[SiteAction, ...], sites: Sequence[AttentionSite] | None = None
     ) -> EagerVariant:
-        """Return the variant that does ``actions``, one per site; ``sites`` say in what windows.
+        """Return the variant that does ``actions``, one per site; ``sites`` say how.
 
         They are the session's where None.
         """
         sites = self.session.sites if sites is None else sites
-        key = (actions, tuple(site.window for site in sites))
+        key = (actions, tuple((site.window, site.cache_dtype) for site in sites))
         if key not in self._known:
             captured = self.session.captured
             module = rewrite(captured, sites, actions, self.session.layout, "search")

@@ -1,4 +1,4 @@
-"""Choose, site by site, between a band of the sequence and tiles of the grid.
+"""Choose, site by site, between a window of the sequence and one by tiles of the grid.
 
 Both are measured: the residual's drift and the latency of each form are known before any plan is
 made. At a rate of exchange between drift and price, a site's best schedule with either form follows
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.plan import TileWindow, Window
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.search.latency import CostTable
 from ditfastattn.runtime.search.profile import ErrorTable
@@ -31,21 +31,37 @@ class WindowForm(StrEnum):
 
     AUTO = "auto"  # what is measured to be better, site by site
     BAND = "band"  # of the flattened sequence, as in the paper
-    TILES = "tiles"  # of the token grid; a band where no grid is known
+    TILES = "tiles"  # of the token grid, or the sequence where no grid is known; or a band
 
 
-def allowed_windows(sites: Sequence[AttentionSite], form: WindowForm) -> tuple[AttentionSite, ...]:
-    """Return ``sites`` with the windows that ``form`` leaves, the first one chosen."""
-    return tuple(_allowed(site, form) for site in sites)
+def allowed_windows(
+    sites: Sequence[AttentionSite], form: WindowForm, device: str
+) -> tuple[AttentionSite, ...]:
+    """Return ``sites`` with the windows that ``form`` leaves, the first one chosen.
+
+    ``device`` is the type of that which runs them. Of the two windows of a sequence each kind of
+    device has one that is measured only there: a CPU its tiles, whose kernels read slices and no
+    bias, a GPU the band, which FlexAttention computes.
+    """
+    return tuple(_allowed(site, form, device) for site in sites)
 
 
-def _allowed(site: AttentionSite, form: WindowForm) -> AttentionSite:
-    if form is WindowForm.AUTO or not site.windows:
+def _allowed(site: AttentionSite, form: WindowForm, device: str) -> AttentionSite:
+    if not site.windows:
         return site
-    tiled = [window for window in site.windows if isinstance(window, TileWindow)]
-    bands = [window for window in site.windows if not isinstance(window, TileWindow)]
-    left = (tiled or bands) if form is WindowForm.TILES else bands
+    band, *tiled = site.windows
+    of_grid = [window for window in tiled if not _is_of_sequence(site, window)]
+    of_sequence = [window for window in tiled if _is_of_sequence(site, window)]
+    left = [band]
+    if form is WindowForm.TILES:
+        left = (of_grid or of_sequence or left)[:1]
+    elif form is WindowForm.AUTO:
+        left = [*(of_sequence if of_sequence and device == "cpu" else left), *of_grid]
     return replace(site, window=left[0], windows=tuple(left))
+
+
+def _is_of_sequence(site: AttentionSite, window: Window) -> bool:
+    return isinstance(window, TileWindow) and len(window.grid) == 1 != len(site.grid)
 
 
 def choose_windows(problems: Sequence[Problem], drift: float) -> list[int]:

@@ -25,7 +25,8 @@ from tests.helpers import capture_model
 from tests.passes.test_window_attention import FLEX, compiled, inputs, needs_flex, trace
 
 GRID = TileWindow(grid=(8, 24), tile=(2, 3), reach=(1, 1))
-WINDOWS: dict[str, Window] = {"a band": 20, "no neighbours": 0, "tiles": GRID}
+ROW = TileWindow(grid=(192,), tile=(12,), reach=(2,))
+WINDOWS: dict[str, Window] = {"a band": 20, "no neighbours": 0, "tiles": GRID, "a sequence": ROW}
 TEXTS = {"no text": (0, 0), "text before": (7, 0), "text after": (0, 7), "both": (3, 4)}
 
 

@@ -23,6 +23,7 @@ def test_the_pipeline_reads_at_a_glance() -> None:
         "extrapolate-steps",
         "share-across-cfg",
         "merge-heads",
+        "narrow-caches",
         "hoist-invariants",
         "fold-timesteps",
         "sink-batch-slices",

@@ -206,7 +206,7 @@ def test_windows_of_unlike_forms_stay_apart() -> None:
     tiny = tiny_dit(heads=4, size=16)
     found = split(tiny, 2)
     groups = list(attentions(found.every))
-    assert len(groups[0].windows) == 2
+    assert len(groups[0].windows) == 3
     groups[0] = replace(groups[0], window=groups[0].windows[1])
     rows = [(FULL,) * 6, (Strategy.WINDOW,) * 6]
     program = unroll(rows, found.graph, groups)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.flops import count_flops
-from ditfastattn.passes.ir import ATTENTION, calls, value
+from ditfastattn.passes.ir import ATTENTION, aten, calls, value
 from ditfastattn.passes.lower_tile_attention import lower_tile_attention
 from ditfastattn.passes.lower_windows import compute_window
 from ditfastattn.passes.plan import TileWindow
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.passes.tile_attention import TILE_ATTENTION, near_tiles, seen_pairs, tile_pairs
-from ditfastattn.passes.windows import band, fraction, tiles
+from ditfastattn.passes.window_attention import seen_pairs as band_pairs
+from ditfastattn.passes.windows import band, fraction, sequence_tiles, tiles
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,
@@ -123,6 +124,31 @@ def test_the_form_skips_the_other_tiles() -> None:
     assert value(attention.args[0]).shape == (2, 64, 16, 16)
     assert value(attention.args[1]).shape == (2, 64, 9 * 16, 16)
     assert count_flops(module.graph).attention == counted == 4 * 2 * 16 * 1024 * 9 * 16
+
+
+def test_tiles_of_the_sequence_attend_slices() -> None:
+    window = TileWindow(grid=(1024,), tile=(64,), reach=(2,))
+    module = trace(tiled(window), *inputs(1, 2, 1024, 16))
+    counted = count_flops(module.graph).attention
+    lower_tile_attention(module)
+    attentions = calls(module.graph, ATTENTION)
+    shapes = [tuple(value(node.args[i]).shape[2] for i in (0, 1)) for node in attentions]
+    assert shapes == [(192, 320), *[(64, 320)] * 10, (192, 320)]  # tiles at an end see the same
+    assert count_flops(module.graph).attention == counted == 4 * 2 * 16 * 1024 * 320
+    assert not calls(module.graph, aten.index_select.default)
+
+
+@pytest.mark.parametrize(("tokens", "tile", "reach"), [(4096, 256, 2), (1024, 64, 2), (600, 40, 2)])
+def test_tiles_of_the_sequence_see_the_papers_window(tokens: int, tile: int, reach: int) -> None:
+    window = sequence_tiles(tokens)
+    assert window == TileWindow(grid=(tokens,), tile=(tile,), reach=(reach,))
+    seen, of_band = seen_pairs(window, 0, 0), band_pairs(tokens, band(tokens), 0, 0)
+    assert bool((seen | ~of_band).all())
+    assert int(seen.sum()) < 0.4 * tokens**2
+
+
+def test_a_sequence_that_nothing_divides_has_no_tiles() -> None:
+    assert sequence_tiles(1021) is None
 
 
 def test_what_would_fill_the_memory_stays_and_is_named() -> None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ditfastattn import Strategy
-from ditfastattn.runtime.search.memory import within_memory, without_caches
+from ditfastattn.runtime.search.memory import CACHES, EXTRAPOLATION, forbid, within_memory
 from ditfastattn.runtime.search.solve import Problem, Row, within_budget
 from tests.runtime.search.test_solve import problem
 
@@ -15,11 +14,12 @@ BYTES = (1, 2, 4, 8, 16, 32)
 
 
 def cache_bytes(rows: Sequence[Row]) -> int:
-    """Count a site's bytes where it ever reads a cache."""
-    columns = zip(*rows, strict=True)
-    cacheless = {Strategy.FULL, Strategy.SHARE_CFG}
-    used = [not cacheless.issuperset(column) for column in columns]
-    return sum(size for size, use in zip(BYTES, used, strict=True) if use)
+    """Count a site's bytes once for each output that it keeps at a time, or a residual."""
+    total = 0
+    for size, column in zip(BYTES, zip(*rows, strict=True), strict=True):
+        windowed = any(strategy.windowed for strategy in column)
+        total += size * (max(strategy.outputs_needed for strategy in column) + windowed)
+    return total
 
 
 def choose(case: Problem) -> list[Row]:
@@ -42,9 +42,22 @@ def test_every_bound_is_kept_and_more_memory_is_never_slower() -> None:
     assert speedups[-1] > speedups[0]
 
 
+def test_extrapolation_is_given_up_before_caches_are() -> None:
+    case = problem(7, sites=6, steps=8)
+    free = choose(case)
+    curved = [any(s.extrapolates for s in column) for column in zip(*free, strict=True)]
+    assert sum(curved) > 1
+    rows = within_memory(case, choose, cache_bytes, cache_bytes(free) - 1)
+    columns = list(zip(*rows, strict=True))
+    assert all(any(not s.computes or s.windowed for s in column) for column in columns)
+    assert sum(any(s.extrapolates for s in column) for column in columns) < sum(curved)
+    none = forbid(case, EXTRAPOLATION, range(6))
+    assert not any(s.extrapolates for row in choose(none) for s in row)
+
+
 def test_a_site_without_caches_still_shares_guidance() -> None:
     case = problem(8, sites=3)
-    bare = without_caches(case, [1])
+    bare = forbid(case, CACHES, [1])
     assert np.isinf(bare.errors.share_step[..., 1]).all()
     assert np.isinf(bare.errors.extrapolate[..., 1]).all()
     assert np.isinf(bare.errors.extrapolate_quadratic[..., 1]).all()

@@ -10,7 +10,7 @@ import pytest
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
-from ditfastattn.passes.plan import TileWindow
+from ditfastattn.passes.plan import TileWindow, Window
 from ditfastattn.runtime.search.latency import CostTable
 from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 from ditfastattn.runtime.search.retarget import retarget
@@ -24,6 +24,8 @@ from ditfastattn.runtime.search.window_choice import (
 from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 
 STEPS, SITES = 6, 3
+GRID = TileWindow(grid=(4, 4), tile=(1, 1), reach=(1, 1))
+SEQUENCE = TileWindow(grid=(16,), tile=(1,), reach=(2,))
 CALL: dict[str, Any] = {"class_labels": [1, 3], "num_inference_steps": 5, "guidance_scale": 2.0}
 
 
@@ -64,12 +66,21 @@ def test_each_site_takes_the_form_of_less_error_and_price() -> None:
 
 def test_a_form_may_be_asked_for() -> None:
     _, sites = capture_every_site(tiny_dit())
-    tiled = allowed_windows(sites, WindowForm.TILES)
-    assert all(isinstance(site.window, TileWindow) for site in tiled if site.window)
-    assert all(len(site.windows) == 1 for site in tiled if site.window)
-    assert allowed_windows(sites, WindowForm.AUTO) == sites
-    unknown = tuple(replace(site, windows=site.windows[:1]) for site in sites)  # no grid
-    assert allowed_windows(unknown, WindowForm.TILES) == unknown
+    assert {site.windows for site in sites if site.windows} == {(2, GRID, SEQUENCE)}
+
+    def left(form: WindowForm, device: str, *windows: Window) -> tuple[Window, ...]:
+        given = tuple(replace(site, windows=windows or site.windows) for site in sites)
+        kept = {site.windows for site in allowed_windows(given, form, device) if site.window}
+        (found,) = kept
+        return found
+
+    assert left(WindowForm.BAND, "cpu") == (2,)
+    assert left(WindowForm.TILES, "cpu") == (GRID,)
+    assert left(WindowForm.TILES, "cpu", 2, SEQUENCE) == (SEQUENCE,)  # no grid
+    assert left(WindowForm.TILES, "cpu", 2) == (2,)
+    assert left(WindowForm.AUTO, "cpu") == (SEQUENCE, GRID)
+    assert left(WindowForm.AUTO, "cuda") == (2, GRID)
+    assert left(WindowForm.AUTO, "cpu", 2) == (2,)
 
 
 def pipeline(sample_size: int = 16) -> Any:
@@ -83,8 +94,7 @@ def test_a_search_plans_the_windows_it_may(windows: str) -> None:
     target = Target.min_ssim(0.2)
     plan = calibrate(pipeline(), CALL, target=target, windows=windows, lowering="eager")
     forms = {type(site.window) for site in plan.sites if site.window}
-    if windows != "auto":
-        assert forms == {TileWindow if windows == "tiles" else int}
+    assert forms == {int if windows == "band" else TileWindow}
     assert plan.changed > 0
     assert Plan.parse(plan.model_dump_json()) == plan
 
