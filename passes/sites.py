@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ditfastattn.passes.ancestry import Ancestry
 from ditfastattn.passes.capture import CapturedGraph, latent_position, module_path
 from ditfastattn.passes.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.ir import ATTENTION, argument, aten, calls, find, users_outside, value
 from ditfastattn.passes.key_masks import hides_keys_alone
-from ditfastattn.passes.lane_rows import lane_halves
 from ditfastattn.passes.plan import (
     CacheDtype,
     CfgLayout,
@@ -34,6 +34,7 @@ from ditfastattn.passes.plan import (
     Window,
 )
 from ditfastattn.passes.recognize_attention import RECOGNIZED
+from ditfastattn.passes.streams import Streams, find_streams
 from ditfastattn.passes.token_grid import GridFinder
 from ditfastattn.passes.windows import window_forms
 
@@ -164,8 +165,8 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     graph = captured.module.graph
     position = latent_position(captured)
     latent = "" if position is None else captured.inputs[position].name
-    ancestry = _Ancestry(captured, latent)
-    streams = _find_streams(graph, ancestry, latent) if latent else None
+    ancestry = Ancestry(captured, latent)
+    streams = find_streams(graph, ancestry, latent) if latent else None
     grids = GridFinder()
     sites: list[AttentionSite] = []
     declined: list[DeclinedAttention] = []
@@ -197,7 +198,7 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     return SiteReport(tuple(sites), tuple(declined))
 
 
-def _describe_feed_forward(branch: FeedForward, name: str, ancestry: _Ancestry) -> AttentionSite:
+def _describe_feed_forward(branch: FeedForward, name: str, ancestry: Ancestry) -> AttentionSite:
     width = value(branch.exit).shape[-1]
     no_window = "a window is defined for attention, this is a feed-forward"
     declined: dict[Strategy, str] = {}
@@ -225,8 +226,8 @@ def _describe(
     name: str,
     ordinal: int,
     grids: GridFinder,
-    ancestry: _Ancestry,
-    streams: _Streams | None,
+    ancestry: Ancestry,
+    streams: Streams | None,
 ) -> AttentionSite:
     _, heads, tokens, head_dim = value(node.args[0]).shape
     kind = _kind(node, ancestry)
@@ -269,9 +270,7 @@ def _first_head(node: Node) -> int:
     return 0 if heads is None else heads.first
 
 
-def _describe_groups(
-    first: AttentionSite, graph: Graph, ancestry: _Ancestry
-) -> list[AttentionSite]:
+def _describe_groups(first: AttentionSite, graph: Graph, ancestry: Ancestry) -> list[AttentionSite]:
     """Return the sites of all groups of a split attention, as its ``first`` group's was described.
 
     All have the shapes of the first but for the heads, and so what is legal.
@@ -305,7 +304,7 @@ def _group(
     whole: AttentionSite,
     node: Node,
     heads: HeadRange,
-    ancestry: _Ancestry,
+    ancestry: Ancestry,
 ) -> AttentionSite:
     ends = frontier(node, ancestry.is_static)
     return replace(
@@ -326,51 +325,7 @@ def frontier(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, 
     return tuple(node for node in ordered if users_outside(node, inside))
 
 
-class _Ancestry:
-    """Answer which dynamic inputs a node depends on, and whether its rows follow their batch."""
-
-    def __init__(self, captured: CapturedGraph, latent: str) -> None:
-        self._roots: dict[Node, frozenset[str]] = {}
-        self._latent = latent
-        graph = captured.module.graph
-        placeholders = graph.find_nodes(op="placeholder")
-        pairs = zip(captured.inputs, placeholders, strict=True)
-        dynamic = [node for entry, node in pairs if not entry.static]
-        self.batch = value(graph.output_node().all_input_nodes[0]).shape[0]
-        self._lanes = lane_halves(graph, dynamic, self.batch)
-        for entry, node in zip(captured.inputs, placeholders, strict=True):
-            self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
-        for node in captured.module.graph.nodes:
-            if node not in self._roots:
-                roots = (self._roots[source] for source in node.all_input_nodes)
-                self._roots[node] = frozenset().union(*roots)
-
-    def roots(self, node: Node) -> frozenset[str]:
-        """Return the names of the dynamic inputs that ``node`` depends on."""
-        return self._roots[node]
-
-    def why_no_shared_guidance(self, ends: Sequence[Node]) -> str:
-        """Return why one half of the rows of ``ends`` cannot serve for the other, or ""."""
-        for end in ends:
-            rows = value(end).shape[0]
-            if rows % 2 or self.batch % 2:
-                return f"the batch is {rows}: no two halves"
-            if rows != self.batch and end not in self._lanes:
-                return f"its batch is {rows}, the model's {self.batch}, in no order known"
-        return ""
-
-    def why_no_grid(self, reached: Sequence[Node]) -> str:
-        """Return why no grid was found of tokens whose axis leads to the inputs ``reached``."""
-        given = [name for node in reached for name in self._roots[node] if name != self._latent]
-        none = "the graph flattens no grid into its tokens"
-        return f"{none}, and what its inputs hold is unknown: {', '.join(given)}" if given else none
-
-    def is_static(self, node: Node) -> bool:
-        """Tell whether ``node`` depends on parameters, buffers and constants alone."""
-        return not self._roots[node]
-
-
-def _why_not_a_site(node: Node, ancestry: _Ancestry, latent: str) -> str:
+def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
     if value(node.args[0]).dim() != 4:
         return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
     if ancestry.is_static(node):
@@ -381,49 +336,11 @@ def _why_not_a_site(node: Node, ancestry: _Ancestry, latent: str) -> str:
     return "attention dropout is active: call model.eval()" if dropout else ""
 
 
-def _kind(node: Node, ancestry: _Ancestry) -> SiteKind:
+def _kind(node: Node, ancestry: Ancestry) -> SiteKind:
     query, key = argument(node, 0, "query"), argument(node, 1, "key")
     if ancestry.roots(key) != ancestry.roots(query):
         return SiteKind.CROSS
     return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
-
-
-@dataclass(frozen=True)
-class _Streams:
-    """Hold how text and image tokens stand in what joins them."""
-
-    tokens: int
-    text: tuple[int, int]
-
-
-def _find_streams(graph: Graph, ancestry: _Ancestry, latent: str) -> _Streams | None:
-    """Return the first place that joins tokens of the latent with others that do not depend on it.
-
-    Later ones hold both streams already, and are told by their count of tokens.
-    """
-    for node in calls(graph, aten.cat.default):
-        parts: Any = node.args[0]
-        joined = value(node)
-        dim = int(argument(node, 1, "dim", 0)) % joined.dim()
-        if joined.dim() < 3 or dim in (0, joined.dim() - 1) or len(parts) != 2:
-            continue
-        inside = [latent in ancestry.roots(part) for part in parts]
-        other = parts[0] if inside[1] else parts[1]
-        if sum(inside) == 1 and not ancestry.is_static(other) and _attends(node, dim):
-            sizes = [value(part).shape[dim] for part in parts]
-            text = (0, sizes[1]) if inside[0] else (sizes[0], 0)
-            return _Streams(joined.shape[dim], text)
-    return None
-
-
-def _attends(joined: Node, dim: int) -> bool:
-    """Tell whether some attention's queries have the tokens of ``joined``."""
-    tokens = value(joined).shape[dim]
-    after = closure(joined.graph, [joined], lambda _: True)
-    return any(
-        node in after and value(node.args[0]).shape[-2] == tokens
-        for node in calls(joined.graph, ATTENTION)
-    )
 
 
 def _joins_streams(key: Node) -> bool:

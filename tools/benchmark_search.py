@@ -38,9 +38,9 @@ from ditfastattn.runtime.search.methods import (
     make_global,
 )
 from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.session import Session, open_session
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
 from ditfastattn.runtime.search.timing import Timing, measure_turns

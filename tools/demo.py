@@ -83,6 +83,7 @@ def run_demo(
             {"class_labels": list(CALIBRATION_CLASSES), **call},
             target=ditfastattn.Target.min_ssim(min_ssim),
             held_out={"class_labels": list(HELD_OUT_CLASSES), **call},
+            cache_dtype="float16",
             seed=seed,
             out=out / "plan.json",  # killed, the demo goes on with its search
             on_progress=show,

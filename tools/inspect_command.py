@@ -57,6 +57,10 @@ def facts(plan: Plan, name: str) -> Table:
             table.add_row(
                 name, f"worst of {measured.prompts}: {measured.worst:.4g}, mean {measured.mean:.4g}"
             )
+    if calibration.cache_bytes:
+        kept = sorted({site.cache_dtype or plan.model.dtype for site in plan.sites})
+        taken = f"{calibration.cache_bytes / 2**20:.1f} MiB at batch {calibration.batch}"
+        table.add_row("caches", f"at most {taken}, in {', '.join(kept)}")
     if calibration.predicted_speedup is not None:
         table.add_row("speedup", f"{calibration.predicted_speedup:.2f}x predicted")
     if calibration.measured_speedup is not None:

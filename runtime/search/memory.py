@@ -14,8 +14,8 @@ from dataclasses import fields, replace
 import numpy as np
 
 from ditfastattn.passes.plan import Strategy
+from ditfastattn.runtime.search.problem import Problem, Row
 from ditfastattn.runtime.search.profile import ErrorTable
-from ditfastattn.runtime.search.solve import Problem, Row
 
 Choose = Callable[[Problem], list[Row]]
 

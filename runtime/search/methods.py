@@ -22,11 +22,12 @@ from ditfastattn.runtime.calibration import GreedyCalibrator, Progress
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.memory import within_memory
 from ditfastattn.runtime.search.per_step import PerStepCalibrator
+from ditfastattn.runtime.search.problem import Problem, Row
 from ditfastattn.runtime.search.profile import ErrorTable, Profiler, Sketch, error_table
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.solve import Problem, Row, within_budget
+from ditfastattn.runtime.search.solve import within_budget
 from ditfastattn.runtime.search.steppers import PlanStepper
 from ditfastattn.runtime.search.targets import Target
 from ditfastattn.runtime.search.variants import capped_within_budget

@@ -18,8 +18,8 @@ from ditfastattn.errors import VerifyError
 from ditfastattn.passes.plan import Strategy
 from ditfastattn.runtime.graph_runner import Environment
 from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.session import Outputs, Session
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates
 
 

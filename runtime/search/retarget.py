@@ -31,9 +31,9 @@ from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.planned_target import record_target, record_values, target_of
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.session import Session, open_session
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.targets import Target, TargetKind
 from ditfastattn.runtime.search.work import SearchProgress, Work
 

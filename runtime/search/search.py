@@ -22,8 +22,8 @@ from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE, Bracket
 from ditfastattn.runtime.search.latency import Objective
 from ditfastattn.runtime.search.methods import Chooser, Method
 from ditfastattn.runtime.search.planned_target import record_target, record_values
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.targets import Judgement, Target, TargetKind
 from ditfastattn.runtime.search.timing import PairedTiming
 from ditfastattn.runtime.search.work import Work

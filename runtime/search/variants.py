@@ -14,7 +14,8 @@ from itertools import combinations
 import numpy as np
 
 from ditfastattn.passes.plan import Strategy
-from ditfastattn.runtime.search.solve import Problem, Row, solve
+from ditfastattn.runtime.search.paths import solve
+from ditfastattn.runtime.search.problem import Problem, Row
 
 _PAIRS = 64  # merges tried at once: the pairs of rows that differ least
 _SWEEPS = 3

@@ -19,8 +19,9 @@ import numpy as np
 from ditfastattn.passes.plan import TileWindow, Window
 from ditfastattn.passes.sites import AttentionSite
 from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.paths import solve
+from ditfastattn.runtime.search.problem import Problem
 from ditfastattn.runtime.search.profile import ErrorTable
-from ditfastattn.runtime.search.solve import Problem, solve
 
 log = logging.getLogger(__name__)
 _RATES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the rate at which dense and the first drift cost as much

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ditfastattn.passes.flops import count_flops
 from ditfastattn.runtime.search.checkpoint import Checkpoint
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.prompts import Prompt, as_images
 from ditfastattn.runtime.search.session import Session, Stepper
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.targets import Judgement, Target
 

@@ -20,11 +20,11 @@ from ditfastattn.runtime.search.checkpoint import Checkpoint
 from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.methods import Method, PassChooser
 from ditfastattn.runtime.search.per_step import PerStepCalibrator, choose_row
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable, Profiler, error_table
 from ditfastattn.runtime.search.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.session import Session, open_session
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.work import Work
 from ditfastattn.runtime.site_evaluator import SiteEvaluator, legal_candidates

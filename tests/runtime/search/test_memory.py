@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ditfastattn.runtime.search.memory import CACHES, EXTRAPOLATION, forbid, within_memory
-from ditfastattn.runtime.search.solve import Problem, Row, within_budget
+from ditfastattn.runtime.search.problem import Problem, Row
+from ditfastattn.runtime.search.solve import within_budget
 from tests.runtime.search.test_solve import problem
 
 BYTES = (1, 2, 4, 8, 16, 32)

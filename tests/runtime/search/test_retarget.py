@@ -26,8 +26,8 @@ from ditfastattn import (
     validate,
 )
 from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.runtime.search.problem import Row
 from ditfastattn.runtime.search.retarget import retarget_rows
-from ditfastattn.runtime.search.solve import Row
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import (
     TINY_DIGITS,

@@ -10,8 +10,10 @@ import pytest
 
 from ditfastattn import Strategy
 from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.paths import solve
+from ditfastattn.runtime.search.problem import Problem
 from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
-from ditfastattn.runtime.search.solve import Problem, solve, within_budget
+from ditfastattn.runtime.search.solve import within_budget
 
 STEPS = 5
 

@@ -7,7 +7,9 @@ import itertools
 import pytest
 
 from ditfastattn import Strategy
-from ditfastattn.runtime.search.solve import Row, solve, within_budget
+from ditfastattn.runtime.search.paths import solve
+from ditfastattn.runtime.search.problem import Row
+from ditfastattn.runtime.search.solve import within_budget
 from ditfastattn.runtime.search.variants import cap_variants, capped_within_budget
 from tests.runtime.search.test_solve import problem
 

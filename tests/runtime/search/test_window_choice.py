@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan import TileWindow, Window
 from ditfastattn.runtime.search.latency import CostTable
+from ditfastattn.runtime.search.problem import Problem
 from ditfastattn.runtime.search.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 from ditfastattn.runtime.search.retarget import retarget
-from ditfastattn.runtime.search.solve import Problem, within_budget
+from ditfastattn.runtime.search.solve import within_budget
 from ditfastattn.runtime.search.window_choice import (
     WindowForm,
     allowed_windows,
