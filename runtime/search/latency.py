@@ -98,17 +98,22 @@ def _stores(column: Sequence[Strategy]) -> list[bool]:
 def measure_costs(
     variants: Variants, objective: Objective, repetitions: int = _REPETITIONS
 ) -> tuple[CostTable, ...]:
-    """Price each strategy, for each form of window; sites of equal shape share their prices."""
+    """Price each strategy, for each form of window; sites of equal shape share their prices.
+
+    Caches are kept in the model's own dtype here: what converts them is compiled into other loops,
+    and would be passes over memory of its own where nothing is compiled.
+    """
     session = variants.session
+    every = tuple(site.with_caches_in(None) for site in session.sites)
     groups: dict[Any, list[int]] = {}
-    for index, site in enumerate(session.sites):
+    for index, site in enumerate(every):
         legal = legal_strategies(site, session.layout)
         shape = (site.kind, site.tokens, site.heads, site.head_dim, site.windows)
         key = (*shape, site.first_head > 0, legal)
         groups.setdefault(key, []).append(index)
-    rows = _everywhere(session.sites)
+    rows = _everywhere(every)
     for members in groups.values():
-        rows |= _group_rows(session, members)
+        rows |= _group_rows(every, members, session.layout)
     built = {name: variants.get(*row) for name, row in rows.items()}
     if objective is Objective.LATENCY:
         whole = _time(built, session.example, variants.results, repetitions)
@@ -153,26 +158,28 @@ def _everywhere(sites: tuple[AttentionSite, ...]) -> dict[_Row, _Acting]:
     }
 
 
-def _group_rows(session: Session, members: Sequence[int]) -> dict[_Row, _Acting]:
+def _group_rows(
+    every: tuple[AttentionSite, ...], members: Sequence[int], layout: CfgLayout
+) -> dict[_Row, _Acting]:
     """Return the rows in which one group takes a strategy and the others are computed."""
-    site, first = session.sites[members[0]], str(members[0])
-    apart = session.layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
+    site, first = every[members[0]], str(members[0])
+    apart = layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
     actions: dict[str, SiteAction] = {
         strategy: SiteAction(strategy)
-        for strategy in legal_strategies(site, session.layout)
+        for strategy in legal_strategies(site, layout)
         if not (apart and strategy.shares_cfg)
     }
     if site.windows:
         storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
         actions[_STORING] = storing
     rows: dict[_Row, _Acting] = {
-        (first, name): _acting(session.sites, members, action) for name, action in actions.items()
+        (first, name): _acting(every, members, action) for name, action in actions.items()
     }
     windowed = [name for name in _OF_WINDOWS if name in actions]
     for form in range(1, len(site.windows)):
         sites = tuple(
             replace(other, window=other.windows[form]) if index in members else other
-            for index, other in enumerate(session.sites)
+            for index, other in enumerate(every)
         )
         for name in windowed:
             rows[first, _in_form(name, form)] = _acting(sites, members, actions[name])
