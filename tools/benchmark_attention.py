@@ -175,7 +175,8 @@ def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[st
         nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def in_tiles(tiled: TileWindow, _: int) -> None:
-        compute_window(*whole, tiled, head_dim**-0.5, (0, 0))
+        q, k, v = whole
+        compute_window(q, k, v, tiled, head_dim**-0.5, (0, 0))
 
     calls = {
         "blocks": partial(attend, near, bias),

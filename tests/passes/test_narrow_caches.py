@@ -182,6 +182,6 @@ def test_a_search_plans_it_and_a_retargeted_plan_keeps_it() -> None:
 
 def test_a_model_of_16_bits_has_nothing_to_narrow() -> None:
     pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    pipeline.transformer.to(torch.bfloat16)
+    pipeline.transformer.bfloat16()
     with pytest.raises(ConfigError, match=r"as much memory(.|\n)*got: +float16(.|\n)*bfloat16"):
         calibrate(pipeline, CALL, target=Target.min_ssim(0.2), cache_dtype="float16")

@@ -141,6 +141,7 @@ def test_tiles_of_the_sequence_attend_slices() -> None:
 @pytest.mark.parametrize(("tokens", "tile", "reach"), [(4096, 256, 2), (1024, 64, 2), (600, 40, 2)])
 def test_tiles_of_the_sequence_see_the_papers_window(tokens: int, tile: int, reach: int) -> None:
     window = sequence_tiles(tokens)
+    assert window is not None
     assert window == TileWindow(grid=(tokens,), tile=(tile,), reach=(reach,))
     seen, of_band = seen_pairs(window, 0, 0), band_pairs(tokens, band(tokens), 0, 0)
     assert bool((seen | ~of_band).all())
