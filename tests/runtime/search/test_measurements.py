@@ -258,7 +258,7 @@ def test_counted_prices_are_the_graphs_flops(session: Session, form: int) -> Non
 @pytest.mark.measured
 def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session) -> None:
     tables = measure_costs(Variants(session), Objective.LATENCY, repetitions=3)
-    assert len(tables) == 2  # bands, tiles
+    assert len(tables) == 3  # bands, tiles of the grid, tiles of the sequence
     for costs in tables:
         assert 0.0 < costs.step < 10.0
         for prices in costs.sites:
