@@ -22,6 +22,8 @@ from ditfastattn.runtime.search.prompts import as_images, generate, split_prompt
 
 # The largest error of a step's output, and the least PSNR of an image in dB, by dtype.
 BOUNDS = {"float32": (1e-4, 50.0), "float16": (5e-2, 35.0), "bfloat16": (2e-1, 30.0)}
+# The same where only caches are kept so: what is alike to 1e-7 may be rounded up here, down there.
+CACHE_BOUNDS = {"float16": (5e-3, 50.0), "bfloat16": (4e-2, 40.0)}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def verify(
     """Generate with the torch model and the bundle in ``folder``; compare every step and the image.
 
     The torch model runs by the bundle's plan, uncompiled, in its own dtype and where the pipeline
-    is: nothing but the runtime differs, and the bundle's dtype, which sets the bounds.
+    is: nothing but the runtime differs, and the bundle's dtype. That and the dtype of its caches
+    set the bounds.
 
     Args:
         folder: the bundle.
@@ -182,4 +185,12 @@ def _summary(
         file = manifest.variants[manifest.schedule[step % len(manifest.schedule)]].file
         by_variant[file] = max(error, by_variant.get(file, 0.0))
     psnr = float(image_psnr(*images).min())
-    return Verification(tuple(errors), by_variant, psnr, loop_error, BOUNDS[manifest.model.dtype])
+    return Verification(tuple(errors), by_variant, psnr, loop_error, _bounds(manifest))
+
+
+def _bounds(manifest: Manifest) -> tuple[float, float]:
+    """Return the largest error and the least PSNR that the dtypes of model and caches allow."""
+    allowed = [BOUNDS[manifest.model.dtype]]
+    kept = {slot.dtype for slot in manifest.slots if slot.dtype != manifest.model.dtype}
+    allowed += [CACHE_BOUNDS[dtype] for dtype in kept & CACHE_BOUNDS.keys()]
+    return max(error for error, _ in allowed), min(psnr for _, psnr in allowed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, Target, calibrate, load, reports
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.verify import _bounds
 from ditfastattn.passes.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.ir import clone, graph_text
@@ -160,6 +161,7 @@ def test_a_bundle_keeps_what_the_plan_says(tmp_path: Path) -> None:
     manifest = export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
     dtypes = {slot.dtype for slot in manifest.slots if not slot.name.startswith("invariant/")}
     assert dtypes == {"float16"}
+    assert _bounds(manifest) == (5e-3, 50.0)  # what a rounded cache allows; fp32 alone 1e-4
     found = tiny.run(load(tmp_path / "bundle"))
     assert largest_difference(found, run_plan(tiny, plan)) < 2e-3
 
