@@ -143,6 +143,7 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
     """Return the form for tiles of the sequence, each of which sees one run of it."""
     before, after = text
     stop = before + window.tokens
+    runs = _runs(window)  # not while the form is traced
 
     def seen(item: Tensor, dim: int, first: int, last: int) -> Tensor:
         """Return the tokens from ``first`` to ``last``, and the text."""
@@ -161,7 +162,7 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
 
         everything = 0, window.tokens
         parts = [queries(0, before, *everything)] if before else []
-        for start, end, first, last in _runs(window):
+        for start, end, first, last in runs:
             parts.append(queries(before + start, before + end, first, last))
         parts += [queries(stop, stop + after, *everything)] if after else []
         return token_major(torch.cat(parts, dim=2))
@@ -175,13 +176,14 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
     return run_masked if masked else run
 
 
+@lru_cache(maxsize=8)
 def _runs(window: TileWindow) -> list[tuple[int, int, int, int]]:
     """Return runs of queries, from and to, and the run of keys that each sees, of a sequence.
 
     Tiles at an end of the sequence, which see the same, are one run.
     """
-    (tile,), (span,), (reach,), (count,) = window.tile, window.spans, window.reach, window.counts
-    firsts = [min(max(0, place - reach), count - span) for place in range(count)]
+    (tile,), (span,), (count,) = window.tile, window.spans, window.counts
+    firsts = near_tiles(window)[:, 0].tolist()
     found: list[tuple[int, int, int, int]] = []
     for first, alike in groupby(range(count), key=firsts.__getitem__):
         places = list(alike)

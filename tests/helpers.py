@@ -20,6 +20,7 @@ from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.fingerprint import fingerprint
 from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
+from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools import train_digits
@@ -268,6 +269,14 @@ def make_plan(
         strategies=tuple(tuple(row) for row in strategies),
         calibration=Calibration(method="manual"),
     )
+
+
+def run_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -> list[Tensor]:
+    """Compile ``tiny`` by ``plan``; return its outputs."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"plan": plan, "lowering": lowering}
+    model = torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
+    return tiny.run(model)
 
 
 def flat_inputs(tiny: TinyModel, step: int) -> list[Tensor]:

@@ -28,11 +28,11 @@ from ditfastattn.runtime.search.retarget import retarget
 from tests.heads import head_plan, split
 from tests.helpers import (
     TINY_MODELS,
-    TinyModel,
     capture_every_site,
     largest_difference,
     make_plan,
     mixed_strategies,
+    run_plan,
     tiny_digits_pipeline,
     tiny_dit,
     uniform_strategies,
@@ -94,14 +94,6 @@ def test_near_misses(kept: CacheDtype | None) -> None:
 def narrowed(plan: Plan, dtype: CacheDtype = HALF) -> Plan:
     sites = tuple(site.model_copy(update={"cache_dtype": dtype}) for site in plan.sites)
     return Plan.parse(plan.model_copy(update={"sites": sites}).model_dump_json())
-
-
-def run_plan(tiny: TinyModel, plan: Plan) -> list[Tensor]:
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
-    return tiny.run(
-        torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
-    )
 
 
 def rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:

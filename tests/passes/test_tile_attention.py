@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -29,6 +28,7 @@ from tests.helpers import (
     largest_difference,
     make_plan,
     mixed_strategies,
+    run_plan,
     uniform_strategies,
 )
 from tests.passes.test_window_attention import compiled, inputs, trace
@@ -221,14 +221,6 @@ def plan_of(
 ) -> Plan:
     plan = make_plan(tiny, rows, layout, feed_forwards=True)
     return plan.model_copy(update={"sites": tuple(site.planned() for site in sites)})
-
-
-def run_plan(tiny: TinyModel, plan: Plan) -> list[Tensor]:
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
-    return tiny.run(
-        torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
-    )
 
 
 @pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, load
 from ditfastattn.export.bundle import export_model
@@ -21,8 +20,8 @@ from tests.heads import head_plan, split
 from tests.helpers import (
     STEPS,
     TINY_MODELS,
-    TinyModel,
     largest_difference,
+    run_plan,
     tiny_dit,
     uniform_strategies,
 )
@@ -31,13 +30,6 @@ FULL, SHARE = Strategy.FULL, Strategy.SHARE_STEP
 LAYOUTS = (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 TINY: dict[str, Any] = {**TINY_MODELS, "dit of 4 heads": lambda: tiny_dit(heads=4)}
 Rows = list[tuple[Strategy, ...]]
-
-
-def run_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -> list[Tensor]:
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"plan": plan, "lowering": lowering}
-    model = torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
-    return tiny.run(model)
 
 
 def some_rows(sites: Sequence[AttentionSite], seed: int, steps: int = STEPS) -> Rows:
