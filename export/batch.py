@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 _REMEDY = "export with a fixed batch: dynamic_batch=False (--fixed-batch)"
 

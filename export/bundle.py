@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
 from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
@@ -29,11 +29,11 @@ from ditfastattn.export.step_graphs import (
     variant_graph,
     write_graph,
 )
-from ditfastattn.passes.ir import graph_text
-from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.graph.ir import graph_text
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, LoopSpec, Manifest, VariantSpec
 from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.search.prompts import argument_of, guidance_argument, split_prompts
+from ditfastattn.runtime.pipeline.prompts import argument_of, guidance_argument, split_prompts
 
 __all__ = ["ExportOptions", "export", "export_model"]
 

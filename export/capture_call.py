@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
-from ditfastattn.runtime.denoiser import check_not_accelerated, replace_forward, transformer_of
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.search.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.denoiser import (
+    check_not_accelerated,
+    replace_forward,
+    transformer_of,
+)
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 
 
 class _Recorded(Exception):  # noqa: N818  # it ends a generation and reports no error

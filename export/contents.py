@@ -13,8 +13,8 @@ from typing import Any
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
-from ditfastattn.passes.caches import output_of
-from ditfastattn.passes.plan import CfgLayout, Sampler
+from ditfastattn.passes.graph.slots import output_of
+from ditfastattn.passes.plan.schema import CfgLayout, Sampler
 from ditfastattn.runtime.bundle.manifest import (
     PLAN_FILE,
     FileSpec,

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.ir import fake_mode
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.graph.ir import fake_mode
 
 
 def decompose_unknown(

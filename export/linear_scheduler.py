@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 WITHOUT_LOOP = "export without a loop: the pipeline's own scheduler then steps the bundle"
 _HISTORY = 4  # of earlier latents, outputs and clipped estimates that a multistep solver may use

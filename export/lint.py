@@ -12,7 +12,7 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, numpy_helper
 
-from ditfastattn.errors import VerifyError
+from ditfastattn.core.errors import VerifyError
 
 _SEQUENCES: Final = ("SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence")
 _NOT_IN_BF16: Final = ("Conv", "Einsum", "Sin", "Cos")  # below opset 22

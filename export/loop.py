@@ -14,15 +14,15 @@ import onnx
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep, Terms
 from ditfastattn.export.step_graphs import StepGraph
 from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
-from ditfastattn.passes.plan import CfgLayout
-from ditfastattn.passes.step_program import StepProgram
+from ditfastattn.passes.plan.schedule import StepProgram
+from ditfastattn.passes.plan.schema import CfgLayout
 from ditfastattn.runtime.bundle.manifest import BATCH
 
 LOOP_FILE = "loop.onnx"

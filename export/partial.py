@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ditfastattn.errors import ConfigError, VerifyError
+from ditfastattn.core.errors import ConfigError, VerifyError
+from ditfastattn.core.files import sole_writer, write_text_atomically
 from ditfastattn.export.weights import Weights
-from ditfastattn.files import sole_writer, write_text_atomically
 from ditfastattn.runtime.bundle.manifest import MANIFEST
 
 WEIGHTS_FILE: Final = "weights.bin"

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
-from ditfastattn.passes.capture import GraphInput, latent_position
-from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.hoist_invariants import find_invariants
-from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan
-from ditfastattn.passes.sites import AttentionSite, find_sites, with_wholes
-from ditfastattn.passes.step_program import StepProgram, unroll
+from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
+from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
+from ditfastattn.passes.plan.schedule import StepProgram, unroll
+from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
+from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -154,7 +154,7 @@ def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
     return replace(call, graph=split_as_planned(plan, call.graph, sites))
 
 
-def _again(sites: tuple[AttentionSite, ...], captured: CapturedCall) -> tuple[AttentionSite, ...]:
+def _again(sites: tuple[Site, ...], captured: CapturedCall) -> tuple[Site, ...]:
     """Return the planned sites of another capture of the same model."""
     known = {site.name: site for site in find_sites(captured.graph).sites}
     return tuple(

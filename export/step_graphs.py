@@ -18,13 +18,13 @@ from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.operators import RULES
 from ditfastattn.export.to_onnx import GraphSource, emit, finish
 from ditfastattn.export.weights import Weights
-from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.hoist_invariants import prologue
-from ditfastattn.passes.ir import outputs
-from ditfastattn.passes.merge_linears import merge_linears
-from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.plan import CfgLayout
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.slots import read_slots, written_slots
+from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.rewrites.hoist_invariants import prologue
+from ditfastattn.passes.rewrites.merge_linears import merge_linears
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.runtime.bundle.manifest import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
 
 PROLOGUE_FILE = "prologue.onnx"
@@ -37,7 +37,7 @@ class Captures:
     first: CapturedCall
     second: CapturedCall
     batches: tuple[int, int]
-    sites: tuple[tuple[AttentionSite, ...], tuple[AttentionSite, ...]]
+    sites: tuple[tuple[Site, ...], tuple[Site, ...]]
 
     @property
     def fixed(self) -> bool:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Symbols
 from ditfastattn.export.emitter import OPSET, Emitter, Value, value_info
 from ditfastattn.export.operators import RULES
 from ditfastattn.export.operators.base import Call
-from ditfastattn.passes.ir import outputs
+from ditfastattn.passes.graph.ir import outputs
 
 IR_VERSION = 10  # the newest that goes with the opset, for older runtimes
 PRODUCER = "ditfastattn"

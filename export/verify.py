@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.exporting import load
-from ditfastattn.passes.plan import CfgLayout, Plan
+from ditfastattn.passes.plan.schema import CfgLayout, Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.search.metrics import image_psnr
-from ditfastattn.runtime.search.prompts import as_images, generate, split_prompts
+from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
+from ditfastattn.runtime.search.judge.metrics import image_psnr
 
 # The largest error of a step's output, and the least PSNR of an image in dB, by dtype.
 BOUNDS = {"float32": (1e-4, 50.0), "float16": (5e-2, 35.0), "bfloat16": (2e-1, 30.0)}

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph
 _PAGE: Final = 4096  # a large tensor begins on a page, so that runtimes can map it

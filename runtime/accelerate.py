@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ditfastattn.passes.plan import Plan
-from ditfastattn.runtime.denoiser import (
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.matching import check_sampler
+from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.pipeline.denoiser import (
     accelerated,
     check_not_hooked,
     replace_forward,
     transformer_of,
 )
-from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.pipeline.prompts import current_guidance
 from ditfastattn.runtime.planned import PlannedFunction
-from ditfastattn.runtime.search.prompts import current_guidance
 
 log = logging.getLogger(__name__)
 

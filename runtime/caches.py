@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.step_program import StepProgram
+from ditfastattn.passes.plan.schedule import StepProgram
 
 
 class Caches:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 _TOLERANCE = 1e-3  # timesteps are integers or, in flow matching, multiples of about 1
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ditfastattn.passes.capture_exported import capture_exported, flat_tensors
-from ditfastattn.passes.ir import value
-from ditfastattn.passes.plan import Plan
-from ditfastattn.passes.sites import SiteReport
+from ditfastattn.passes.analysis.sites import SiteReport
+from ditfastattn.passes.capture.exported import capture_exported, flat_tensors
+from ditfastattn.passes.graph.ir import value
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import check_shapes
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.planned import specialization_of

@@ -16,11 +16,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.caches import written_slots
-from ditfastattn.passes.capture import CapturedGraph
-from ditfastattn.passes.flops import Flops, count_flops
-from ditfastattn.passes.hoist_invariants import find_invariants, prologue
-from ditfastattn.passes.ir import outputs, value
+from ditfastattn.passes.analysis.flops import Flops, count_flops
+from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.graph.ir import outputs, value
+from ditfastattn.passes.graph.slots import written_slots
+from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.ir import outputs
-from ditfastattn.passes.lower_windows import lower_windows
-from ditfastattn.passes.outline import Region, live_outputs, outline
+from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.outline import Region, freed_after, outline
+from ditfastattn.passes.windows.lower_windows import lower_windows
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _lower_regions(
             reads=tuple(place[node] for node in region.inputs),
             frees=tuple(place[node] for node in freed),
         )
-        for region, freed in zip(regions, live_outputs(regions, graph), strict=True)
+        for region, freed in zip(regions, freed_after(regions, graph), strict=True)
     ]
     log.info("outline: %d regions, %d distinct", len(regions), len({r.key for r in regions}))
     return OutlinedStep(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.capture import CapturedGraph
-from ditfastattn.passes.ir import value
-from ditfastattn.passes.plan import CfgLayout, Fingerprint, Plan, PlannedSite, TileWindow
-from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.passes.split_heads import split_heads
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.graph.ir import value
+from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan, PlannedSite, TileWindow
+from ditfastattn.passes.rewrites.split_heads import split_heads
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ def check_lanes(first: Tensor, second: Tensor, where: str) -> None:
         )
 
 
-def split_as_planned(
-    plan: Plan, captured: CapturedGraph, sites: Sequence[AttentionSite]
-) -> CapturedGraph:
+def split_as_planned(plan: Plan, captured: CapturedGraph, sites: Sequence[Site]) -> CapturedGraph:
     """Return ``captured`` with the heads of its ``sites`` split by the groups of ``plan``.
 
     What cannot be split is left whole, and logged; ``planned_sites`` then refuses the plan.
@@ -104,9 +102,9 @@ def split_as_planned(
 def planned_sites(
     plan: Plan,
     captured: CapturedGraph,
-    sites: Sequence[AttentionSite],
+    sites: Sequence[Site],
     fingerprint: Fingerprint,
-) -> tuple[AttentionSite, ...]:
+) -> tuple[Site, ...]:
     """Return those of ``sites`` that ``plan`` speaks of, in its order.
 
     Raises:
@@ -129,7 +127,7 @@ def planned_sites(
     return chosen
 
 
-def _as_planned(site: AttentionSite, planned: PlannedSite) -> AttentionSite:
+def _as_planned(site: Site, planned: PlannedSite) -> Site:
     """Give ``site`` window and caches of the plan; a grid must be of the site's tokens."""
     window, tokens = planned.window, site.tokens - sum(site.text)
     if isinstance(window, TileWindow) and window.tokens != tokens:

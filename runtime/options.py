@@ -9,10 +9,10 @@ from typing import Any
 
 from torch._inductor import list_mode_options
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import CfgLayout, Plan
-from ditfastattn.runtime.calibration import Progress
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import CfgLayout, Plan
 from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.solve.greedy import Progress
 
 DEFAULT_THRESHOLD = 0.075
 

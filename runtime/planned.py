@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ditfastattn.env import read_knobs
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.caches import read_slots, written_slots
-from ditfastattn.passes.capture import (
+from ditfastattn.core.env import read_knobs
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import fingerprint, hash_tensors
+from ditfastattn.passes.analysis.flops import Flops, count_flops
+from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.capture.dynamo import (
     CapturedGraph,
     GraphInput,
     capture,
@@ -31,12 +33,11 @@ from ditfastattn.passes.capture import (
     latent_position,
     plain_numbers,
 )
-from ditfastattn.passes.fingerprint import fingerprint, hash_tensors
-from ditfastattn.passes.flops import Flops, count_flops
-from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
-from ditfastattn.passes.ir import constant_tensors, graph_text, outputs, value
-from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.plan import (
+from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs, value
+from ditfastattn.passes.graph.slots import read_slots, written_slots
+from ditfastattn.passes.graph.verify import verify
+from ditfastattn.passes.plan.schedule import NOTHING, StepProgram, lanes_of, unroll
+from ditfastattn.passes.plan.schema import (
     Calibration,
     CfgLayout,
     Fingerprint,
@@ -44,11 +45,9 @@ from ditfastattn.passes.plan import (
     Sampler,
     Strategy,
 )
-from ditfastattn.passes.sites import SiteReport, attentions, find_sites
-from ditfastattn.passes.step_program import NOTHING, StepProgram, lanes_of, unroll
-from ditfastattn.passes.verify import verify
+from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.runtime.caches import Caches
-from ditfastattn.runtime.calibration import GreedyCalibrator
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import FoldedTimesteps, Hoisted, Prologue
 from ditfastattn.runtime.lowering import RunnableGraph, lower
@@ -61,6 +60,7 @@ from ditfastattn.runtime.matching import (
     timestep_position,
 )
 from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Interpret a plan eagerly, one call at a time: slow, obvious, and the oracle.
 
-Nothing here knows of graphs or frontiers. While the mode is active every call of
+Nothing here knows of graphs or exits. While the mode is active every call of
 ``scaled_dot_product_attention``, and every call of ``linear``, is counted, and the plan's strategy
 for that site decides what it returns. Sharing a step *before* the output projection gives the same
-result as after it, since the projection sees nothing else; so this checks the frontier analysis
+result as after it, since the projection sees nothing else; so this checks the exits analysis
 too.
 """
 
@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ditfastattn.passes.plan import CfgLayout, SiteKind, Strategy, TileWindow
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy, TileWindow
 
 _ATTENTION = scaled_dot_product_attention
 
@@ -51,7 +51,7 @@ class PlanInterpreter(TorchFunctionMode):
     def __init__(
         self,
         strategies: Sequence[Sequence[Strategy]],
-        sites: Sequence[AttentionSite],
+        sites: Sequence[Site],
         layout: CfgLayout,
     ) -> None:
         """Take ``strategies[step][site]``.

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from ditfastattn.runtime.search import latency
-from ditfastattn.runtime.search.steppers import EagerVariant
+from ditfastattn.runtime.search.measure import latency
+from ditfastattn.runtime.search.measure.steppers import EagerVariant
 
 
 def pytest_configure() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
-from ditfastattn.passes.sites import attentions, find_sites
-from ditfastattn.passes.split_heads import groups_of, split_heads
+from ditfastattn.passes.analysis.sites import attentions, find_sites
+from ditfastattn.passes.plan.schema import CfgLayout, Plan, Strategy
+from ditfastattn.passes.rewrites.split_heads import groups_of, split_heads
 from tests.helpers import Capture, TinyModel, captured_once, make_plan
 
 

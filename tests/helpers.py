@@ -16,10 +16,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
-from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, Strategy
-from ditfastattn.passes.sites import AttentionSite, attentions, find_sites
+from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
+from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
@@ -52,7 +52,7 @@ class TinyModel:
     def reference(
         self,
         strategies: Sequence[Sequence[Strategy]],
-        sites: Sequence[AttentionSite],
+        sites: Sequence[Site],
         layout: CfgLayout,
     ) -> list[Tensor]:
         """Run the plan interpreter."""
@@ -191,11 +191,11 @@ class Capture:
     """
 
     graph: CapturedGraph
-    every: tuple[AttentionSite, ...]
+    every: tuple[Site, ...]
     static: list[Tensor]
 
     @property
-    def sites(self) -> tuple[AttentionSite, ...]:
+    def sites(self) -> tuple[Site, ...]:
         return attentions(self.every)
 
 
@@ -239,15 +239,13 @@ def captured_once(tiny: TinyModel, batch: int = 4) -> Capture:
     return known[batch]
 
 
-def capture_sites(
-    tiny: TinyModel, batch: int = 4
-) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
+def capture_sites(tiny: TinyModel, batch: int = 4) -> tuple[CapturedGraph, tuple[Site, ...]]:
     """Return the captured graph of ``tiny`` and its attention sites."""
     found = captured_once(tiny, batch)
     return found.graph, found.sites
 
 
-def capture_every_site(tiny: TinyModel) -> tuple[CapturedGraph, tuple[AttentionSite, ...]]:
+def capture_every_site(tiny: TinyModel) -> tuple[CapturedGraph, tuple[Site, ...]]:
     """Return the captured graph of ``tiny`` and its sites, feed-forwards among them."""
     found = captured_once(tiny)
     return found.graph, found.every
@@ -308,14 +306,14 @@ def attentive_pipeline() -> DigitsPipeline:
 
 
 def mixed_strategies(
-    sites: Sequence[AttentionSite], seed: int = 0, steps: int = STEPS
+    sites: Sequence[Site], seed: int = 0, steps: int = STEPS
 ) -> list[tuple[Strategy, ...]]:
     """Return a random legal schedule in which every legal strategy of every site may occur."""
     return trial.mixed_strategies(sites, seed, steps)
 
 
 def uniform_strategies(
-    sites: Sequence[AttentionSite], strategy: Strategy, steps: int = STEPS
+    sites: Sequence[Site], strategy: Strategy, steps: int = STEPS
 ) -> list[tuple[Strategy, ...]]:
     """Return full steps as far as ``strategy`` needs them, then ``strategy`` where it is legal."""
     chosen = tuple(Strategy.FULL if strategy in s.declined else strategy for s in sites)

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ditfastattn.passes.plan import Calibration, Plan, Strategy
-from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.runtime.denoiser import Forward, replace_forward
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.reference import PlanInterpreter
-from ditfastattn.runtime.search.planned_target import record_target
-from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper
-from ditfastattn.runtime.search.targets import Target
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.record.planned_target import record_target
 from ditfastattn.tools.zoo.trial import mixed_strategies
 
 
@@ -44,7 +44,7 @@ class MixedPlan:
     """Hold a plan in which every legal strategy may occur, and the sites it speaks of."""
 
     plan: Plan
-    sites: tuple[AttentionSite, ...]
+    sites: tuple[Site, ...]
 
     def interpret(self, pipeline: Any, prompt: Prompt) -> Tensor:
         """Return the images of a generation whose transformer the plan interpreter runs."""

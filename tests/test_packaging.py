@@ -20,7 +20,7 @@ FACADE = ROOT / "src" / "ditfastattn"
 FOLDERS = ("export", "passes", "runtime", "tools")
 BUILD_INPUTS = ("LICENSE", "pyproject.toml", "src", *FOLDERS)
 ASSET_SUFFIXES = (".json", ".md", ".safetensors")
-CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.cli:run"}
+CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.commands.app:run"}
 BACKENDS = {"ditfastattn": "ditfastattn.backend:ditfastattn"}
 HEAVY = (
     "cache_dit",
@@ -81,6 +81,7 @@ def _packaged(wheel: Path) -> list[str]:
 def _expected() -> list[str]:
     """Return what the wheel must hold, by the real folders."""
     shipped = [path.relative_to(FACADE) for path in FACADE.glob("*.py")]
+    shipped += [path.relative_to(FACADE) for path in (FACADE / "core").glob("*.py")]
     shipped.append(Path("py.typed"))
     for folder in FOLDERS:
         shipped += [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")]

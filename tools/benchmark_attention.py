@@ -27,17 +27,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.band import band_bias, band_of
-from ditfastattn.passes.caches import read_slots
-from ditfastattn.passes.capture import CapturedGraph, capture, describe_inputs
-from ditfastattn.passes.lower_windows import compute_window
-from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.plan import CfgLayout, Strategy, TileWindow, Window
-from ditfastattn.passes.sites import find_sites
-from ditfastattn.passes.windows import sequence_tiles, tiles
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.sites import find_sites
+from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.graph.slots import read_slots
+from ditfastattn.passes.plan.schema import CfgLayout, Strategy, TileWindow, Window
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.windows.band import band_bias, band_of
+from ditfastattn.passes.windows.forms import sequence_tiles, tiles
+from ditfastattn.passes.windows.lower_windows import compute_window
 from ditfastattn.runtime.lowering import Lowering, lower
-from ditfastattn.runtime.search.timing import measure_turns
+from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.measure import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

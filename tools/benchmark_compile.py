@@ -30,16 +30,16 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from rich.console import Console
 from torch import Tensor
 
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.ir import clone
-from ditfastattn.passes.plan import Calibration, Plan, Strategy
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.ir import clone
+from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
-from ditfastattn.runtime.search.lane import Lane
-from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper
-from ditfastattn.runtime.search.timing import measure_pairs, summarize
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from ditfastattn.runtime.search.measure.lane import Lane
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.measure.timing import measure_pairs, summarize
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import machine
@@ -94,9 +94,7 @@ def make_pipeline(layers: int) -> DigitsPipeline:
     return pipeline
 
 
-def make_rows(
-    sites: Sequence[AttentionSite], steps: int, variants: int
-) -> list[tuple[Strategy, ...]]:
+def make_rows(sites: Sequence[Site], steps: int, variants: int) -> list[tuple[Strategy, ...]]:
     """Return a full first step, then ``variants - 1`` drawn rows in turns, each over some steps."""
     random_ = random.Random(0)
     rows = [(Strategy.FULL,) * len(sites)]

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import ditfastattn
-from ditfastattn.files import write_text_atomically
+from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.tensorrt.engines import Engines, Layout
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmark_export import four_variants

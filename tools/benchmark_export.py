@@ -23,14 +23,14 @@ import typer
 from rich.console import Console
 
 import ditfastattn
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import Calibration, Plan, Strategy
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper
-from ditfastattn.runtime.search.timing import PairedTiming, measure_turns
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
 from ditfastattn.tools.measure import machine, process_memory, trim_memory

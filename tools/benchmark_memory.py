@@ -22,15 +22,15 @@ import typer
 from rich.console import Console
 
 from ditfastattn import reports
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import Plan, SiteKind, Strategy
-from ditfastattn.passes.sites import AttentionSite
-from ditfastattn.passes.step_program import unroll
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schedule import unroll
+from ditfastattn.passes.plan.schema import Plan, SiteKind, Strategy
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.search.lane import planned_lane
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.session import Session, open_session
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.lane import planned_lane
+from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 
@@ -126,7 +126,7 @@ def _everything(session: Session) -> int:
     return total
 
 
-def _once(session: Session, site: AttentionSite, strategy: Strategy) -> int:
+def _once(session: Session, site: Site, strategy: Strategy) -> int:
     program = unroll([[Strategy.FULL], [strategy]], session.captured, [site])
     return sum(slot.bytes for slot in program.slots)
 

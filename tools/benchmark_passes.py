@@ -17,16 +17,16 @@ from unittest.mock import patch
 import typer
 from rich.console import Console
 
-from ditfastattn.env import DISABLE
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
-from ditfastattn.passes.plan import Calibration, Strategy
+from ditfastattn.core.env import DISABLE
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.schema import Calibration, Strategy
+from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper
-from ditfastattn.runtime.search.timing import measure_turns
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.bench.random_models import pixart, random_pipeline
 from ditfastattn.tools.measure import machine

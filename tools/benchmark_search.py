@@ -21,15 +21,20 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.flops import count_flops
-from ditfastattn.passes.plan import Calibration, Plan, Strategy
-from ditfastattn.runtime.calibrate_pipeline import DEFAULT_TARGET, calibrate
-from ditfastattn.runtime.calibration import GreedyCalibrator, relative_error
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.lane import dense_lane, planned_lane
-from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET, calibrate
+from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.session import Session, open_session
+from ditfastattn.runtime.search.measure.site_evaluator import legal_candidates
+from ditfastattn.runtime.search.measure.steppers import PlanStepper
+from ditfastattn.runtime.search.measure.timing import Timing, measure_turns
 from ditfastattn.runtime.search.methods import (
     PROFILED,
     GlobalChooser,
@@ -37,15 +42,10 @@ from ditfastattn.runtime.search.methods import (
     PassChooser,
     make_global,
 )
-from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
-from ditfastattn.runtime.search.problem import Row
-from ditfastattn.runtime.search.prompts import Prompt, split_prompts
-from ditfastattn.runtime.search.session import Session, open_session
-from ditfastattn.runtime.search.steppers import PlanStepper
-from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.timing import Timing, measure_turns
-from ditfastattn.runtime.search.work import SearchProgress, Work
-from ditfastattn.runtime.site_evaluator import legal_candidates
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.work import SearchProgress, Work
+from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator, relative_error
+from ditfastattn.runtime.search.solve.problem import Row
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine

@@ -13,15 +13,15 @@ from rich.table import Table
 from torch import Tensor
 
 import ditfastattn
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import Plan
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.planned import RunReport, summary
-from ditfastattn.runtime.search.lane import dense_lane, planned_lane
-from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.timing import PairedTiming, measure_pairs
-from ditfastattn.tools.calibrate_command import print_outcome, search_progress
+from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
+from ditfastattn.tools.commands.calibrate import print_outcome, search_progress
 from ditfastattn.tools.digits_data import NUM_CLASSES, class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from ditfastattn.tools.figures import image_grid, plan_map

@@ -21,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "digits-dit-64"
 TRAIN_COMMAND = (

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.files import write_text_atomically
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
 from ditfastattn.tools.digits_data import (
     NUM_CLASSES,
     classify,

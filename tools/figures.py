@@ -19,9 +19,9 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.files import replacing
-from ditfastattn.passes.plan import Plan, Strategy
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import replacing
+from ditfastattn.passes.plan.schema import Plan, Strategy
 
 # Okabe and Ito's colours, dark to light with the work that is left, so that grey print reads too.
 STRATEGY_COLOURS: dict[Strategy, str] = {

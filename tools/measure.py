@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ditfastattn.runtime.search.timing import device_name
+from ditfastattn.runtime.search.measure.timing import device_name
 
 
 def machine() -> dict[str, str]:

@@ -22,9 +22,9 @@ import torch
 import typer
 from rich.console import Console
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import SiteKind, Strategy
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.schema import SiteKind, Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (

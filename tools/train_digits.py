@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from ditfastattn.files import replacing, write_text_atomically
+from ditfastattn.core.files import replacing, write_text_atomically
 from ditfastattn.tools.digits_data import NUM_CLASSES, digit_images
 from ditfastattn.tools.digits_pipeline import TRAIN_COMMAND, DigitsPipeline
 

@@ -10,7 +10,7 @@ import torch
 
 from ditfastattn.export.batch import Shape
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.passes.ir import aten
+from ditfastattn.passes.graph.ir import aten
 
 __all__ = ["Call", "Emitter", "Rule", "Value", "aten", "axis_of"]
 

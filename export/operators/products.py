@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten
 from ditfastattn.export.operators.elementwise import finite_minimum, operand
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.ir import ATTENTION
+from ditfastattn.passes.graph.ir import ATTENTION
 
 
 def transposed(emitter: Emitter, matrix: Value) -> str:

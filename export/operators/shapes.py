@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten, axis_of
 from ditfastattn.export.operators.elementwise import operand

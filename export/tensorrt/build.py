@@ -17,13 +17,13 @@ from typing import Final
 import onnx
 import torch
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import sole_writer
 from ditfastattn.export.lint import lint, nodes_of
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import WORKER, Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
 from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
-from ditfastattn.files import sole_writer
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
     FileSpec,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ditfastattn.errors import EngineError
+from ditfastattn.core.errors import EngineError
 
 Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 WORKER: Final = Path(__file__).with_name("worker.py")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import (
     Manifest,
     TensorSpec,

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.files import write_text_atomically
-from ditfastattn.passes.plan import Fingerprint, Sampler
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.schema import Fingerprint, Sampler
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"

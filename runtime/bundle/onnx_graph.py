@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError, EngineError
+from ditfastattn.core.errors import ConfigError, EngineError
 from ditfastattn.runtime.bundle.manifest import TensorSpec
 
 _INSTALL = 'pip install "ditfastattn[onnx]"'

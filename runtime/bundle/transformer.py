@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import CfgLayout
-from ditfastattn.passes.step_program import CacheSlot, StepProgram
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schedule import CacheSlot, StepProgram
+from ditfastattn.passes.plan.schema import CfgLayout
 from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
 from ditfastattn.runtime.caches import Buffers, Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep

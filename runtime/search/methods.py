@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.plan import Strategy
-from ditfastattn.runtime.calibration import GreedyCalibrator, Progress
-from ditfastattn.runtime.search.latency import CostTable, Objective, measure_costs
-from ditfastattn.runtime.search.memory import within_memory
-from ditfastattn.runtime.search.per_step import PerStepCalibrator
-from ditfastattn.runtime.search.problem import Problem, Row
-from ditfastattn.runtime.search.profile import ErrorTable, Profiler, Sketch, error_table
-from ditfastattn.runtime.search.prompts import Prompt, split_prompts
-from ditfastattn.runtime.search.sensitivity import probe_rows, probe_steps, site_weights
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.solve import within_budget
-from ditfastattn.runtime.search.steppers import PlanStepper
-from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.variants import capped_within_budget
-from ditfastattn.runtime.search.window_choice import (
+from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
+from ditfastattn.runtime.search.measure.profile import ErrorTable, Profiler, Sketch, error_table
+from ditfastattn.runtime.search.measure.sensitivity import probe_rows, probe_steps, site_weights
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import PlanStepper
+from ditfastattn.runtime.search.measure.window_choice import (
     choose_windows,
     chosen_sites,
     with_chosen,
 )
-from ditfastattn.runtime.search.work import Work
+from ditfastattn.runtime.search.record.work import Work
+from ditfastattn.runtime.search.solve.budget import within_budget
+from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator, Progress
+from ditfastattn.runtime.search.solve.memory import within_memory
+from ditfastattn.runtime.search.solve.per_step import PerStepCalibrator
+from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.variants import capped_within_budget
 
 PROFILED = 2  # prompts whose errors are measured; the others only judge
 # The worst prompt's damage at a drift of 1, to begin with. On the demo model the mean prompt's was

@@ -15,18 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ditfastattn.errors import TargetMissedError
-from ditfastattn.passes.plan import Calibration, Measured, Plan, SearchMethod, Strategy
+from ditfastattn.core.errors import TargetMissedError
+from ditfastattn.passes.plan.schema import Calibration, Measured, Plan, SearchMethod, Strategy
 from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE, Bracket
-from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.judge.targets import Judgement, Target, TargetKind
+from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.timing import PairedTiming
 from ditfastattn.runtime.search.methods import Chooser, Method
-from ditfastattn.runtime.search.planned_target import record_target, record_values
-from ditfastattn.runtime.search.problem import Row
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.targets import Judgement, Target, TargetKind
-from ditfastattn.runtime.search.timing import PairedTiming
-from ditfastattn.runtime.search.work import Work
+from ditfastattn.runtime.search.record.planned_target import record_target, record_values
+from ditfastattn.runtime.search.record.work import Work
+from ditfastattn.runtime.search.solve.problem import Row
 
 MAX_ROUNDS = 6
 MAX_SPEED_ROUNDS = 3  # each compiles a plan

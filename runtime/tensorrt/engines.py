@@ -12,8 +12,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.files import write_text_atomically
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.bundle.manifest import (
     FileSpec,
     Natural,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError, EngineError
+from ditfastattn.core.errors import ConfigError, EngineError
 from ditfastattn.runtime.tensorrt.library import Library
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 CURRENT: Final = "current"  # the GPU of this machine
 PACKAGES: Final = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: package

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,

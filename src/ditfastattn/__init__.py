@@ -16,16 +16,16 @@ The main names::
 from __future__ import annotations
 
 import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
-from ditfastattn.errors import ConfigError, EngineError, TargetMissedError, VerifyError
+from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.exporting import build, export, load, verify
-from ditfastattn.passes.plan import CfgLayout, Plan, Strategy
+from ditfastattn.passes.plan.schema import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.accelerate import accelerate, restore
-from ditfastattn.runtime.calibrate_pipeline import calibrate
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.planned import reports, reset
-from ditfastattn.runtime.search.retarget import retarget
-from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.validate import Validation, validate
+from ditfastattn.runtime.search.calibrate import calibrate
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.judge.validate import Validation, validate
+from ditfastattn.runtime.search.record.retarget import retarget
 
 __version__ = "0.1.0"
 

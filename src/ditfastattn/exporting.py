@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from ditfastattn.export.verify import Verification
-    from ditfastattn.passes.plan import Plan
+    from ditfastattn.passes.plan.schema import Plan
     from ditfastattn.runtime.bundle.manifest import Manifest
     from ditfastattn.runtime.bundle.transformer import BundleTransformer
     from ditfastattn.runtime.tensorrt.engines import Engines

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from ditfastattn.errors import VerifyError
+from ditfastattn.core.errors import VerifyError
 from ditfastattn.export.lint import findings, lint
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

@@ -25,9 +25,9 @@ from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, rows_of
-from ditfastattn.passes.caches import residual_slot
-from ditfastattn.passes.plan import SiteKind
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.slots import residual_slot
+from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES,
@@ -36,7 +36,7 @@ from ditfastattn.runtime.tensorrt.engines import (
     Layout,
     read_engines,
 )
-from ditfastattn.tools import cli
+from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from tests.export.helpers import export_tiny
 from tests.helpers import (
@@ -71,7 +71,7 @@ def wide(name: str) -> TinyModel:
     return TINY_MODELS[name](size=32, head_dim=HEAD_DIM)
 
 
-def four_rows(sites: Sequence[AttentionSite]) -> list[tuple[Strategy, ...]]:
+def four_rows(sites: Sequence[Site]) -> list[tuple[Strategy, ...]]:
     """Return four distinct steps, one of them twice: computed, shared, windowed, halved."""
     wanted = [
         [FULL, FULL, FULL],

@@ -24,8 +24,8 @@ from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, weight_bytes
-from ditfastattn.passes.plan import TileWindow
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library
@@ -91,7 +91,7 @@ def test_a_dropped_window_is_seen_in_the_log(tmp_path: Path) -> None:
     assert most_keys(log) == TOKENS  # every query sees every key
 
 
-def log_of_windows(tiny: TinyModel, sites: Sequence[AttentionSite], out: Path) -> BuildLog:
+def log_of_windows(tiny: TinyModel, sites: Sequence[Site], out: Path) -> BuildLog:
     """Build ``tiny`` with every window that ``sites`` have; return the log of a windowed step."""
     rows = [
         tuple(strategy if site.windows else Strategy.FULL for site in sites)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Target
-from ditfastattn.runtime.guidance import detect_cfg_layout
-from ditfastattn.runtime.search.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.tiny_pipelines import (
     IMG2IMG_ARGUMENTS,
     TINY_PIPELINES,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ditfastattn import CfgLayout, ConfigError, Strategy
-from ditfastattn.passes.capture_exported import capture_exported
-from ditfastattn.passes.pipeline import SiteAction, rewrite
-from ditfastattn.passes.sites import find_sites
+from ditfastattn.passes.analysis.sites import find_sites
+from ditfastattn.passes.capture.exported import capture_exported
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.runtime.exported import PlannedProgram
 from tests.helpers import (
     STEPS,

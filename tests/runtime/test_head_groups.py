@@ -13,7 +13,7 @@ import torch
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, load
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.reference import PlanInterpreter
 from tests.heads import head_plan, split
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {**TINY_MODELS, "dit of 4 heads": lambda: tiny_dit(heads=
 Rows = list[tuple[Strategy, ...]]
 
 
-def some_rows(sites: Sequence[AttentionSite], seed: int, steps: int = STEPS) -> Rows:
+def some_rows(sites: Sequence[Site], seed: int, steps: int = STEPS) -> Rows:
     """Return a random legal schedule in which all groups of an attention often do the same."""
     generator = random.Random(seed)
     together = _attentions(sites)
@@ -51,7 +51,7 @@ def some_rows(sites: Sequence[AttentionSite], seed: int, steps: int = STEPS) -> 
     return rows
 
 
-def _attentions(sites: Sequence[AttentionSite]) -> list[list[int]]:
+def _attentions(sites: Sequence[Site]) -> list[list[int]]:
     """Return the sites by the attention they are groups of; others are by themselves."""
     found: dict[str, list[int]] = {}
     for index, site in enumerate(sites):
@@ -59,7 +59,7 @@ def _attentions(sites: Sequence[AttentionSite]) -> list[list[int]]:
     return list(found.values())
 
 
-def _legal(site: AttentionSite, computed: int) -> list[Strategy]:
+def _legal(site: Site, computed: int) -> list[Strategy]:
     return [
         strategy
         for strategy in Strategy

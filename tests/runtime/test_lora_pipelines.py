@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import ConfigError, Plan
-from ditfastattn.runtime.search.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from ditfastattn import Strategy
-from ditfastattn.passes.capture import GraphInput, capture
-from ditfastattn.passes.ir import aten
-from ditfastattn.passes.plan import Plan
+from ditfastattn.passes.capture.dynamo import GraphInput, capture
+from ditfastattn.passes.graph.ir import aten
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime import lowering
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from tests.helpers import (

@@ -21,8 +21,8 @@ from ditfastattn import (
     check_sampler,
     restore,
 )
-from ditfastattn.runtime.guidance import detect_cfg_layout
-from ditfastattn.runtime.search.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.helpers import tiny_dit
 from tests.plans import mixed_plan_for
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Strategy
-from ditfastattn.runtime.search.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import MixedPlan, mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES, load_saved, tiny_two_stage_wan_pipeline
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
-from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.plan import Calibration, Sampler
-from ditfastattn.passes.sites import AttentionSite
+from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import Calibration, Sampler
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from tests.helpers import (
@@ -39,9 +39,7 @@ def call(tiny: TinyModel, step: int, lane: int) -> dict[str, Any]:
     return made
 
 
-def mixed(
-    sites: Sequence[AttentionSite], seed: int, layout: CfgLayout = CfgLayout.SEPARATE
-) -> Rows:
+def mixed(sites: Sequence[Site], seed: int, layout: CfgLayout = CfgLayout.SEPARATE) -> Rows:
     generator = random.Random(seed)
     computed = [1] * len(sites)
     rows: Rows = [(Strategy.FULL,) * len(sites)]

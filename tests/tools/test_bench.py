@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 
 from ditfastattn import ConfigError
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.search.lane import dense_lane
-from ditfastattn.runtime.search.prompts import Prompt
-from ditfastattn.runtime.search.timing import measure_turns
-from ditfastattn.tools import cli
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.lane import dense_lane
+from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench import harness
 from ditfastattn.tools.bench.forms import Form, PeerLane, fresh_copy, peer_lane
 from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, BenchOptions, fidelity
@@ -30,7 +29,8 @@ from ditfastattn.tools.bench.models import BenchModel, model_named
 from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
-from ditfastattn.tools.bench_command import run_bench
+from ditfastattn.tools.commands import app as cli
+from ditfastattn.tools.commands.bench import run_bench
 from tests.helpers import randomize, tiny_digits_pipeline
 from tests.tiny_pipelines import TINY_PIPELINES
 

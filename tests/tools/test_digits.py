@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor
 from typer.testing import CliRunner
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.tools import digits_pipeline, evaluate_digits, train_digits
 from ditfastattn.tools.digits_data import class_accuracy, digit_images
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline

@@ -12,8 +12,8 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import (
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import (
     Calibration,
     CfgLayout,
     Fingerprint,

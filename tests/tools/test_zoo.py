@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import SiteKind, Strategy
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import SiteKind, Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel

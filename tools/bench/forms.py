@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.runtime.search.lane import Lane
-from ditfastattn.runtime.search.prompts import Prompt
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.lane import Lane
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Clock, Peer, Scope, Setting, Subject
 

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import Plan, Strategy
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.planned import reports, summary
-from ditfastattn.runtime.search.checkpoint import Checkpoint
-from ditfastattn.runtime.search.lane import Lane, dense_lane, planned_lane
-from ditfastattn.runtime.search.latency import Objective
+from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.runtime.search.methods import GlobalChooser, make_global
-from ditfastattn.runtime.search.metrics import image_psnr, image_ssim
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint
+from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.search import Found, Search, SearchOptions
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.targets import Target
-from ditfastattn.runtime.search.timing import measure_turns
-from ditfastattn.runtime.search.work import Work
 from ditfastattn.tools.bench.forms import Form, PeerLane, forms_of, fresh_copy, peer_lane
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Peer, Scope, Setting, Subject

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ditfastattn.errors import ConfigError
-from ditfastattn.passes.plan import CfgLayout
-from ditfastattn.runtime.guidance import detect_cfg_layout
-from ditfastattn.runtime.search.prompts import Prompt, generate, split_prompts
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 
 FIRST_TEST_SEED = 1000  # a search uses seeds from 0 and 500: no image is judged that it has seen
 

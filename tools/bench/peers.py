@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 
 Options = Mapping[str, Any]
 Scope = Callable[[], AbstractContextManager[None]]  # entered around each generation

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.errors import ConfigError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
-from ditfastattn.passes.feed_forwards import closure
-from ditfastattn.passes.fingerprint import fingerprint
-from ditfastattn.passes.ir import VIEWS, aten, calls, find
-from ditfastattn.passes.plan import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
-from ditfastattn.passes.sites import AttentionSite, SiteReport, find_sites
+from ditfastattn.passes.analysis.feed_forwards import closure
+from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.sites import Site, SiteReport, find_sites
+from ditfastattn.passes.graph.ir import VIEWS, aten, calls, find
+from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors
@@ -143,10 +143,10 @@ def _differing(found: SiteReport, wanted: SiteReport) -> str:
     return "; ".join(f"{one} for {other}" for one, other in pairs if one != other)
 
 
-def _seen(site: AttentionSite) -> tuple[object, ...]:
+def _seen(site: Site) -> tuple[object, ...]:
     """Return what must not depend on the door: all but the names of nodes."""
     return (
-        *(site.planned(), site.ordinal, len(site.frontier), site.grid, site.windows, site.text),
+        *(site.planned(), site.ordinal, len(site.exits), site.grid, site.windows, site.text),
         tuple(site.declined.items()),
     )
 
@@ -169,8 +169,8 @@ def _exported(
 def mixed_plan(
     timesteps: tuple[float, ...],
     captured: CapturedCall,
-    every: Sequence[AttentionSite],
-    sites: Sequence[AttentionSite],
+    every: Sequence[Site],
+    sites: Sequence[Site],
     seed: int,
 ) -> Plan:
     """Return a plan over ``sites`` of ``every`` in which each legal strategy may occur."""
@@ -186,7 +186,7 @@ def mixed_plan(
     )
 
 
-def _bent(captured: CapturedCall, sites: Sequence[AttentionSite]) -> frozenset[str]:
+def _bent(captured: CapturedCall, sites: Sequence[Site]) -> frozenset[str]:
     """Return the sites behind which something that is not affine belongs to them, such as a norm.
 
     There a curve through outputs is another one than the interpreter's, who extrapolates before it.
@@ -207,7 +207,7 @@ def _bent(captured: CapturedCall, sites: Sequence[AttentionSite]) -> frozenset[s
 
 
 def mixed_strategies(
-    sites: Sequence[AttentionSite],
+    sites: Sequence[Site],
     seed: int,
     steps: int,
     bent: frozenset[str] = frozenset(),
@@ -239,7 +239,7 @@ def mixed_strategies(
 def reference(
     model: nn.Module,
     plan: Plan,
-    sites: Sequence[AttentionSite],
+    sites: Sequence[Site],
     calls: Sequence[dict[str, Any]],
 ) -> list[Tensor]:
     """Return the outputs that the plan interpreter gives."""

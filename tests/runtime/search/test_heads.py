@@ -11,9 +11,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, accelerate, calibrate, retarget
-from ditfastattn.runtime.search.prompts import as_images, generate, split_prompts
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
+from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from tests.helpers import TINY_DIGITS, attentive_pipeline, tiny_digits_pipeline
 
 SHARE = Strategy.SHARE_STEP

@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
-from ditfastattn.passes.plan import CfgLayout, SiteKind
-from ditfastattn.runtime import calibrate_pipeline
-from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.latency import CostTable
-from ditfastattn.runtime.search.prompts import split_prompts
+from ditfastattn.passes.plan.schema import CfgLayout, SiteKind
+from ditfastattn.runtime.pipeline.prompts import split_prompts
+from ditfastattn.runtime.search import calibrate as calibrate_pipeline
+from ditfastattn.runtime.search.judge.targets import Judgement
+from ditfastattn.runtime.search.measure.latency import CostTable
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
+from ditfastattn.runtime.search.measure.timing import PairedTiming, summarize
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.search import Search, SearchOptions
-from ditfastattn.runtime.search.session import open_session
-from ditfastattn.runtime.search.steppers import DenseStepper, PlanStepper, Variants
-from ditfastattn.runtime.search.targets import Judgement
-from ditfastattn.runtime.search.timing import PairedTiming, summarize
-from ditfastattn.runtime.search.work import SearchProgress, Work
 from tests.helpers import attentive_pipeline
 
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}
@@ -400,7 +400,7 @@ def test_a_round_is_spent_where_a_faster_plan_is_in_sight(
 WRITER = """
 import sys, time
 from pathlib import Path
-from ditfastattn.runtime.search.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 with open_checkpoint(Path(sys.argv[1])):
     print("holding", flush=True)
     time.sleep(600)

@@ -1,0 +1,1 @@
+"""Learn from a captured graph without changing it."""

@@ -1,0 +1,94 @@
+"""Find a graph's feed-forward branches by data flow: linear, a nonlinearity, linear.
+
+Of the last linear one walks back to the linears before the nonlinearity, and from their common
+input forward again: a feed-forward is what depends on that input and on parameters alone, and
+leaves at one node. So gated forms, dropout and LoRA adapters belong to it, and embedders, which no
+attention precedes, do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, users_outside, value
+
+_LINEAR = aten.linear.default
+_NONLINEAR = frozenset(
+    getattr(aten, name).default
+    for name in (
+        *("gelu", "silu", "relu", "relu6", "tanh", "sigmoid", "mish", "elu", "selu", "celu"),
+        *("leaky_relu", "softplus", "hardswish", "hardsigmoid", "hardtanh", "log_sigmoid"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Name a feed-forward's linears, the last one's place among *all*, and where it leaves."""
+
+    linears: tuple[Node, ...]
+    ordinal: int
+    exit: Node
+
+
+def find_feed_forwards(graph: Graph, is_static: Callable[[Node], bool]) -> list[FeedForward]:
+    """Return the feed-forward branches that follow some attention, in execution order."""
+    after_attention = closure(graph, calls(graph, ATTENTION), lambda _: True)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    found: dict[Node, FeedForward] = {}
+    for ordinal, linear in enumerate(calls(graph, _LINEAR)):
+        if linear not in after_attention or value(linear).dim() < 3:
+            continue
+        walked, sources = _before(linear, is_static)
+        if not sources or not any(node.target in _NONLINEAR for node in walked):
+            continue
+        inputs = [node for node in (source.args[0] for source in sources) if isinstance(node, Node)]
+        entry = min(inputs, key=order.__getitem__)
+        inside = closure(graph, [entry], is_static) - {entry}
+        if not inside.issuperset(walked | sources):
+            continue
+        reached = closure(graph, [linear], lambda _: True) & inside
+        exits = [node for node in reached if users_outside(node, inside)]
+        if len(exits) == 1 and entry in after_attention:
+            linears = (*sorted(sources, key=order.__getitem__), linear)
+            found.setdefault(exits[0], FeedForward(linears, ordinal, exits[0]))
+    return list(found.values())
+
+
+def closure(graph: Graph, starts: Iterable[Node], is_static: Callable[[Node], bool]) -> set[Node]:
+    """Return ``starts`` and all that depends on them and on ``is_static`` nodes alone."""
+    inside = set(starts)
+    for node in graph.nodes:
+        if node.op != "call_function" or node in inside:
+            continue
+        sources = node.all_input_nodes
+        if any(source in inside for source in sources) and all(
+            source in inside or is_static(source) for source in sources
+        ):
+            inside.add(node)
+    return inside
+
+
+def _before(linear: Node, is_static: Callable[[Node], bool]) -> tuple[set[Node], set[Node]]:
+    """Return what lies between ``linear`` and the linears before it, and those linears.
+
+    Nothing where an attention or an input of the model comes first.
+    """
+    walked: set[Node] = set()
+    sources: set[Node] = set()
+    pending = [linear.args[0]]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, Node) or node in walked or is_static(node):
+            continue
+        if node.op != "call_function" or node.target is ATTENTION:
+            return set(), set()
+        if node.target is _LINEAR:
+            sources.add(node)
+            continue
+        walked.add(node)
+        pending.extend(node.all_input_nodes)
+    return walked, sources

@@ -1,0 +1,97 @@
+"""Identify a model by its attention structure, its weights and its LoRA adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.graph.ir import SCALINGS, aten
+from ditfastattn.passes.plan.schema import Fingerprint
+
+_SAMPLES = 4096
+_ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
+
+
+def fingerprint(
+    captured: CapturedGraph, sites: Sequence[Site], static: Sequence[Tensor]
+) -> Fingerprint:
+    """Return the fingerprint of ``captured`` with ``sites`` over its ``static`` inputs, in order.
+
+    Of each parameter and buffer at most 4096 evenly spaced elements are hashed, with its shape, so
+    that a model of any size takes seconds; a change to fewer elements may pass unseen.
+    """
+    structure = [
+        (site.name, site.kind, site.heads, site.head_dim, len(site.exits)) for site in sites
+    ]
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    inputs = zip(captured.inputs, placeholders, strict=True)
+    named = [(entry.name, node) for entry, node in inputs if entry.static]
+    weights: list[Tensor] = []
+    adapters: list[str] = []
+    for (name, node), tensor in zip(named, static, strict=True):
+        if _ADAPTER in name:
+            adapters.append(f"{_digest(tensor)} {_scaling(node)}")
+        else:
+            weights.append(tensor)
+    dtypes = [tensor.dtype for tensor in weights if tensor.is_floating_point() and tensor.dim() > 1]
+    return Fingerprint(
+        structure=_sha256(json.dumps(structure).encode()),
+        weights=hash_tensors(weights),
+        dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "none",
+        lora=_join(adapters) if adapters else "",
+    )
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a hash of ``tensors``, whatever their order."""
+    return _join(_digest(tensor) for tensor in tensors)
+
+
+def _scaling(adapter: Node) -> list[str]:
+    """Return the numbers that scale an adapter's branch before it is added to the base's output.
+
+    Before::
+
+        %3 = aten.linear.default(%x, %lora_A)
+        %4 = aten.linear.default(%3, %lora_B)
+        %5 = aten.mul.Tensor(%4, 2.0)
+        %6 = aten.add.Tensor(%base, %5)
+
+    After::
+
+        ["aten.mul.Tensor 2.0"]
+    """
+    branch, pending = {adapter}, [adapter]
+    scalings: list[str] = []
+    while pending:
+        for user in pending.pop().users:
+            if user in branch or user.target is aten.add.Tensor:
+                continue
+            branch.add(user)
+            pending.append(user)
+            if user.target in SCALINGS:
+                factors = (factor for factor in user.args if isinstance(factor, (int, float)))
+                scalings += [f"{user.target} {float(factor)}" for factor in factors]
+    return scalings
+
+
+def _join(digests: Iterable[str]) -> str:
+    return _sha256("".join(sorted(digests)).encode())
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().cpu()
+    header = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
+    return _sha256(header + sample.view(torch.uint8).numpy().tobytes())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,0 +1,428 @@
+"""Find a model's sites by data flow, never by class name.
+
+An attention site is an attention node with its *exits*: the last nodes that depend on nothing
+but this attention's output and parameters (the output projection, a rescaling; two of them where
+joint attention splits into image and text). What is cached for a later step is cached there, so
+that norm, projections and attention all die when the step shares it. A feed-forward branch is a
+site too, whose exits is where it leaves: it can be shared, and has no window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ditfastattn.passes.analysis.ancestry import Ancestry
+from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.analysis.streams import Streams, find_streams
+from ditfastattn.passes.analysis.token_grid import GridFinder
+from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position, module_path
+from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
+from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
+from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
+from ditfastattn.passes.plan.schema import (
+    CacheDtype,
+    CfgLayout,
+    HeadGroup,
+    PlannedSite,
+    SiteKind,
+    Strategy,
+    Window,
+)
+from ditfastattn.passes.windows.forms import window_forms
+from ditfastattn.passes.windows.key_masks import hides_keys_alone
+
+_SHORTEST_WINDOWED_SEQUENCE = 8
+
+
+@dataclass(frozen=True)
+class Site:
+    """Describe one site of a captured graph: an attention, or a feed-forward as one head.
+
+    ``node`` and ``exits`` name graph nodes; ``node`` is the attention, or where the feed-forward
+    leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
+    the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
+    in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
+    ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
+    ``window``, 0 where none is legal. ``declined`` says why a strategy is not legal here.
+    A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
+    puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
+    """
+
+    name: str
+    ordinal: int
+    node: str
+    exits: tuple[str, ...]
+    kind: SiteKind
+    tokens: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, ...]
+    window: Window
+    windows: tuple[Window, ...] = ()
+    text: tuple[int, int] = (0, 0)
+    declined: dict[Strategy, str] = field(default_factory=dict)
+    no_grid: str = ""
+    whole: Site | None = None
+    first_head: int = 0
+    cache_dtype: CacheDtype | None = None
+
+    @property
+    def axes(self) -> str:
+        """Name what the image's tokens run over: "space", "time", both, or "" where not known."""
+        return {1: "time", 2: "space", 3: "time and space"}.get(len(self.grid), "")
+
+    def with_caches_in(self, dtype: CacheDtype | None) -> Site:
+        """Return this site, and what it is a group of, with caches kept in ``dtype``."""
+        whole = self.whole and replace(self.whole, cache_dtype=dtype)
+        return replace(self, cache_dtype=dtype, whole=whole)
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in what a cache keeps values of ``dtype``: never in a wider one."""
+        if self.cache_dtype is None:
+            return dtype
+        kept: torch.dtype = getattr(torch, self.cache_dtype)
+        return kept if kept.itemsize < dtype.itemsize else dtype
+
+    def why_not(self, strategy: Strategy, layout: CfgLayout) -> str:
+        """Return why ``strategy`` is not legal here under ``layout``, or "".
+
+        Between calls of their own, guidance's halves need not be those of a batch.
+        """
+        if strategy.shares_cfg and layout is CfgLayout.SEPARATE_UNCOND_FIRST:
+            return "the unconditional call comes first: there is nothing yet that it could take"
+        if strategy.shares_cfg and layout is CfgLayout.SEPARATE:
+            return self.declined.get(Strategy.WINDOW, "") if strategy.windowed else ""
+        if strategy.shares_cfg and layout is CfgLayout.NONE:
+            return "guidance has one lane"
+        return self.declined.get(strategy, "")
+
+    def planned(self) -> PlannedSite:
+        """Return what a plan records of this site."""
+        return PlannedSite(
+            name=self.name,
+            kind=self.kind,
+            tokens=self.tokens,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            window=self.window,
+            cache_dtype=self.cache_dtype,
+            group=None
+            if self.whole is None
+            else HeadGroup(site=self.whole.name, first=self.first_head, of=self.whole.heads),
+        )
+
+
+def with_wholes(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return ``sites``, and after them each site all of whose heads are among their groups."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.whole is not None:
+            groups.setdefault(site.whole.name, []).append(site)
+    known = {site.name for site in sites}
+    wholes = [
+        members[0].whole
+        for name, members in groups.items()
+        if members[0].whole is not None and name not in known
+        if sum(site.heads for site in members) == members[0].whole.heads
+    ]
+    return (*sites, *wholes)
+
+
+def attentions(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return the sites that are attentions: what DiTFastAttn itself shares."""
+    return tuple(site for site in sites if site.kind is not SiteKind.FEED_FORWARD)
+
+
+@dataclass(frozen=True)
+class DeclinedAttention:
+    """Name an attention that is not a site, and why.
+
+    ``ordinal`` is as a site's; -1 where the attention is no node of its own.
+    """
+
+    name: str
+    ordinal: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """Hold the sites of a graph in execution order, and the attention nodes declined."""
+
+    sites: tuple[Site, ...]
+    declined: tuple[DeclinedAttention, ...]
+
+
+def find_sites(captured: CapturedGraph) -> SiteReport:
+    """Return every site of ``captured``, and each declined attention with its reason."""
+    graph = captured.module.graph
+    position = latent_position(captured)
+    latent = "" if position is None else captured.inputs[position].name
+    ancestry = Ancestry(captured, latent)
+    streams = find_streams(graph, ancestry, latent) if latent else None
+    grids = GridFinder()
+    sites: list[Site] = []
+    declined: list[DeclinedAttention] = []
+    names: dict[str, int] = {}
+    wholes = [node for node in calls(graph, ATTENTION) if _first_head(node) == 0]
+    spelled = [node for node in wholes if RECOGNIZED not in node.meta]
+    ordinals = {node: ordinal for ordinal, node in enumerate(spelled)}
+    for place, first in enumerate(wholes):
+        ordinal = ordinals.get(first, -1)
+        name = _unique(module_path(first) or f"attention.{place}", names)
+        reason = _why_not_a_site(first, ancestry, latent)
+        if reason:
+            declined.append(DeclinedAttention(name, ordinal, reason))
+            continue
+        site = _describe(first, name, ordinal, grids, ancestry, streams)
+        sites += [site] if head_range(first) is None else _describe_groups(site, graph, ancestry)
+    for other in captured.unrecognized:
+        node = find(graph, other.node)
+        name = _unique(module_path(node) or node.name, names)
+        declined.append(DeclinedAttention(name, -1, other.reason))
+    for branch in find_feed_forwards(graph, ancestry.is_static):
+        if latent and latent not in ancestry.roots(branch.exit):
+            continue  # of the text alone: computed once per generation
+        path = _common_path([module_path(linear) for linear in branch.linears])
+        name = _unique(path or f"feed_forward.{branch.ordinal}", names)
+        sites.append(_describe_feed_forward(branch, name, ancestry))
+    order = {node.name: position for position, node in enumerate(graph.nodes)}
+    sites.sort(key=lambda site: order[site.node])
+    return SiteReport(tuple(sites), tuple(declined))
+
+
+def _describe_feed_forward(branch: FeedForward, name: str, ancestry: Ancestry) -> Site:
+    width = value(branch.exit).shape[-1]
+    no_window = "a window is defined for attention, this is a feed-forward"
+    declined: dict[Strategy, str] = {}
+    declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    no_guidance = ancestry.why_no_shared_guidance([branch.exit])
+    if no_guidance:
+        declined[Strategy.SHARE_CFG] = no_guidance
+    return Site(
+        name=name,
+        ordinal=branch.ordinal,
+        node=branch.exit.name,
+        exits=(branch.exit.name,),
+        kind=SiteKind.FEED_FORWARD,
+        tokens=math.prod(value(branch.exit).shape[1:-1]),
+        heads=1,
+        head_dim=width,
+        grid=(),
+        window=0,
+        declined=declined,
+    )
+
+
+def _describe(
+    node: Node,
+    name: str,
+    ordinal: int,
+    grids: GridFinder,
+    ancestry: Ancestry,
+    streams: Streams | None,
+) -> Site:
+    _, heads, tokens, head_dim = value(node.args[0]).shape
+    kind = _kind(node, ancestry)
+    joined = streams is not None and kind is not SiteKind.CROSS and tokens == streams.tokens
+    kind = SiteKind.JOINT if joined else kind
+    text = streams.text if streams is not None and joined else (0, 0)
+    image = tokens - sum(text)
+    declined: dict[Strategy, str] = {}
+    no_window = _why_no_window(node, kind, image, text)
+    if no_window:
+        declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
+    ends = exits_of(node, ancestry.is_static)
+    no_guidance = ancestry.why_no_shared_guidance(ends)
+    if no_guidance:
+        declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
+    grid = _embedded(node, image, value(node).shape[0] // ancestry.batch)
+    query: Any = node.args[0]
+    grid = grid or grids.find(query, image)
+    windows = window_forms(image, grid) if not no_window else ()
+    return Site(
+        name=name,
+        ordinal=ordinal,
+        node=node.name,
+        exits=tuple(member.name for member in ends),
+        kind=kind,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        grid=grid,
+        window=windows[0] if windows else 0,
+        windows=windows,
+        text=text,
+        declined=declined,
+        no_grid="" if grid else ancestry.why_no_grid(grids.inputs(image)),
+    )
+
+
+def _first_head(node: Node) -> int:
+    heads = head_range(node)
+    return 0 if heads is None else heads.first
+
+
+def _describe_groups(first: Site, graph: Graph, ancestry: Ancestry) -> list[Site]:
+    """Return the sites of all groups of a split attention, as its ``first`` group's was described.
+
+    All have the shapes of the first but for the heads, and so what is legal.
+    """
+    marked = [(node, head_range(node)) for node in graph.nodes]
+    own = [
+        (node, heads) for node, heads in marked if heads is not None and heads.site == first.name
+    ]
+    groups = [(node, heads) for node, heads in own if node.target is ATTENTION]
+    joined, every = next((node, heads) for node, heads in own if _joins(node))
+    ends = exits_of(joined, ancestry.is_static)
+    no_guidance = ancestry.why_no_shared_guidance(ends)
+    whole = replace(
+        first,
+        node=joined.name,
+        exits=tuple(member.name for member in ends),
+        heads=every.last,
+        window=0,
+        windows=(),
+        declined={Strategy.SHARE_CFG: no_guidance} if no_guidance else {},
+    )
+    return [_group(first, whole, node, heads, ancestry) for node, heads in groups]
+
+
+def _joins(node: Node) -> bool:
+    return node.target in (aten.cat.default, aten.transpose.int)
+
+
+def _group(
+    first: Site,
+    whole: Site,
+    node: Node,
+    heads: HeadRange,
+    ancestry: Ancestry,
+) -> Site:
+    ends = exits_of(node, ancestry.is_static)
+    return replace(
+        first,
+        name=group_name(whole.name, heads.first, heads.last),
+        node=node.name,
+        exits=tuple(member.name for member in ends),
+        heads=heads.last - heads.first,
+        whole=whole,
+        first_head=heads.first,
+    )
+
+
+def exits_of(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, ...]:
+    """Return the last nodes that depend on ``attention`` and static inputs alone."""
+    inside = closure(attention.graph, [attention], is_static)
+    ordered = (node for node in attention.graph.nodes if node in inside)
+    return tuple(node for node in ordered if users_outside(node, inside))
+
+
+def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
+    if value(node.args[0]).dim() != 4:
+        return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
+    if ancestry.is_static(node):
+        return "it does not depend on the model's inputs"
+    if latent and latent not in ancestry.roots(node):
+        return "it does not depend on the latent: it is computed once per generation, or timestep"
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    return "attention dropout is active: call model.eval()" if dropout else ""
+
+
+def _kind(node: Node, ancestry: Ancestry) -> SiteKind:
+    query, key = argument(node, 0, "query"), argument(node, 1, "key")
+    if ancestry.roots(key) != ancestry.roots(query):
+        return SiteKind.CROSS
+    return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
+
+
+def _joins_streams(key: Node) -> bool:
+    """Tell whether the keys are concatenated, along the tokens, from several projections."""
+    tokens = value(key).shape[-2]
+    seen, pending = set(), [key]
+    while pending:
+        node = pending.pop()
+        if node in seen or node.target is aten.linear.default:
+            continue
+        seen.add(node)
+        if node.target is aten.cat.default and _concatenates(node, tokens):
+            return True
+        pending.extend(node.all_input_nodes)
+    return False
+
+
+def _concatenates(node: Node, tokens: int) -> bool:
+    joined = value(node)
+    dim = int(argument(node, 1, "dim", 0)) % joined.dim()
+    return dim > 0 and bool(joined.shape[dim] == tokens) and joined.dim() >= 3
+
+
+def _why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]) -> str:
+    if kind is SiteKind.CROSS:
+        return f"a band window is defined for self-attention, this is {kind}-attention"
+    if kind is SiteKind.JOINT and not any(text):
+        return "text and image tokens of this joint attention were not told apart"
+    mask = attention_mask(node)
+    if mask is not None and not hides_keys_alone(mask, value(node.args[1]).shape[-2]):
+        return "the attention has a mask that depends on the query"
+    if argument(node, 5, "is_causal", False):
+        return "the attention is causal"
+    if value(node.args[0]).shape != value(node.args[1]).shape:
+        return "queries and keys differ in shape"
+    if tokens < _SHORTEST_WINDOWED_SEQUENCE:
+        return f"only {tokens} tokens: a window would save nothing"
+    return ""
+
+
+def attention_mask(node: Node) -> Node | None:
+    """Return the mask of an attention node, or None."""
+    mask: Node | None = argument(node, 3, "attn_mask")
+    return mask
+
+
+def attention_scale(node: Node) -> float:
+    """Return the factor on QK^T of an attention node."""
+    scale: float | None = argument(node, 6, "scale")
+    return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
+
+
+def _embedded(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
+    """Return the size of the patch embedding that made these tokens, or ().
+
+    Where it embeds frame by frame, and the tokens are those of all frames, time comes first. Where
+    every place of a frame is ``folded`` into the batch, the tokens are frames.
+    """
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop(0)
+        if current.target in (aten.conv2d.default, aten.conv3d.default):
+            size = tuple(value(current).shape[2:])
+            frames, rest = divmod(tokens, math.prod(size))
+            whole = rest == 0 and frames > 0 and math.prod(size) > 1
+            if whole and (frames == 1 or len(size) == 2):
+                return size if frames == 1 else (frames, *size)
+            if math.prod(size) == folded > 1:
+                return (tokens,)
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return ()
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    shared = takewhile(lambda names: len(set(names)) == 1, parts)
+    return ".".join(names[0] for names in shared)
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"

@@ -1,0 +1,1 @@
+"""Turn what Dynamo or torch.export hands over into one functional ATen graph."""

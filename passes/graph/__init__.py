@@ -1,0 +1,1 @@
+"""Read, build, verify and outline FX graphs; cache slots."""

@@ -1,0 +1,1 @@
+"""Plans, what they may say, and the schedule that they unroll to."""

@@ -1,0 +1,420 @@
+"""Define the plan: which shortcut each site takes at each step, and for what it holds.
+
+A plan is data. It is written as JSON, read back strictly (an unknown field, an unknown version or
+an impossible schedule is a ``ConfigError``), and refuses a model or sampler other than its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
+
+SCHEMA_VERSION = 3
+
+
+class Strategy(StrEnum):
+    """Name what a site does at one step (DiTFastAttn, section 3; the last two are TaylorSeer's)."""
+
+    FULL = "full"
+    WINDOW = "window"  # WA-RS: window attention plus the cached residual
+    SHARE_STEP = "share-step"  # AST: the output of the last step that computed one
+    SHARE_CFG = "share-cfg"  # ASC: the conditional half serves both halves
+    WINDOW_SHARE_CFG = "window+share-cfg"
+    EXTRAPOLATE = "extrapolate"  # the line through the outputs of the last two that computed one
+    EXTRAPOLATE_QUADRATIC = "extrapolate-quadratic"  # the parabola through those of the last three
+
+    @property
+    def windowed(self) -> bool:
+        """Tell whether the site reads its residual cache."""
+        return self in (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)
+
+    @property
+    def computes(self) -> bool:
+        """Tell whether the site computes an output, rather than reuse earlier ones."""
+        return not self.outputs_needed
+
+    @property
+    def outputs_needed(self) -> int:
+        """Return how many earlier outputs this one is made of; 0 where it is computed."""
+        return _OUTPUTS_NEEDED.get(self, 0)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Tell whether the output follows a curve through earlier ones."""
+        return self.outputs_needed > 1
+
+    @property
+    def shares_cfg(self) -> bool:
+        """Tell whether only the conditional half is computed."""
+        return self in (Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG)
+
+
+_OUTPUTS_NEEDED = {
+    Strategy.SHARE_STEP: 1,
+    Strategy.EXTRAPOLATE: 2,
+    Strategy.EXTRAPOLATE_QUADRATIC: 3,
+}
+
+
+class CfgLayout(StrEnum):
+    """Name how the guidance halves reach the model: along the batch of one call, or one by one."""
+
+    NONE = "none"  # one lane only: sharing across guidance is illegal
+    COND_FIRST = "cond-first"
+    UNCOND_FIRST = "uncond-first"
+    SEPARATE = "separate"  # two calls a step, the conditional one first
+    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # what comes second cannot serve the first
+
+    @property
+    def calls(self) -> int:
+        """Return how often a step calls the model."""
+        return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
+
+    @property
+    def batched(self) -> bool:
+        """Tell whether the halves of a call's batch are those of guidance."""
+        return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
+
+
+class SiteKind(StrEnum):
+    """Name what an attention site attends to, or a site that is no attention."""
+
+    SELF = "self"
+    CROSS = "cross"
+    JOINT = "joint"
+    FEED_FORWARD = "feed-forward"
+
+
+class CacheDtype(StrEnum):
+    """Name what caches may be kept in, to take less memory than in the model's dtype."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+# An infinite PSNR is written as "Infinity": JSON has no such number.
+class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
+    pass
+
+
+class TileWindow(_Record, frozen=True):
+    """Describe a window by tiles of a token grid, ``(h, w)`` or ``(t, h, w)``.
+
+    Per axis, ``tile`` counts tokens and ``reach`` the tiles seen on each side of a query's own; at
+    an edge the window moves inward, so that each tile sees equally many.
+    """
+
+    grid: tuple[Annotated[int, Field(gt=0)], ...]
+    tile: tuple[Annotated[int, Field(gt=0)], ...]
+    reach: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> TileWindow:
+        if not len(self.grid) == len(self.tile) == len(self.reach) > 0:
+            raise ValueError("grid, tile and reach: one number each per axis")
+        for size, tile in zip(self.grid, self.tile, strict=True):
+            if size % tile:
+                raise ValueError(f"tile: {tile} does not divide {size} tokens")
+        return self
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of tiles along each axis."""
+        return tuple(size // tile for size, tile in zip(self.grid, self.tile, strict=True))
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Return how many tiles are seen along each axis."""
+        pairs = zip(self.counts, self.reach, strict=True)
+        return tuple(min(count, 2 * reach + 1) for count, reach in pairs)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the grid."""
+        return math.prod(self.grid)
+
+    @property
+    def seen(self) -> int:
+        """Return how many tokens each query sees."""
+        return math.prod(self.spans) * math.prod(self.tile)
+
+    def __str__(self) -> str:
+        """Say it in a few characters: ``3x3 of 8x8 tiles``."""
+        spans, counts = ("x".join(map(str, sizes)) for sizes in (self.spans, self.counts))
+        return f"{spans} of {counts} tiles"
+
+
+Window = Annotated[int, Field(ge=0)] | TileWindow
+
+
+class HeadGroup(_Record, frozen=True):
+    """Say which heads of an attention a site is: those of ``site``, ``of`` in all, from ``first``.
+
+    The site's own ``heads`` says how many.
+    """
+
+    site: str
+    first: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(gt=1)]
+
+
+class PlannedSite(_Record, frozen=True):
+    """Describe one site of the model a plan is for.
+
+    ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
+    describes tiles; 0 where a window is not legal. A feed-forward is one head of its width. Where
+    the heads of an attention take strategies of their own, a site is a ``group`` of them. Caches
+    are kept in ``cache_dtype``, in the model's own dtype where there is none.
+    """
+
+    name: str
+    kind: SiteKind
+    tokens: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)]
+    head_dim: Annotated[int, Field(gt=0)]
+    window: Window
+    cache_dtype: CacheDtype | None = None
+    group: HeadGroup | None = None
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what there is none of: such a plan is as it was before it could be."""
+        fields: dict[str, Any] = write(self)
+        return {name: item for name, item in fields.items() if item is not None}
+
+
+class Sampler(_Record, frozen=True):
+    """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
+
+    scheduler: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    steps: Annotated[int, Field(gt=0)]
+    timesteps: tuple[float, ...]
+    guidance_scale: float | None = None
+    cfg_layout: CfgLayout
+
+
+class Fingerprint(_Record, frozen=True):
+    """Identify a model: its dtype, hashes of its attention structure and of its weights.
+
+    ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
+    """
+
+    structure: str
+    weights: str
+    dtype: str
+    lora: str = ""
+
+
+class PlannedTarget(_Record, frozen=True):
+    """Record what a plan was searched for; ``model`` names the one that measures a CLIP score."""
+
+    name: str
+    bound: float
+    at_least: bool
+    model: str = ""
+
+
+class Measured(_Record, frozen=True):
+    """Record what prompts measured: one value per image, ``worst`` in the target's sense."""
+
+    prompts: int
+    mean: float
+    worst: float
+
+
+SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
+
+
+class Calibration(_Record, frozen=True):
+    """Record how a plan came to be.
+
+    ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
+    delta), the budget of relative squared error per step of ``per-step``, the budget of drift of
+    the final image of ``global``. ``batch`` counts the lanes of a call, ``forwards`` whole
+    evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
+    alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
+    compiled plan, paired with the compiled dense model, where a speed was the target.
+    ``cache_bytes`` is the most that caches take at any time, at a batch of ``batch``.
+    """
+
+    method: SearchMethod
+    target: PlannedTarget | None = None
+    strength: float = 0.0
+    seed: int | None = None
+    batch: int = 0
+    cache_bytes: int = 0
+    calibrated: Measured | None = None
+    held_out: Measured | None = None
+    predicted_speedup: float | None = None
+    measured_speedup: float | None = None
+    measured_seconds: float | None = None
+    device: str = ""
+    rounds: int = 0
+    forwards: float = 0.0
+    seconds: float = 0.0
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Plan(_Record, frozen=True):
+    """Say, per step and site, which strategy runs: ``strategies[step][site]``.
+
+    ``sites`` may be some of the model's only: the others run as they are. ``inputs`` holds the
+    shape of each tensor input of the model without its batch dimension; the latent is among them.
+    The batch size itself is free. With ``merge_variants`` steps of the same strategies are one
+    compiled variant, even where they differ in the caches they must store.
+    """
+
+    schema_version: Literal[3] = 3
+    model: Fingerprint
+    inputs: dict[str, tuple[int, ...]]
+    sampler: Sampler
+    sites: tuple[PlannedSite, ...]
+    strategies: tuple[tuple[Strategy, ...], ...]
+    merge_variants: bool = False
+    calibration: Calibration
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if len(self.strategies) != self.sampler.steps:
+            raise ValueError(
+                f"strategies: {len(self.strategies)} rows for {self.sampler.steps} steps"
+            )
+        if len(self.sampler.timesteps) != self.sampler.steps:
+            raise ValueError(
+                f"sampler.timesteps: {len(self.sampler.timesteps)} values "
+                f"for {self.sampler.steps} steps"
+            )
+        for step, row in enumerate(self.strategies):
+            if len(row) != len(self.sites):
+                raise ValueError(
+                    f"strategies[{step}]: {len(row)} entries for {len(self.sites)} sites"
+                )
+        for index, site in enumerate(self.sites):
+            self._check_site(index, site)
+        self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        """Check that the groups of an attention are in order, and are all of its heads."""
+        for name, members in self._groups().items():
+            after = 0
+            for site, group in members:
+                if group.first != after or group.of != members[0][1].of:
+                    raise ValueError(f"sites ({site.name}): group: expected to begin at {after}")
+                after += site.heads
+            if after != members[0][1].of:
+                raise ValueError(f"sites: the groups of {name} hold {after} of its heads")
+
+    def _groups(self) -> dict[str, list[tuple[PlannedSite, HeadGroup]]]:
+        found: dict[str, list[tuple[PlannedSite, HeadGroup]]] = {}
+        for site in self.sites:
+            if site.group is not None:
+                found.setdefault(site.group.site, []).append((site, site.group))
+        return found
+
+    @property
+    def head_groups(self) -> dict[str, tuple[int, ...]]:
+        """Return how many heads each group has, by the attention that is split."""
+        return {
+            name: tuple(site.heads for site, _ in members)
+            for name, members in self._groups().items()
+        }
+
+    def _check_site(self, index: int, site: PlannedSite) -> None:
+        computed, has_residual = 0, False
+        for step, row in enumerate(self.strategies):
+            strategy = row[index]
+            reason = ""
+            if strategy is Strategy.SHARE_STEP and not computed:
+                reason = "no earlier step computes an output to share"
+            elif computed < strategy.outputs_needed:
+                curve = "a line needs two" if strategy.outputs_needed == 2 else "a parabola three"
+                reason = f"{computed} earlier steps compute an output, {curve}"
+            elif strategy.windowed and not has_residual:
+                reason = "no earlier full step computes the residual"
+            elif strategy.windowed and not site.window:
+                reason = "a window is not legal at this site (window is 0)"
+            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.NONE:
+                reason = "guidance is not batched (cfg_layout is none)"
+            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.SEPARATE_UNCOND_FIRST:
+                reason = "the unconditional call comes first, with nothing to take yet"
+            if reason:
+                raise ValueError(f"strategies[{step}][{index}] ({site.name}): {strategy}: {reason}")
+            computed += strategy.computes
+            has_residual = has_residual or strategy is Strategy.FULL
+
+    @property
+    def changed(self) -> int:
+        """Count the entries that take a shortcut."""
+        return sum(strategy is not Strategy.FULL for row in self.strategies for strategy in row)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; ``path`` holds the old file or the whole new one."""
+        write_text_atomically(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ConfigError: the file is absent, not JSON, of another version, or not a valid plan.
+        """
+        where = os.fspath(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "cannot read the plan", where=where, got=error, remedy="run `ditfastattn calibrate`"
+            ) from error
+        return cls.parse(text, where)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "plan") -> Plan:
+        """Read a plan from JSON ``text``; errors as in ``load``."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                "the plan is not JSON", where=where, got=error, remedy="calibrate it again"
+            ) from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                "the plan is of another schema version",
+                where=f"{where}: schema_version",
+                got=version,
+                expected=SCHEMA_VERSION,
+                remedy="calibrate it again, or use the ditfastattn that wrote it",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                first["msg"],
+                where=f"{where}: {'.'.join(str(part) for part in first['loc']) or 'plan'}",
+                got=_shortened(first.get("input")),
+                remedy="correct the field or calibrate again",
+            ) from error
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,1 @@
+"""Rewrite the dense graph into that of one step: one pass a file."""

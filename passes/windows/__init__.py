@@ -1,0 +1,1 @@
+"""Window attention: its forms, its operators, and what they are lowered to."""

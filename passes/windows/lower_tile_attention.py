@@ -1,0 +1,234 @@
+"""Lower ``ditfastattn::tile_attention`` to full attention among each tile's near tiles.
+
+Before::
+
+    %3 = ditfastattn.tile_attention.default(%0, %1, %2, [64, 64], [8, 8], [1, 1], 0.18)
+
+After::
+
+    %9 = aten.index_select.default(%8, 1, %near): float32[12, 576, 64, 32]
+    %12 = aten.scaled_dot_product_attention.default(%5, %10, %11, ...): float32[12, 64, 64, 32]
+
+Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
+many others, so nothing is masked but the keys that the model itself masks: what is gathered is all
+used, by whichever kernel is fastest.
+
+Of a grid of one axis, the sequence itself, a tile sees one run of tokens. On a CPU nothing is
+gathered then: each tile attends a slice of the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditfastattn.passes.graph.ir import calls, value
+from ditfastattn.passes.graph.paste_form import (
+    Constants,
+    Form,
+    FormPaster,
+    has_static_shape,
+    is_masked,
+    sources,
+    token_major,
+)
+from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.windows.forms import window_of
+from ditfastattn.passes.windows.key_masks import key_bias
+from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, seen_tokens
+
+_MAX_GATHERED_BYTES = 2**31
+
+
+def lower_tile_attention(module: GraphModule) -> list[str]:
+    """Lower the tile windows of ``module`` in place; return the reason for each that stays."""
+    paster = FormPaster(module)
+    reasons: list[str] = []
+    for node in calls(module.graph, TILE_ATTENTION):
+        reason = _decline(node)
+        if reason:
+            reasons.append(f"{node.name}: {reason}")
+            continue
+        window, scale, text = window_of(node)
+        assert isinstance(window, TileWindow)
+        form, constants = tiles_form(window, scale, text, value(node).device, is_masked(node))
+        paster.replace(node, (window, scale, text), form, constants)
+    module.recompile()
+    return reasons
+
+
+def _decline(node: Node) -> str:
+    if not has_static_shape(node):
+        return f"its shape is symbolic: {list(value(node).shape)}"
+    window, _, _ = window_of(node)
+    assert isinstance(window, TileWindow)
+    keys = value(sources(node)[1])
+    if _is_in_runs(window, keys.device):
+        return ""
+    gathered = 2 * keys.nbytes * math.prod(window.spans)
+    if gathered > _MAX_GATHERED_BYTES:
+        return f"the keys and values that its tiles see would take {gathered >> 20} MiB"
+    return ""
+
+
+def tiles_form(
+    window: TileWindow,
+    scale: float,
+    text: tuple[int, int],
+    device: torch.device,
+    masked: bool = False,
+) -> tuple[Form, Constants]:
+    """Return the form that attends tile by tile, and its constants."""
+    if _is_in_runs(window, device):
+        return _runs_form(window, scale, text, masked), ()
+    before, after = text
+    stop = before + window.tokens
+    outside = before + after
+    count = math.prod(window.counts)
+
+    def in_tiles(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *extra: Tensor
+    ) -> Tensor:
+        batch, heads, _, head_dim = q.shape
+        keys, values = (_gathered(window, item, near) for item in (k, v))
+        if extra:
+            keys, values = (
+                torch.cat([found, _every_tile(window, item)], dim=2)
+                for found, item in zip((keys, values), extra, strict=True)
+            )
+        output = scaled_dot_product_attention(
+            _tiled(window, q), keys, values, attn_mask=bias, scale=scale
+        )
+        return _raster(window, output).reshape(batch, heads, window.tokens, head_dim)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor | None, near: Tensor
+    ) -> Tensor:
+        if not outside:
+            return token_major(in_tiles(q, k, v, bias, near))
+        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
+        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
+        image = in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
+        rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=scale)
+        return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+        return attend(q, k, v, None, None, near)
+
+    def run_masked(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, near: Tensor, seen: Tensor
+    ) -> Tensor:
+        hidden = key_bias(mask, q.dtype)
+        found = hidden.squeeze(2).index_select(2, seen)
+        each = found.reshape(*found.shape[:2], count, 1, -1)
+        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
+        return attend(q, k, v, hidden, bias, near)
+
+    near = _near(window, device)
+    return (run_masked, (near, _seen(window, text, device))) if masked else (run, (near,))
+
+
+def _is_in_runs(window: TileWindow, device: torch.device) -> bool:
+    """Tell whether tiles attend slices: a GPU would be busy with each for too short a time."""
+    return len(window.grid) == 1 and device.type == "cpu"
+
+
+def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: bool) -> Form:
+    """Return the form for tiles of the sequence, each of which sees one run of it."""
+    before, after = text
+    stop = before + window.tokens
+    runs = _runs(window)  # not while the form is traced
+
+    def seen(item: Tensor, dim: int, first: int, last: int) -> Tensor:
+        """Return the tokens from ``first`` to ``last``, and the text."""
+        if last - first == window.tokens:
+            return item
+        parts = [(0, before), (before + first, before + last), (stop, stop + after)]
+        found = [item.narrow(dim, start, end - start) for start, end in parts if end > start]
+        return torch.cat(found, dim=dim) if len(found) > 1 else found[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        def queries(start: int, end: int, first: int, last: int) -> Tensor:
+            keys, values = seen(k, 2, first, last), seen(v, 2, first, last)
+            bias = None if hidden is None else seen(hidden, 3, first, last)
+            rows = q.narrow(2, start, end - start)
+            return scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+
+        everything = 0, window.tokens
+        parts = [queries(0, before, *everything)] if before else []
+        for start, end, first, last in runs:
+            parts.append(queries(before + start, before + end, first, last))
+        parts += [queries(stop, stop + after, *everything)] if after else []
+        return token_major(torch.cat(parts, dim=2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, None)
+
+    def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attend(q, k, v, key_bias(mask, q.dtype))
+
+    return run_masked if masked else run
+
+
+@lru_cache(maxsize=8)
+def _runs(window: TileWindow) -> list[tuple[int, int, int, int]]:
+    """Return runs of queries, from and to, and the run of keys that each sees, of a sequence.
+
+    Tiles at an end of the sequence, which see the same, are one run.
+    """
+    (tile,), (span,), (count,) = window.tile, window.spans, window.counts
+    firsts = near_tiles(window)[:, 0].tolist()
+    found: list[tuple[int, int, int, int]] = []
+    for first, alike in groupby(range(count), key=firsts.__getitem__):
+        places = list(alike)
+        queries = places[0] * tile, (places[-1] + 1) * tile
+        found.append((*queries, first * tile, (first + span) * tile))
+    return found
+
+
+@lru_cache(maxsize=8)
+def _near(window: TileWindow, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return near_tiles(window, device).flatten()
+
+
+@lru_cache(maxsize=8)
+def _seen(window: TileWindow, text: tuple[int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return seen_tokens(window, *text, device).flatten()
+
+
+def _tiled(window: TileWindow, item: Tensor) -> Tensor:
+    """Turn ``[B, H, N, D]`` in raster order into ``[B * H, tiles, tile tokens, D]``."""
+    rank = len(window.grid)
+    split = [size for pair in zip(window.counts, window.tile, strict=True) for size in pair]
+    apart = item.reshape(-1, *split, item.shape[-1])
+    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
+    shape = (math.prod(window.counts), math.prod(window.tile), item.shape[-1])
+    return apart.permute(order).reshape(-1, *shape)
+
+
+def _raster(window: TileWindow, item: Tensor) -> Tensor:
+    """Undo ``_tiled``, but for the heads."""
+    rank = len(window.grid)
+    apart = item.reshape(-1, *window.counts, *window.tile, item.shape[-1])
+    pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]
+    return apart.permute([0, *pairs, 2 * rank + 1])
+
+
+def _gathered(window: TileWindow, item: Tensor, near: Tensor) -> Tensor:
+    """Return what each tile sees of keys or values, ``[B * H, tiles, seen, D]``."""
+    found = _tiled(window, item).index_select(1, near)
+    return found.reshape(found.shape[0], math.prod(window.counts), window.seen, item.shape[-1])
+
+
+def _every_tile(window: TileWindow, text: Tensor) -> Tensor:
+    """Repeat the text's keys or values ``[B, H, text, D]`` for each tile."""
+    flat = text.reshape(-1, 1, text.shape[2], text.shape[3])
+    return flat.expand(-1, math.prod(window.counts), -1, -1)

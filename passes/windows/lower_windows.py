@@ -1,0 +1,43 @@
+"""Lower every window of a graph, and compute one eagerly, by forms that skip what is not seen."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.passes.plan.schema import TileWindow, Window
+from ditfastattn.passes.windows.band import band_of
+from ditfastattn.passes.windows.key_masks import key_mask
+from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention, tiles_form
+from ditfastattn.passes.windows.lower_window_attention import (
+    WindowKernel,
+    blocks_form,
+    lower_window_attention,
+)
+
+
+def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO) -> list[str]:
+    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    return [*lower_window_attention(module, kernel), *lower_tile_attention(module)]
+
+
+def compute_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    scale: float,
+    text: tuple[int, int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after.
+
+    ``mask`` is the attention's, the same for every query.
+    """
+    masked = mask is not None
+    if isinstance(window, TileWindow):
+        form, constants = tiles_form(window, scale, text, q.device, masked)
+    else:
+        band = band_of(q.shape[2], window, q.dtype, q.device, *text)
+        form, constants = blocks_form(band, scale, masked)
+    return form(q, k, v, *constants) if mask is None else form(q, k, v, key_mask(mask), *constants)

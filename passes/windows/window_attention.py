@@ -1,0 +1,141 @@
+"""Define ``ditfastattn::window_attention``: self-attention over a band around the diagonal.
+
+Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
+``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
+text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask of
+keys, as of padding, hides them from every query; one that sees no other keys gives 0. The op
+marks the window in a graph and computes it plainly, by a mask over full attention;
+``lower_window_attention`` replaces it by forms that skip the work outside the band.
+
+The result lies in memory as ``[B, N, H, D]``, as that of flash attention does, so that what models
+do next (move the heads back and merge them) stays a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.windows.key_masks import among, check_key_mask
+
+
+@torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
+
+    Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` tokens attend,
+    and are attended by, all. ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is
+    added to the scores.
+
+    Raises:
+        ConfigError: the inputs are not alike, the window is negative, or the mask is not of keys.
+    """
+    _check(q, k, v, window, mask)
+    seen = among(seen_pairs(q.shape[2], window, before, after, q.device), mask)
+    result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return allocate(q).copy_(result)
+
+
+@window_attention.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    _check(q, k, v, window, mask)
+    return allocate(q)
+
+
+def seen_pairs(
+    tokens: int, window: int, before: int, after: int, device: torch.device | None = None
+) -> Tensor:
+    """Return which (query, key) pairs are kept, bool ``[tokens, tokens]``."""
+    position = torch.arange(tokens, device=device)
+    text = (position < before) | (position >= tokens - after)
+    near = (position[:, None] - position[None, :]).abs() <= window
+    return near | text[:, None] | text[None, :]
+
+
+WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
+
+
+def allocate(q: Tensor) -> Tensor:
+    """Return memory for ``[B, H, N, D]`` that lies as ``[B, N, H, D]``."""
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
+    """Raise ``ConfigError`` unless all are ``[B, H, N, D]`` of one shape, dtype and device."""
+    if q.dim() != 4:
+        raise ConfigError(
+            "the query has the wrong rank",
+            where=where,
+            got=list(q.shape),
+            expected="[batch, heads, tokens, head_dim]",
+        )
+    for name, tensor in (("key", k), ("value", v)):
+        if _kind(tensor) != _kind(q):
+            raise ConfigError(
+                f"query and {name} differ",
+                where=where,
+                got=_kind(tensor),
+                expected=_kind(q),
+                remedy="a window is for self-attention without grouped heads",
+            )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None) -> None:
+    check_alike(q, k, v, "window_attention")
+    check_key_mask(q, mask, "window_attention")
+    if window < 0:
+        raise ConfigError(
+            "the window is negative", where="window_attention", got=window, expected="0 or more"
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
+    return list(tensor.shape), tensor.dtype, tensor.device
+
+
+def kept_pairs(tokens: int, window: int, text: int = 0) -> int:
+    """Count the pairs kept: those in the band of ``tokens - text``, and all with a text token."""
+    image = tokens - text
+    width = min(window, image - 1)
+    return image * (2 * width + 1) - width * (width + 1) + text * (2 * image + text)
+
+
+@register_flop_formula(torch.ops.ditfastattn.window_attention)
+def _flops(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    window: int,
+    scale: float,
+    before: int = 0,
+    after: int = 0,
+    mask: torch.Size | None = None,
+    **_: Any,
+) -> int:
+    """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
+    batch, heads, tokens, head_dim = q
+    return 4 * batch * heads * head_dim * kept_pairs(tokens, window, before + after)

@@ -1,0 +1,1 @@
+"""What is known of a diffusers pipeline: its transformer, guidance and prompts."""

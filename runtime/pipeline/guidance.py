@@ -1,0 +1,115 @@
+"""Find out how a pipeline batches guidance, by looking at what it gives its transformer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.runtime.pipeline.prompts import guidance_argument
+
+log = logging.getLogger(__name__)
+
+
+class _Seen(Exception):  # noqa: N818  # it ends a generation and reports no error
+    """End a generation."""
+
+
+def detect_cfg_layout(
+    pipeline: Any, call: Mapping[str, Any], timestep: str = "timestep"
+) -> CfgLayout:
+    """Begin a generation without guidance and one with it, and compare the transformer's inputs.
+
+    Without guidance (scale 1) only the conditional lane runs. The half of the guided batch that
+    holds the same conditions is the conditional one; where no half does, and a second call of the
+    same timestep follows, guidance takes two calls: the one with the same conditions is the
+    conditional one. Else there is no layout.
+
+    Args:
+        pipeline: a diffusers pipeline with a ``transformer`` and an argument for guidance.
+        call: the keyword arguments of a generation.
+        timestep: the name of the transformer's timestep argument.
+
+    Raises:
+        ConfigError: guidance takes two calls, and neither is of the conditions.
+    """
+    name = guidance_argument(pipeline, call)
+    if name not in inspect.signature(pipeline.__call__).parameters:
+        log.info("guidance: the pipeline has no %s: share-cfg is not considered", name)
+        return CfgLayout.NONE
+    guided = _observe(pipeline, {**call})
+    plain = _observe(pipeline, {**call, name: 1.0})[0]
+    for argument, conditions in plain.items():
+        layout = _compare(conditions, guided[0].get(argument))
+        if layout is not CfgLayout.NONE:
+            log.info("guidance: batched, %s (seen at the argument %s)", layout, argument)
+            return layout
+    if len(guided) == 2 and _same(guided[0], guided[1], timestep):
+        return _separate(plain, guided, timestep)
+    log.info("guidance: none, or an input of the model: share-cfg is not considered")
+    return CfgLayout.NONE
+
+
+def _separate(
+    plain: Mapping[str, Tensor], guided: Sequence[Mapping[str, Tensor]], timestep: str
+) -> CfgLayout:
+    names = [name for name in plain if name != timestep and not _same(guided[0], guided[1], name)]
+    if any(_same(plain, guided[0], name) for name in names):
+        log.info("guidance: in two calls, the conditional one first")
+        return CfgLayout.SEPARATE
+    if any(_same(plain, guided[1], name) for name in names):
+        log.info("guidance: in two calls, the conditional one second: share-cfg is not considered")
+        return CfgLayout.SEPARATE_UNCOND_FIRST
+    raise ConfigError(
+        "guidance calls the transformer twice a step, and for the conditions in neither call",
+        where="the transformer's first two calls",
+        got=f"other conditions in both ({', '.join(names)})" if names else "the same arguments",
+        expected="a call of the conditions, as without guidance, and another one",
+        remedy="say the order by cfg_layout, run without guidance, or batch it in one call",
+    )
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> bool:
+    first, second = one.get(name), other.get(name)
+    return first is not None and second is not None and torch.equal(first, second)
+
+
+def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
+    lanes = len(conditions)
+    if guided is None or len(guided) != 2 * lanes or conditions.shape[1:] != guided.shape[1:]:
+        return CfgLayout.NONE
+    first, second = (torch.equal(half, conditions) for half in torch.split(guided, lanes))
+    if first == second:  # the same in both lanes, like the latents: says nothing
+        return CfgLayout.NONE
+    return CfgLayout.COND_FIRST if first else CfgLayout.UNCOND_FIRST
+
+
+def _observe(pipeline: Any, call: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Return the tensors of a generation's first two calls of the transformer; end it there."""
+    seen: list[dict[str, Tensor]] = []
+    names = list(inspect.signature(pipeline.transformer.forward).parameters)
+
+    def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
+        seen.append({name: item.detach().clone() for name, item in tensors.items() if item.dim()})
+        if len(seen) == 2:
+            raise _Seen
+
+    handle = pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        pipeline(**{**call, "generator": generator})
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise ConfigError("the pipeline did not call its transformer", where="a generation")
+    return seen

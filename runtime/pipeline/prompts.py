@@ -1,0 +1,101 @@
+"""Say what generations are called with, and take their images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+
+HELD_OUT_SEED = 500  # added to the seed, where held-out prompts are the same calls anew
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Hold what one generation is called with, and the seed of its noise."""
+
+    call: Mapping[str, Any]
+    seed: int
+
+
+def split_prompts(call: Mapping[str, Any], seed: int) -> list[Prompt]:
+    """Return one prompt per image of ``call``, whose lists hold an entry per image.
+
+    Raises:
+        ConfigError: lists of different lengths.
+    """
+    lists = {name: item for name, item in call.items() if isinstance(item, (list, tuple))}
+    lengths = {len(item) for item in lists.values()}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ConfigError(
+            "the lists of a call must have one entry per image",
+            where="call",
+            got=", ".join(f"{name}: {len(item)}" for name, item in lists.items()),
+            expected="lists of the same length, 1 or more",
+        )
+    count = lengths.pop() if lengths else 1
+    return [
+        Prompt({**call, **{name: [item[k]] for name, item in lists.items()}}, seed + k)
+        for k in range(count)
+    ]
+
+
+def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
+    """Return what the pipeline takes for ``name``: the caller's value or its default."""
+    if name in call:
+        return call[name]
+    parameter = inspect.signature(pipeline.__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """Return what the pipeline calls the scale of classifier-free guidance.
+
+    Models that take a scale as an input (FLUX, QwenImage) call that ``guidance_scale``, and the
+    other one ``true_cfg_scale``.
+    """
+    true = argument_of(pipeline, call, "true_cfg_scale")
+    return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
+
+
+def current_guidance(pipeline: Any) -> float | None:
+    """Return the scale of the generation under way, where the pipeline tells; else None.
+
+    One that takes two scales tells but one, and not which of them guides.
+    """
+    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
+        return None
+    scale: Any = getattr(pipeline, "guidance_scale", None)
+    return scale if isinstance(scale, (int, float)) else None
+
+
+def generate(pipeline: Any, prompt: Prompt) -> Any:
+    """Run one generation without gradients; return what the pipeline returns first: the images.
+
+    They are asked for as tensors in a tuple, as diffusers names it.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    wanted = {"output_type": "pt", "return_dict": False}
+    named = {name: item for name, item in wanted.items() if name in known}
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(prompt.seed)
+        result = pipeline(**{**prompt.call, **named}, generator=generator)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def as_images(images: Any) -> Tensor:
+    """Return images ``[B, C, H, W]`` in fp32 on the CPU; the frames of a video count as images."""
+    if not isinstance(images, Tensor) or images.dim() not in (4, 5):
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ConfigError(
+            "the pipeline returned no image tensor",
+            where="pipeline(output_type='pt', return_dict=False)[0]",
+            got=got,
+            expected="[B, C, H, W], or [B, frames, C, H, W]",
+        )
+    return images.flatten(0, -4).float().cpu()

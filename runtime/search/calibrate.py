@@ -1,0 +1,316 @@
+"""Calibrate a plan for a diffusers pipeline: the public entry to the searches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.ir import find, value
+from ditfastattn.passes.plan.schema import CacheDtype, CfgLayout, Plan
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.lane import measure_speed
+from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.sensitivity import probe_steps
+from ditfastattn.runtime.search.measure.session import Session, open_session
+from ditfastattn.runtime.search.measure.window_choice import WindowForm, allowed_windows
+from ditfastattn.runtime.search.methods import (
+    Chooser,
+    Method,
+    PassChooser,
+    make_global,
+    measured_costs,
+)
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.work import SearchProgress, Work
+from ditfastattn.runtime.search.search import Search, SearchOptions
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TARGET = Target.min_ssim(0.9)
+NOTHING_GAINED = 1.02  # a speedup below this is none
+_FIRST_BUDGET = {Method.GREEDY: 0.05, Method.PER_STEP: 0.05}
+_REPETITIONS = 10
+
+
+def calibrate(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    *,
+    target: Target = DEFAULT_TARGET,
+    held_out: Mapping[str, Any] | None = None,
+    method: Method | str = Method.AUTO,
+    objective: Objective | str = Objective.LATENCY,
+    max_variants: int = 0,
+    max_cache_mb: float = 0.0,
+    cache_dtype: CacheDtype | str | None = None,
+    attention_only: bool = False,
+    head_groups: int = 1,
+    windows: WindowForm | str = WindowForm.AUTO,
+    cfg_layout: CfgLayout | None = None,
+    seed: int = 0,
+    timestep: str = "timestep",
+    lowering: Lowering | str = Lowering.INDUCTOR,
+    out: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    on_progress: Callable[[SearchProgress], None] | None = None,
+) -> Plan:
+    """Search the fastest plan that meets ``target``, and return it.
+
+    Args:
+        pipeline: a diffusers pipeline whose denoiser is ``pipeline.transformer``.
+        call: the keyword arguments of a generation. Lists (prompts, classes) hold one entry per
+            image: each is a calibration prompt. Steps, guidance and sizes fix what the plan is for.
+        target: what to reach, on the worst prompt.
+        held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
+        method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
+            program), ``greedy`` (DiTFastAttn, Algorithm 1); ``auto`` is greedy for a threshold,
+            else global.
+        objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
+            alone (``attention-flops``), which need no measurement.
+        max_variants: the most distinct step variants; 0 is no cap.
+        max_cache_mb: the most MiB that the caches of one image take at any time; 0 is no cap.
+        cache_dtype: keep caches in ``float16`` or ``bfloat16``, in half the memory of a model's
+            fp32; what they hold is rounded. In the model's own dtype where None.
+        attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
+            always do.
+        head_groups: how many groups of heads each attention forms, which take strategies of their
+            own (DiTFastAttnV2's head-wise attention); as many as there are heads at most, 1 leaves
+            attentions whole.
+        windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid,
+            or of the sequence where no grid is known, or ``auto``: per site what measures better,
+            for the ``global`` method, else bands.
+        cfg_layout: the order of the guidance halves; found by observation where None.
+        seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
+        timestep: the name of the transformer's timestep argument.
+        lowering: what runs the plan when a speed is measured.
+        out: the plan's file. Given, the search keeps its state beside it, goes on where a killed
+            one stopped, and writes the plan at the end.
+        restart: forget an unfinished search.
+        on_progress: told what the search does and how long it may take.
+
+    Raises:
+        ConfigError: the pipeline, the call or the target are not ones that a plan can serve.
+        TargetMissedError: no plan reaches the target.
+    """
+    prompts = split_prompts(call, seed)
+    unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
+    resolved = _resolve(Method(method), target)
+    _check_cap("max_variants", max_variants, resolved)
+    _check_cap("max_cache_mb", max_cache_mb, resolved)
+    _check_head_groups(head_groups)
+    options = SearchOptions(
+        target=target,
+        method=resolved,
+        objective=Objective(objective),
+        max_variants=max_variants,
+        max_cache_bytes=int(max_cache_mb * 2**20),
+        lowering=Lowering(lowering),
+        seed=seed,
+    )
+    target.prepare(prompts[0].call)
+    path = None if out is None else Path(out)
+    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
+    forms = _window_form(WindowForm(windows), resolved)
+    narrow = attention_only or resolved is not Method.GLOBAL
+    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, head_groups)
+    with holding as checkpoint, opening as session:
+        device = session.example[0].device.type
+        sites = allowed_windows(session.sites, forms, device)
+        session.take_sites(_with_caches_in(cache_dtype, session, sites))
+        work = Work(session, checkpoint, 0.0, on_progress)
+        resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
+        if resumed:
+            log.warning("ditfastattn: going on with the unfinished search beside %s", path)
+        work.at_most = _estimate(session, options, len(prompts), len(unseen))
+        plan = _search(work, options, Prompt(call, seed), prompts, unseen)
+        if path is not None:
+            plan.save(path)
+        checkpoint.discard()
+    _say_gain(plan)
+    return plan
+
+
+def _search(
+    work: Work,
+    options: SearchOptions,
+    batch: Prompt,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+) -> Plan:
+    began = time.monotonic()
+    search = Search(work, _chooser(work, options, batch, prompts), options, prompts, held_out)
+    if options.target.kind is TargetKind.QUALITY:
+        found, timing = search.quality(), None
+    elif options.target.kind is TargetKind.THRESHOLD:
+        found, timing = search.threshold(), None
+    else:
+        session = work.session
+
+        def measure(plan: Plan) -> Any:
+            session.release()
+            try:
+                return measure_speed(
+                    session.pipeline,
+                    plan,
+                    held_out,
+                    options.lowering,
+                    _REPETITIONS,
+                    session.timestep,
+                )
+            finally:
+                session.hold()
+
+        found, timing = search.speed(measure)
+    return search.plan(found, time.monotonic() - began, timing)
+
+
+def _chooser(
+    work: Work, options: SearchOptions, batch: Prompt, prompts: Sequence[Prompt]
+) -> Chooser:
+    if options.method is Method.GLOBAL:
+        judge = options.target
+        if judge.kind is not TargetKind.QUALITY:
+            judge = DEFAULT_TARGET  # a speed says nothing of what damage is
+        most, most_bytes = options.max_variants, options.max_cache_bytes
+        return make_global(work, prompts, judge, options.objective, most, most_bytes)
+    if work.session.layout.calls == 2:
+        raise ConfigError(
+            "this search needs guidance in one call of the transformer",
+            where="calibrate(method)",
+            got=f"{options.method}, and two calls a step",
+            expected=Method.GLOBAL,
+            remedy="give a target of quality or speed and the method `global`",
+        )
+    (costs,) = measured_costs(work, options.objective)
+    return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
+
+
+def _resolve(method: Method, target: Target) -> Method:
+    threshold = target.kind is TargetKind.THRESHOLD
+    if method is Method.AUTO:
+        return Method.GREEDY if threshold else Method.GLOBAL
+    if method is Method.GLOBAL and threshold:
+        raise ConfigError(
+            "a threshold bounds the model's output at each step; the global search has none",
+            where="calibrate(method)",
+            got=method,
+            expected="greedy or per-step",
+            remedy="ask for a quality or a speed, or choose another method",
+        )
+    return method
+
+
+def _window_form(windows: WindowForm, method: Method) -> WindowForm:
+    auto = windows is WindowForm.AUTO
+    return WindowForm.BAND if auto and method is not Method.GLOBAL else windows
+
+
+def _check_cap(name: str, most: float, method: Method) -> None:
+    if most < 0 or (most and method is not Method.GLOBAL):
+        raise ConfigError(
+            "a plan cannot be capped like this",
+            where=f"calibrate({name})",
+            got=f"{most} with method {method}",
+            expected="a number above 0 with the global method, or 0 for no cap",
+        )
+
+
+def _with_caches_in(
+    dtype: CacheDtype | str | None, session: Session, sites: Sequence[Site]
+) -> tuple[Site, ...]:
+    """Return ``sites`` with caches kept in ``dtype``, which must be narrower than the model's."""
+    if dtype is None:
+        return tuple(sites)
+    made = tuple(site.with_caches_in(CacheDtype(dtype)) for site in sites)
+    own = {value(find(session.captured.module.graph, site.node)).dtype for site in sites}
+    if all(site.kept_dtype(item) == item for site in made for item in own):
+        raise ConfigError(
+            "caches would take as much memory as in the model's own dtype",
+            where="calibrate(cache_dtype)",
+            got=f"{dtype}, and a model that computes in "
+            + ", ".join(str(item).removeprefix("torch.") for item in own),
+            remedy="leave cache_dtype out",
+        )
+    return made
+
+
+def _check_head_groups(count: int) -> None:
+    if count < 1:
+        raise ConfigError(
+            "heads cannot be grouped like this",
+            where="calibrate(head_groups)",
+            got=count,
+            expected="the number of groups per attention; 1 leaves attentions whole",
+        )
+
+
+def _request(
+    session: Session,
+    call: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    options: SearchOptions,
+) -> dict[str, Any]:
+    """Describe a search, for another process to tell whether it is the same."""
+    target = options.target
+    return {
+        "model": session.identity.model_dump(),
+        "layout": session.layout,
+        "sites": [
+            [site.name, *map(str, site.windows), str(site.cache_dtype)] for site in session.sites
+        ],
+        "call": {name: repr(item) for name, item in sorted(call.items())},
+        "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
+        "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),
+        "target": f"{target.name} {'>=' if target.at_least else '<='} {target.bound:.12g}",
+        "method": options.method,
+        "objective": options.objective,
+        "max_variants": options.max_variants,
+        "max_cache_bytes": options.max_cache_bytes,
+        "seed": options.seed,
+        "torch": torch.__version__,
+    }
+
+
+def _estimate(session: Session, options: SearchOptions, prompts: int, held_out: int) -> float:
+    """Return the most dense forward passes, of one image, that the search can take."""
+    steps, sites = session.steps, len(session.sites)
+    costs = 30.0
+    evaluation = float(prompts * steps)
+    validation = 3.0 * held_out * steps
+    if options.method is Method.GLOBAL:
+        probes = probe_steps(steps)
+        profiling = 1.25 * prompts * steps + len(probes) * sites / 2
+        probing = sum(steps - step + 1 for step in probes)
+        fixed, passes = profiling + probing, 0.0
+    else:
+        per_site = 2.0 if options.method is Method.GREEDY else 0.0
+        fixed, passes = evaluation, prompts * steps * (2.0 + per_site * sites)
+    if options.target.kind is TargetKind.QUALITY:
+        return fixed + costs + options.max_rounds * (passes + evaluation) + validation
+    return fixed + costs + passes
+
+
+def _say_gain(plan: Plan) -> None:
+    speedup = plan.calibration.measured_speedup or plan.calibration.predicted_speedup or 1.0
+    if speedup >= NOTHING_GAINED:
+        return
+    entries = len(plan.sites) * plan.sampler.steps
+    log.warning(
+        "ditfastattn: there was nothing to gain: %d of %d entries of the plan take a shortcut, "
+        "for a predicted speedup of %.2fx: at this target the model is not redundant",
+        plan.changed,
+        entries,
+        speedup,
+    )

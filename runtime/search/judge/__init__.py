@@ -1,0 +1,1 @@
+"""Judge images against a target."""

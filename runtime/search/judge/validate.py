@@ -1,0 +1,243 @@
+"""Measure a plan anew, on prompts its search has not seen: quality, drift and speed.
+
+Each prompt is generated from the same noise up to four ways: dense and planned, eager and compiled.
+Every image is compared with the dense eager one, and the target is judged on the planned images as
+they will run: compiled, where that was asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ditfastattn.core.errors import ConfigError, TargetMissedError
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.matching import check_layout, check_sampler
+from ditfastattn.runtime.pipeline.denoiser import check_not_accelerated, transformer_of
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import (
+    Prompt,
+    argument_of,
+    guidance_argument,
+    split_prompts,
+)
+from ditfastattn.runtime.search.judge.drift import Drift, mean_squared_error
+from ditfastattn.runtime.search.judge.quality import Quality, compare
+from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
+from ditfastattn.runtime.search.record.planned_target import target_of
+
+DEFAULT_SEED = 2000  # searches begin at 0, and hold out from 500 on
+DEFAULT_REPETITIONS = 10
+_SPEEDS = (TargetKind.SPEEDUP, TargetKind.LATENCY)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Hold what was measured of a plan.
+
+    Attributes:
+        target: what the plan is held to; None where nothing is.
+        seeds: the seeds of the prompts, in order.
+        qualities: the target's metric first, where it has one; SSIM where the images are large
+            enough; PSNR.
+        drift: where the difference to the dense eager images comes from.
+        timing: generations in pairs, dense against planned; None where they were not timed.
+        lowering: what ran the planned images that were compared, and the timed ones.
+    """
+
+    target: Target | None
+    seeds: tuple[int, ...]
+    qualities: tuple[Quality, ...]
+    drift: Drift
+    timing: PairedTiming | None
+    lowering: Lowering
+
+    @property
+    def reached(self) -> float | None:
+        """Return what the target judges: the worst image's value, or the median speed."""
+        if self.target is None or self.target.kind is TargetKind.THRESHOLD:
+            return None
+        if self.target.kind is TargetKind.QUALITY:
+            return self.qualities[0].worst
+        assert self.timing is not None
+        speedup = self.target.kind is TargetKind.SPEEDUP
+        return self.timing.speedup.median if speedup else self.timing.candidate.median
+
+    @property
+    def met(self) -> bool | None:
+        """Tell whether the target is met, by the worst image; None where there is none to check."""
+        reached = self.reached
+        return None if self.target is None or reached is None else self.target.met_by(reached)
+
+    def require(self) -> None:
+        """Do nothing unless the target is missed.
+
+        Raises:
+            TargetMissedError: it is.
+        """
+        if self.target is None or self.met is not False:
+            return
+        raise TargetMissedError(
+            "the plan misses the target",
+            where=self.target.describe(),
+            got=f"{self.reached:.4g}, on {len(self.seeds)} prompts",
+            expected=f"{self.target.bound:g}",
+            remedy="calibrate anew for this target, on prompts like these",
+        )
+
+
+def validate(
+    pipeline: Any,
+    plan: Plan,
+    call: Mapping[str, Any],
+    *,
+    target: Target | None = None,
+    speed: bool = True,
+    lowering: Lowering = Lowering.INDUCTOR,
+    repetitions: int = DEFAULT_REPETITIONS,
+    seed: int = DEFAULT_SEED,
+    timestep: str = "timestep",
+    on_progress: Callable[[str], None] | None = None,
+) -> Validation:
+    """Measure ``plan`` on the prompts of ``call``, and return what was found.
+
+    A missed target is not raised here, but by ``Validation.require``.
+
+    Args:
+        pipeline: the diffusers pipeline that the plan is for.
+        plan: the plan.
+        call: the keyword arguments of a generation, with a list entry per image. Steps and
+            guidance are the plan's.
+        target: what the plan is held to; its own target where None.
+        speed: compile, and time, generations too.
+        lowering: what runs them. With ``eager`` nothing is compiled, and the speed says little.
+        repetitions: the least number of pairs to time; each prompt is timed.
+        seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
+        timestep: the name of the transformer's timestep argument.
+        on_progress: told what is done next.
+
+    Raises:
+        ConfigError: the plan is for another model, sampler or call; the target cannot be measured.
+    """
+    lowering = Lowering(lowering)
+    check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
+    held_to = target_of(plan) if target is None else target
+    prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
+    _check_request(held_to, speed, repetitions)
+    if held_to is not None:
+        held_to.prepare(prompts[0].call)
+    tell = on_progress or _ignore
+    with _running_plain(pipeline), many_compilations():
+        if any(strategy.shares_cfg for row in plan.strategies for strategy in row):
+            check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
+        eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
+        tell("generating eager, planned and dense")
+        shortcuts = eager.planned.by_prompt()  # first: another model is refused at its first call
+        reference = eager.dense.by_prompt()
+        drift, timing = Drift(mean_squared_error(reference, shortcuts)), None
+        if speed and lowering is Lowering.INDUCTOR:
+            compiled = _Pair(pipeline, plan, prompts, lowering, timestep)
+            timing = compiled.time(repetitions, tell)
+            shortcuts = compiled.planned.by_prompt()
+            drift = Drift(
+                drift.plan,
+                mean_squared_error(reference, compiled.dense.by_prompt()),
+                mean_squared_error(reference, shortcuts),
+            )
+        elif speed:
+            timing = eager.time(repetitions, tell)
+    return Validation(
+        target=held_to,
+        seeds=tuple(prompt.seed for prompt in prompts),
+        qualities=compare(held_to, prompts, reference, shortcuts),
+        drift=drift,
+        timing=timing,
+        lowering=lowering if speed else Lowering.EAGER,
+    )
+
+
+class _Pair:
+    """Generate each prompt dense and planned, both by one code generator."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        plan: Plan,
+        prompts: Sequence[Prompt],
+        lowering: Lowering,
+        timestep: str,
+    ) -> None:
+        self.dense = dense_lane(pipeline, prompts, lowering)
+        self.planned = planned_lane(pipeline, plan, prompts, lowering, timestep)
+        self._least, self._lowering = len(prompts), lowering
+
+    def time(self, repetitions: int, tell: Callable[[str], None]) -> PairedTiming:
+        """Warm both up, and time them in turns, each prompt once at least."""
+        doing = "compiling" if self._lowering is Lowering.INDUCTOR else "warming up"
+        tell(f"{doing} the dense model")
+        self.dense.warm_up()
+        tell(f"{doing} the plan")
+        self.planned.warm_up()
+        pairs = max(repetitions, self._least)
+        tell(f"timing {pairs} pairs of generations")
+        return measure_pairs(self.dense.generate, self.planned.generate, pairs)
+
+
+def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``call`` with the plan's steps and guidance, where the pipeline takes them.
+
+    Raises:
+        ConfigError: ``call``, or the pipeline's scheduler, has others than the plan.
+    """
+    sampler = plan.sampler
+    guidance_name = guidance_argument(pipeline, call)
+    planned = {"num_inference_steps": sampler.steps, guidance_name: sampler.guidance_scale}
+    known = inspect.signature(pipeline.__call__).parameters
+    filled = {name: item for name, item in planned.items() if name in known and item is not None}
+    filled |= call
+    steps = argument_of(pipeline, filled, "num_inference_steps")
+    if steps != sampler.steps and "strength" not in filled:  # of which a part of the steps is run
+        raise ConfigError(
+            "the plan is for another number of steps",
+            where="plan.sampler.steps",
+            got=steps,
+            expected=sampler.steps,
+            remedy="leave the steps to the plan, or adapt it to others (ditfastattn.retarget)",
+        )
+    guidance = argument_of(pipeline, filled, guidance_name)
+    check_sampler(plan, getattr(pipeline, "scheduler", None), guidance)
+    return filled
+
+
+def _check_request(target: Target | None, speed: bool, repetitions: int) -> None:
+    if repetitions < 1:
+        raise ConfigError(
+            "there is nothing to time", where="repetitions", got=repetitions, expected="1 or more"
+        )
+    if target is not None and target.kind in _SPEEDS and not speed:
+        raise ConfigError(
+            "the target is a speed, and speed is not to be measured",
+            where=target.describe(),
+            remedy="measure the speed too, or choose a quality as the target",
+        )
+
+
+@contextmanager
+def _running_plain(pipeline: Any) -> Generator[None]:
+    """Give the pipeline its transformer as it was before it was compiled, for a while."""
+    transformer = pipeline.transformer
+    pipeline.transformer = transformer_of(pipeline, "validate(pipeline)")
+    try:
+        yield
+    finally:
+        pipeline.transformer = transformer
+
+
+def _ignore(_phase: str) -> None:
+    pass

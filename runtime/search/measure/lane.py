@@ -1,0 +1,92 @@
+"""Generate with one compiled form of a pipeline's transformer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
+from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
+
+
+class Lane:
+    """Generate with ``transformer`` in the place of the pipeline's own; keep images by number."""
+
+    def __init__(self, pipeline: Any, transformer: Any, prompts: Sequence[Prompt]) -> None:
+        """Take the prompts; generation ``k`` is of prompt ``k`` modulo their number."""
+        self._pipeline, self._transformer, self._prompts = pipeline, transformer, prompts
+        self._original = pipeline.transformer
+        self.images: dict[int, Tensor] = {}
+
+    def warm_up(self) -> float:
+        """Compile; return the seconds it took, a first generation included."""
+        began = time.perf_counter()
+        self.generate(0)
+        self.generate(0)
+        return time.perf_counter() - began
+
+    def generate(self, number: int) -> None:
+        """Generate once."""
+        prompt = self._prompts[number % len(self._prompts)]
+        self._pipeline.transformer = self._transformer
+        try:
+            self.images[number] = as_images(generate(self._pipeline, prompt))
+        finally:
+            self._pipeline.transformer = self._original
+
+    def by_prompt(self) -> list[Tensor]:
+        """Return the images of each prompt, generated unless they have been."""
+        for number in range(len(self._prompts)):
+            if number not in self.images:
+                self.generate(number)
+        return [self.images[number] for number in range(len(self._prompts))]
+
+    def stacked(self) -> Tensor:
+        """Return the images of generations 0, 1, ... as ``[B, C, H, W]``."""
+        return torch.cat([self.images[key] for key in sorted(self.images)])
+
+
+def dense_lane(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Lane:
+    """Return the baseline: the model compiled by Inductor, or plain where ``eager`` is asked."""
+    model = pipeline.transformer
+    if Lowering(lowering) is Lowering.INDUCTOR:  # a caller may have passed its name
+        model = torch.compile(model, fullgraph=True, dynamic=False)
+    return Lane(pipeline, model, prompts)
+
+
+def planned_lane(
+    pipeline: Any,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    lowering: Lowering,
+    timestep: str = "timestep",
+) -> Lane:
+    """Return the model run by ``plan``."""
+    options: dict[str, Any] = {"plan": plan, "lowering": lowering, "timestep": timestep}
+    model = torch.compile(
+        pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
+    )
+    return Lane(pipeline, model, prompts)
+
+
+def measure_speed(
+    pipeline: Any,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    lowering: Lowering,
+    repetitions: int,
+    timestep: str = "timestep",
+) -> PairedTiming:
+    """Time generations dense and planned, both compiled and warm, in turns."""
+    dense = dense_lane(pipeline, prompts, lowering)
+    planned = planned_lane(pipeline, plan, prompts, lowering, timestep)
+    with many_compilations():
+        dense.warm_up()
+        planned.warm_up()
+    return measure_pairs(dense.generate, planned.generate, repetitions)

@@ -1,0 +1,339 @@
+"""Measure, in one dense generation, the local error of every shortcut at every site and step.
+
+What a shortcut changes at a site follows from a few tensors: the attention's output ``o[t]`` and
+its residual ``r[t]`` (full minus window) at each step, per guidance half. With a cache of step
+``s``:
+
+==================  ==============================================================
+share-step          ``o[t] - o[s]``
+window              ``r[t] - r[s]``
+share-cfg           ``d[t]`` at the copied half, where ``d = o_cond - o_uncond``
+window+share-cfg    ``r_c[t] - r_c[s]``, and ``d[t] - (r_c[t] - r_c[s])`` at the copied half
+extrapolate         ``o[t] - o[s] - (t - s) / g * (o[s] - o[s - g])``, with gap ``g``
+quadratic           ``o[t]`` minus the parabola through ``o[s]``, ``o[s - g]``, ``o[s - g - h]``
+==================  ==============================================================
+
+So a sample of their elements, the same ones at every step, gives the error for *every* pair of
+steps at once, where the progressive pass of DiTFastAttnV2 knows only the cache it happens to have.
+An error is the root of its energy relative to the output's own (DiTFastAttnV2, section 3.3, takes
+the energies): what shortcuts add to the image mostly points the same way, so amplitudes add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import CfgLayout, Strategy
+from ditfastattn.passes.rewrites.extrapolate_steps import output_weights
+from ditfastattn.runtime.search.measure.graph_runner import Environment
+from ditfastattn.runtime.search.measure.session import Outputs, Session
+from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_strategies
+
+Array = NDArray[np.float64]
+_SAMPLES = 2048  # elements per site, step and half
+_SEED = 0
+MAX_GAP = 6  # steps between the two outputs of an extrapolation
+_LINE_GAPS = tuple((gap,) for gap in range(MAX_GAP + 1))
+# Steps between the three outputs of a quadratic one, those between the last two first.
+GAP_PAIRS = tuple((gap, gap) for gap in range(1, MAX_GAP + 1))
+_PAIR_AT: dict[tuple[int, ...], int] = {pair: index for index, pair in enumerate(GAP_PAIRS)}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Hold sampled elements of outputs ``[T, M, L, samples]``, and of residuals.
+
+    ``L`` is 2, the conditional half first, where guidance is batched, else 1. Residuals are of each
+    form of window, ``[T, M, F, L, samples]``, and zero where a site has no such form.
+    """
+
+    outputs: Tensor
+    residuals: Tensor
+
+
+class Profiler:
+    """Run a generation dense and sketch each site at each step.
+
+    At the steps ``probes`` it also measures each site's effect on the model's output, were its last
+    output shared: ``effects[step][site]``, the mean square of the guided difference.
+    """
+
+    def __init__(self, session: Session, probes: Sequence[int] = ()) -> None:
+        """Take the session."""
+        self._session = session
+        self._probes = probes
+        self._lanes = [
+            _Lane(SiteEvaluator(session.captured, session.sites, session.layout))
+            for _ in range(session.layout.calls)
+        ]
+        self._sites = session.sites
+        self._layout = session.layout
+        self.results: list[Tensor] = []
+        self.effects: dict[int, list[float]] = {}
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one call of a step."""
+        at, number = divmod(len(self.results), len(self._lanes))
+        lane = self._lanes[number]
+        evaluator = lane.evaluator
+        environment = evaluator.begin(args)
+        outputs, residuals = [], []
+        trials: list[Tensor] = []
+        for index in range(len(self._sites)):
+            evaluator.advance(environment, index)
+            output = evaluator.attend(environment, index, Strategy.FULL)
+            outputs.append(_sample(output, self._layout))
+            found = self._residuals(evaluator, environment, index, output)
+            missing = window_forms(self._sites) - len(found)
+            residuals.append(torch.stack([*found, *[torch.zeros_like(outputs[-1])] * missing]))
+            if at in self._probes:
+                shared = evaluator.memory[index].output
+                assert shared is not None  # step 0 is no probe
+                trials.append(evaluator.trial(environment, index, shared)[0])
+            evaluator.memory[index].output = output
+            evaluator.put(environment, index, output)
+        lane.outputs.append(torch.stack(outputs))
+        lane.residuals.append(torch.stack(residuals))
+        results = evaluator.finish(environment, len(self._sites) - 1)
+        self.results.append(results[0].clone())
+        lane.differences = [trial - results[0] for trial in trials]
+        if trials and lane is self._lanes[-1]:
+            halves = zip(*(each.differences for each in self._lanes), strict=True)
+            self.effects[at] = [self._effect(torch.cat(parts)) for parts in halves]
+        return results
+
+    def _residuals(
+        self, evaluator: SiteEvaluator, environment: Environment, index: int, output: Tensor
+    ) -> list[Tensor]:
+        """Return samples of the residual of each form of window, ``[L, samples]`` each."""
+        return [
+            _sample(evaluator.residual(environment, index, output, form), self._layout)
+            for form in self._sites[index].windows
+        ]
+
+    def _effect(self, difference: Tensor) -> float:
+        return _guided_energy(difference, self._layout, self._session.guidance_scale)
+
+    def sketch(self) -> Sketch:
+        """Return what was sketched."""
+        outputs = [torch.stack(lane.outputs) for lane in self._lanes]
+        residuals = [torch.stack(lane.residuals) for lane in self._lanes]
+        return Sketch(torch.cat(outputs, dim=2), torch.cat(residuals, dim=3))
+
+
+def window_forms(sites: Sequence[Site]) -> int:
+    """Return how many forms of window a site has at most; at least 1."""
+    return max(1, *(len(site.windows) for site in sites))
+
+
+@dataclass
+class _Lane:
+    """Hold what the profiler keeps of one of a step's calls."""
+
+    evaluator: SiteEvaluator
+    outputs: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
+
+
+def _guided_energy(difference: Tensor, layout: CfgLayout, guidance_scale: float | None) -> float:
+    """Return the mean square of a difference of model outputs, as guidance weighs its halves."""
+    if layout is CfgLayout.NONE or guidance_scale is None:
+        return float(difference.float().square().mean())
+    first, second = difference.float().chunk(2)
+    swapped = layout in (CfgLayout.UNCOND_FIRST, CfgLayout.SEPARATE_UNCOND_FIRST)
+    conditional, unconditional = (second, first) if swapped else (first, second)
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return float(guided.square().mean())
+
+
+def _sample(tensor: Tensor, layout: CfgLayout) -> Tensor:
+    """Return the same random elements of each guidance half of ``[B, H, N, D]``, fp32."""
+    lanes = 2 if layout.batched else 1
+    flat = tensor.reshape(lanes, -1)
+    size = flat.shape[1]
+    if size > _SAMPLES:
+        generator = torch.Generator().manual_seed(_SEED)
+        chosen = torch.randint(size, (_SAMPLES,), generator=generator)
+    else:  # all of them, again and again: every site has as many samples
+        chosen = torch.arange(_SAMPLES) % size
+    sample = flat[:, chosen.to(tensor.device)].float().cpu()
+    return sample.flip(0) if layout is CfgLayout.UNCOND_FIRST else sample
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Hold relative errors, infinite where a strategy is not legal.
+
+    Those that read a cache are ``[T, T, M]``: at step ``t`` with the cache of step ``s < t``.
+    ``share_cfg`` is ``[T, M]``; ``extrapolate`` is ``[T, T, MAX_GAP + 1, M]``, by the gap before
+    ``s``, whose first entry (no such gap) is infinite; ``extrapolate_quadratic`` is
+    ``[T, T, len(GAP_PAIRS), M]``.
+    """
+
+    share_step: Array
+    window: Array
+    window_share_cfg: Array
+    share_cfg: Array
+    extrapolate: Array
+    extrapolate_quadratic: Array
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps."""
+        return len(self.share_cfg)
+
+    @property
+    def sites(self) -> int:
+        """Return the number of sites."""
+        return int(self.share_cfg.shape[1])
+
+    def of(
+        self,
+        strategy: Strategy,
+        step: int,
+        source: int,
+        site: int,
+        gaps: tuple[int, ...] = (0,),
+    ) -> float:
+        """Return the error of ``strategy`` at ``step`` with the cache of step ``source``.
+
+        ``gaps`` are the numbers of steps between the last two outputs and between the two before,
+        of an extrapolation.
+        """
+        match strategy:
+            case Strategy.SHARE_STEP:
+                return float(self.share_step[step, source, site])
+            case Strategy.WINDOW:
+                return float(self.window[step, source, site])
+            case Strategy.WINDOW_SHARE_CFG:
+                return float(self.window_share_cfg[step, source, site])
+            case Strategy.SHARE_CFG:
+                return float(self.share_cfg[step, site])
+            case Strategy.EXTRAPOLATE:
+                gap = gaps[0] if gaps[0] <= MAX_GAP else 0
+                return float(self.extrapolate[step, source, gap, site])
+            case Strategy.EXTRAPOLATE_QUADRATIC:
+                pair = _PAIR_AT.get(gaps)
+                if pair is None:
+                    return math.inf
+                return float(self.extrapolate_quadratic[step, source, pair, site])
+            case Strategy.FULL:
+                return 0.0
+
+
+def error_table(
+    sketches: Sequence[Sketch],
+    sites: Sequence[Site],
+    layout: CfgLayout,
+    form: int = 0,
+) -> ErrorTable:
+    """Return the errors; their energies are averaged over the prompts' sketches.
+
+    ``form`` says which of each site's windows is meant, the first where it has no such.
+    """
+    per_site = []
+    for index in range(len(sites)):
+        own = form if form < len(sites[index].windows) else 0
+        energies = zip(*(_energies(sketch, index, own) for sketch in sketches), strict=True)
+        per_site.append([np.sqrt(np.mean(found, axis=0)) for found in energies])
+    legal = [{*legal_strategies(site, layout)} for site in sites]
+    order = (
+        Strategy.SHARE_STEP,
+        Strategy.WINDOW,
+        Strategy.WINDOW_SHARE_CFG,
+        Strategy.SHARE_CFG,
+        Strategy.EXTRAPOLATE,
+        Strategy.EXTRAPOLATE_QUADRATIC,
+    )
+    tables = [
+        np.stack(
+            [
+                found[k] if strategy in allowed else np.full_like(found[k], np.inf)
+                for found, allowed in zip(per_site, legal, strict=True)
+            ],
+            axis=-1,
+        )
+        for k, strategy in enumerate(order)
+    ]
+    future = np.triu(np.ones(tables[0].shape[:2], dtype=bool))  # a cache is of an earlier step
+    for table in (*tables[:3], *tables[4:]):
+        table[future] = np.inf
+    return ErrorTable(*tables)
+
+
+def _energies(sketch: Sketch, site: int, form: int) -> tuple[Array, ...]:
+    """Return one site's: share-step, window, window+share-cfg ``[T, T]``, share-cfg ``[T]``.
+
+    And extrapolate ``[T, T, MAX_GAP + 1]``, and quadratic ``[T, T, len(GAP_PAIRS)]``.
+    """
+    outputs = sketch.outputs[:, site].double().numpy()
+    residuals = sketch.residuals[:, site, form].double().numpy()
+    energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
+    steps = len(outputs)
+    share = _distances(outputs.reshape(steps, -1)) / energy
+    curves = [
+        _missed(outputs.reshape(steps, -1), gaps) / energy[:, :, None]
+        for gaps in (_LINE_GAPS, GAP_PAIRS)
+    ]
+    window = _distances(residuals.reshape(steps, -1)) / energy
+    if outputs.shape[1] == 1:
+        nothing = np.full_like(share, np.inf)
+        return share, window, nothing, nothing[:, 0], *curves
+    between = outputs[:, 0] - outputs[:, 1]
+    conditional = residuals[:, 0]
+    drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
+    along = (conditional * between).sum(1)[:, None] - between @ conditional.T
+    gap = (between**2).sum(1)[:, None]
+    both = (2.0 * drift + gap - 2.0 * along) / energy
+    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0], *curves
+
+
+def _missed(rows: Array, curves: Sequence[tuple[int, ...]]) -> Array:
+    """Return squared distances of each row from ``curves`` through others, by the gaps of those.
+
+    ``[T, n] -> [T, T, len(curves)]``: the energy of ``o[t]`` minus the line through ``o[s]`` and
+    ``o[s - g]``, or the parabola through ``o[s]``, ``o[s - g]`` and ``o[s - g - h]``; infinite
+    where there are none.
+    """
+    steps = len(rows)
+    products = rows @ rows.T
+    own = np.diag(products)[:, None]
+    found = np.full((steps, steps, len(curves)), np.inf)
+    for index, gaps in enumerate(curves):
+        if not 0 < sum(gaps) < steps:
+            continue
+        weights = _curve_weights(steps, gaps)
+        sources = [np.arange(sum(gaps), steps) - ago for ago in accumulate((0, *gaps))]
+        total = np.repeat(own, len(sources[0]), axis=1)
+        for weight, source in zip(weights, sources, strict=True):
+            total -= 2.0 * weight * products[:, source]
+            for other, another in zip(weights, sources, strict=True):
+                total += weight * other * products[source, another]
+        found[:, sum(gaps) :, index] = total
+    return found.clip(min=0.0)
+
+
+@cache
+def _curve_weights(steps: int, gaps: tuple[int, ...]) -> Array:
+    """Return the weights of ``o[s]``, ``o[s - g]`` and so on at each step: ``[1 + gaps, T, S]``."""
+    last = range(sum(gaps), steps)
+    weights = [[output_weights(step - source, gaps) for source in last] for step in range(steps)]
+    return np.moveaxis(np.array(weights), -1, 0)
+
+
+def _distances(rows: Array) -> Array:
+    """Return squared distances between all pairs of ``rows``, ``[T, n] -> [T, T]``."""
+    squared = (rows**2).sum(1)
+    distances: Array = squared[:, None] + squared[None, :] - 2.0 * rows @ rows.T
+    return distances.clip(min=0.0)

@@ -1,0 +1,366 @@
+"""Hold a pipeline's transformer as one captured graph, and step it as a search pleases.
+
+A generation is an ordinary call of the pipeline; only what happens inside a call of its transformer
+is exchanged, so schedulers, guidance and decoding are the user's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
+from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture, describe_inputs
+from ditfastattn.passes.graph.ir import outputs, value
+from ditfastattn.passes.graph.verify import verify
+from ditfastattn.passes.plan.schedule import lanes_of, unroll
+from ditfastattn.passes.plan.schema import (
+    Calibration,
+    CfgLayout,
+    Fingerprint,
+    Plan,
+    Sampler,
+    Strategy,
+)
+from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads
+from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.lowering import many_compilations
+from ditfastattn.runtime.matching import (
+    check_shapes,
+    input_shapes,
+    scheduler_config,
+    static_tensors,
+    timestep_position,
+)
+from ditfastattn.runtime.pipeline.denoiser import (
+    Forward,
+    check_not_accelerated,
+    check_not_hooked,
+    replace_forward,
+    transformer_of,
+)
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate, guidance_argument
+from ditfastattn.runtime.search.measure.timing import device_name
+
+log = logging.getLogger(__name__)
+
+Outputs = tuple[Any, ...]
+
+
+class Stepper(Protocol):
+    """Run one call of the transformer after another, over one generation."""
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Take the graph's flat inputs, return its outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Model:
+    captured: CapturedGraph
+    sites: tuple[Site, ...]
+    identity: Fingerprint
+    timestep: int
+    example: tuple[Tensor, ...]
+
+
+_active: ContextVar[Session] = ContextVar("ditfastattn_search_session")
+
+
+def _backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Outputs]:
+    """Hand the graph's calls to the session under way: one backend, whatever the session."""
+    inputs = describe_inputs(module)
+
+    def run(*args: Any) -> Outputs:
+        return _active.get().take(module, inputs, args)
+
+    return run
+
+
+class Session:
+    """Run generations of a pipeline whose transformer is one captured graph."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        layout: CfgLayout,
+        timestep: str,
+        attention_only: bool,
+        head_groups: int | Groups = 1,
+    ) -> None:
+        """Prepare; use ``open_session``."""
+        self.pipeline = pipeline
+        self.head_groups = head_groups
+        self._attention_only = attention_only
+        self._original = pipeline.transformer
+        self._undo: Callable[[], None] | None = None
+        self.layout = layout
+        self.guidance_scale: float | None = None
+        self.timesteps: tuple[float, ...] = ()
+        self.steps = 0
+        self.forward_seconds = 0.0
+        self.timestep = timestep
+        self._model: _Model | None = None
+        self._stepper: Stepper | None = None
+        self._seen: list[float] = []
+
+    @property
+    def captured(self) -> CapturedGraph:
+        """Return the graph of one step."""
+        return self._known.captured
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Return its sites: those that a plan will speak of."""
+        return self._known.sites
+
+    def take_sites(self, sites: Sequence[Site]) -> None:
+        """Give the sites, which are these, other windows."""
+        self._model = replace(self._known, sites=tuple(sites))
+
+    @property
+    def identity(self) -> Fingerprint:
+        """Return the model's fingerprint."""
+        return self._known.identity
+
+    @property
+    def example(self) -> tuple[Tensor, ...]:
+        """Return flat inputs as the first call gave them."""
+        return self._known.example
+
+    @property
+    def _known(self) -> _Model:
+        if self._model is None:
+            raise LookupError("the session has not captured its model")
+        return self._model
+
+    def hold(self) -> None:
+        """Put the captured transformer into the pipeline."""
+        plain = transformer_of(self.pipeline, "calibrate(pipeline)")
+        self.pipeline.transformer = plain
+
+        def captured(forward: Forward) -> Forward:
+            return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+
+        self._undo = replace_forward(plain, captured)
+
+    def release(self) -> None:
+        """Give the pipeline its own transformer back."""
+        if self._undo is not None:
+            self._undo()
+        self.pipeline.transformer = self._original
+
+    def sampler(self, timesteps: Sequence[float]) -> Sampler:
+        """Describe the sampler, whose generations have ``timesteps``."""
+        scheduler = self.pipeline.scheduler
+        return Sampler(
+            scheduler=type(scheduler).__name__,
+            config=scheduler_config(scheduler),
+            steps=len(timesteps),
+            timesteps=tuple(timesteps),
+            guidance_scale=self.guidance_scale,
+            cfg_layout=self.layout,
+        )
+
+    def plan(
+        self,
+        rows: Sequence[Sequence[Strategy]],
+        timesteps: Sequence[float],
+        calibration: Calibration,
+        merge_variants: bool = False,
+    ) -> Plan:
+        """Return the plan of ``rows`` for this model and sampler.
+
+        ``calibration`` says how they were found; where and on what batch is added.
+        """
+        peaks = [
+            unroll(rows, self.captured, self.sites, merge_variants, lane).peak_cache_bytes
+            for lane in lanes_of(self.layout)
+        ]
+        where = {
+            "cache_bytes": sum(peaks),
+            "batch": value(outputs(self.captured.module.graph)[0]).shape[0],
+            "device": device_name(),
+            "versions": {"torch": torch.__version__},
+        }
+        return Plan(
+            model=self.identity,
+            inputs=input_shapes(self.captured),
+            sampler=self.sampler(timesteps),
+            sites=tuple(site.planned() for site in self.sites),
+            strategies=tuple(map(tuple, rows)),
+            merge_variants=merge_variants,
+            calibration=calibration.model_copy(update=where),
+        )
+
+    def capture(self, prompt: Prompt) -> None:
+        """Capture the model by its first step, time a warm forward pass, and count the steps.
+
+        Raises:
+            ConfigError: a generation does not call the transformer once a step.
+        """
+        name = guidance_argument(self.pipeline, prompt.call)
+        self.guidance_scale = argument_of(self.pipeline, prompt.call, name)
+        stepper = _CountingStepper(self)
+        self._generate(stepper, prompt)
+        self.forward_seconds = stepper.seconds
+        self.steps = len(set(self._seen))
+        if len(self._seen) != self.steps * self.layout.calls:
+            raise ConfigError(
+                "a generation must call the transformer once a step",
+                where="the timesteps of one generation",
+                got=", ".join(f"{item:g}" for item in self._seen[:6]) + ", ...",
+                expected="each once, or twice where guidance takes two calls",
+                remedy="use a scheduler of one call per step",
+            )
+
+    def run(self, stepper: Stepper, prompt: Prompt) -> Any:
+        """Generate with ``stepper``; return what the pipeline returns first: the images.
+
+        Raises:
+            ConfigError: the generation has other steps than the first one had.
+        """
+        images = self._generate(stepper, prompt)
+        if len(self._seen) != self.steps * self.layout.calls:
+            raise ConfigError(
+                "the generations of a search must have equal steps",
+                where="a generation",
+                got=f"{len(self._seen)} calls of the transformer",
+                expected=self.steps * self.layout.calls,
+                remedy="give every prompt the same steps",
+            )
+        return images
+
+    def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
+        self._stepper, self._seen = stepper, []
+        token = _active.set(self)
+        try:
+            return generate(self.pipeline, prompt)
+        finally:
+            _active.reset(token)
+            self.timesteps = tuple(self._seen[:: self.layout.calls])
+
+    def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
+        """Run one call of the transformer, which Dynamo hands over."""
+        if self._model is None:
+            self._model = self._capture(module, inputs, args)
+        tensors = [item for item in args if isinstance(item, Tensor)]
+        self._check_shapes(tensors)
+        self._seen.append(read_timestep(tensors[self._known.timestep]).value())
+        assert self._stepper is not None
+        return self._stepper.step(tensors)
+
+    def _capture(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> _Model:
+        captured = capture(module, inputs, args)
+        verify(
+            captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
+        )
+        report = find_sites(captured)
+        if not (attentions(report.sites) if self._attention_only else report.sites):
+            raise ConfigError(
+                "there is no attention to plan",
+                where="the transformer's graph",
+                got=f"{len(report.declined)} attention nodes, each declined",
+                remedy="; ".join(f"{item.name}: {item.reason}" for item in report.declined)
+                or "the model must call scaled_dot_product_attention",
+            )
+        tensors = tuple(item for item in args if isinstance(item, Tensor))
+        identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
+        position = timestep_position(captured, self.timestep)
+        split = self._split(captured, report.sites)
+        found = report.sites if split is captured else find_sites(split).sites
+        sites = attentions(found) if self._attention_only else found
+        return _Model(split, sites, identity, position, tensors)
+
+    def _split(self, captured: CapturedGraph, sites: Sequence[Site]) -> CapturedGraph:
+        """Split the heads of ``captured`` as was asked for; say what cannot be."""
+        wanted = self.head_groups
+        groups = groups_of(sites, wanted) if isinstance(wanted, int) else wanted
+        split = split_heads(captured, sites, groups)
+        reasons = [f"{name}: {reason}" for name, reason in split.declined.items()]
+        if reasons and isinstance(wanted, int) and split.captured is captured:
+            raise ConfigError(
+                "no attention can be split by heads",
+                where="calibrate(head_groups)",
+                got=wanted,
+                remedy=f"leave head_groups at 1: {'; '.join(reasons)}",
+            )
+        if reasons:
+            log.warning(
+                "ditfastattn: the heads of some sites stay together: %s", "; ".join(reasons)
+            )
+        return split.captured
+
+    def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
+        check_shapes(
+            self._known.captured,
+            self._known.example,
+            tensors,
+            "a search must call one graph of the transformer, at one shape",
+            "give every prompt the same number of images, resolution and length",
+        )
+
+
+class _CountingStepper:
+    """Run the first step alone, twice, the second time a warm one; return it at every step."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._results: Outputs = ()
+        self.seconds = 0.0
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        if not self._results:
+            module = self._session.captured.module
+            module(*args)
+            began = time.perf_counter()
+            self._results = tuple(module(*args))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - began
+        return tuple(r.clone() if isinstance(r, Tensor) else r for r in self._results)
+
+
+@contextmanager
+def open_session(
+    pipeline: Any,
+    prompt: Prompt,
+    cfg_layout: CfgLayout | None = None,
+    timestep: str = "timestep",
+    attention_only: bool = False,
+    head_groups: int | Groups = 1,
+) -> Generator[Session]:
+    """Capture the transformer of ``pipeline`` while ``prompt`` runs; give it back at the end.
+
+    ``cfg_layout`` is found by observation where None. With ``attention_only`` feed-forwards are
+    no sites. ``head_groups`` are how many groups the heads of each attention form, each a site of
+    its own, or the sizes of the groups by the attention's name.
+
+    Raises:
+        ConfigError: the pipeline has no transformer, or one without attention sites.
+    """
+    transformer = transformer_of(pipeline, "calibrate(pipeline)")
+    check_not_accelerated(transformer)
+    check_not_hooked(transformer)
+    if cfg_layout is None:
+        cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
+    session = Session(pipeline, cfg_layout, timestep, attention_only, head_groups)
+    session.hold()
+    try:
+        with many_compilations():
+            session.capture(prompt)
+            yield session
+    finally:
+        session.release()

@@ -1,0 +1,171 @@
+"""Run a captured step with its sites in hand: any strategy, tried at any site.
+
+The searches share this. What precedes a site is the same for all its candidates, so a caller
+advances to the site once and tries each candidate on the rest of the graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ditfastattn.passes.analysis.sites import Site, attention_scale
+from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.graph.ir import find
+from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy, Window
+from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRunner
+
+CANDIDATES = (  # the order in which Algorithm 1 tries them; it knows no extrapolation
+    Strategy.SHARE_STEP,
+    Strategy.WINDOW_SHARE_CFG,
+    Strategy.WINDOW,
+    Strategy.SHARE_CFG,
+)
+
+
+def legal_candidates(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
+    """Return the shortcuts that ``site`` may take, once caches are there."""
+    return tuple(
+        strategy
+        for strategy in CANDIDATES
+        if not site.why_not(strategy, layout) and not (strategy.windowed and not site.window)
+    )
+
+
+def legal_strategies(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
+    """Return the candidates of ``site`` and what extrapolates, from several earlier outputs."""
+    curves = tuple(s for s in Strategy if s.extrapolates and s not in site.declined)
+    return (*legal_candidates(site, layout), *curves)
+
+
+@dataclass
+class SiteMemory:
+    """Hold a site's caches: of an attention ``[B, H, N, D]``, before the output projection.
+
+    Of a feed-forward, whose output is ``[B, ..., C]``, there is no residual.
+    """
+
+    output: Tensor | None = None
+    residual: Tensor | None = None
+
+
+class SiteEvaluator:
+    """Interpret the graph of one step, site by site; ``forwards`` counts whole graphs run."""
+
+    def __init__(self, captured: CapturedGraph, sites: Sequence[Site], layout: CfgLayout) -> None:
+        """Prepare the interpreter."""
+        self.sites = tuple(sites)
+        self.layout = layout
+        self.memory = [SiteMemory() for _ in sites]
+        self.forwards = 0.0
+        self._runner = GraphRunner(captured.module)
+        self._attention = [find(captured.module.graph, site.node) for site in sites]
+
+    def begin(self, args: Sequence[Tensor]) -> Environment:
+        """Return the environment of a step with flat inputs ``args``."""
+        return self._runner.begin(args)
+
+    def finish(self, environment: Environment, after: int = -1) -> tuple[Any, ...]:
+        """Run what follows site ``after`` (-1: everything) and return the step's outputs.
+
+        The environment is used up; pass a copy to keep it.
+        """
+        self._run(environment, self._start(after), len(self._runner.nodes))
+        return self._runner.results(environment)
+
+    def advance(self, environment: Environment, index: int) -> None:
+        """Run what lies between the site before ``index``, which is decided, and ``index``."""
+        self._run(environment, self._start(index - 1), self._start(index))
+
+    def put(self, environment: Environment, index: int, output: Tensor) -> None:
+        """Make ``output`` the attention output of site ``index``."""
+        environment[self._attention[index]] = output
+
+    def trial(self, environment: Environment, index: int, output: Tensor) -> tuple[Any, ...]:
+        """Return the step's outputs were ``output`` that of site ``index``, later sites full."""
+        return self.finish(environment | {self._attention[index]: output}, index)
+
+    def attend(self, environment: Environment, index: int, strategy: Strategy) -> Tensor:
+        """Return the output of site ``index`` under ``strategy``, shaped as ``SiteMemory`` says."""
+        memory = self.memory[index]
+        if strategy is Strategy.SHARE_STEP:
+            return _required(memory.output)
+        args, kwargs = self._call(environment, index)
+        if self.sites[index].kind is SiteKind.FEED_FORWARD:
+            whole: Tensor = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
+            half = self._half(whole, whole.shape[0]) if strategy.shares_cfg else None
+            return whole if half is None else torch.cat([half, half])
+        residual = _required(memory.residual) if strategy.windowed else None
+        if strategy.shares_cfg:
+            batch = args[0].shape[0]
+            args = tuple(self._half(item, batch) for item in args)
+            kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
+            residual = self._half(residual, batch)
+        if residual is not None:
+            output = self._window(index, args, kwargs, self.sites[index].window) + residual
+        else:
+            output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
+        return torch.cat([output, output]) if strategy.shares_cfg else output
+
+    def residual(
+        self, environment: Environment, index: int, output: Tensor, window: Window
+    ) -> Tensor:
+        """Return full minus window attention."""
+        args, kwargs = self._call(environment, index)
+        return output - self._window(index, args, kwargs, window)
+
+    def remember(self, environment: Environment, index: int, strategy: Strategy) -> None:
+        """Store what later steps may read of site ``index``, whose output has been put."""
+        memory = self.memory[index]
+        output: Tensor = environment[self._attention[index]]
+        memory.output = output
+        window = self.sites[index].window
+        if strategy is Strategy.FULL and window:
+            memory.residual = self.residual(environment, index, output, window)
+
+    def left_after(self, index: int) -> float:
+        """Return the fraction of the graph's nodes that follow site ``index``."""
+        return 1.0 - self._start(index) / len(self._runner.nodes)
+
+    def _start(self, index: int) -> int:
+        return 0 if index < 0 else self._runner.position[self._attention[index]]
+
+    def _call(self, environment: Environment, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        node = self._attention[index]
+        args = tuple(_resolve(item, environment) for item in node.args)
+        return args, {key: _resolve(item, environment) for key, item in node.kwargs.items()}
+
+    def _window(
+        self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], window: Window
+    ) -> Tensor:
+        scale = attention_scale(self._attention[index])
+        q, k, v = args[:3]
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        return compute_window(q, k, v, window, scale, self.sites[index].text, mask)
+
+    def _half(self, item: Any, batch: int) -> Any:
+        """Return the conditional half of what has the batch."""
+        if not isinstance(item, Tensor) or item.shape[0] != batch:
+            return item
+        middle = batch // 2
+        return item[middle:] if self.layout is CfgLayout.UNCOND_FIRST else item[:middle]
+
+    def _run(self, environment: Environment, start: int, stop: int) -> None:
+        self._runner.run(environment, start, stop)
+        self.forwards += (stop - start) / len(self._runner.nodes)
+
+
+def _resolve(item: Any, environment: Environment) -> Any:
+    return environment[item] if isinstance(item, Node) else item
+
+
+def _required(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise LookupError("a cache is read before any step has written it")
+    return tensor

@@ -1,0 +1,129 @@
+"""Step a generation dense, or by a plan, with graphs run as they are: nothing to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.passes.analysis.flops import Flops, count_flops
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.slots import read_slots, written_slots
+from ditfastattn.passes.plan.schedule import StepProgram, lanes_of, unroll
+from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.windows.lower_window_attention import WindowKernel
+from ditfastattn.passes.windows.lower_windows import lower_windows
+from ditfastattn.runtime.caches import Caches
+from ditfastattn.runtime.search.measure.session import Outputs, Session
+
+Rows = Sequence[Sequence[Strategy]]
+
+
+@dataclass(frozen=True)
+class EagerVariant:
+    """Hold a rewritten step variant, its cache slots in order, and its operations."""
+
+    module: GraphModule
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    flops: Flops
+
+
+class Variants:
+    """Rewrite each step variant once, for all plans that a search tries."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session whose graph is rewritten."""
+        self.session = session
+        self.results = len(outputs(session.captured.module.graph))
+        self._known: dict[tuple[Any, ...], EagerVariant] = {}
+
+    def get(
+        self, actions: tuple[SiteAction, ...], sites: Sequence[Site] | None = None
+    ) -> EagerVariant:
+        """Return the variant that does ``actions``, one per site; ``sites`` say how.
+
+        They are the session's where None.
+        """
+        sites = self.session.sites if sites is None else sites
+        key = (actions, tuple((site.window, site.cache_dtype) for site in sites))
+        if key not in self._known:
+            captured = self.session.captured
+            module = rewrite(captured, sites, actions, self.session.layout, "search")
+            reads, writes = read_slots(module.graph), written_slots(module.graph)
+            flops = count_flops(module.graph)  # before windows are lowered to plain products
+            lower_windows(module, WindowKernel.BLOCKS)  # FlexAttention needs compiling
+            module.recompile()
+            self._known[key] = EagerVariant(module, reads, writes, flops)
+        return self._known[key]
+
+    def programs(self, rows: Rows, merge_variants: bool = False) -> tuple[StepProgram, ...]:
+        """Unroll the plan ``rows``, for each of a step's calls."""
+        captured, sites = self.session.captured, self.session.sites
+        return tuple(
+            unroll(rows, captured, sites, merge_variants, lane)
+            for lane in lanes_of(self.session.layout)
+        )
+
+    def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
+        """Count a whole generation by the plan ``rows``."""
+        counts = [
+            self.get(program.variants[variant], program.sites).flops
+            for program in self.programs(rows, merge_variants)
+            for variant in program.schedule
+        ]
+        return sum(counts, Flops(0, 0))
+
+
+class DenseStepper:
+    """Run every step dense; keep the model's outputs."""
+
+    def __init__(self, session: Session) -> None:
+        """Take the session."""
+        self._module = session.captured.module
+        self.outputs: list[Tensor] = []
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one step."""
+        results: tuple[Any, ...] = tuple(self._module(*args))
+        self.outputs.append(results[0].clone())
+        return results
+
+
+class PlanStepper:
+    """Run a plan.
+
+    ``known`` holds the model's outputs of first calls that are the dense ones: they are returned,
+    not computed, except what later steps' caches need.
+    """
+
+    def __init__(self, variants: Variants, rows: Rows, known: Sequence[Tensor] = ()) -> None:
+        """Unroll ``rows``."""
+        self._variants = variants
+        self._programs = variants.programs(rows)
+        self._known = known
+        self._caches = [Caches() for _ in self._programs]
+        self._call = 0
+
+    def step(self, args: Sequence[Tensor]) -> Outputs:
+        """Run one call of a step."""
+        call, self._call = self._call, self._call + 1
+        at, lane = divmod(call, len(self._programs))
+        program, following = self._programs[lane], self._programs[lane + 1 :]
+        adopted = [other.adopted_at(at) for other in following]
+        if call < len(self._known) and not program.live_after(at) and not any(adopted):
+            return (self._known[call],)
+        results = self._variants.results
+        variant = self._variants.get(program.variants[program.schedule[at]], program.sites)
+        caches = self._caches[lane].read(program, at, variant.reads, args[0].device, {})
+        returned = variant.module(*args, *caches)
+        written = dict(zip(variant.writes, returned[results:], strict=True))
+        self._caches[lane].write(program, at, written)
+        for other, state, slots in zip(following, self._caches[lane + 1 :], adopted, strict=True):
+            state.adopt(other, at, {slot: written[slot] for slot in slots})
+        return tuple(returned[:results])

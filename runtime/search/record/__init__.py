@@ -1,0 +1,1 @@
+"""Keep what a search has done, and what it found."""

@@ -1,0 +1,130 @@
+"""Keep what a search has measured, so that a killed one goes on where it was.
+
+A checkpoint is a folder of small files, each written whole or not at all: what the search is for
+(``request.json``) and one file per finished piece of work. A search replays its steps in order; a
+piece that is there is read, not measured again. One process at a time holds the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import replacing, sole_writer, write_text_atomically
+
+
+class Checkpoint:
+    """Remember finished pieces of work; in memory only where ``folder`` is None."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Use ``open_checkpoint`` for a folder."""
+        self._folder = folder
+
+    def begin(self, request: Mapping[str, Any]) -> bool:
+        """Say what the search is for; return whether an earlier one for the same is there.
+
+        Raises:
+            ConfigError: the folder holds a search for something else.
+        """
+        if self._folder is None:
+            return False
+        path = self._folder / "request.json"
+        wanted = json.loads(json.dumps(request, default=str))
+        found = _read_json(path) if path.exists() else None
+        if found is None:
+            _make(self._folder)
+            write_text_atomically(path, json.dumps(wanted, indent=1) + "\n")
+            return False
+        differing = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+        if differing:
+            key = differing[0]
+            raise ConfigError(
+                "an unfinished search for something else is in the way",
+                where=f"{path}: {key}",
+                got=found.get(key),
+                expected=wanted.get(key),
+                remedy="finish it with its own arguments, write to another plan file, "
+                "or start afresh with --restart",
+            )
+        return True
+
+    def data(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return JSON data: what ``name`` holds, or what ``make`` returns, kept."""
+        known = self.peek(name)
+        if known is not None:
+            return known
+        made = json.loads(json.dumps(make()))  # the same types, read or made
+        self.put(name, made)
+        return made
+
+    def peek(self, name: str) -> Any:
+        """Return the JSON data kept under ``name``, or None."""
+        path = self._path(f"{name}.json")
+        return _read_json(path) if path is not None and path.exists() else None
+
+    def put(self, name: str, data: Any) -> None:
+        """Keep JSON ``data`` under ``name``."""
+        path = self._path(f"{name}.json")
+        if path is not None:
+            write_text_atomically(path, json.dumps(data) + "\n")
+
+    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors: what ``name`` holds, or what ``make`` returns, kept."""
+        path = self._path(f"{name}.safetensors")
+        if path is not None and path.exists():
+            try:
+                return load_file(path)
+            except (OSError, SafetensorError):
+                path.unlink()  # not ours, or damaged: it is measured again
+        made = make()
+        if path is not None:
+            with replacing(path) as temporary:
+                save_file({key: item.contiguous() for key, item in made.items()}, temporary)
+        return made
+
+    def discard(self) -> None:
+        """Remove everything: the search is done."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / name
+
+
+@contextmanager
+def open_checkpoint(plan: Path, restart: bool = False) -> Generator[Checkpoint]:
+    """Hold the checkpoint of the plan file ``plan``, the folder ``<plan>.search``.
+
+    Raises:
+        ConfigError: another process is writing this plan.
+    """
+    folder = plan.with_name(plan.name + ".search")
+    _make(plan.parent)
+    lock, what = plan.with_name(f".{plan.name}.lock"), "another search is writing this plan"
+    with sole_writer(lock, plan, what, "wait for it, stop it, or write to another file"):
+        if restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield Checkpoint(folder)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("cannot make the folder", where=str(folder), got=error) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # not ours, or damaged: it is measured again

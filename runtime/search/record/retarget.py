@@ -1,0 +1,265 @@
+"""Adapt a plan to other steps, timesteps or a resolution, and measure whether it still holds.
+
+What is redundant at a relative position of the trajectory is mostly redundant there at another
+step count or size as well; but only measuring tells, so a retargeted plan is never unmeasured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ditfastattn.core.errors import ConfigError, TargetMissedError
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.schema import (
+    Calibration,
+    CfgLayout,
+    Measured,
+    Plan,
+    SiteKind,
+    Strategy,
+    TileWindow,
+    Window,
+)
+from ditfastattn.runtime.matching import check_fingerprint, input_shapes
+from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.session import Session, open_session
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.planned_target import record_target, record_values, target_of
+from ditfastattn.runtime.search.record.work import SearchProgress, Work
+from ditfastattn.runtime.search.solve.problem import Row
+
+log = logging.getLogger(__name__)
+
+
+def retarget(
+    pipeline: Any,
+    plan: Plan,
+    call: Mapping[str, Any],
+    *,
+    target: Target | None = None,
+    held_out: Mapping[str, Any] | None = None,
+    cfg_layout: CfgLayout | None = None,
+    seed: int = 0,
+    timestep: str = "timestep",
+    out: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[SearchProgress], None] | None = None,
+) -> Plan:
+    """Return ``plan`` adapted to the generations of ``call``, if it still meets its target there.
+
+    Args:
+        pipeline: a diffusers pipeline with the plan's model, and any scheduler.
+        plan: the plan to adapt.
+        call: the keyword arguments of a generation, with a list entry per image; steps, guidance
+            and sizes are those to adapt to.
+        target: the quality to keep on the worst prompt; the plan's own where None.
+        held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
+        cfg_layout: the order of the guidance halves; found by observation where None.
+        seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
+        timestep: the name of the transformer's timestep argument.
+        out: the new plan's file, written only where the target is met.
+        on_progress: told what is done, and how long it may take.
+
+    Raises:
+        ConfigError: the model is not the plan's, or the target is no quality.
+        TargetMissedError: the worst prompt misses the target.
+    """
+    kept = _quality(target_of(plan) if target is None else target)
+    prompts = split_prompts(call, seed)
+    unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
+    kept.prepare(prompts[0].call)
+    holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
+    narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
+    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)
+    with holding, opening as session:
+        _check_model(plan, session)
+        session.take_sites(_as_planned(plan, session))
+        at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
+        work = Work(session, Checkpoint(), at_most, on_progress)
+        adapted = _validated(work, plan, kept, prompts, unseen, seed)
+        if out is not None:
+            adapted.save(out)
+    return adapted
+
+
+def retarget_rows(plan: Plan, session: Session) -> list[Row]:
+    """Return ``plan``'s strategies for the steps and sites of ``session``; a legal schedule.
+
+    A step takes the row of the plan's step nearest to its relative position, the earlier of two;
+    the first step is full. A site that the plan does not know is full, and so is one where its
+    strategy is not legal here, or extrapolates before enough steps have computed an output; these
+    are reported in the log.
+    """
+    known = {site.name: index for index, site in enumerate(plan.sites)}
+    reasons: dict[str, str] = {}
+    computed: Counter[str] = Counter(site.name for site in session.sites)  # at the first step
+
+    def choose(old: Row, site: Site) -> Strategy:
+        if site.name not in known:
+            reasons[site.name] = "the plan does not know this site"
+            return Strategy.FULL
+        wanted = old[known[site.name]]
+        reason = _why_not(wanted, site, session.layout, computed[site.name])
+        if reason:
+            reasons[f"{site.name}, {wanted}"] = reason
+        return Strategy.FULL if reason else wanted
+
+    rows: list[Row] = [(Strategy.FULL,) * len(session.sites)]
+    for step in range(1, session.steps):
+        old = plan.strategies[_nearest(step, session.steps, plan.sampler.steps)]
+        rows.append(tuple(choose(old, site) for site in session.sites))
+        pairs = zip(session.sites, rows[-1], strict=True)
+        computed.update(site.name for site, strategy in pairs if strategy.computes)
+    _report(plan, session, reasons)
+    return rows
+
+
+def _as_planned(plan: Plan, session: Session) -> list[Site]:
+    """Return the session's sites with caches kept as in the plan, and windows of its form.
+
+    These are its own where the tokens agree; elsewhere they are the same fraction of the sequence,
+    or of the grid, as any plan's.
+    """
+    known = {site.name: site for site in plan.sites}
+    sites: list[Site] = []
+    for site in session.sites:
+        planned = known.get(site.name)
+        if planned is None:
+            sites.append(site)
+            continue
+        kept = site.with_caches_in(planned.cache_dtype)
+        if not planned.window:
+            sites.append(kept)
+            continue
+        alike = [form for form in site.windows if _axes(form) == _axes(planned.window)]
+        same = planned.tokens == site.tokens
+        sites.append(replace(kept, window=planned.window if same else (*alike, site.window)[0]))
+    return sites
+
+
+def _axes(window: Window) -> int:
+    """Return how many axes the tiles of ``window`` have; 0 of a band."""
+    return len(window.grid) if isinstance(window, TileWindow) else 0
+
+
+def _nearest(step: int, steps: int, old_steps: int) -> int:
+    """Return the old step nearest to step / (steps - 1) of the way; the earlier of two."""
+    whole = steps - 1
+    return (2 * step * (old_steps - 1) + whole - 1) // (2 * whole)
+
+
+def _why_not(strategy: Strategy, site: Site, layout: CfgLayout, computed: int) -> str:
+    if computed < strategy.outputs_needed:
+        return "too few steps have computed an output"
+    return site.why_not(strategy, layout)
+
+
+def _report(plan: Plan, session: Session, reasons: Mapping[str, str]) -> None:
+    log.info(
+        "retarget: %d to %d steps, %d to %d sites",
+        plan.sampler.steps,
+        session.steps,
+        len(plan.sites),
+        len(session.sites),
+    )
+    if reasons:
+        log.warning(
+            "ditfastattn: retarget: %d shortcuts are not legal here, and became full attention",
+            len(reasons),
+        )
+    for what, reason in reasons.items():
+        log.info("retarget: full: %s: %s", what, reason)
+
+
+def _validated(
+    work: Work,
+    plan: Plan,
+    target: Target,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    seed: int,
+) -> Plan:
+    """Adapt ``plan``, measure it, and return it with its record."""
+    session, began = work.session, time.monotonic()
+    rows = retarget_rows(plan, session)
+    calibrated = _measured(work, rows, prompts, target, "calibration")
+    unseen = _measured(work, rows, held_out, target, "held-out")
+    calibration = Calibration(
+        method="retarget",
+        target=record_target(target),
+        strength=plan.calibration.strength,
+        seed=seed,
+        calibrated=calibrated,
+        held_out=unseen,
+        forwards=round(work.forwards, 1),
+        seconds=round(time.monotonic() - began, 1),
+    )
+    return session.plan(rows, work.timesteps, calibration, plan.merge_variants)
+
+
+def _measured(
+    work: Work, rows: Sequence[Row], prompts: Sequence[Prompt], target: Target, group: str
+) -> Measured:
+    """Return what the prompts of ``group`` measure of the plan ``rows``.
+
+    Raises:
+        TargetMissedError: the worst of them misses the target.
+    """
+    work.begin(f"measuring the {group} prompts")
+    judged = [
+        item.value
+        for index, prompt in enumerate(prompts)
+        for item in work.judge(group, index, rows, prompt, target)
+    ]
+    measured = record_values(target, judged)
+    if target.met_by(measured.worst):
+        return measured
+    side = "below" if target.at_least else "above"
+    raise TargetMissedError(
+        "the retargeted plan misses the target",
+        where=target.describe(),
+        got=f"{measured.worst:.4g} on the worst {group} prompt, "
+        f"{abs(measured.worst - target.bound):.3g} {side} the bound",
+        expected=f"{target.bound:g}",
+        remedy="calibrate a plan anew for these steps and this resolution",
+    )
+
+
+def _quality(target: Target | None) -> Target:
+    if target is not None and target.kind is TargetKind.QUALITY:
+        return target
+    fast = target is not None and target.kind in (TargetKind.SPEEDUP, TargetKind.LATENCY)
+    raise ConfigError(
+        "retarget validates a quality; run `ditfastattn validate` for the speed"
+        if fast
+        else "retarget validates a quality, and the plan was not searched for one",
+        where="retarget(target)",
+        got="no target" if target is None else target.describe(),
+        expected="a quality, such as Target.min_ssim(0.9)",
+        remedy="pass the quality to keep (--min-ssim)",
+    )
+
+
+def _check_model(plan: Plan, session: Session) -> None:
+    """Raise ``ConfigError`` unless the session's model is the plan's.
+
+    Buffers such as position embeddings follow the resolution, and are among the weights that a
+    fingerprint covers: where shapes differ, weights may.
+    """
+    got, expected = session.identity, plan.model
+    resized = input_shapes(session.captured) != plan.inputs
+    if resized and got.weights != expected.weights:
+        log.warning(
+            "ditfastattn: retarget: at other input shapes the weights cannot be compared with the "
+            "plan's: make sure that the model is the same"
+        )
+        expected = expected.model_copy(update={"weights": got.weights})
+    check_fingerprint(got, expected)

@@ -1,0 +1,1 @@
+"""Choose strategies under a budget."""

@@ -1,0 +1,86 @@
+"""Guidance's halves are told apart in a batch that frames are folded into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditfastattn import CfgLayout, Strategy
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.graph.ir import ATTENTION, calls, value
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from tests.helpers import Capture, TinyModel, capture_call, largest_difference, noise, timestep
+
+FRAMES, TOKENS, WIDTH = 3, 16, 16
+
+
+class Frames(torch.nn.Module):
+    """Attend frame by frame over ``[B, F, N, C]``, frames folded into the batch."""
+
+    def __init__(self, fold: str) -> None:
+        super().__init__()
+        self.fold = fold
+        self.qkv, self.out = torch.nn.Linear(WIDTH, 3 * WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        batch, frames, tokens, width = x.shape
+        inner = x.transpose(0, 1) if self.fold == "frames outside" else x
+        rows = inner.reshape(batch * frames, tokens, width)
+        shift = timestep.float().view(-1, 1) / 1000.0
+        shift = shift.repeat_interleave(frames, 0) if self.fold == "repeated" else shift.mean()
+        rows = rows + (shift[:, None] if self.fold == "repeated" else shift)
+        q, k, v = self.qkv(rows).view(-1, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        rows = rows + self.out(attended)
+        if self.fold == "frames outside":
+            return (rows.reshape(frames, batch, tokens, width).transpose(0, 1),)
+        return (rows.reshape(x.shape),)
+
+
+def call(step: int, batch: int) -> dict[str, Any]:
+    x = noise(step, batch // 2, FRAMES, TOKENS, WIDTH).repeat(2, 1, 1, 1)
+    x[batch // 2 :] += 0.1
+    return {"x": x, "timestep": timestep(step, batch)}
+
+
+def tiny(fold: str) -> TinyModel:
+    torch.manual_seed(0)
+    return TinyModel(Frames(fold).eval(), call)
+
+
+def attention(found: Capture) -> Site:
+    (site,) = found.sites
+    return site
+
+
+@pytest.mark.parametrize("fold", ["frames inside", "repeated"])
+@pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST])
+def test_frames_inside_share_guidance(fold: str, layout: CfgLayout) -> None:
+    model = tiny(fold)
+    found = capture_call(model.model, model.call(0, 4))
+    site = attention(found)
+    assert Strategy.SHARE_CFG not in site.declined
+    rows = [(Strategy.SHARE_CFG,)] * 2
+    expected = model.reference(rows, [site], layout)
+    module = rewrite(found.graph, [site], (SiteAction(Strategy.SHARE_CFG),), layout)
+    (node,) = calls(module.graph, ATTENTION)
+    assert value(node).shape[0] == 2 * FRAMES  # of two lanes of four
+    for step, output in enumerate(expected):
+        static = iter(found.static)
+        arguments = model.call(step, 4)
+        flat = [
+            next(static) if entry.static else arguments[entry.name] for entry in found.graph.inputs
+        ]
+        with torch.no_grad():
+            assert largest_difference([module(*flat)[0]], [output]) < 1e-5
+
+
+def test_frames_outside_do_not() -> None:
+    """The first half of the rows is the first frames there, not the first lanes."""
+    model = tiny("frames outside")
+    site = attention(capture_call(model.model, model.call(0, 4)))
+    assert site.declined[Strategy.SHARE_CFG] == "its batch is 12, the model's 4, in no order known"

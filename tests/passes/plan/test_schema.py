@@ -1,0 +1,130 @@
+"""Plans round-trip and refuse what cannot be right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ditfastattn import ConfigError, Plan
+
+FULL, SHARE = "full", "share-step"
+
+
+def plan_data(**changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "schema_version": 3,
+        "model": {"structure": "a", "weights": "b", "dtype": "float32"},
+        "inputs": {"hidden_states": [4, 8, 8], "timestep": []},
+        "sampler": {
+            "scheduler": "DDIMScheduler",
+            "config": {"beta_start": 0.0001},
+            "steps": 3,
+            "timesteps": [900.0, 600.0, 300.0],
+            "guidance_scale": 2.0,
+            "cfg_layout": "cond-first",
+        },
+        "sites": [
+            {
+                "name": "blocks.0.attn",
+                "kind": "self",
+                "tokens": 16,
+                "heads": 2,
+                "head_dim": 8,
+                "window": 2,
+            }
+        ],
+        "strategies": [[FULL], ["window"], [SHARE]],
+        "calibration": {"method": "greedy", "strength": 0.1, "seed": 0},
+    }
+    return data | changes
+
+
+def parse(data: Any) -> Plan:
+    return Plan.parse(json.dumps(data), "plan.json")
+
+
+def test_a_plan_round_trips_through_its_file(tmp_path: Path) -> None:
+    plan = parse(plan_data())
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.changed == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]  # no temporary file is left
+
+
+def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    parse(plan_data()).save(path)
+    before = path.read_text()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ditfastattn.passes.plan.schema.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        parse(plan_data(inputs={})).save(path)
+    assert path.read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 1}, r"schema_version.*another schema version[\s\S]*got: +1"),
+        ({"schema_version": None}, "another schema version"),
+        ({"surprise": 1}, r"plan.json: surprise: Extra inputs are not permitted"),
+        ({"strategies": [[FULL]]}, "1 rows for 3 steps"),
+        ({"strategies": [[FULL], [FULL, FULL], [FULL]]}, r"strategies\[1\]: 2 entries for 1 sites"),
+        ({"strategies": [[FULL], ["skip"], [FULL]]}, "strategies.1.0"),
+        ({"strategies": [[SHARE], [FULL], [FULL]]}, "no earlier step computes an output"),
+        ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier full step"),
+        ({"strategies": [[FULL], ["extrapolate"], [FULL]]}, "a line needs two"),
+        (
+            {"strategies": [[FULL], [FULL], ["extrapolate-quadratic"]]},
+            "2 earlier steps compute an output, a parabola three",
+        ),
+        ({"strategies": [["share-cfg"], ["window"], [FULL]]}, "no earlier full step"),
+        ({"sites": []}, "1 entries for 0 sites"),
+    ],
+)
+def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(plan_data(**changes))
+
+
+def test_window_and_guidance_must_be_legal() -> None:
+    site = plan_data()["sites"][0] | {"window": 0}
+    with pytest.raises(ConfigError, match="a window is not legal at this site"):
+        parse(plan_data(sites=[site]))
+    sampler = plan_data()["sampler"] | {"cfg_layout": "none"}
+    with pytest.raises(ConfigError, match="guidance is not batched"):
+        parse(plan_data(sampler=sampler, strategies=[[FULL], ["share-cfg"], [FULL]]))
+
+
+def test_an_absent_or_broken_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the plan"):
+        Plan.load(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text(json.dumps(plan_data())[:-9])
+    with pytest.raises(ConfigError, match="not JSON"):
+        Plan.load(tmp_path / "broken.json")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(key=st.sampled_from(sorted(plan_data())), junk=json_values)
+def test_junk_in_any_field_is_a_config_error_or_a_plan(key: str, junk: Any) -> None:
+    try:
+        plan = parse(plan_data(**{key: junk}))
+    except ConfigError:
+        return
+    assert Plan.parse(plan.model_dump_json()) == plan

@@ -1,0 +1,207 @@
+"""What no step changes is computed once per generation, and anew when its inputs change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditfastattn import Strategy
+from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.capture.dynamo import latent_position
+from ditfastattn.passes.graph.ir import graph_text
+from ditfastattn.passes.graph.slots import read_slots, written_slots
+from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
+from ditfastattn.passes.rewrites.pipeline import DENSE, rewrite
+from ditfastattn.runtime import invariants, lowering
+from ditfastattn.runtime.matching import timestep_position
+from tests.helpers import (
+    TINY_MODELS,
+    TinyModel,
+    capture_every_site,
+    captured_once,
+    largest_difference,
+    make_plan,
+    mixed_strategies,
+    uniform_strategies,
+)
+
+
+def found(tiny: TinyModel) -> tuple[str, ...]:
+    graph = captured_once(tiny).graph
+    latent = latent_position(graph)
+    assert latent is not None
+    return find_invariants(graph, {latent, timestep_position(graph, "timestep")})
+
+
+def test_cross_attention_keys_and_values_of_the_text_are_hoisted() -> None:
+    tiny = TINY_MODELS["pixart"]()
+    captured, sites = capture_every_site(tiny)
+    nodes = found(tiny)
+    assert len(nodes) == 2 * 2  # keys and values of two blocks
+    once = prologue(captured, nodes)
+    assert written_slots(once.graph) == tuple(f"invariant/{node}" for node in nodes)
+    actions = [DENSE] * len(sites)
+    whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
+    hoisted = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, invariants=nodes)
+    assert set(read_slots(hoisted.graph)) == set(written_slots(once.graph))
+    left, moved = count_flops(hoisted.graph), count_flops(once.graph)
+    assert moved.linear > 0
+    assert left.total + moved.total == count_flops(whole.graph).total  # nothing twice
+    assert "encoder_hidden_states" not in graph_text(hoisted.graph).split("return")[1]
+
+
+def test_there_is_nothing_to_hoist_where_only_a_table_is_read() -> None:
+    assert found(TINY_MODELS["dit"]()) == ()  # the class embedding costs no matrix product
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of the generation's prologues."""
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "fold-timesteps")
+    return count_prologues(monkeypatch)
+
+
+def count_prologues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of all prologues."""
+    counted: list[int] = []
+    lower = lowering.lower
+
+    def counting(*args: Any) -> Callable[[Sequence[Tensor]], Any]:
+        run = lower(*args)
+
+        def once(inputs: Sequence[Tensor]) -> Any:
+            counted.append(1)
+            return run(inputs)
+
+        return once
+
+    monkeypatch.setattr(invariants, "lower", counting)
+    return counted
+
+
+def planned(tiny: TinyModel, strategies: Any) -> Any:
+    plan = make_plan(tiny, strategies, feed_forwards=True)
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"lowering": "eager", "plan": plan}
+    return torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
+
+
+def steady(tiny: TinyModel) -> TinyModel:
+    """Hand the very same conditions to every step, as pipelines do."""
+    first = tiny.call(0, 4)
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        own = tiny.call(step, batch)
+        return {**first, "hidden_states": own["hidden_states"], "timestep": own["timestep"]}
+
+    return TinyModel(tiny.model, call)
+
+
+def test_the_prologue_runs_once_per_generation(runs: list[int]) -> None:
+    tiny = steady(TINY_MODELS["pixart"]())
+    _, sites = capture_every_site(tiny)
+    rows = mixed_strategies(sites, seed=4)
+    model = planned(tiny, rows)
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    for generation in (1, 2):
+        assert largest_difference(tiny.run(model), expected) < 1e-5
+        assert len(runs) == generation
+
+
+def test_an_all_full_plan_stays_bitwise_dense(runs: list[int]) -> None:
+    tiny = steady(TINY_MODELS["sd3"]())
+    _, sites = capture_every_site(tiny)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    assert largest_difference(tiny.run(model), tiny.run(tiny.model)) == 0.0
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("change", ["another tensor", "written in place"])
+def test_changed_conditions_are_noticed(change: str, runs: list[int]) -> None:
+    tiny = TINY_MODELS["pixart"]()
+    _, sites = capture_every_site(tiny)
+    text = tiny.call(0, 4)["encoder_hidden_states"]
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        given = text + step
+        if change == "written in place":
+            text.add_(1.0)
+            given = text
+        return {**steady_call(step, batch), "encoder_hidden_states": given}
+
+    steady_call = steady(tiny).call
+    changing = TinyModel(tiny.model, call)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    start = text.clone()
+    got = changing.run(model)
+    text.copy_(start)
+    assert largest_difference(got, changing.run(tiny.model)) < 1e-6
+    assert len(runs) == len(got)
+
+
+@pytest.fixture
+def timestep_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of the timesteps' prologues."""
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "hoist-invariants")
+    return count_prologues(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
+def test_what_a_timestep_decides_is_computed_once_per_timestep(
+    name: str, timestep_runs: list[int]
+) -> None:
+    tiny = TINY_MODELS[name]()
+    _, sites = capture_every_site(tiny)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    for _ in range(2):
+        result = tiny.run(model)
+        assert largest_difference(result, tiny.run(tiny.model)) == 0.0
+        assert len(timestep_runs) == len(result)
+
+
+def test_the_timesteps_embedding_leaves_the_variants() -> None:
+    tiny = TINY_MODELS["pixart"]()
+    captured, sites = capture_every_site(tiny)
+    timestep = timestep_position(captured, "timestep")
+    arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+    nodes = find_invariants(captured, arguments - {timestep})
+    assert nodes
+    once = prologue(captured, nodes)
+    actions = [DENSE] * len(sites)
+    whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
+    folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, folded=nodes)
+    left, moved = count_flops(folded.graph), count_flops(once.graph)
+    assert moved.linear > 0
+    assert left.total + moved.total == count_flops(whole.graph).total
+    assert captured.node("timestep").name not in {
+        source.name for node in folded.graph.nodes for source in node.all_input_nodes
+    }
+
+
+def test_changed_weights_and_changed_timesteps_are_noticed(timestep_runs: list[int]) -> None:
+    tiny = TINY_MODELS["dit"]()
+    _, sites = capture_every_site(tiny)
+    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
+    tiny.run(model)
+    before = len(timestep_runs)
+    with torch.no_grad():
+        for name, parameter in tiny.model.named_parameters():
+            if "timestep_embedder" in name:
+                parameter.mul_(1.5)
+    result = tiny.run(model)
+    assert len(timestep_runs) == 2 * before
+    assert largest_difference(result, tiny.run(tiny.model)) == 0.0
+
+    def call(step: int, batch: int) -> dict[str, Any]:
+        own = tiny.call(step, batch)
+        later = torch.arange(batch) > 0  # only the first element is the schedule's
+        return {**own, "timestep": own["timestep"] - 3 * later}
+
+    other = TinyModel(tiny.model, call)
+    assert largest_difference(other.run(model), other.run(tiny.model)) == 0.0
+    assert len(timestep_runs) == 3 * before

@@ -1,0 +1,89 @@
+"""Show a plan in the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ditfastattn.passes.plan.schema import Plan, Strategy
+
+SYMBOLS = {
+    Strategy.FULL: ("F", "white"),
+    Strategy.WINDOW: ("w", "cyan"),
+    Strategy.SHARE_STEP: (".", "green"),
+    Strategy.SHARE_CFG: ("c", "yellow"),
+    Strategy.WINDOW_SHARE_CFG: ("x", "magenta"),
+    Strategy.EXTRAPOLATE: ("/", "blue"),
+    Strategy.EXTRAPOLATE_QUADRATIC: ("~", "blue"),
+}
+
+
+def show_plan(console: Console, plan: Plan, name: str) -> None:
+    """Print what ``plan`` is for, and its strategy per site and step."""
+    console.print(facts(plan, name))
+    console.print(strategies(plan))
+    legend = Text("legend: ")
+    for strategy, (symbol, colour) in SYMBOLS.items():
+        legend.append(f" {symbol} ", style=f"bold {colour}")
+        legend.append(f"{strategy}  ")
+    console.print(legend)
+
+
+def facts(plan: Plan, name: str) -> Table:
+    """Return what the plan holds for and how it was found."""
+    table = Table(title=name, show_header=False)
+    table.add_column()
+    table.add_column()
+    sampler, calibration = plan.sampler, plan.calibration
+    table.add_row("sampler", f"{sampler.scheduler or 'not recorded'}, {sampler.steps} steps")
+    table.add_row("guidance", f"{sampler.guidance_scale}, {sampler.cfg_layout}")
+    table.add_row("inputs", ", ".join(f"{key} {list(size)}" for key, size in plan.inputs.items()))
+    table.add_row("model", f"structure {plan.model.structure}")
+    table.add_row("", f"weights {plan.model.weights}, {plan.model.dtype}")
+    if plan.model.lora:
+        table.add_row("", f"LoRA {plan.model.lora}")
+    table.add_row("calibration", f"{calibration.method}, strength {calibration.strength:.3g}")
+    table.add_row(
+        "", f"seed {calibration.seed}, batch {calibration.batch}, {calibration.seconds:.0f} s"
+    )
+    if calibration.target is not None:
+        sign = ">=" if calibration.target.at_least else "<="
+        table.add_row("target", f"{calibration.target.name} {sign} {calibration.target.bound:g}")
+    for name, measured in (("", calibration.calibrated), ("held out", calibration.held_out)):
+        if measured is not None:
+            table.add_row(
+                name, f"worst of {measured.prompts}: {measured.worst:.4g}, mean {measured.mean:.4g}"
+            )
+    if calibration.cache_bytes:
+        kept = sorted({site.cache_dtype or plan.model.dtype for site in plan.sites})
+        taken = f"{calibration.cache_bytes / 2**20:.1f} MiB at batch {calibration.batch}"
+        table.add_row("caches", f"at most {taken}, in {', '.join(kept)}")
+    if calibration.predicted_speedup is not None:
+        table.add_row("speedup", f"{calibration.predicted_speedup:.2f}x predicted")
+    if calibration.measured_speedup is not None:
+        table.add_row("", f"{calibration.measured_speedup:.2f}x measured on {calibration.device}")
+    return table
+
+
+def strategies(plan: Plan) -> Table:
+    """Return a row per site: a symbol per step, and the share of steps that skip work."""
+    table = Table(title=f"{plan.changed} of {len(plan.sites) * plan.sampler.steps} take a shortcut")
+    table.add_column("site")
+    table.add_column("kind")
+    table.add_column("window", justify="right")
+    table.add_column("steps 0 ...")
+    table.add_column("full", justify="right")
+    for index, site in enumerate(plan.sites):
+        column = [row[index] for row in plan.strategies]
+        line = Text()
+        for strategy in column:
+            symbol, colour = SYMBOLS[strategy]
+            line.append(symbol, style=colour)
+        full = Counter(column)[Strategy.FULL] / len(column)
+        band = f"+-{site.window}" if site.window else "-"
+        window = band if isinstance(site.window, int) else str(site.window)
+        table.add_row(site.name, site.kind, window, line, f"{full:.0%}")
+    return table
