@@ -13,8 +13,9 @@ from typing import Any
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
-from ditfastattn.passes.graph.slots import output_of
-from ditfastattn.passes.plan.schema import CfgLayout, Sampler
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import (
     PLAN_FILE,
     FileSpec,
@@ -57,13 +58,13 @@ def make_manifest(
         batch_multiple=_multiple(contents.graphs),
         timestep=prepared.timestep,
         latent=prepared.latent,
-        shares_guidance=program.shares_cfg,
+        shares_guidance=program.shares_guidance,
         inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
         outputs=tuple(map(spec, first.results)),
         variants=contents.variants,
         schedule=program.schedule,
         slots=_slots(prepared, contents),
-        distances=program.distances,
+        factors=_by_name(program),
         prologue=contents.prologue,
         loop=contents.loop,
         weights=weights,
@@ -98,10 +99,15 @@ def _slots(prepared: PreparedModel, contents: Contents) -> tuple[SlotSpec, ...]:
         return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
 
     stepped = [
-        made(slot.name, values[output_of(slot.name)], slot.lives, slot.source)
-        for slot in prepared.program.slots
+        made(str(each.slot), values[str(each.slot.latest)], each.lives, str(each.slot.source or ""))
+        for each in prepared.program.slots.slots
     ]
     return (*stepped, *(made(value.name, value, ()) for value in once))
+
+
+def _by_name(program: StepProgram) -> tuple[dict[str, float], ...]:
+    factors = program.slots.factors or ({},) * len(program.schedule)
+    return tuple({str(slot): number for slot, number in each.items()} for each in factors)
 
 
 def _multiple(graphs: Sequence[StepGraph]) -> int:

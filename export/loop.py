@@ -21,8 +21,8 @@ from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep, Term
 from ditfastattn.export.step_graphs import StepGraph
 from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
-from ditfastattn.passes.plan.schedule import StepProgram
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import BATCH
 
 LOOP_FILE = "loop.onnx"
@@ -144,16 +144,17 @@ class _Writer:
             **once,
             **self.caches,
             **{
-                slot: _constant(f"distance_{step}_{slot}", torch.tensor(distance))
-                for slot, distance in program.distances[step].items()
+                str(slot): _constant(f"step_{step}/{slot}", torch.tensor(number))
+                for slot, number in program.slots.factors[step].items()
             },
         }
         results = emit(self.emitter, graph.source, [known[value.name] for value in graph.inputs])
         count = len(graph.results)
-        moved = {slot: self.caches[source] for slot, source in program.moves_at(step)}
+        moves = program.slots.moves_at(step)
+        moved = {str(slot): self.caches[str(source)] for slot, source in moves}
         self.caches.update(moved)
         self.caches.update(zip(graph.writes, results[count:], strict=True))
-        live = program.live_after(step)
+        live = set(map(str, program.slots.live_after(step)))
         self.caches = {slot: value for slot, value in self.caches.items() if slot in live}
         return results[0]
 

@@ -17,8 +17,9 @@ from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
 from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
-from ditfastattn.passes.plan.schedule import StepProgram, unroll
-from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Fingerprint, Plan
+from ditfastattn.passes.plan.step_program import StepProgram, unroll
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
 from ditfastattn.runtime.matching import (
     planned_sites,

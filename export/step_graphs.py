@@ -21,10 +21,11 @@ from ditfastattn.export.weights import Weights
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.hoist_invariants import prologue
 from ditfastattn.passes.rewrites.merge_linears import merge_linears
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.bundle.manifest import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
 
 PROLOGUE_FILE = "prologue.onnx"
@@ -94,14 +95,14 @@ def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> 
         for index, entry in enumerate(entries)
         if entry.static
     }
-    slots = read_slots(graph)
+    slots = tuple(map(str, read_slots(graph)))
     names = [*(entry.name for entry in entries), *slots]
     inputs = [
         Value(name, _shape(symbols, node), node.meta["val"].dtype)
         for index, (name, node) in enumerate(zip(names, placeholders, strict=True))
         if index not in static
     ]
-    writes = written_slots(graph)
+    writes = tuple(map(str, written_slots(graph)))
     returned = [node for node in outputs(graph) if isinstance(node, Node)]
     count = len(returned) - len(writes)
     names = [*output_names(count), *writes]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.exporting import load
-from ditfastattn.passes.plan.schema import CfgLayout, Plan
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.lowering import Lowering, many_compilations

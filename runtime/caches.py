@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.plan.schedule import StepProgram
+from ditfastattn.passes.graph.slots import Slot
+from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 
 
 class Caches:
@@ -16,7 +17,7 @@ class Caches:
 
     def __init__(self) -> None:
         """Begin with nothing; ``peak`` is the most bytes held at any time so far."""
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[Slot, Tensor] = {}
         self.peak = 0
 
     def clear(self) -> None:
@@ -35,36 +36,36 @@ class Caches:
 
     def read(
         self,
-        program: StepProgram,
+        schedule: SlotSchedule,
         step: int,
-        slots: Sequence[str],
+        slots: Sequence[Slot],
         device: torch.device,
-        invariants: Mapping[str, Tensor],
+        hoisted: Mapping[Slot, Tensor],
     ) -> list[Tensor]:
-        """Return what ``slots`` hold at ``step``; ``invariants`` hold what no step changes."""
-        distances = program.distances[step]
+        """Return what ``slots`` hold at ``step``; ``hoisted`` holds what was computed ahead."""
+        factors = schedule.factors[step]
         found: list[Tensor] = []
         for slot in slots:
-            if slot in distances:
-                found.append(_number(distances[slot], device))
+            if slot in factors:
+                found.append(_number(factors[slot], device))
             else:
-                found.append(invariants[slot] if slot in invariants else self._held[slot])
+                found.append(hoisted[slot] if slot in hoisted else self._held[slot])
         return found
 
-    def adopt(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
+    def adopt(self, schedule: SlotSchedule, step: int, values: Mapping[Slot, Tensor]) -> None:
         """Take over, before ``step``, outputs that the step's first call has computed."""
-        self._move(program.moves_at(step, adopted=True))
+        self._move(schedule.moves_at(step, adopted=True))
         self._held.update(values)
 
-    def write(self, program: StepProgram, step: int, values: Mapping[str, Tensor]) -> None:
+    def write(self, schedule: SlotSchedule, step: int, values: Mapping[Slot, Tensor]) -> None:
         """Keep what ``step`` has returned for its slots."""
         self.peak = max(self.peak, self.bytes + sum(item.nbytes for item in values.values()))
-        self._move(program.moves_at(step))
+        self._move(schedule.moves_at(step))
         self._held.update(values)
-        for slot in self._held.keys() - program.live_after(step):
+        for slot in self._held.keys() - schedule.live_after(step):
             del self._held[slot]
 
-    def _move(self, moves: Sequence[tuple[str, str]]) -> None:
+    def _move(self, moves: Sequence[tuple[Slot, Slot]]) -> None:
         self._held.update({slot: self._held[source] for slot, source in moves})  # all at once
 
 

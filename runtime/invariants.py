@@ -19,12 +19,12 @@ from torch import Tensor
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
-from ditfastattn.passes.graph.slots import written_slots
+from ditfastattn.passes.graph.slots import Slot, written_slots
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
 
-Values = Mapping[str, Tensor]
+Values = Mapping[Slot, Tensor]
 NO_VALUES: Values = MappingProxyType({})
 
 

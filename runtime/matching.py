@@ -16,7 +16,14 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import value
-from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan, PlannedSite, TileWindow
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import (
+    Fingerprint,
+    Plan,
+    PlannedSite,
+    TileWindow,
+)
 from ditfastattn.passes.rewrites.split_heads import split_heads
 
 log = logging.getLogger(__name__)
@@ -121,7 +128,7 @@ def planned_sites(
     chosen = tuple(map(_as_planned, chosen, plan.sites))
     for row in plan.strategies:
         for site, strategy in zip(chosen, row, strict=True):
-            reason = site.why_not(strategy, plan.sampler.cfg_layout)
+            reason = why_not(strategy, site, plan.sampler.cfg_layout)
             if reason:
                 raise _mismatch(f"strategies ({site.name})", strategy, reason)
     return chosen

@@ -10,7 +10,8 @@ from typing import Any
 from torch._inductor import list_mode_options
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import CfgLayout, Plan
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.solve.greedy import Progress
 

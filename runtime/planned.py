@@ -34,19 +34,22 @@ from ditfastattn.passes.capture.dynamo import (
     plain_numbers,
 )
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs, value
-from ditfastattn.passes.graph.slots import read_slots, written_slots
+from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
 from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.schedule import NOTHING, StepProgram, lanes_of, unroll
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout, calls_of
+from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import (
     Calibration,
-    CfgLayout,
     Fingerprint,
     Plan,
     Sampler,
-    Strategy,
 )
+from ditfastattn.passes.plan.step_program import NOTHING, StepProgram, unroll
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import FoldedTimesteps, Hoisted, Prologue
@@ -74,8 +77,8 @@ class CompiledVariant:
     """Hold one lowered step variant and the cache slots it reads and writes, in order."""
 
     run: RunnableGraph
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    reads: tuple[Slot, ...]
+    writes: tuple[Slot, ...]
     flops: Flops
 
 
@@ -279,7 +282,7 @@ class Specialization:
             plan=plan,
             sites=self.report,
             variants=len({row for program in programs for row in program.variants}),
-            peak_cache_bytes=sum(program.peak_cache_bytes for program in programs),
+            peak_cache_bytes=sum(program.slots.peak_bytes for program in programs),
             ahead_bytes=self._ahead_bytes(plan, programs),
             dense=count_flops(self.captured.module.graph).times(calls),
             planned=sum(flops, once) if len(flops) == calls else None,
@@ -312,7 +315,7 @@ class Specialization:
             model=generation.identity,
             inputs=input_shapes(self.captured),
             sampler=sampler or self._plain_sampler(generation),
-            sites=tuple(site.planned() for site in self._attentions),
+            sites=tuple(planned_site(site) for site in self._attentions),
             strategies=tuple(calibrator.strategies),
             calibration=Calibration(
                 method="greedy",
@@ -380,7 +383,7 @@ class Specialization:
         )
 
     def _begin_plan(self, generation: Generation, plan: Plan) -> None:
-        lanes = lanes_of(plan.sampler.cfg_layout)
+        lanes = calls_of(plan.sampler.cfg_layout)
         with self._lock:
             programs = self._programs.get(generation.identity)
             if programs is None:
@@ -413,23 +416,23 @@ class Specialization:
         folded = generation.folded.at(self._timestep_prologue, step, timestep, tensors)
         invariants = {**hoisted, **folded}
 
-        def read(slots: Sequence[str]) -> list[Tensor]:
-            return caches.read(program, step, slots, tensors[0].device, invariants)
+        def read(slots: Sequence[Slot]) -> list[Tensor]:
+            return caches.read(program.slots, step, slots, tensors[0].device, invariants)
 
         variant = self._variant(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
         written = dict(zip(variant.writes, returned[self._results :], strict=True))
-        caches.write(program, step, written)
+        caches.write(program.slots, step, written)
         for other in following:
-            adopted = other.program.adopted_at(step)
-            other.caches.adopt(other.program, step, {slot: written[slot] for slot in adopted})
+            adopted = other.program.slots.adopted_at(step)
+            other.caches.adopt(other.program.slots, step, {slot: written[slot] for slot in adopted})
         return tuple(returned[: self._results])
 
     def _check_latents(
         self, generation: Generation, tensors: Sequence[Tensor], number: int
     ) -> None:
         """Refuse to share guidance between different images; once a generation, as it may wait."""
-        if self._latent is None or not generation.lanes[0].program.shares_cfg:
+        if self._latent is None or not generation.lanes[0].program.shares_guidance:
             return
         latent, name = tensors[self._latent], self.captured.inputs[self._latent].name
         if len(generation.lanes) == 1:
@@ -448,7 +451,7 @@ class Specialization:
         actions: tuple[SiteAction, ...],
         layout: CfgLayout,
         tensors: Sequence[Tensor],
-        read: Callable[[Sequence[str]], list[Tensor]],
+        read: Callable[[Sequence[Slot]], list[Tensor]],
     ) -> CompiledVariant:
         key = (program.names, actions, layout)
         found = self._variants.get(key)
@@ -474,7 +477,7 @@ class Specialization:
         for declined in self.report.declined:
             log.debug("find-sites: declined %s: %s", declined.name, declined.reason)
         for site in self.report.sites:
-            for strategy, reason in site.declined.items():
+            for strategy, reason in declined_strategies(site).items():
                 log.debug("find-sites: %s: no %s: %s", site.name, strategy, reason)
         if not self.report.sites:
             log.warning("ditfastattn: no attention site was found: the model runs dense")
@@ -485,8 +488,8 @@ class Specialization:
             "%.1f MiB computed ahead",
             plan.sampler.steps,
             sum(len(program.variants) for program in programs),
-            sum(len(program.slots) for program in programs),
-            sum(program.peak_cache_bytes for program in programs) / 2**20,
+            sum(len(program.slots.slots) for program in programs),
+            sum(program.slots.peak_bytes for program in programs) / 2**20,
             self._ahead_bytes(plan, programs) / 2**20,
         )
         log.info("plan: %s", summary(plan))
@@ -515,7 +518,7 @@ def specialization_of(captured: CapturedGraph, options: BackendOptions) -> Speci
 def summary(plan: Plan) -> str:
     """Count the strategies of ``plan`` in one line."""
     counts = Counter(strategy for row in plan.strategies for strategy in row)
-    parts = [f"{counts[strategy]} {strategy}" for strategy in Strategy if counts[strategy]]
+    parts = [f"{counts[strategy]} {strategy}" for strategy in strategies() if counts[strategy]]
     return f"{plan.sampler.steps} steps x {len(plan.sites)} sites: {', '.join(parts)}"
 
 

@@ -24,7 +24,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy, TileWindow
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import SiteKind, TileWindow
+from ditfastattn.passes.plan.strategies import Strategy
 
 _ATTENTION = scaled_dot_product_attention
 
@@ -129,7 +131,7 @@ class PlanInterpreter(TorchFunctionMode):
         strategy = self._strategies[self._step][site]
         if not strategy.computes:
             return self._reuse(site, strategy)
-        if strategy.shares_cfg and self._lane is self._lanes[1]:
+        if strategy.shares_guidance and self._lane is self._lanes[1]:
             copied = self._lanes[0].history[site][-1]
             self._lane.history.setdefault(site, []).append(copied)
             return copied[1]
@@ -160,23 +162,9 @@ class PlanInterpreter(TorchFunctionMode):
         return narrowed
 
     def _reuse(self, site: int, strategy: Strategy) -> Tensor:
-        last_step, last = self._lane.history[site][-1]
-        if strategy is Strategy.SHARE_STEP:
-            return last
-        if strategy is Strategy.EXTRAPOLATE:
-            step_before, before = self._lane.history[site][-2]
-            slope = (last - before) / (last_step - step_before)
-            return last + slope * (self._step - last_step)
-        return self._parabola(self._lane.history[site][-3:])
-
-    def _parabola(self, points: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """Return Lagrange's polynomial through three outputs, at this step."""
-        result = torch.zeros_like(points[0][1])
-        for own, output in points:
-            others = [step for step, _ in points if step != own]
-            weight = math.prod((self._step - other) / (own - other) for other in others)
-            result = result + weight * output
-        return result
+        assert strategy.reference is not None
+        reused: Tensor = strategy.reference(self._lane.history[site], self._step)
+        return reused
 
     def _attend(self, site: int, call: dict[str, Any], strategy: Strategy) -> Tensor:
         if self._halves(strategy):
@@ -194,7 +182,7 @@ class PlanInterpreter(TorchFunctionMode):
                 raise LookupError(f"site {site} has no residual at step {self._step}")
             return self._window(site, call) + residual
         output: Tensor = scaled_dot_product_attention(**call)
-        if strategy is Strategy.FULL and self._described[site].window:
+        if strategy.refreshes_residual and self._described[site].window:
             self._lane.residuals[site] = output - self._window(site, call)
         return output
 
@@ -227,7 +215,7 @@ class PlanInterpreter(TorchFunctionMode):
 
     def _halves(self, strategy: Strategy) -> bool:
         """Tell whether half of this call's batch serves both."""
-        return strategy.shares_cfg and self._layout.batched
+        return strategy.shares_guidance and self._layout.batched
 
     def _conditional(self, item: Any, query: Tensor) -> Any:
         """Return the conditional half of what has the batch of ``query``."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditfastattn.passes.analysis.sites import attentions, find_sites
-from ditfastattn.passes.plan.schema import CfgLayout, Plan, Strategy
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import groups_of, split_heads
 from tests.helpers import Capture, TinyModel, captured_once, make_plan
 
@@ -31,5 +34,5 @@ def head_plan(
     full = [(Strategy.FULL,) * len(captured_once(tiny).every)] * len(rows)
     whole = make_plan(tiny, full, layout, feed_forwards=True)
     data = whole.model_dump()
-    data |= {"sites": [site.planned() for site in sites], "strategies": rows}
+    data |= {"sites": [planned_site(site) for site in sites], "strategies": rows}
     return Plan.model_validate(data)

@@ -19,7 +19,11 @@ from torch.fx import GraphModule
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
-from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, Strategy
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
@@ -263,7 +267,7 @@ def make_plan(
         model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(strategies), timesteps=TIMESTEPS, cfg_layout=layout),
-        sites=tuple(site.planned() for site in (found.every if feed_forwards else found.sites)),
+        sites=tuple(planned_site(site) for site in (found.every if feed_forwards else found.sites)),
         strategies=tuple(tuple(row) for row in strategies),
         calibration=Calibration(method="manual"),
     )
@@ -316,8 +320,8 @@ def uniform_strategies(
     sites: Sequence[Site], strategy: Strategy, steps: int = STEPS
 ) -> list[tuple[Strategy, ...]]:
     """Return full steps as far as ``strategy`` needs them, then ``strategy`` where it is legal."""
-    chosen = tuple(Strategy.FULL if strategy in s.declined else strategy for s in sites)
-    first = max(1, strategy.outputs_needed)
+    chosen = tuple(Strategy.FULL if why_not(strategy, s) else strategy for s in sites)
+    first = max(1, strategy.outputs_read)
     return [tuple(Strategy.FULL for _ in sites)] * first + [chosen] * (steps - first)
 
 

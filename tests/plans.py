@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.reference import PlanInterpreter
@@ -32,7 +34,7 @@ def plan_for(
     with open_session(pipeline, prompt) as session:
         session.run(DenseStepper(session), prompt)
         rows = [
-            tuple(Strategy.FULL if wanted in site.declined else wanted for site in session.sites)
+            tuple(Strategy.FULL if why_not(wanted, site) else wanted for site in session.sites)
             for wanted in strategies
         ]
         recorded = None if target is None else record_target(target)

@@ -31,8 +31,11 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy, TileWindow, Window
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import TileWindow, Window
+from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.windows.band import band_bias, band_of
 from ditfastattn.passes.windows.forms import sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_windows import compute_window
@@ -109,7 +112,9 @@ def run(
     if side**2 == tokens:
         tiled["by tiles"] = tiles((side, side))
     actions = {
-        strategy.value: SiteAction(strategy) for strategy in Strategy if not strategy.extrapolates
+        strategy.name: SiteAction(strategy)
+        for strategy in strategies()
+        if not strategy.extrapolates
     }
     actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
     acting = {name: (site, action) for name, action in actions.items()}

@@ -33,7 +33,9 @@ from torch import Tensor
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import clone
-from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.measure.lane import Lane
@@ -104,7 +106,7 @@ def make_rows(sites: Sequence[Site], steps: int, variants: int) -> list[tuple[St
         legal = [
             strategy
             for strategy in WEIGHTS
-            if strategy not in sites[index].declined and computed[index] >= strategy.outputs_needed
+            if not why_not(strategy, sites[index]) and computed[index] >= strategy.outputs_read
         ]
         return random_.choices(legal, [WEIGHTS[strategy] for strategy in legal])[0]
 

@@ -24,7 +24,9 @@ from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
@@ -110,7 +112,7 @@ def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
         session.run(DenseStepper(session), prompt)
         rows = [
             tuple(
-                Strategy.FULL if FOUR[step % 4] in site.declined else FOUR[step % 4]
+                Strategy.FULL if why_not(FOUR[step % 4], site) else FOUR[step % 4]
                 for site in session.sites
             )
             for step in range(session.steps)

@@ -24,8 +24,10 @@ from rich.console import Console
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.plan.schedule import unroll
-from ditfastattn.passes.plan.schema import Plan, SiteKind, Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import Plan, SiteKind
+from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
@@ -109,7 +111,7 @@ def _attention_alone(plan: Plan) -> Plan:
 
 def _cache_bytes(session: Session, rows: Sequence[Sequence[Strategy]]) -> dict[str, int]:
     program = unroll(rows, session.captured, session.sites)
-    slots = {slot.name: slot.bytes for slot in program.slots}
+    slots = {each.slot: each.bytes for each in program.slots.slots}
     return {
         "slots_of_the_plan_all_kept": sum(slots.values()),
         "outputs_and_residuals_of_all_sites": _everything(session),
@@ -121,14 +123,14 @@ def _everything(session: Session) -> int:
     total = 0
     for site in session.sites:
         total += _once(session, site, Strategy.SHARE_STEP)
-        if Strategy.WINDOW not in site.declined:
+        if not why_not(Strategy.WINDOW, site):
             total += _once(session, site, Strategy.WINDOW)
     return total
 
 
 def _once(session: Session, site: Site, strategy: Strategy) -> int:
     program = unroll([[Strategy.FULL], [strategy]], session.captured, [site])
-    return sum(slot.bytes for slot in program.slots)
+    return sum(slot.bytes for slot in program.slots.slots)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from ditfastattn.core.env import DISABLE
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import Calibration, Strategy
+from ditfastattn.passes.plan.schema import Calibration
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt

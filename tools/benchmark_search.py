@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET, calibrate
@@ -32,7 +33,7 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session, open_session
-from ditfastattn.runtime.search.measure.site_evaluator import legal_candidates
+from ditfastattn.runtime.search.measure.site_evaluator import greedy_candidates
 from ditfastattn.runtime.search.measure.steppers import PlanStepper
 from ditfastattn.runtime.search.measure.timing import Timing, measure_turns
 from ditfastattn.runtime.search.methods import (
@@ -337,7 +338,7 @@ class AsPrinted(GreedyCalibrator):
     def _choose(self, index: int, environment: Any, reference: Tensor, began: float) -> Strategy:
         evaluator = self._evaluator
         chosen = Strategy.FULL
-        for strategy in legal_candidates(self.sites[index], self.layout):
+        for strategy in greedy_candidates(self.sites[index], self.layout):
             anew = evaluator.begin(self._args)
             for earlier, decided in enumerate(self._row):
                 evaluator.advance(anew, earlier)

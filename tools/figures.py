@@ -21,27 +21,9 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import replacing
-from ditfastattn.passes.plan.schema import Plan, Strategy
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 
-# Okabe and Ito's colours, dark to light with the work that is left, so that grey print reads too.
-STRATEGY_COLOURS: dict[Strategy, str] = {
-    Strategy.FULL: "#26323f",
-    Strategy.WINDOW: "#0072b2",
-    Strategy.WINDOW_SHARE_CFG: "#56b4e9",
-    Strategy.SHARE_CFG: "#e69f00",
-    Strategy.SHARE_STEP: "#f7efc4",
-    Strategy.EXTRAPOLATE: "#b5d99c",
-    Strategy.EXTRAPOLATE_QUADRATIC: "#009e73",
-}
-STRATEGY_LABELS: dict[Strategy, str] = {
-    Strategy.FULL: "full",
-    Strategy.WINDOW: "window + residual",
-    Strategy.WINDOW_SHARE_CFG: "window + residual, guidance shared",
-    Strategy.SHARE_CFG: "guidance shared",
-    Strategy.SHARE_STEP: "step shared",
-    Strategy.EXTRAPOLATE: "extrapolated from two steps",
-    Strategy.EXTRAPOLATE_QUADRATIC: "extrapolated from three steps",
-}
 MOST_SAMPLES = 10
 _DOTS_PER_INCH = 150
 
@@ -96,7 +78,7 @@ def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) ->
             expected="0.0 to 1.0",
             remedy="divide the plan's attention FLOPs by the dense ones",
         )
-    order = list(STRATEGY_COLOURS)
+    order = _by_effort()
     codes = np.array([[order.index(entry) for entry in row] for row in plan.strategies]).T
     sites, steps = codes.shape
     height = 0.19 * sites + 1.35
@@ -106,7 +88,7 @@ def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) ->
     axis = figure.subplots()
     axis.pcolormesh(
         codes,
-        cmap=ListedColormap(list(STRATEGY_COLOURS.values())),
+        cmap=ListedColormap([strategy.colour for strategy in order]),
         norm=BoundaryNorm(np.arange(len(order) + 1) - 0.5, len(order)),
         edgecolors="white",
         linewidth=0.6,
@@ -252,17 +234,22 @@ def _label_map(axis: Axes, plan: Plan) -> None:
     axis.set_frame_on(False)
 
 
+def _by_effort() -> list[Strategy]:
+    """Return the strategies from dark to light, with the work that is left."""
+    return sorted(strategies(), key=lambda strategy: -strategy.effort)
+
+
 def _legend(plan: Plan) -> list[Patch]:
     counts = Counter(entry for row in plan.strategies for entry in row)
     total = counts.total()
     return [
         Patch(
-            facecolor=colour,
+            facecolor=strategy.colour,
             edgecolor="#888888",
             linewidth=0.4,
-            label=f"{STRATEGY_LABELS[strategy]} ({counts[strategy] / total:.0%})",
+            label=f"{strategy.label} ({counts[strategy] / total:.0%})",
         )
-        for strategy, colour in STRATEGY_COLOURS.items()
+        for strategy in _by_effort()
         if counts[strategy]
     ]
 

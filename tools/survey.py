@@ -24,7 +24,9 @@ from rich.console import Console
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import SiteKind, Strategy
+from ditfastattn.passes.plan.legality import declined_strategies
+from ditfastattn.passes.plan.schema import SiteKind
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (
@@ -177,7 +179,7 @@ def _reasons(trial: Trial) -> list[str]:
     strategies = [
         f"{strategy} at {site.kind}: {reason}"
         for site in trial.report.sites
-        for strategy, reason in site.declined.items()
+        for strategy, reason in declined_strategies(site).items()
         if strategy in (Strategy.WINDOW, Strategy.SHARE_CFG)
         and site.kind is not SiteKind.FEED_FORWARD
     ]

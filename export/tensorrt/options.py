@@ -10,7 +10,7 @@ from typing import Final
 import onnx
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -26,15 +26,7 @@ from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position, mo
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
-from ditfastattn.passes.plan.schema import (
-    CacheDtype,
-    CfgLayout,
-    HeadGroup,
-    PlannedSite,
-    SiteKind,
-    Strategy,
-    Window,
-)
+from ditfastattn.passes.plan.schema import CacheDtype, SiteKind, Window
 from ditfastattn.passes.windows.forms import window_forms
 from ditfastattn.passes.windows.key_masks import hides_keys_alone
 
@@ -50,7 +42,8 @@ class Site:
     the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
     in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
     ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
-    ``window``, 0 where none is legal. ``declined`` says why a strategy is not legal here.
+    ``window``, 0 where none is legal: ``no_window`` says why. ``no_shared_guidance`` says why the
+    halves of a batch cannot share this site, "" where they can.
     A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
     puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
     """
@@ -67,7 +60,8 @@ class Site:
     window: Window
     windows: tuple[Window, ...] = ()
     text: tuple[int, int] = (0, 0)
-    declined: dict[Strategy, str] = field(default_factory=dict)
+    no_window: str = ""
+    no_shared_guidance: str = ""
     no_grid: str = ""
     whole: Site | None = None
     first_head: int = 0
@@ -89,34 +83,6 @@ class Site:
             return dtype
         kept: torch.dtype = getattr(torch, self.cache_dtype)
         return kept if kept.itemsize < dtype.itemsize else dtype
-
-    def why_not(self, strategy: Strategy, layout: CfgLayout) -> str:
-        """Return why ``strategy`` is not legal here under ``layout``, or "".
-
-        Between calls of their own, guidance's halves need not be those of a batch.
-        """
-        if strategy.shares_cfg and layout is CfgLayout.SEPARATE_UNCOND_FIRST:
-            return "the unconditional call comes first: there is nothing yet that it could take"
-        if strategy.shares_cfg and layout is CfgLayout.SEPARATE:
-            return self.declined.get(Strategy.WINDOW, "") if strategy.windowed else ""
-        if strategy.shares_cfg and layout is CfgLayout.NONE:
-            return "guidance has one lane"
-        return self.declined.get(strategy, "")
-
-    def planned(self) -> PlannedSite:
-        """Return what a plan records of this site."""
-        return PlannedSite(
-            name=self.name,
-            kind=self.kind,
-            tokens=self.tokens,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            window=self.window,
-            cache_dtype=self.cache_dtype,
-            group=None
-            if self.whole is None
-            else HeadGroup(site=self.whole.name, first=self.first_head, of=self.whole.heads),
-        )
 
 
 def with_wholes(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -200,12 +166,6 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
 
 def _describe_feed_forward(branch: FeedForward, name: str, ancestry: Ancestry) -> Site:
     width = value(branch.exit).shape[-1]
-    no_window = "a window is defined for attention, this is a feed-forward"
-    declined: dict[Strategy, str] = {}
-    declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
-    no_guidance = ancestry.why_no_shared_guidance([branch.exit])
-    if no_guidance:
-        declined[Strategy.SHARE_CFG] = no_guidance
     return Site(
         name=name,
         ordinal=branch.ordinal,
@@ -217,7 +177,8 @@ def _describe_feed_forward(branch: FeedForward, name: str, ancestry: Ancestry) -
         head_dim=width,
         grid=(),
         window=0,
-        declined=declined,
+        no_window="a window is defined for attention, this is a feed-forward",
+        no_shared_guidance=ancestry.why_no_shared_guidance([branch.exit]),
     )
 
 
@@ -235,14 +196,8 @@ def _describe(
     kind = SiteKind.JOINT if joined else kind
     text = streams.text if streams is not None and joined else (0, 0)
     image = tokens - sum(text)
-    declined: dict[Strategy, str] = {}
     no_window = _why_no_window(node, kind, image, text)
-    if no_window:
-        declined |= dict.fromkeys((Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG), no_window)
     ends = exits_of(node, ancestry.is_static)
-    no_guidance = ancestry.why_no_shared_guidance(ends)
-    if no_guidance:
-        declined |= dict.fromkeys((Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), no_guidance)
     grid = _embedded(node, image, value(node).shape[0] // ancestry.batch)
     query: Any = node.args[0]
     grid = grid or grids.find(query, image)
@@ -260,7 +215,8 @@ def _describe(
         window=windows[0] if windows else 0,
         windows=windows,
         text=text,
-        declined=declined,
+        no_window=no_window,
+        no_shared_guidance=ancestry.why_no_shared_guidance(ends),
         no_grid="" if grid else ancestry.why_no_grid(grids.inputs(image)),
     )
 
@@ -282,7 +238,6 @@ def _describe_groups(first: Site, graph: Graph, ancestry: Ancestry) -> list[Site
     groups = [(node, heads) for node, heads in own if node.target is ATTENTION]
     joined, every = next((node, heads) for node, heads in own if _joins(node))
     ends = exits_of(joined, ancestry.is_static)
-    no_guidance = ancestry.why_no_shared_guidance(ends)
     whole = replace(
         first,
         node=joined.name,
@@ -290,7 +245,8 @@ def _describe_groups(first: Site, graph: Graph, ancestry: Ancestry) -> list[Site
         heads=every.last,
         window=0,
         windows=(),
-        declined={Strategy.SHARE_CFG: no_guidance} if no_guidance else {},
+        no_window="its groups of heads have windows of their own",
+        no_shared_guidance=ancestry.why_no_shared_guidance(ends),
     )
     return [_group(first, whole, node, heads, ancestry) for node, heads in groups]
 

@@ -1,21 +1,20 @@
-"""Name cache slots and attach them to graphs as inputs and outputs.
+"""Name cache slots, and attach them to graphs as inputs and outputs.
 
-A slot is one tensor that a site hands from a step to later ones: ``blocks.0.attn/output.0`` (at
-the first exits node, after the output projection) or ``blocks.0.attn/residual`` (full minus
-window attention, before the output projection). A graph that reads a slot has an input for it; a
-graph that writes one returns it after the model's own outputs.
+A slot is one tensor that a site hands from a step to later ones: its output at an exit node (after
+the output projection), or its residual (full minus window attention, before the projection). A
+graph that reads a slot has an input for it; a graph that writes one returns it after the model's
+own outputs.
 
-Some slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
-last, ``blocks.0.attn/earlier.0`` the one before it: whoever runs the graphs moves them over, a
-pointer and no copy. ``blocks.0.attn/distance`` and ``blocks.0.attn/curvature`` are how far a step
-extrapolates, numbers that the schedule fixes.
-
-``invariant/linear_4`` holds what is computed once per generation, by a graph of its own.
+No graph writes an output of ``age`` 1 or more, the one that was replaced last and those before it:
+the runtime renames them without copying. Factors are fp32 numbers that the schedule fixes. Hoisted
+values are computed ahead of the steps, by a graph of their own.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -24,97 +23,114 @@ from ditfastattn.passes.graph.ir import add_input, add_output
 
 _SLOT = "cache_slot"
 _WRITES = "cache_writes"
-_DISTANCE, _CURVATURE, _INVARIANT = "distance", "curvature", "invariant"
 
 
-def output_slot(site: str, index: int) -> str:
-    """Name the slot of the ``index``-th exits node of ``site``."""
-    return f"{site}/output.{index}"
+class SlotKind(StrEnum):
+    """Name what a slot holds."""
+
+    OUTPUT = "output"  # of a site, at its exit node number ``index``
+    RESIDUAL = "residual"  # of a site
+    FACTOR = "factor"  # number ``index`` that a site combines earlier outputs with: fp32, no dims
+    HOISTED = "hoisted"  # the value of a graph node, which ``site`` names
 
 
-def residual_slot(site: str) -> str:
-    """Name the slot of the residual of ``site``."""
-    return f"{site}/residual"
+@dataclass(frozen=True)
+class Slot:
+    """Identify a slot; ``age`` counts the outputs computed since, 0 for the last one."""
+
+    site: str
+    kind: SlotKind
+    index: int = 0
+    age: int = 0
+
+    def __str__(self) -> str:
+        """Return the name in files: ``blocks.0.attn/output.0``, ``.../output.0@1`` before it."""
+        number = f".{self.index}" if self.kind in (SlotKind.OUTPUT, SlotKind.FACTOR) else ""
+        return f"{self.site}/{self.kind}{number}" + (f"@{self.age}" if self.age else "")
+
+    @property
+    def latest(self) -> Slot:
+        """Return the slot that graphs write, from which this one is renamed."""
+        return replace(self, age=0) if self.age else self
+
+    @property
+    def source(self) -> Slot | None:
+        """Return the slot whose content this one takes over when that is replaced."""
+        return replace(self, age=self.age - 1) if self.age else None
+
+    @property
+    def belongs_to_a_step(self) -> bool:
+        """Tell whether a step writes it, or wrote what it was renamed from."""
+        return self.kind in (SlotKind.OUTPUT, SlotKind.RESIDUAL)
 
 
-def previous_slot(site: str, index: int) -> str:
-    """Name the slot of the output before the last at the ``index``-th exits node."""
-    return f"{site}/previous.{index}"
+_TEXT = re.compile(r"(.*)/(?:(output|factor)\.(\d{1,6})|(residual|hoisted))(?:@(\d{1,6}))?")
 
 
-def earlier_slot(site: str, index: int) -> str:
-    """Name the slot of the output before the previous one at the ``index``-th exits node."""
-    return f"{site}/earlier.{index}"
+def parse_slot(text: str) -> Slot:
+    """Return the slot whose name is ``text``.
 
-
-def site_of(slot: str) -> str:
-    """Return the site whose output or residual ``slot`` holds; "" where it holds neither."""
-    site, _, item = slot.rpartition("/")
-    return "" if site == _INVARIANT or item in (_DISTANCE, _CURVATURE) else site
-
-
-def output_of(slot: str) -> str:
-    """Return the output slot of what ``slot``, an output or one it was moved to, has held."""
-    return re.sub(r"/(previous|earlier)\.(\d+)$", r"/output.\2", slot)
-
-
-def distance_slot(site: str) -> str:
-    """Name the input that says how far ``site`` extrapolates: fp32, no dimensions.
-
-    The change between the last two outputs is added so many times. On a line these are the steps
-    since the last output, in units of the steps between the two.
+    Raises:
+        ValueError: it is no name of a slot.
     """
-    return f"{site}/{_DISTANCE}"
+    found = _TEXT.fullmatch(text)
+    slot = found and Slot(
+        found[1], SlotKind(found[2] or found[4]), int(found[3] or 0), int(found[5] or 0)
+    )
+    if slot is None or str(slot) != text:
+        raise ValueError(f"{text!r} does not name a cache slot")
+    return slot
 
 
-def curvature_slot(site: str) -> str:
-    """Name the input that says how often a parabola adds the change before: fp32, no dimensions.
-
-    That is the change from the earlier to the previous output; it is subtracted, as this is
-    negative.
-    """
-    return f"{site}/{_CURVATURE}"
+def output_slot(site: str, index: int, age: int = 0) -> Slot:
+    """Return the slot of the output at exit node ``index`` of ``site``."""
+    return Slot(site, SlotKind.OUTPUT, index, age)
 
 
-def number_slots(site: str, outputs: int) -> tuple[str, ...]:
-    """Name the inputs that say how far ``site`` extrapolates from ``outputs`` outputs, 2 or 3."""
-    return (distance_slot(site), curvature_slot(site))[: outputs - 1]
+def residual_slot(site: str) -> Slot:
+    """Return the slot of the residual of ``site``."""
+    return Slot(site, SlotKind.RESIDUAL)
 
 
-def invariant_slot(node: str) -> str:
-    """Name the slot of the step-invariant value of ``node``."""
-    return f"{_INVARIANT}/{node}"
+def factor_slots(site: str, count: int) -> tuple[Slot, ...]:
+    """Return the slots of the ``count`` factors that ``site`` combines earlier outputs with."""
+    return tuple(Slot(site, SlotKind.FACTOR, index) for index in range(count))
 
 
-def read_cache(graph: Graph, slot: str, like: Tensor) -> Node:
+def hoisted_slot(node: str) -> Slot:
+    """Return the slot of the hoisted value of ``node``."""
+    return Slot(node, SlotKind.HOISTED)
+
+
+def read_cache(graph: Graph, slot: Slot, like: Tensor) -> Node:
     """Return the graph input that brings ``slot``, adding it if it is not there yet."""
     found = read_nodes(graph).get(slot)
     if found is not None:
         return found
-    node = add_input(graph, "cache_" + re.sub(r"\W", "_", slot), like)
+    node = add_input(graph, "cache_" + re.sub(r"\W", "_", str(slot)), like)
     node.meta[_SLOT] = slot
     return node
 
 
-def write_cache(graph: Graph, slot: str, node: Node) -> None:
+def write_cache(graph: Graph, slot: Slot, node: Node) -> None:
     """Return ``node`` from the graph as the new content of ``slot``."""
     add_output(graph, node)
     output = graph.output_node()
     output.meta[_WRITES] = (*written_slots(graph), slot)
 
 
-def read_nodes(graph: Graph) -> dict[str, Node]:
+def read_nodes(graph: Graph) -> dict[Slot, Node]:
     """Return the graph's cache inputs, by their slots."""
     inputs = graph.find_nodes(op="placeholder")
     return {node.meta[_SLOT]: node for node in inputs if _SLOT in node.meta}
 
 
-def read_slots(graph: Graph) -> tuple[str, ...]:
+def read_slots(graph: Graph) -> tuple[Slot, ...]:
     """Return the slots the graph reads, in the order of its cache inputs."""
     return tuple(read_nodes(graph))
 
 
-def written_slots(graph: Graph) -> tuple[str, ...]:
+def written_slots(graph: Graph) -> tuple[Slot, ...]:
     """Return the slots the graph writes, in the order of its cache outputs."""
-    slots: tuple[str, ...] = graph.output_node().meta.get(_WRITES, ())
+    slots: tuple[Slot, ...] = graph.output_node().meta.get(_WRITES, ())
     return slots

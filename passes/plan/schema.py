@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     Field,
+    FiniteFloat,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -24,72 +26,11 @@ from pydantic import (
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import first_fault
+from ditfastattn.passes.plan.strategies import Strategy
 
 SCHEMA_VERSION = 3
-
-
-class Strategy(StrEnum):
-    """Name what a site does at one step (DiTFastAttn, section 3; the last two are TaylorSeer's)."""
-
-    FULL = "full"
-    WINDOW = "window"  # WA-RS: window attention plus the cached residual
-    SHARE_STEP = "share-step"  # AST: the output of the last step that computed one
-    SHARE_CFG = "share-cfg"  # ASC: the conditional half serves both halves
-    WINDOW_SHARE_CFG = "window+share-cfg"
-    EXTRAPOLATE = "extrapolate"  # the line through the outputs of the last two that computed one
-    EXTRAPOLATE_QUADRATIC = "extrapolate-quadratic"  # the parabola through those of the last three
-
-    @property
-    def windowed(self) -> bool:
-        """Tell whether the site reads its residual cache."""
-        return self in (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)
-
-    @property
-    def computes(self) -> bool:
-        """Tell whether the site computes an output, rather than reuse earlier ones."""
-        return not self.outputs_needed
-
-    @property
-    def outputs_needed(self) -> int:
-        """Return how many earlier outputs this one is made of; 0 where it is computed."""
-        return _OUTPUTS_NEEDED.get(self, 0)
-
-    @property
-    def extrapolates(self) -> bool:
-        """Tell whether the output follows a curve through earlier ones."""
-        return self.outputs_needed > 1
-
-    @property
-    def shares_cfg(self) -> bool:
-        """Tell whether only the conditional half is computed."""
-        return self in (Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG)
-
-
-_OUTPUTS_NEEDED = {
-    Strategy.SHARE_STEP: 1,
-    Strategy.EXTRAPOLATE: 2,
-    Strategy.EXTRAPOLATE_QUADRATIC: 3,
-}
-
-
-class CfgLayout(StrEnum):
-    """Name how the guidance halves reach the model: along the batch of one call, or one by one."""
-
-    NONE = "none"  # one lane only: sharing across guidance is illegal
-    COND_FIRST = "cond-first"
-    UNCOND_FIRST = "uncond-first"
-    SEPARATE = "separate"  # two calls a step, the conditional one first
-    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # what comes second cannot serve the first
-
-    @property
-    def calls(self) -> int:
-        """Return how often a step calls the model."""
-        return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
-
-    @property
-    def batched(self) -> bool:
-        """Tell whether the halves of a call's batch are those of guidance."""
-        return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 
 
 class SiteKind(StrEnum):
@@ -198,6 +139,16 @@ class PlannedSite(_Record, frozen=True):
         fields: dict[str, Any] = write(self)
         return {name: item for name, item in fields.items() if item is not None}
 
+    @property
+    def no_window(self) -> str:
+        """Return why no window is legal here, or ""."""
+        return "" if self.window else "a window is not legal at this site (window is 0)"
+
+    @property
+    def no_shared_guidance(self) -> str:
+        """Return "": only the model itself shows whether guidance can be shared."""
+        return ""
+
 
 class Sampler(_Record, frozen=True):
     """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
@@ -205,8 +156,8 @@ class Sampler(_Record, frozen=True):
     scheduler: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     steps: Annotated[int, Field(gt=0)]
-    timesteps: tuple[float, ...]
-    guidance_scale: float | None = None
+    timesteps: tuple[FiniteFloat, ...]
+    guidance_scale: FiniteFloat | None = None
     cfg_layout: CfgLayout
 
 
@@ -306,6 +257,10 @@ class Plan(_Record, frozen=True):
                 raise ValueError(
                     f"strategies[{step}]: {len(row)} entries for {len(self.sites)} sites"
                 )
+        counts = Counter(site.name for site in self.sites)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(f"sites: {repeated[0]!r} occurs {counts[repeated[0]]} times")
         for index, site in enumerate(self.sites):
             self._check_site(index, site)
         self._check_groups()
@@ -338,32 +293,16 @@ class Plan(_Record, frozen=True):
         }
 
     def _check_site(self, index: int, site: PlannedSite) -> None:
-        computed, has_residual = 0, False
-        for step, row in enumerate(self.strategies):
-            strategy = row[index]
-            reason = ""
-            if strategy is Strategy.SHARE_STEP and not computed:
-                reason = "no earlier step computes an output to share"
-            elif computed < strategy.outputs_needed:
-                curve = "a line needs two" if strategy.outputs_needed == 2 else "a parabola three"
-                reason = f"{computed} earlier steps compute an output, {curve}"
-            elif strategy.windowed and not has_residual:
-                reason = "no earlier full step computes the residual"
-            elif strategy.windowed and not site.window:
-                reason = "a window is not legal at this site (window is 0)"
-            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.NONE:
-                reason = "guidance is not batched (cfg_layout is none)"
-            elif strategy.shares_cfg and self.sampler.cfg_layout is CfgLayout.SEPARATE_UNCOND_FIRST:
-                reason = "the unconditional call comes first, with nothing to take yet"
-            if reason:
-                raise ValueError(f"strategies[{step}][{index}] ({site.name}): {strategy}: {reason}")
-            computed += strategy.computes
-            has_residual = has_residual or strategy is Strategy.FULL
+        column = [row[index] for row in self.strategies]
+        fault = first_fault(column, site, self.sampler.cfg_layout)
+        if fault is not None:
+            step, reason = fault
+            raise ValueError(f"strategies[{step}][{index}] ({site.name}): {column[step]}: {reason}")
 
     @property
     def changed(self) -> int:
         """Count the entries that take a shortcut."""
-        return sum(strategy is not Strategy.FULL for row in self.strategies for strategy in row)
+        return sum(strategy != Strategy.FULL for row in self.strategies for strategy in row)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; ``path`` holds the old file or the whole new one."""

@@ -11,7 +11,7 @@ Before::
 
 After::
 
-    %5 = input cache_linear_4: float32[2, 5, 16]
+    %5 = input cache_linear_4_hoisted: float32[2, 5, 16]
     %6 = aten.linear.default(%0, %3): float32[2, 64, 16]
     ...
 
@@ -30,7 +30,7 @@ from ditfastattn.passes.analysis.flops import count_node
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.head_groups import head_range
 from ditfastattn.passes.graph.ir import clone, find, value
-from ditfastattn.passes.graph.slots import invariant_slot, read_cache, write_cache
+from ditfastattn.passes.graph.slots import hoisted_slot, read_cache, write_cache
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 
@@ -50,7 +50,7 @@ class HoistInvariants:
         wanted = set(self.nodes)
         found = [node for node in module.graph.nodes if node.name in wanted and node.users]
         for node in found:
-            slot = invariant_slot(node.name)
+            slot = hoisted_slot(node.name)
             node.replace_all_uses_with(read_cache(module.graph, slot, value(node)))
         return PassResult(len(found))
 
@@ -87,7 +87,7 @@ def prologue(captured: CapturedGraph, nodes: tuple[str, ...]) -> GraphModule:
     module = clone(captured.module)
     module.graph.output_node().args = ((),)
     for name in nodes:
-        write_cache(module.graph, invariant_slot(name), find(module.graph, name))
+        write_cache(module.graph, hoisted_slot(name), find(module.graph, name))
     EliminateDeadCode().run(module)
     module.recompile()
     return module

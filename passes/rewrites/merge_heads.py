@@ -31,7 +31,7 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.head_groups import HeadRange, head_range, mark
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, insert, outputs, value
 from ditfastattn.passes.graph.slots import written_slots
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.windows.forms import WINDOWED

@@ -24,7 +24,7 @@ from torch.fx.node import Argument
 
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import aten, fake_mode, insert, outputs, replace_uses, value
-from ditfastattn.passes.graph.slots import read_nodes, site_of, written_slots
+from ditfastattn.passes.graph.slots import read_nodes, written_slots
 from ditfastattn.passes.rewrites.base import PassResult
 
 
@@ -41,12 +41,12 @@ class NarrowCaches:
         sites = {site.name: site for site in self.sites}
         changed = 0
         for slot, node in read_nodes(graph).items():
-            if site_of(slot) in sites:
-                changed += _widen(graph, node, sites[site_of(slot)])
+            if slot.belongs_to_a_step and slot.site in sites:
+                changed += _widen(graph, node, sites[slot.site])
         slots = written_slots(graph)
         returned = list(outputs(graph))
         for place, slot in enumerate(slots, len(returned) - len(slots)):
-            narrowed = _narrow(graph, returned[place], sites[site_of(slot)])
+            narrowed = _narrow(graph, returned[place], sites[slot.site])
             changed += narrowed is not returned[place]
             returned[place] = narrowed
         graph.output_node().args = (tuple(returned),)

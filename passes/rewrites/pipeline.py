@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -16,32 +16,21 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import snapshot, verify
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import Pass
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
-from ditfastattn.passes.rewrites.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
-from ditfastattn.passes.rewrites.share_across_cfg import ShareAcrossCfg
-from ditfastattn.passes.rewrites.share_across_steps import ShareAcrossSteps
+from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
+from ditfastattn.passes.rewrites.share_guidance import ShareGuidance
 from ditfastattn.passes.rewrites.store_caches import StoreCaches
 from ditfastattn.passes.rewrites.window_residual import WindowResidual
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SiteAction:
-    """Say what one site does in one step variant, and which of its caches later steps read."""
-
-    strategy: Strategy
-    writes_output: bool = False
-    writes_residual: bool = False
-
-
-DENSE = SiteAction(Strategy.FULL)
 
 
 def variant_passes(
@@ -54,20 +43,18 @@ def variant_passes(
     """Return the passes of one step variant, in the order they run."""
     pairs = tuple(zip(sites, actions, strict=True))
 
-    def chosen(*strategies: Strategy) -> tuple[Site, ...]:
-        return tuple(site for site, action in pairs if action.strategy in strategies)
-
     return (
         StoreCaches(
             outputs=tuple(site for site, action in pairs if action.writes_output),
             residuals=tuple(site for site, action in pairs if action.writes_residual),
         ),
-        WindowResidual(chosen(Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG)),
-        ShareAcrossSteps(chosen(Strategy.SHARE_STEP)),
-        ExtrapolateSteps(
-            linear=chosen(Strategy.EXTRAPOLATE), quadratic=chosen(Strategy.EXTRAPOLATE_QUADRATIC)
+        WindowResidual(tuple(site for site, action in pairs if action.strategy.windowed)),
+        ReuseOutputs(
+            tuple((site, act.strategy) for site, act in pairs if not act.strategy.computes)
         ),
-        ShareAcrossCfg(chosen(Strategy.SHARE_CFG, Strategy.WINDOW_SHARE_CFG), layout),
+        ShareGuidance(
+            tuple(site for site, action in pairs if action.strategy.shares_guidance), layout
+        ),
         MergeHeads(
             tuple((site, action.strategy) for site, action in pairs if site.whole is not None)
         ),
@@ -150,7 +137,7 @@ def _fuelled(actions: Sequence[SiteAction], fuel: int) -> tuple[SiteAction, ...]
         return tuple(actions)
     kept: list[SiteAction] = []
     for action in actions:
-        shortcut = action.strategy is not Strategy.FULL
+        shortcut = action.strategy != Strategy.FULL
         kept.append(replace(action, strategy=Strategy.FULL) if shortcut and fuel == 0 else action)
         fuel -= shortcut and fuel > 0
     return tuple(kept)

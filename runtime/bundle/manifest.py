@@ -13,16 +13,24 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.graph.slots import parse_slot
 from ditfastattn.passes.plan.schema import Fingerprint, Sampler
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
 BATCH = "batch"  # the name of that dimension
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
 
 Natural = Annotated[int, Field(ge=0)]
@@ -75,10 +83,20 @@ class TensorSpec(_Record, frozen=True):
 
 
 class SlotSpec(TensorSpec, frozen=True):
-    """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads)."""
+    """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads).
+
+    A slot that has a ``source`` takes over what that one held when a step replaces it.
+    """
 
     lives: tuple[tuple[Natural, Natural], ...]
     source: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> SlotSpec:
+        expected = str(parse_slot(self.name).source or "")
+        if self.source != expected:
+            raise ValueError(f"slots: {self.name!r} takes over {expected!r}, not {self.source!r}")
+        return self
 
 
 class VariantSpec(_Record, frozen=True):
@@ -154,14 +172,14 @@ class Manifest(_Record, frozen=True):
         variants: the distinct steps.
         schedule: the variant of each step.
         slots: the caches.
-        distances: how far each step extrapolates, by slot.
+        factors: the numbers that each step combines earlier outputs with, by slot.
         prologue: what is computed once per generation.
         loop: the unrolled sampler.
         weights: the file that holds all weights.
         files: every file of the bundle.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     ditfastattn: str
     opset: Positive
     model: ModelSpec
@@ -177,7 +195,7 @@ class Manifest(_Record, frozen=True):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
-    distances: tuple[dict[str, float], ...]
+    factors: tuple[dict[str, FiniteFloat], ...]
     prologue: VariantSpec | None = None
     loop: LoopSpec | None = None
     weights: str
@@ -199,7 +217,7 @@ class Manifest(_Record, frozen=True):
         for file in named:
             if file not in self.files:
                 raise ValueError(f"{file!r} is not among the files")
-        if len(self.schedule) != self.sampler.steps or len(self.distances) != self.sampler.steps:
+        if len(self.schedule) != self.sampler.steps or len(self.factors) != self.sampler.steps:
             raise ValueError(f"schedule: {len(self.schedule)} steps, not {self.sampler.steps}")
         if len(self.sampler.timesteps) != self.sampler.steps:
             raise ValueError(f"sampler.timesteps: {len(self.sampler.timesteps)} values")
@@ -239,9 +257,11 @@ class Manifest(_Record, frozen=True):
             for began, _ in moved.lives if moved.source else ():
                 if not kept(moved.source, began):
                     raise ValueError(f"slots: {moved.name!r} takes over what is not kept")
+        for name in {*once, *(name for factors in self.factors for name in factors)}:
+            parse_slot(name)
         written = set(once)
         for step, index in enumerate(self.schedule):
-            variant, given = self.variants[index], {*once, *self.distances[step]}
+            variant, given = self.variants[index], {*once, *self.factors[step]}
             for slot, _ in variant.reads:
                 if slot not in given and not (slot in written and kept(slot, step)):
                     raise ValueError(f"step {step} reads {slot!r}, which no step has written")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schedule import CacheSlot, StepProgram
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.graph.slots import parse_slot
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
+from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.caches import Buffers, Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import Hoisted, Values
@@ -80,8 +81,10 @@ class BundleTransformer(nn.Module):
         self._engines, self._prologue = tuple(engines), prologue
         self._device = device
         self._open_loop = functools.cache(open_loop)
-        self._program = _program(manifest)
-        self._slots = {slot.name: slot for slot in manifest.slots}
+        self._schedule = slot_schedule(manifest)
+        self._reads = tuple(map(slots_read, manifest.variants))
+        self._writes = tuple(map(slots_written, manifest.variants))
+        self._slots = {parse_slot(spec.name): spec for spec in manifest.slots}
         self._threads = threading.local()
 
     @property
@@ -171,7 +174,7 @@ class BundleTransformer(nn.Module):
         return found
 
     def _step(self, generation: _Generation, given: Mapping[str, Any]) -> list[Tensor]:
-        manifest, program = self.manifest, self._program
+        manifest, schedule = self.manifest, self._schedule
         batch = self._batch(given)
         inputs = {
             spec.name: _argument(spec, given, batch, self._device) for spec in manifest.inputs
@@ -195,18 +198,17 @@ class BundleTransformer(nn.Module):
                 expected=generation.batch,
             )
         once = self._invariants(generation, inputs, batch)
-        variant = manifest.variants[manifest.schedule[step]]
-        slots = [slot for slot, _ in variant.reads]
-        caches = generation.caches.read(program, step, slots, self._device, once)
+        index = manifest.schedule[step]
+        variant, written = manifest.variants[index], self._writes[index]
+        caches = generation.caches.read(schedule, step, self._reads[index], self._device, once)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
-        specs = [self._slots[slot] for slot, _ in variant.writes]
+        specs = [self._slots[slot] for slot in written]
         free = generation.buffers.take(
             [(spec.sizes(batch), _dtype(spec)) for spec in specs], self._device, generation.caches
         )
-        self._engines[manifest.schedule[step]](tensors, [*results, *free])
-        values = {spec.name: buffer for spec, buffer in zip(specs, free, strict=True)}
-        generation.caches.write(program, step, values)
+        self._engines[index](tensors, [*results, *free])
+        generation.caches.write(schedule, step, dict(zip(written, free, strict=True)))
         return results
 
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
@@ -242,27 +244,12 @@ class BundleTransformer(nn.Module):
         tensors = [inputs[name] for name in spec.inputs]
 
         def compute() -> Values:
-            written = [slot for slot, _ in spec.writes]
+            written = slots_written(spec)
             results = [self._empty(self._slots[slot], batch) for slot in written]
             prologue(tensors, results)
             return dict(zip(written, results, strict=True))
 
         return generation.hoisted.of(tensors, compute)
-
-
-def _program(manifest: Manifest) -> StepProgram:
-    """Return the manifest's caches as the step program that ``Caches`` follows."""
-    slots = tuple(
-        CacheSlot(slot.name, (), slot.dtype, 0, slot.lives, slot.source) for slot in manifest.slots
-    )
-    return StepProgram(
-        sites=(),
-        variants=(),
-        schedule=manifest.schedule,
-        slots=slots,
-        distances=manifest.distances,
-        written=(),
-    )
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:

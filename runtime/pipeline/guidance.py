@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.pipeline.prompts import guidance_argument
 
 log = logging.getLogger(__name__)

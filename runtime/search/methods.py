@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.strategies import Strategy, names_of, strategies, strategy_named
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
@@ -92,11 +92,11 @@ def measured_costs(work: Work, objective: Objective) -> tuple[CostTable, ...]:
 
     def make() -> list[dict[str, Any]]:
         found = measure_costs(work.variants, objective)
-        work.spend(6.0 * len(Strategy))
+        work.spend(6.0 * len(strategies()))
         return [
             {
                 "step": table.step,
-                "sites": [dict(prices) for prices in table.sites],
+                "sites": [{s.name: price for s, price in prices.items()} for prices in table.sites],
                 "residual": table.residual,
             }
             for table in found
@@ -109,7 +109,9 @@ def _read_costs(data: dict[str, Any]) -> CostTable:
     return CostTable(
         step=data["step"],
         # An interrupted search may be older than a strategy, and has no price for it.
-        sites=tuple({s: float(site.get(s, "inf")) for s in Strategy} for site in data["sites"]),
+        sites=tuple(
+            {s: float(site.get(s.name, "inf")) for s in strategies()} for site in data["sites"]
+        ),
         residual=tuple(data["residual"]),
     )
 
@@ -187,7 +189,7 @@ def make_global(
 
     def cache_bytes(rows: Sequence[Row]) -> int:
         programs = work.variants.programs(rows, most > 0)
-        return sum(program.peak_cache_bytes for program in programs)
+        return sum(program.slots.peak_bytes for program in programs)
 
     return GlobalChooser(problem, first, most, max_cache_bytes, cache_bytes)
 
@@ -245,8 +247,8 @@ def _allowed(work: Work, prompts: Sequence[Prompt], target: Target) -> float:
 
 def _gentle(errors: ErrorTable, weights: Any) -> float:
     """Return the drift of sharing everything every other step."""
-    steps = range(1, errors.steps, 2)
-    shared = [errors.share_step[step, step - 1] * weights[step] for step in steps]
+    repeated, steps = errors.by_strategy[Strategy.SHARE_STEP], range(1, errors.steps, 2)
+    shared = [repeated[step, step - 1, 0] * weights[step] for step in steps]
     return float(np.sum(np.where(np.isfinite(shared), shared, 0.0)))
 
 
@@ -270,7 +272,7 @@ class PassChooser:
         """Run a pass at this threshold or budget."""
         checkpoint = self.work.checkpoint
         name = f"{self.method}-pass-{strength:.9g}"
-        rows: list[Row] = [tuple(map(Strategy, row)) for row in checkpoint.peek(name) or ()]
+        rows: list[Row] = [tuple(map(strategy_named, row)) for row in checkpoint.peek(name) or ()]
         session = self.work.session
         if len(rows) == session.steps:
             return rows
@@ -278,7 +280,7 @@ class PassChooser:
 
         def keep(row: Row) -> None:
             rows.append(row)
-            checkpoint.put(name, rows)
+            checkpoint.put(name, names_of(rows))
 
         self.work.begin(f"a {self.method} pass at strength {strength:.3g}")
         before, layout, timestep = self.work.forwards, session.layout, session.timestep

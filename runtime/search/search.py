@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from ditfastattn.core.errors import TargetMissedError
-from ditfastattn.passes.plan.schema import Calibration, Measured, Plan, SearchMethod, Strategy
+from ditfastattn.passes.plan.schema import (
+    Calibration,
+    Measured,
+    Plan,
+    SearchMethod,
+)
+from ditfastattn.passes.plan.strategies import Strategy, names_of
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE, Bracket
@@ -313,11 +319,11 @@ class Search:
 
 
 def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(names_of(rows)).encode()).hexdigest()[:16]
 
 
 def _changes(rows: Sequence[Row]) -> bool:
-    return any(strategy is not Strategy.FULL for row in rows for strategy in row)
+    return any(strategy != Strategy.FULL for row in rows for strategy in row)
 
 
 def _ratio(judged: Sequence[Judgement], met: bool) -> float:

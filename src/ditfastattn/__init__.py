@@ -18,7 +18,9 @@ from __future__ import annotations
 import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.exporting import build, export, load, verify
-from ditfastattn.passes.plan.schema import CfgLayout, Plan, Strategy
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.accelerate import accelerate, restore
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.planned import reports, reset

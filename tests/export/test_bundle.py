@@ -21,7 +21,9 @@ from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import growing
+from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_tiny
@@ -57,7 +59,7 @@ def test_a_mixed_plan_equals_the_plan_interpreter(
     assert largest_difference(tiny.run(bundle), expected) < 1e-4  # the next generation
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", list(strategies()))
 def test_each_strategy_equals_the_plan_interpreter(strategy: Strategy, tmp_path: Path) -> None:
     tiny = tiny_dit()
     _, sites = capture_every_site(tiny)
@@ -140,7 +142,7 @@ def test_onnx_own_evaluator_agrees(
     tiny = TINY_MODELS[name]()
     _, sites = capture_every_site(tiny)
     drawn = (mixed_strategies(sites, seed) for seed in range(50))
-    rows = next(rows for rows in drawn if {s for row in rows for s in row} == {*Strategy})
+    rows = next(rows for rows in drawn if {s for row in rows for s in row} == {*strategies()})
     export_tiny(tiny, rows, tmp_path / "bundle")
     monkeypatch.setattr(loading, "OnnxGraph", Evaluated)
     bundle = load(tmp_path / "bundle")
@@ -162,7 +164,7 @@ def test_windows_by_tiles_equal_the_plan_interpreter(name: str, tmp_path: Path) 
     assert any(isinstance(site.window, TileWindow) for site in tiled)
     rows = mixed_strategies(tiled, seed=5)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in tiled)})
+    plan = plan.model_copy(update={"sites": tuple(planned_site(site) for site in tiled)})
     torch._dynamo.reset()
     export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
     expected = tiny.reference(rows, tiled, CfgLayout.COND_FIRST)
@@ -477,7 +479,7 @@ def test_the_manifest_tells_the_caches_of_parabolas(tmp_path: Path) -> None:
     # Outputs at steps 3, 1 and 0: Newton's differences, two steps apart and one.
     for step, elapsed in ((4, 1), (5, 2)):
         bend = elapsed * (elapsed + 2) / 3
-        numbers = manifest.distances[step]
+        numbers = manifest.factors[step]
         assert numbers[f"{site}/distance"] == pytest.approx((elapsed + bend) / 2)
         assert numbers[f"{site}/curvature"] == pytest.approx(-bend)
     assert manifest.schedule[4] == manifest.schedule[5]

@@ -26,7 +26,8 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, rows_of
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.graph.slots import residual_slot
+from ditfastattn.passes.graph.slots import parse_slot, residual_slot
+from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import (
@@ -83,7 +84,7 @@ def four_rows(sites: Sequence[Site]) -> list[tuple[Strategy, ...]]:
     ]
     assert len(wanted) == STEPS
     return [
-        tuple(FULL if row[i % 3] in site.declined else row[i % 3] for i, site in enumerate(sites))
+        tuple(FULL if why_not(row[i % 3], site) else row[i % 3] for i, site in enumerate(sites))
         for row in wanted
     ]
 
@@ -126,7 +127,7 @@ def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: P
         assert spec.findings == ()
         # A step that stores a residual computes the window beside the full attention, and a window
         # of joint attention is two: the image's queries in blocks, and the text's.
-        stored = {slot for slot, _ in manifest.variants[variant].writes}
+        stored = {parse_slot(slot) for slot, _ in manifest.variants[variant].writes}
         windows = [site for site in sites if residual_slot(site.name) in stored]
         windows += [s for s, strategy in zip(sites, rows[step], strict=True) if strategy.windowed]
         texts = sum(any(site.text) for site in windows)

@@ -25,6 +25,7 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, weight_bytes
 from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
@@ -98,7 +99,7 @@ def log_of_windows(tiny: TinyModel, sites: Sequence[Site], out: Path) -> BuildLo
         for strategy in (Strategy.FULL, *[Strategy.WINDOW] * 5)
     ]
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    plan = plan.model_copy(update={"sites": tuple(site.planned() for site in sites)})
+    plan = plan.model_copy(update={"sites": tuple(planned_site(site) for site in sites)})
     torch._dynamo.reset()
     options = ExportOptions(dtype="float16")
     export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)

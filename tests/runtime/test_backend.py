@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, reports, reset
+from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.runtime.planned import Generation
 from tests.helpers import (
     STEPS,
@@ -300,8 +301,8 @@ def generations() -> list[Generation]:
     return [generation for found in known for generation in found]
 
 
-def live_caches() -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+def live_caches() -> dict[Slot, torch.Tensor]:
+    found: dict[Slot, torch.Tensor] = {}
     for generation in generations():
         found |= generation.lanes[0].caches._held
     return found

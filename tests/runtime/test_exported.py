@@ -13,7 +13,9 @@ from torch.export import Dim, ExportedProgram
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.exported import capture_exported
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.exported import PlannedProgram
 from tests.helpers import (
     STEPS,
@@ -38,8 +40,10 @@ def test_both_doors_find_the_same_sites_and_inputs(name: str) -> None:
     tiny = TINY_MODELS[name]()
     captured, known = capture_exported(exported(tiny)), captured_once(tiny)
     found = find_sites(captured).sites
-    assert [(s.planned(), s.ordinal, s.text, s.declined) for s in found] == [
-        (s.planned(), s.ordinal, s.text, s.declined) for s in known.every
+    assert [
+        (planned_site(s), s.ordinal, s.text, s.no_window, s.no_shared_guidance) for s in found
+    ] == [
+        (planned_site(s), s.ordinal, s.text, s.no_window, s.no_shared_guidance) for s in known.every
     ]
     assert {(entry.name, entry.static) for entry in captured.inputs} == {
         (entry.name, entry.static) for entry in known.graph.inputs

@@ -111,7 +111,7 @@ def test_a_plan_of_two_calls_in_either_order_is_the_interpreters(order: str) -> 
     call: dict[str, Any] = {"labels": [1], "num_inference_steps": 5}
     mixed = mixed_plan_for(pipeline, call, seed=1)
     used = {strategy for row in mixed.plan.strategies for strategy in row}
-    assert any(strategy.shares_cfg for strategy in used) == (order == "separate")
+    assert any(strategy.shares_guidance for strategy in used) == (order == "separate")
     expected = mixed.interpret(pipeline, Prompt(call, 5))
     dense = generate(pipeline, Prompt(call, 5))
     accelerate(pipeline, mixed.plan, lowering="eager")

@@ -62,7 +62,7 @@ def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> 
     mixed = mixed_plan_for(pipeline, call)
     used = {strategy for row in mixed.plan.strategies for strategy in row}
     assert {Strategy.FULL, Strategy.SHARE_STEP} <= used
-    shares = any(strategy.shares_cfg for strategy in used)
+    shares = any(strategy.shares_guidance for strategy in used)
     assert shares == (mixed.plan.sampler.cfg_layout is not CfgLayout.NONE)
     assert mixed.plan.sampler.cfg_layout.calls == 1 + (name in TWO_CALLS)
     assert_interprets(pipeline, call, mixed)

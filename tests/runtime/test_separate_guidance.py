@@ -14,7 +14,10 @@ import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from tests.helpers import (
@@ -48,8 +51,8 @@ def mixed(sites: Sequence[Site], seed: int, layout: CfgLayout = CfgLayout.SEPARA
         for index, site in enumerate(sites):
             legal = [
                 strategy
-                for strategy in Strategy
-                if not site.why_not(strategy, layout) and computed[index] >= strategy.outputs_needed
+                for strategy in strategies()
+                if not why_not(strategy, site, layout) and computed[index] >= strategy.outputs_read
             ]
             row.append(generator.choice(legal))
             computed[index] += row[-1].computes
@@ -63,7 +66,7 @@ def plan_of(tiny: TinyModel, rows: Rows, layout: CfgLayout = CfgLayout.SEPARATE)
         model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=layout),
-        sites=tuple(site.planned() for site in found.every),
+        sites=tuple(planned_site(site) for site in found.every),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
     )

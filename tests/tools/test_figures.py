@@ -13,23 +13,23 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import (
     Calibration,
-    CfgLayout,
     Fingerprint,
     Plan,
     PlannedSite,
     Sampler,
     SiteKind,
-    Strategy,
 )
-from ditfastattn.tools.figures import STRATEGY_COLOURS, STRATEGY_LABELS, image_grid, plan_map
+from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.tools.figures import image_grid, plan_map
 
 
 def make_plan(sites: int, steps: int) -> Plan:
     """Return a plan that is full at first, as far as curves need it, then goes round all."""
     rows = [(Strategy.FULL,) * sites] * 3
-    every = list(Strategy)
+    every = list(strategies())
     for step in range(3, steps):
         rows.append(tuple(every[(step + site) % len(every)] for site in range(sites)))
     return Plan(
@@ -131,14 +131,15 @@ def test_plan_map_is_written(tmp_path: Path, sites: int, steps: int) -> None:
 def test_plan_map_shows_each_strategy_in_its_colour(tmp_path: Path) -> None:
     plan_map(make_plan(6, 20), tmp_path / "plan.png", attention_kept=0.43)
     expected = {
-        tuple(round(255 * part) for part in to_rgb(colour)) for colour in STRATEGY_COLOURS.values()
+        tuple(round(255 * part) for part in to_rgb(colour))
+        for colour in (strategy.colour for strategy in strategies())
     }
     assert expected <= colours_of(tmp_path / "plan.png")
 
 
 def test_each_strategy_has_a_colour_and_a_label() -> None:
-    assert set(STRATEGY_COLOURS) == set(STRATEGY_LABELS) == set(Strategy)
-    assert len(set(STRATEGY_COLOURS.values())) == len(Strategy)
+    for read in ("name", "label", "symbol", "colour"):
+        assert len({getattr(strategy, read) for strategy in strategies()}) == len(strategies())
 
 
 @pytest.mark.parametrize("kept", [-0.1, 1.1, float("nan")])

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import SiteKind, Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.schema import SiteKind
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
@@ -122,7 +124,7 @@ def test_space_and_time_are_told_apart_and_share_guidance() -> None:
     report = try_model(MODELS["LatteTransformer3DModel"]).report
     attentions = [site for site in report.sites if site.kind is SELF]
     assert [site.axes for site in attentions] == ["space", "time"] * (len(attentions) // 2)
-    assert all(not site.declined.get(Strategy.SHARE_CFG) for site in report.sites)
+    assert all(not why_not(Strategy.SHARE_CFG, site) for site in report.sites)
     joint = try_model(MODELS["CogVideoXTransformer3DModel"]).report
     assert {site.axes for site in joint.sites if site.kind is JOINT} == {"time and space"}
 

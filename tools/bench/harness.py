@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import Plan, Strategy
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.planned import reports, summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 

@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def lanes_of(groups: Sequence[Group]) -> list[Data]:
+def calls_of(groups: Sequence[Group]) -> list[Data]:
     """Return all lanes."""
     return [lane for group in groups for lane in group["lanes"]]
 
@@ -62,7 +62,7 @@ def _fastest(lanes: Sequence[Data]) -> Data | None:
 
 def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
     """Return everything as JSON data."""
-    lanes, options = lanes_of(groups), bench.options
+    lanes, options = calls_of(groups), bench.options
     return {
         "model": bench.model.name,
         "weights": "trained" if bench.model.trained else "random: fidelity means nothing",

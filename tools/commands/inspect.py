@@ -8,26 +8,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ditfastattn.passes.plan.schema import Plan, Strategy
-
-SYMBOLS = {
-    Strategy.FULL: ("F", "white"),
-    Strategy.WINDOW: ("w", "cyan"),
-    Strategy.SHARE_STEP: (".", "green"),
-    Strategy.SHARE_CFG: ("c", "yellow"),
-    Strategy.WINDOW_SHARE_CFG: ("x", "magenta"),
-    Strategy.EXTRAPOLATE: ("/", "blue"),
-    Strategy.EXTRAPOLATE_QUADRATIC: ("~", "blue"),
-}
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 
 
 def show_plan(console: Console, plan: Plan, name: str) -> None:
     """Print what ``plan`` is for, and its strategy per site and step."""
     console.print(facts(plan, name))
-    console.print(strategies(plan))
+    console.print(strategy_table(plan))
     legend = Text("legend: ")
-    for strategy, (symbol, colour) in SYMBOLS.items():
-        legend.append(f" {symbol} ", style=f"bold {colour}")
+    for strategy in strategies():
+        legend.append(f" {strategy.symbol} ", style=f"bold {strategy.terminal_colour}")
         legend.append(f"{strategy}  ")
     console.print(legend)
 
@@ -68,7 +59,7 @@ def facts(plan: Plan, name: str) -> Table:
     return table
 
 
-def strategies(plan: Plan) -> Table:
+def strategy_table(plan: Plan) -> Table:
     """Return a row per site: a symbol per step, and the share of steps that skip work."""
     table = Table(title=f"{plan.changed} of {len(plan.sites) * plan.sampler.steps} take a shortcut")
     table.add_column("site")
@@ -80,8 +71,7 @@ def strategies(plan: Plan) -> Table:
         column = [row[index] for row in plan.strategies]
         line = Text()
         for strategy in column:
-            symbol, colour = SYMBOLS[strategy]
-            line.append(symbol, style=colour)
+            line.append(strategy.symbol, style=strategy.terminal_colour)
         full = Counter(column)[Strategy.FULL] / len(column)
         band = f"+-{site.window}" if site.window else "-"
         window = band if isinstance(site.window, int) else str(site.window)

@@ -23,7 +23,16 @@ from ditfastattn.passes.analysis.feed_forwards import closure
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site, SiteReport, find_sites
 from ditfastattn.passes.graph.ir import VIEWS, aten, calls, find
-from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import START, legal_strategies, why_not
+from ditfastattn.passes.plan.schema import (
+    Calibration,
+    Plan,
+    Sampler,
+    SiteKind,
+)
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors
@@ -69,7 +78,7 @@ class Trial:
     def legal(self) -> set[Strategy]:
         """Return the strategies that some attention may take."""
         sites = [site for site in self.report.sites if site.kind is not SiteKind.FEED_FORWARD]
-        return {s for site in sites for s in Strategy if s not in site.declined}
+        return {s for site in sites for s in strategies() if not why_not(s, site)}
 
 
 def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = False) -> Trial:
@@ -146,8 +155,8 @@ def _differing(found: SiteReport, wanted: SiteReport) -> str:
 def _seen(site: Site) -> tuple[object, ...]:
     """Return what must not depend on the door: all but the names of nodes."""
     return (
-        *(site.planned(), site.ordinal, len(site.exits), site.grid, site.windows, site.text),
-        tuple(site.declined.items()),
+        *(planned_site(site), site.ordinal, len(site.exits), site.grid, site.windows, site.text),
+        *(site.no_window, site.no_shared_guidance),
     )
 
 
@@ -180,7 +189,7 @@ def mixed_plan(
         model=fingerprint(captured.graph, every, static),
         inputs=input_shapes(captured.graph),
         sampler=Sampler(steps=len(rows), timesteps=timesteps, cfg_layout=CfgLayout.COND_FIRST),
-        sites=tuple(site.planned() for site in sites),
+        sites=tuple(planned_site(site) for site in sites),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
     )
@@ -218,20 +227,18 @@ def mixed_strategies(
     The sites ``bent`` do not extrapolate.
     """
     generator = random.Random(seed)
-    computed = [1] * len(sites)
+    histories = [START.after(Strategy.FULL)] * len(sites)
     rows: list[tuple[Strategy, ...]] = [tuple(Strategy.FULL for _ in sites)]
     while len(rows) < steps:
         row: list[Strategy] = []
         for index, site in enumerate(sites):
             legal = [
                 strategy
-                for strategy in Strategy
-                if not site.why_not(strategy, layout)
-                and computed[index] >= strategy.outputs_needed
-                and not (strategy.extrapolates and site.name in bent)
+                for strategy in legal_strategies(site, layout, histories[index])
+                if not (strategy.extrapolates and site.name in bent)
             ]
             row.append(generator.choice(legal))
-            computed[index] += row[-1].computes
+            histories[index] = histories[index].after(row[-1])
         rows.append(tuple(row))
     return rows
 

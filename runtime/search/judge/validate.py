@@ -134,7 +134,7 @@ def validate(
         held_to.prepare(prompts[0].call)
     tell = on_progress or _ignore
     with _running_plain(pipeline), many_compilations():
-        if any(strategy.shares_cfg for row in plan.strategies for strategy in row):
+        if any(strategy.shares_guidance for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
         eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
         tell("generating eager, planned and dense")

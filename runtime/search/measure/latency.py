@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.graph.slots import output_of
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy
-from ditfastattn.passes.rewrites.pipeline import DENSE, SiteAction
+from ditfastattn.passes.graph.slots import Slot
+from ditfastattn.passes.plan.actions import DENSE, SiteAction
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import legal_strategies
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.search.measure.profile import window_forms
 from ditfastattn.runtime.search.measure.session import Session
-from ditfastattn.runtime.search.measure.site_evaluator import legal_strategies
 from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
 
 _REPETITIONS = 3  # the first, which warms up, is seldom the least
 _STORING = "storing a residual"
-_OF_WINDOWS = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, _STORING)
-_Row = tuple[str, str]  # what it is of, and the strategy
+_Row = tuple[str, str]  # what it is of, and the strategy's name, or ``_STORING``
 _Acting = tuple[tuple[SiteAction, ...], tuple[Site, ...]]
 
 
@@ -90,8 +90,8 @@ def _stores(column: Sequence[Strategy]) -> list[bool]:
     stores: list[bool] = []
     wanted = False
     for strategy in reversed(column):
-        stores.append(wanted and strategy is Strategy.FULL)
-        wanted = strategy.windowed or (wanted and strategy is not Strategy.FULL)
+        stores.append(wanted and strategy == Strategy.FULL)
+        wanted = strategy.windowed or (wanted and strategy != Strategy.FULL)
     return stores[::-1]
 
 
@@ -107,7 +107,7 @@ def measure_costs(
     every = tuple(site.with_caches_in(None) for site in session.sites)
     groups: dict[Any, list[int]] = {}
     for index, site in enumerate(every):
-        legal = legal_strategies(site, session.layout)
+        legal = _shortcuts(site, session.layout)
         shape = (site.kind, site.tokens, site.heads, site.head_dim, site.windows)
         key = (*shape, site.first_head > 0, legal)
         groups.setdefault(key, []).append(index)
@@ -128,7 +128,7 @@ def measure_costs(
         for form in range(window_forms(session.sites))
     ]
     prices = forms[0]
-    alone = sum(len(m) * prices[g][Strategy.FULL] for g, m in enumerate(groups.values()))
+    alone = sum(len(m) * prices[g][Strategy.FULL.name] for g, m in enumerate(groups.values()))
     factor = together / alone if alone > 0.0 and together > 0.0 else 1.0
     group_of = {index: g for g, members in enumerate(groups.values()) for index in members}
     found = [[form[group_of[index]] for index in range(len(session.sites))] for form in forms]
@@ -139,15 +139,14 @@ def _table(step: float, found: Sequence[dict[str, float]], factor: float) -> Cos
     return CostTable(
         step=step,
         sites=tuple(
-            {strategy: factor * each.get(strategy, float("inf")) for strategy in Strategy}
-            for each in found
+            {s: factor * each.get(s.name, float("inf")) for s in strategies()} for each in found
         ),
         residual=tuple(factor * each.get(_STORING, 0.0) for each in found),
     )
 
 
-_FULL: _Row = ("all", Strategy.FULL)
-_SHARED: _Row = ("all", Strategy.SHARE_STEP)
+_FULL: _Row = ("all", Strategy.FULL.name)
+_SHARED: _Row = ("all", Strategy.SHARE_STEP.name)
 
 
 def _everywhere(sites: tuple[Site, ...]) -> dict[_Row, _Acting]:
@@ -165,9 +164,9 @@ def _group_rows(
     site, first = every[members[0]], str(members[0])
     apart = layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
     actions: dict[str, SiteAction] = {
-        strategy: SiteAction(strategy)
-        for strategy in legal_strategies(site, layout)
-        if not (apart and strategy.shares_cfg)
+        strategy.name: SiteAction(strategy)
+        for strategy in _shortcuts(site, layout)
+        if not (apart and strategy.shares_guidance)
     }
     if site.windows:
         storing = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
@@ -175,7 +174,7 @@ def _group_rows(
     rows: dict[_Row, _Acting] = {
         (first, name): _acting(every, members, action) for name, action in actions.items()
     }
-    windowed = [name for name in _OF_WINDOWS if name in actions]
+    windowed = [name for name in _of_windows() if name in actions]
     for form in range(1, len(site.windows)):
         sites = tuple(
             replace(other, window=other.windows[form]) if index in members else other
@@ -194,10 +193,17 @@ def _in_form(name: str, form: int) -> str:
 def _halves(session: Session, members: Sequence[int]) -> dict[Strategy, Strategy]:
     if session.layout is not CfgLayout.SEPARATE:
         return {}
-    found = {Strategy.SHARE_CFG: Strategy.FULL}
-    if session.sites[members[0]].windows:
-        found[Strategy.WINDOW_SHARE_CFG] = Strategy.WINDOW
-    return found
+    legal = _shortcuts(session.sites[members[0]], session.layout)
+    return {each: each.for_both_branches for each in legal if each.shares_guidance}
+
+
+def _shortcuts(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
+    return tuple(each for each in legal_strategies(site, layout) if each != Strategy.FULL)
+
+
+def _of_windows() -> tuple[str, ...]:
+    """Return the names of what depends on the form of the window."""
+    return (*(each.name for each in strategies() if each.windowed), _STORING)
 
 
 def _group_prices(
@@ -212,10 +218,13 @@ def _group_prices(
     cheapest = min(price for name, price in every.items() if not name.startswith(_STORING))
     cheapest = min(cheapest, whole[_FULL])
     own = {name: price for name, price in every.items() if ", form" not in name}
-    own |= {name: every.get(_in_form(name, form), own[name]) for name in _OF_WINDOWS if name in own}
+    own |= {
+        name: every.get(_in_form(name, form), own[name]) for name in _of_windows() if name in own
+    }
     stored = own.pop(_STORING, whole[_FULL])
-    own[Strategy.FULL] = whole[_FULL]
-    own |= {both: (own[first] + own[Strategy.SHARE_STEP]) / 2.0 for both, first in halves.items()}
+    own[Strategy.FULL.name] = whole[_FULL]
+    shared = own[Strategy.SHARE_STEP.name]
+    own |= {both.name: (own[first.name] + shared) / 2.0 for both, first in halves.items()}
     each = {name: (price - cheapest) / len(members) for name, price in own.items()}
     each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
     return each
@@ -240,8 +249,8 @@ def _time(
 
     Rows that come to the same variant are timed once.
     """
-    caches: dict[str, Tensor] = {}
-    unit = torch.ones((), device=example[0].device)  # how far an extrapolation goes
+    caches: dict[Slot, Tensor] = {}
+    unit = torch.ones((), device=example[0].device)  # any factor
     with torch.no_grad():
         for variant in built.values():
             if not variant.reads:
@@ -251,7 +260,7 @@ def _time(
         samples: dict[int, list[float]] = {key: [] for key in distinct}
         for _ in range(repetitions):
             for key, variant in distinct.items():
-                slots = map(output_of, variant.reads)  # any earlier output is timed by the last
+                slots = [slot.latest for slot in variant.reads]  # an older output is like the last
                 inputs = [*example, *(caches.get(slot, unit) for slot in slots)]
                 samples[key].append(_seconds(partial(variant.module, *inputs)))
     return {name: min(samples[id(variant)]) for name, variant in built.items()}

@@ -22,7 +22,7 @@ the energies): what shortcuts add to the image mostly points the same way, so am
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -33,20 +33,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy
-from ditfastattn.passes.rewrites.extrapolate_steps import output_weights
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import legal_strategies
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.search.measure.graph_runner import Environment
 from ditfastattn.runtime.search.measure.session import Outputs, Session
-from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_strategies
+from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator
 
 Array = NDArray[np.float64]
 _SAMPLES = 2048  # elements per site, step and half
 _SEED = 0
 MAX_GAP = 6  # steps between the two outputs of an extrapolation
-_LINE_GAPS = tuple((gap,) for gap in range(MAX_GAP + 1))
-# Steps between the three outputs of a quadratic one, those between the last two first.
-GAP_PAIRS = tuple((gap, gap) for gap in range(1, MAX_GAP + 1))
-_PAIR_AT: dict[tuple[int, ...], int] = {pair: index for index, pair in enumerate(GAP_PAIRS)}
 
 
 @dataclass(frozen=True)
@@ -173,30 +170,24 @@ def _sample(tensor: Tensor, layout: CfgLayout) -> Tensor:
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """Hold relative errors, infinite where a strategy is not legal.
+    """Hold relative errors by strategy, infinite where it is not legal; ``FULL`` has none.
 
-    Those that read a cache are ``[T, T, M]``: at step ``t`` with the cache of step ``s < t``.
-    ``share_cfg`` is ``[T, M]``; ``extrapolate`` is ``[T, T, MAX_GAP + 1, M]``, by the gap before
-    ``s``, whose first entry (no such gap) is infinite; ``extrapolate_quadratic`` is
-    ``[T, T, len(GAP_PAIRS), M]``.
+    At step ``t`` and site ``m``: of what computes ``[T, M]``; of what reads a residual
+    ``[T, T, M]``, by the step ``s < t`` that stored it; of what reads outputs ``[T, T, G, M]``, by
+    the step ``s < t`` of the last one and the gaps before it, ``gap_choices(outputs_read)``.
     """
 
-    share_step: Array
-    window: Array
-    window_share_cfg: Array
-    share_cfg: Array
-    extrapolate: Array
-    extrapolate_quadratic: Array
+    by_strategy: Mapping[Strategy, Array]
 
     @property
     def steps(self) -> int:
         """Return the number of steps."""
-        return len(self.share_cfg)
+        return len(next(iter(self.by_strategy.values())))
 
     @property
     def sites(self) -> int:
         """Return the number of sites."""
-        return int(self.share_cfg.shape[1])
+        return int(next(iter(self.by_strategy.values())).shape[-1])
 
     def of(
         self,
@@ -208,28 +199,43 @@ class ErrorTable:
     ) -> float:
         """Return the error of ``strategy`` at ``step`` with the cache of step ``source``.
 
-        ``gaps`` are the numbers of steps between the last two outputs and between the two before,
-        of an extrapolation.
+        ``gaps`` are the numbers of steps between the outputs computed last, the latest first.
         """
-        match strategy:
-            case Strategy.SHARE_STEP:
-                return float(self.share_step[step, source, site])
-            case Strategy.WINDOW:
-                return float(self.window[step, source, site])
-            case Strategy.WINDOW_SHARE_CFG:
-                return float(self.window_share_cfg[step, source, site])
-            case Strategy.SHARE_CFG:
-                return float(self.share_cfg[step, site])
-            case Strategy.EXTRAPOLATE:
-                gap = gaps[0] if gaps[0] <= MAX_GAP else 0
-                return float(self.extrapolate[step, source, gap, site])
-            case Strategy.EXTRAPOLATE_QUADRATIC:
-                pair = _PAIR_AT.get(gaps)
-                if pair is None:
-                    return math.inf
-                return float(self.extrapolate_quadratic[step, source, pair, site])
-            case Strategy.FULL:
-                return 0.0
+        if strategy == Strategy.FULL:
+            return 0.0
+        table = self.by_strategy[strategy]
+        if strategy.outputs_read:
+            place = gap_position(strategy.outputs_read, gaps)
+            return math.inf if place is None else float(table[step, source, place, site])
+        if strategy.windowed:
+            return float(table[step, source, site])
+        return float(table[step, site])
+
+    def apply(self, change: Callable[[Strategy, Array], Array]) -> ErrorTable:
+        """Return the table with what ``change`` makes of each strategy's errors."""
+        return ErrorTable({each: change(each, item) for each, item in self.by_strategy.items()})
+
+
+@cache
+def gap_choices(outputs: int) -> tuple[tuple[int, ...], ...]:
+    """Return the gaps between ``outputs`` earlier outputs for which errors are known.
+
+    Between two of them 0 stands for a gap that is too wide.
+    """
+    if outputs == 1:
+        return ((),)
+    if outputs == 2:
+        return tuple((gap,) for gap in range(MAX_GAP + 1))
+    return tuple((gap,) * (outputs - 1) for gap in range(1, MAX_GAP + 1))
+
+
+def gap_position(outputs: int, gaps: Sequence[int]) -> int | None:
+    """Return where in ``gap_choices`` the latest of ``gaps`` are, or None where they are not."""
+    latest = tuple(gaps[: outputs - 1])
+    if outputs == 2 and latest[0] > MAX_GAP:
+        return 0
+    choices = gap_choices(outputs)
+    return choices.index(latest) if latest in choices else None
 
 
 def error_table(
@@ -242,78 +248,78 @@ def error_table(
 
     ``form`` says which of each site's windows is meant, the first where it has no such.
     """
-    per_site = []
-    for index in range(len(sites)):
-        own = form if form < len(sites[index].windows) else 0
-        energies = zip(*(_energies(sketch, index, own) for sketch in sketches), strict=True)
-        per_site.append([np.sqrt(np.mean(found, axis=0)) for found in energies])
-    legal = [{*legal_strategies(site, layout)} for site in sites]
-    order = (
-        Strategy.SHARE_STEP,
-        Strategy.WINDOW,
-        Strategy.WINDOW_SHARE_CFG,
-        Strategy.SHARE_CFG,
-        Strategy.EXTRAPOLATE,
-        Strategy.EXTRAPOLATE_QUADRATIC,
-    )
-    tables = [
-        np.stack(
-            [
-                found[k] if strategy in allowed else np.full_like(found[k], np.inf)
-                for found, allowed in zip(per_site, legal, strict=True)
-            ],
-            axis=-1,
-        )
-        for k, strategy in enumerate(order)
-    ]
-    future = np.triu(np.ones(tables[0].shape[:2], dtype=bool))  # a cache is of an earlier step
-    for table in (*tables[:3], *tables[4:]):
-        table[future] = np.inf
-    return ErrorTable(*tables)
+    columns: dict[Strategy, list[Array]] = {}
+    for index, site in enumerate(sites):
+        own = form if form < len(site.windows) else 0
+        found = [_energies(sketch, index, own) for sketch in sketches]
+        legal = legal_strategies(site, layout)
+        for strategy in found[0]:
+            error = np.sqrt(np.mean([each[strategy] for each in found], axis=0))
+            error = error if strategy in legal else np.full_like(error, np.inf)
+            columns.setdefault(strategy, []).append(error)
+    tables = {strategy: np.stack(column, axis=-1) for strategy, column in columns.items()}
+    steps = len(sketches[0].outputs)
+    future = np.triu(np.ones((steps, steps), dtype=bool))  # a cache is of an earlier step
+    for strategy, table in tables.items():
+        if strategy.outputs_read or strategy.windowed:
+            table[future] = np.inf
+    return ErrorTable(tables)
 
 
-def _energies(sketch: Sketch, site: int, form: int) -> tuple[Array, ...]:
-    """Return one site's: share-step, window, window+share-cfg ``[T, T]``, share-cfg ``[T]``.
-
-    And extrapolate ``[T, T, MAX_GAP + 1]``, and quadratic ``[T, T, len(GAP_PAIRS)]``.
-    """
+def _energies(sketch: Sketch, site: int, form: int) -> dict[Strategy, Array]:
+    """Return the squared relative errors of every shortcut at one site, as in ``ErrorTable``."""
     outputs = sketch.outputs[:, site].double().numpy()
     residuals = sketch.residuals[:, site, form].double().numpy()
-    energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)[:, None]
+    energy = np.maximum((outputs**2).sum((1, 2)), np.finfo(np.float64).tiny)
     steps = len(outputs)
-    share = _distances(outputs.reshape(steps, -1)) / energy
-    curves = [
-        _missed(outputs.reshape(steps, -1), gaps) / energy[:, :, None]
-        for gaps in (_LINE_GAPS, GAP_PAIRS)
-    ]
-    window = _distances(residuals.reshape(steps, -1)) / energy
+    flat = outputs.reshape(steps, -1)
+    found: dict[Strategy, Array] = {}
+    for strategy in strategies():
+        if strategy.outputs_read:
+            missed = _missed(flat, strategy, gap_choices(strategy.outputs_read))
+            found[strategy] = missed / energy[:, None, None]
+        elif strategy.windowed and not strategy.shares_guidance:
+            found[strategy] = _distances(residuals.reshape(steps, -1)) / energy[:, None]
+        elif strategy.shares_guidance:
+            found[strategy] = _shared_energies(outputs, residuals, strategy.windowed, energy)
+    return found
+
+
+def _shared_energies(outputs: Array, residuals: Array, windowed: bool, energy: Array) -> Array:
+    """Return the errors where the conditional branch serves both: ``[T]``, windowed ``[T, T]``.
+
+    The branches are the second dimension of ``outputs`` and ``residuals``.
+    """
+    steps = len(outputs)
     if outputs.shape[1] == 1:
-        nothing = np.full_like(share, np.inf)
-        return share, window, nothing, nothing[:, 0], *curves
+        return np.full((steps, steps) if windowed else steps, np.inf)
     between = outputs[:, 0] - outputs[:, 1]
+    gap = (between**2).sum(1)
+    if not windowed:
+        alone: Array = gap / energy
+        return alone
     conditional = residuals[:, 0]
     drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
     along = (conditional * between).sum(1)[:, None] - between @ conditional.T
-    gap = (between**2).sum(1)[:, None]
-    both = (2.0 * drift + gap - 2.0 * along) / energy
-    return share, window, np.maximum(both, 0.0), (gap / energy)[:, 0], *curves
+    both = (2.0 * drift + gap[:, None] - 2.0 * along) / energy[:, None]
+    clipped: Array = np.maximum(both, 0.0)
+    return clipped
 
 
-def _missed(rows: Array, curves: Sequence[tuple[int, ...]]) -> Array:
-    """Return squared distances of each row from ``curves`` through others, by the gaps of those.
+def _missed(rows: Array, strategy: Strategy, choices: Sequence[tuple[int, ...]]) -> Array:
+    """Return squared distances of each row from what ``strategy`` makes of earlier ones.
 
-    ``[T, n] -> [T, T, len(curves)]``: the energy of ``o[t]`` minus the line through ``o[s]`` and
-    ``o[s - g]``, or the parabola through ``o[s]``, ``o[s - g]`` and ``o[s - g - h]``; infinite
-    where there are none.
+    ``[T, n] -> [T, T, G]``: the energy of ``o[t]`` minus the weighted sum of ``o[s]`` and of those
+    before it, by the gaps of ``choices`` between them; infinite where there are none.
     """
     steps = len(rows)
     products = rows @ rows.T
     own = np.diag(products)[:, None]
-    found = np.full((steps, steps, len(curves)), np.inf)
-    for index, gaps in enumerate(curves):
-        if not 0 < sum(gaps) < steps:
+    found = np.full((steps, steps, len(choices)), np.inf)
+    for index, gaps in enumerate(choices):
+        if 0 in gaps or sum(gaps) >= steps:
             continue
-        weights = _curve_weights(steps, gaps)
+        weights = _weights(strategy, steps, gaps)
         sources = [np.arange(sum(gaps), steps) - ago for ago in accumulate((0, *gaps))]
         total = np.repeat(own, len(sources[0]), axis=1)
         for weight, source in zip(weights, sources, strict=True):
@@ -325,10 +331,10 @@ def _missed(rows: Array, curves: Sequence[tuple[int, ...]]) -> Array:
 
 
 @cache
-def _curve_weights(steps: int, gaps: tuple[int, ...]) -> Array:
+def _weights(strategy: Strategy, steps: int, gaps: tuple[int, ...]) -> Array:
     """Return the weights of ``o[s]``, ``o[s - g]`` and so on at each step: ``[1 + gaps, T, S]``."""
     last = range(sum(gaps), steps)
-    weights = [[output_weights(step - source, gaps) for source in last] for step in range(steps)]
+    weights = [[strategy.weights(step - source, gaps) for source in last] for step in range(steps)]
     return np.moveaxis(np.array(weights), -1, 0)
 
 

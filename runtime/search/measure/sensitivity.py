@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.profile import ErrorTable
 from ditfastattn.runtime.search.measure.session import Session
-from ditfastattn.runtime.search.measure.site_evaluator import legal_candidates
 
 Array = NDArray[np.float64]
 _RATIO = 3
@@ -44,9 +44,7 @@ def probe_rows(session: Session, steps: int, step: int) -> list[tuple[Strategy, 
     """Return the plan that shares every site that may, at ``step`` alone."""
     full = (Strategy.FULL,) * len(session.sites)
     shared = tuple(
-        Strategy.SHARE_STEP
-        if Strategy.SHARE_STEP in legal_candidates(site, session.layout)
-        else Strategy.FULL
+        Strategy.FULL if why_not(Strategy.SHARE_STEP, site, session.layout) else Strategy.SHARE_STEP
         for site in session.sites
     )
     return [shared if at == step else full for at in range(steps)]
@@ -63,7 +61,7 @@ def site_weights(
     steps = sorted(damages)
     rows = []
     for step in steps:
-        errors = table.share_step[step, step - 1]
+        errors = table.by_strategy[Strategy.SHARE_STEP][step, step - 1, 0]
         shared = np.isfinite(errors)
         at_model = np.maximum(effects[step], _FLOOR)
         relative = np.where(shared, at_model / np.maximum(errors**2, _FLOOR), at_model.mean())

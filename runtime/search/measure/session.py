@@ -24,15 +24,16 @@ from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture, describe_inputs
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.schedule import lanes_of, unroll
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout, calls_of
 from ditfastattn.passes.plan.schema import (
     Calibration,
-    CfgLayout,
     Fingerprint,
     Plan,
     Sampler,
-    Strategy,
 )
+from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
@@ -186,8 +187,8 @@ class Session:
         ``calibration`` says how they were found; where and on what batch is added.
         """
         peaks = [
-            unroll(rows, self.captured, self.sites, merge_variants, lane).peak_cache_bytes
-            for lane in lanes_of(self.layout)
+            unroll(rows, self.captured, self.sites, merge_variants, lane).slots.peak_bytes
+            for lane in calls_of(self.layout)
         ]
         where = {
             "cache_bytes": sum(peaks),
@@ -199,7 +200,7 @@ class Session:
             model=self.identity,
             inputs=input_shapes(self.captured),
             sampler=self.sampler(timesteps),
-            sites=tuple(site.planned() for site in self.sites),
+            sites=tuple(planned_site(site) for site in self.sites),
             strategies=tuple(map(tuple, rows)),
             merge_variants=merge_variants,
             calibration=calibration.model_copy(update=where),

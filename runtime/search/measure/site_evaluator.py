@@ -17,31 +17,26 @@ from torch.fx import Node
 from ditfastattn.passes.analysis.sites import Site, attention_scale
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import find
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy, Window
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import legal_strategies
+from ditfastattn.passes.plan.schema import SiteKind, Window
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.lower_windows import compute_window
 from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRunner
 
-CANDIDATES = (  # the order in which Algorithm 1 tries them; it knows no extrapolation
-    Strategy.SHARE_STEP,
-    Strategy.WINDOW_SHARE_CFG,
-    Strategy.WINDOW,
-    Strategy.SHARE_CFG,
-)
 
+def greedy_candidates(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
+    """Return the shortcuts that ``site`` may take once caches are there, the cheapest first.
 
-def legal_candidates(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
-    """Return the shortcuts that ``site`` may take, once caches are there."""
+    That is the order of Algorithm 1. It knows one earlier output, and so no extrapolation.
+    """
+    legal = (s for s in legal_strategies(site, layout) if s != Strategy.FULL)
     return tuple(
-        strategy
-        for strategy in CANDIDATES
-        if not site.why_not(strategy, layout) and not (strategy.windowed and not site.window)
+        sorted(
+            (s for s in legal if s.outputs_read <= 1 and not s.factor_count),
+            key=lambda strategy: strategy.effort,
+        )
     )
-
-
-def legal_strategies(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
-    """Return the candidates of ``site`` and what extrapolates, from several earlier outputs."""
-    curves = tuple(s for s in Strategy if s.extrapolates and s not in site.declined)
-    return (*legal_candidates(site, layout), *curves)
 
 
 @dataclass
@@ -94,15 +89,16 @@ class SiteEvaluator:
     def attend(self, environment: Environment, index: int, strategy: Strategy) -> Tensor:
         """Return the output of site ``index`` under ``strategy``, shaped as ``SiteMemory`` says."""
         memory = self.memory[index]
-        if strategy is Strategy.SHARE_STEP:
-            return _required(memory.output)
+        if strategy.combine is not None:
+            combined: Tensor = strategy.combine([_required(memory.output)], ())
+            return combined
         args, kwargs = self._call(environment, index)
         if self.sites[index].kind is SiteKind.FEED_FORWARD:
             whole: Tensor = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
-            half = self._half(whole, whole.shape[0]) if strategy.shares_cfg else None
+            half = self._half(whole, whole.shape[0]) if strategy.shares_guidance else None
             return whole if half is None else torch.cat([half, half])
         residual = _required(memory.residual) if strategy.windowed else None
-        if strategy.shares_cfg:
+        if strategy.shares_guidance:
             batch = args[0].shape[0]
             args = tuple(self._half(item, batch) for item in args)
             kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
@@ -111,7 +107,7 @@ class SiteEvaluator:
             output = self._window(index, args, kwargs, self.sites[index].window) + residual
         else:
             output = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
-        return torch.cat([output, output]) if strategy.shares_cfg else output
+        return torch.cat([output, output]) if strategy.shares_guidance else output
 
     def residual(
         self, environment: Environment, index: int, output: Tensor, window: Window
@@ -122,11 +118,13 @@ class SiteEvaluator:
 
     def remember(self, environment: Environment, index: int, strategy: Strategy) -> None:
         """Store what later steps may read of site ``index``, whose output has been put."""
+        if not strategy.computes:
+            return
         memory = self.memory[index]
         output: Tensor = environment[self._attention[index]]
         memory.output = output
         window = self.sites[index].window
-        if strategy is Strategy.FULL and window:
+        if strategy.refreshes_residual and window:
             memory.residual = self.residual(environment, index, output, window)
 
     def left_after(self, index: int) -> float:

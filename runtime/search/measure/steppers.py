@@ -12,10 +12,12 @@ from torch.fx import GraphModule
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import outputs
-from ditfastattn.passes.graph.slots import read_slots, written_slots
-from ditfastattn.passes.plan.schedule import StepProgram, lanes_of, unroll
-from ditfastattn.passes.plan.schema import Strategy
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.guidance import calls_of
+from ditfastattn.passes.plan.step_program import StepProgram, unroll
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.windows.lower_window_attention import WindowKernel
 from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.runtime.caches import Caches
@@ -29,8 +31,8 @@ class EagerVariant:
     """Hold a rewritten step variant, its cache slots in order, and its operations."""
 
     module: GraphModule
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    reads: tuple[Slot, ...]
+    writes: tuple[Slot, ...]
     flops: Flops
 
 
@@ -67,7 +69,7 @@ class Variants:
         captured, sites = self.session.captured, self.session.sites
         return tuple(
             unroll(rows, captured, sites, merge_variants, lane)
-            for lane in lanes_of(self.session.layout)
+            for lane in calls_of(self.session.layout)
         )
 
     def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
@@ -115,15 +117,15 @@ class PlanStepper:
         call, self._call = self._call, self._call + 1
         at, lane = divmod(call, len(self._programs))
         program, following = self._programs[lane], self._programs[lane + 1 :]
-        adopted = [other.adopted_at(at) for other in following]
-        if call < len(self._known) and not program.live_after(at) and not any(adopted):
+        adopted = [other.slots.adopted_at(at) for other in following]
+        if call < len(self._known) and not program.slots.live_after(at) and not any(adopted):
             return (self._known[call],)
         results = self._variants.results
         variant = self._variants.get(program.variants[program.schedule[at]], program.sites)
-        caches = self._caches[lane].read(program, at, variant.reads, args[0].device, {})
+        caches = self._caches[lane].read(program.slots, at, variant.reads, args[0].device, {})
         returned = variant.module(*args, *caches)
         written = dict(zip(variant.writes, returned[results:], strict=True))
-        self._caches[lane].write(program, at, written)
+        self._caches[lane].write(program.slots, at, written)
         for other, state, slots in zip(following, self._caches[lane + 1 :], adopted, strict=True):
-            state.adopt(other, at, {slot: written[slot] for slot in slots})
+            state.adopt(other.slots, at, {slot: written[slot] for slot in slots})
         return tuple(returned[:results])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
@@ -19,7 +19,6 @@ import numpy as np
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import ErrorTable
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem
 
@@ -85,12 +84,9 @@ def choose_windows(problems: Sequence[Problem], drift: float) -> list[int]:
 def with_chosen(problems: Sequence[Problem], chosen: Sequence[int]) -> Problem:
     """Return the problem that has each site's errors and prices from the form chosen for it."""
     tables = [problem.errors for problem in problems]
-    errors = ErrorTable(
-        *(
-            np.stack(
-                [getattr(tables[form], item.name)[..., i] for i, form in enumerate(chosen)], axis=-1
-            )
-            for item in fields(ErrorTable)
+    errors = tables[0].apply(
+        lambda strategy, _: np.stack(
+            [tables[form].by_strategy[strategy][..., i] for i, form in enumerate(chosen)], axis=-1
         )
     )
     costs = CostTable(

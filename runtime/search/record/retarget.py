@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,16 +17,17 @@ from typing import Any
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import START, why_not
 from ditfastattn.passes.plan.schema import (
     Calibration,
-    CfgLayout,
     Measured,
     Plan,
     SiteKind,
-    Strategy,
     TileWindow,
     Window,
 )
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
@@ -100,14 +100,14 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
     """
     known = {site.name: index for index, site in enumerate(plan.sites)}
     reasons: dict[str, str] = {}
-    computed: Counter[str] = Counter(site.name for site in session.sites)  # at the first step
+    histories = {site.name: START.after(Strategy.FULL) for site in session.sites}
 
     def choose(old: Row, site: Site) -> Strategy:
         if site.name not in known:
             reasons[site.name] = "the plan does not know this site"
             return Strategy.FULL
         wanted = old[known[site.name]]
-        reason = _why_not(wanted, site, session.layout, computed[site.name])
+        reason = why_not(wanted, site, session.layout, histories[site.name])
         if reason:
             reasons[f"{site.name}, {wanted}"] = reason
         return Strategy.FULL if reason else wanted
@@ -116,8 +116,8 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
     for step in range(1, session.steps):
         old = plan.strategies[_nearest(step, session.steps, plan.sampler.steps)]
         rows.append(tuple(choose(old, site) for site in session.sites))
-        pairs = zip(session.sites, rows[-1], strict=True)
-        computed.update(site.name for site, strategy in pairs if strategy.computes)
+        for site, strategy in zip(session.sites, rows[-1], strict=True):
+            histories[site.name] = histories[site.name].after(strategy)
     _report(plan, session, reasons)
     return rows
 
@@ -154,12 +154,6 @@ def _nearest(step: int, steps: int, old_steps: int) -> int:
     """Return the old step nearest to step / (steps - 1) of the way; the earlier of two."""
     whole = steps - 1
     return (2 * step * (old_steps - 1) + whole - 1) // (2 * whole)
-
-
-def _why_not(strategy: Strategy, site: Site, layout: CfgLayout, computed: int) -> str:
-    if computed < strategy.outputs_needed:
-        return "too few steps have computed an output"
-    return site.why_not(strategy, layout)
 
 
 def _report(plan: Plan, session: Session, reasons: Mapping[str, str]) -> None:

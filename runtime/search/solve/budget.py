@@ -7,7 +7,7 @@ exchange rate between drift and price; it gives the plans on the convex hull of 
 
 from __future__ import annotations
 
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem, Row
 
@@ -20,7 +20,7 @@ def within_budget(problem: Problem, budget: float) -> list[Row]:
 
     It is no dearer than the one without parabolas, though the hulls' plans may leave more unused.
     """
-    plans = [_on_hull(each, budget) for each in (problem, problem.without_parabolas())]
+    plans = [_on_hull(each, budget) for each in (problem, problem.reading_at_most(2))]
     return min(plans, key=problem.costs.plan)
 
 

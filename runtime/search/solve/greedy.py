@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.dynamo import CapturedGraph
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment
-from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_candidates
+from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
 
 _ERROR_CLIP = 10.0
 _EPSILON = 1e-6
@@ -115,7 +116,7 @@ class GreedyCalibrator:
     ) -> Strategy:
         """Put the output of the chosen strategy into ``environment`` and return the strategy."""
         allowed = (index + 1) / len(self.sites) * self.threshold
-        for strategy in legal_candidates(self.sites[index], self.layout):
+        for strategy in greedy_candidates(self.sites[index], self.layout):
             attended = self._evaluator.attend(environment, index, strategy)
             output = self._evaluator.trial(environment, index, attended)[0]
             self.literal_forwards += 1
@@ -142,7 +143,7 @@ class GreedyCalibrator:
     def at_most(self) -> float:
         """Return how many forward passes the whole search can take, every candidate refused."""
         suffixes = sum(
-            len(legal_candidates(site, self.layout)) * self._evaluator.left_after(index)
+            len(greedy_candidates(site, self.layout)) * self._evaluator.left_after(index)
             for index, site in enumerate(self.sites)
         )
         steps = max(self.steps, len(self.strategies) + 1)

@@ -9,18 +9,24 @@ that the budget of drift is spent elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
-from ditfastattn.passes.plan.schema import Strategy
-from ditfastattn.runtime.search.measure.profile import ErrorTable
-from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.search.solve.problem import Array, Problem, Row
 
 Choose = Callable[[Problem], list[Row]]
 
-EXTRAPOLATION = ("extrapolate", "extrapolate_quadratic")  # tables of errors, by strategy
-CACHES = tuple(field.name for field in fields(ErrorTable) if field.name != "share_cfg")
+
+def extrapolates(strategy: Strategy) -> bool:
+    """Tell whether ``strategy`` keeps several outputs of a site in place of one."""
+    return strategy.extrapolates
+
+
+def needs_caches(strategy: Strategy) -> bool:
+    """Tell whether ``strategy`` reads a cache of any kind."""
+    return strategy.windowed or not strategy.computes
 
 
 def within_memory(
@@ -37,7 +43,7 @@ def within_memory(
 
     def restricted(count: int) -> Problem:
         extrapolating, cached = order[:count], order[: max(0, count - len(order))]
-        return forbid(forbid(problem, EXTRAPOLATION, extrapolating), CACHES, cached)
+        return forbid(forbid(problem, extrapolates, extrapolating), needs_caches, cached)
 
     low, high = 0, 2 * len(order)  # ``low`` restrictions are too few, ``high`` are enough
     found = choose(restricted(high))
@@ -51,13 +57,17 @@ def within_memory(
     return found
 
 
-def forbid(problem: Problem, tables: Sequence[str], sites: Sequence[int]) -> Problem:
-    """Forbid ``sites`` the strategies of ``tables``, those of errors."""
-    made = {}
-    for name in tables:
-        made[name] = getattr(problem.errors, name).copy()
-        made[name][..., list(sites)] = np.inf
-    return replace(problem, errors=replace(problem.errors, **made))
+def forbid(problem: Problem, which: Callable[[Strategy], bool], sites: Sequence[int]) -> Problem:
+    """Forbid ``sites`` the strategies for which ``which`` holds."""
+
+    def change(strategy: Strategy, errors: Array) -> Array:
+        if not which(strategy):
+            return errors
+        changed = errors.copy()
+        changed[..., list(sites)] = np.inf
+        return changed
+
+    return replace(problem, errors=problem.errors.apply(change))
 
 
 def _by_worth(

@@ -9,35 +9,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditfastattn.passes.plan.schema import Strategy
-from ditfastattn.runtime.search.measure.profile import GAP_PAIRS, MAX_GAP, ErrorTable
+from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.runtime.search.measure.profile import MAX_GAP, gap_choices
 from ditfastattn.runtime.search.solve.problem import Array, Problem, Row, carried
 
-# What a step can compute, and whether the residual it may read has been stored (and paid for).
-_FULL, _CFG, _CFG_STORED, _WINDOW, _WINDOW_CFG = range(5)
-_STRATEGY = (
-    Strategy.FULL,
-    Strategy.SHARE_CFG,
-    Strategy.SHARE_CFG,
-    Strategy.WINDOW,
-    Strategy.WINDOW_SHARE_CFG,
-)
-_REUSING = (Strategy.SHARE_STEP, Strategy.EXTRAPOLATE, Strategy.EXTRAPOLATE_QUADRATIC)
-_UNSTORED = slice(_FULL, _CFG_STORED)
-_STORED = slice(_CFG_STORED, None)
+_FULL = 0  # the first kind of ``_kinds``
+_LINE, _PARABOLA = 2, 3  # outputs read
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Say what a step computes, and whether a residual has been stored (and paid for) by then."""
+
+    strategy: Strategy
+    stored: bool
+
+
+def _kinds() -> tuple[_Kind, ...]:
+    """Return what a step can compute, where nothing is stored first, and ``FULL`` before all."""
+    shortcuts = [s for s in strategies() if s.computes and s != Strategy.FULL]
+    plain = [strategy for strategy in shortcuts if not strategy.windowed]
+    windowed = [strategy for strategy in shortcuts if strategy.windowed]
+    return (
+        _Kind(Strategy.FULL, False),
+        *(_Kind(strategy, False) for strategy in plain),
+        *(_Kind(strategy, True) for strategy in (*plain, *windowed)),
+    )
 
 
 def solve(problem: Problem, multiplier: float) -> list[Row]:
     """Return the plan of least ``price + multiplier * drift``; step 0 is full."""
-    windowed = np.isfinite(problem.errors.window).any(axis=(0, 1))
-    windowed |= np.isfinite(problem.errors.window_share_cfg).any(axis=(0, 1))
+    windowed = np.zeros(problem.errors.sites, dtype=bool)
+    for strategy, errors in problem.errors.by_strategy.items():
+        if strategy.windowed:
+            windowed |= np.isfinite(errors).any(axis=(0, 1))
     columns: dict[int, list[Strategy]] = {}
     for has_window in (False, True):
         sites = np.flatnonzero(windowed == has_window)
@@ -52,9 +64,10 @@ class _Paths:
 
     A node is (step that computes, step of the residual, gaps, what it computes); where there are no
     windows the second is always 0. The gaps are those before the step: one, as a line needs it, 0
-    where it is too wide; or one of ``GAP_PAIRS``, as a parabola needs it. Before a node of one gap
-    there may be any. ``standing`` is ``[M, T, R, G, 5]``: what it costs to have computed there, and
-    to have reused the output ever since.
+    where it is too wide; or two, as a parabola needs it. Before a node of one gap there may be any.
+    ``standing`` is ``[M, T, R, G, K]``: what it costs to have computed there, in each of K kinds,
+    and to have reused the output ever since. Strategies that read more than three outputs are not
+    considered.
     """
 
     def __init__(
@@ -62,27 +75,24 @@ class _Paths:
     ) -> None:
         errors, steps = problem.errors, problem.errors.steps
         self._multiplier, self._windowed, self._steps = multiplier, windowed, steps
-        self._errors = ErrorTable(
-            *(getattr(errors, field.name)[..., sites] for field in fields(errors))
-        )
+        self._errors = errors.apply(lambda _, each: each[..., sites])
+        self._kinds = _kinds()
+        self._unstored = slice(0, sum(not kind.stored for kind in self._kinds))
+        self._stored = slice(self._unstored.stop, None)
+        self._reusing = [s for s in strategies() if 0 < s.outputs_read <= _PARABOLA]
         self._weights = problem.weights[:, sites]
         self._price = {
             strategy: np.array([problem.costs.sites[site][strategy] for site in sites])
-            for strategy in Strategy
+            for strategy in strategies()
         }
         self._storing = np.array([problem.costs.residual[site] for site in sites])
         self._lines = min(MAX_GAP, max(1, steps - 1)) + 1
-        legal = np.isfinite(self._errors.extrapolate_quadratic)
-        self._pairs = [
-            index
-            for index, pair in enumerate(GAP_PAIRS)
-            if sum(pair) < steps and legal[:, :, index].any()
-        ]
+        self._pairs = self._legal_pairs()
         self._gaps: list[tuple[int, ...]] = [(gap,) for gap in range(self._lines)]
-        self._gaps += [GAP_PAIRS[pair] for pair in self._pairs]
-        self._shape = (steps, steps if windowed else 1, len(self._gaps), len(_STRATEGY))
+        self._gaps += [gap_choices(_PARABOLA)[pair] for pair in self._pairs]
+        self._shape = (steps, steps if windowed else 1, len(self._gaps), len(self._kinds))
         self._standing = np.full((len(sites), *self._shape), np.inf)
-        self._inherited = np.zeros((len(sites), *self._shape[:2], 1, len(_STRATEGY)))
+        self._inherited = np.zeros((len(sites), *self._shape[:2], 1, len(self._kinds)))
         self._origin = np.zeros(self._standing.shape, dtype=np.int64)
         self._standing[:, 0, 0, 0, _FULL] = self._price[Strategy.FULL]
         for step in range(1, steps):
@@ -90,21 +100,36 @@ class _Paths:
             self._reuse(step)
         self._last = self._standing.reshape(len(sites), -1).argmin(axis=1)
 
+    def _legal_pairs(self) -> list[int]:
+        """Return which choices of two gaps some site may take."""
+        tables = [self._errors.by_strategy[s] for s in self._reusing if s.outputs_read == _PARABOLA]
+        return [
+            index
+            for index, pair in enumerate(gap_choices(_PARABOLA))
+            if sum(pair) < self._steps
+            and any(np.isfinite(table[:, :, index]).any() for table in tables)
+        ]
+
     def _residuals(self, step: int) -> slice:
         """Return those residuals that nodes before ``step`` can have."""
         return slice(0, step if self._windowed else 1)
 
     def _reuse(self, step: int) -> None:
         """Reuse at ``step`` what each node has computed, as is cheapest."""
-        errors, lines, pairs = self._errors, self._gaps[: self._lines], self._gaps[self._lines :]
-        share = errors.share_step[step, :step, None]
-        line = errors.extrapolate[step, :step, : self._lines]
-        parabola = errors.extrapolate_quadratic[step, :step][:, self._pairs]
-        known = np.minimum(
-            self._following(Strategy.SHARE_STEP, step, share, [()]),
-            self._following(Strategy.EXTRAPOLATE, step, line, lines),
-        )
-        curved = self._following(Strategy.EXTRAPOLATE_QUADRATIC, step, parabola, pairs)
+        lines, pairs = self._gaps[: self._lines], self._gaps[self._lines :]
+        shape = (len(self._standing), step, self._residuals(step).stop, 1, len(self._kinds))
+        known = np.full((*shape[:3], len(lines), shape[4]), np.inf)
+        curved = np.full((*shape[:3], len(pairs), shape[4]), np.inf)
+        for strategy in self._reusing:
+            error = self._errors.by_strategy[strategy][step, :step]
+            if strategy.outputs_read < _LINE:
+                known = np.minimum(known, self._following(strategy, step, error, [()]))
+            elif strategy.outputs_read == _LINE:
+                error = error[:, : self._lines]
+                known = np.minimum(known, self._following(strategy, step, error, lines))
+            else:
+                error = error[:, self._pairs]
+                curved = np.minimum(curved, self._following(strategy, step, error, pairs))
         curved = np.minimum(known[:, :, :, [gaps[0] for gaps in pairs]], curved)
         standing = self._standing[:, :step, self._residuals(step)]
         standing[:, :, :, : self._lines] += known
@@ -113,7 +138,7 @@ class _Paths:
     def _following(
         self, strategy: Strategy, step: int, error: Array, gaps: Sequence[tuple[int, ...]]
     ) -> Array:
-        """Return what ``strategy`` costs at ``step``, ``[M, step, residuals, len(gaps), 5]``.
+        """Return what ``strategy`` costs at ``step``, ``[M, step, residuals, len(gaps), K]``.
 
         That is by its own ``error``, ``[step, len(gaps), M]``, and by what it carries further.
         """
@@ -121,7 +146,7 @@ class _Paths:
         own = error.transpose(2, 0, 1)
         legal = np.isfinite(own)
         known = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
-        carrying = weight * _carried_by(step, tuple(gaps))
+        carrying = weight * _carried_by(strategy, step, tuple(gaps))
         inherited = self._inherited[:, :step, self._residuals(step)]
         cost: Array = carrying[:, :, None, :, None] * inherited
         cost += np.where(legal, known, np.inf)[:, :, None, :, None]
@@ -129,23 +154,32 @@ class _Paths:
 
     def _arrive(self, step: int) -> None:
         """Fill in the nodes that compute at ``step``."""
-        unstored, from_unstored = self._reach(step, _UNSTORED)
-        cfg = np.broadcast_to(self._errors.share_cfg[step][:, None], unstored.shape[:2])
-        self._compute(step, _CFG, unstored, from_unstored, cfg)
+        unstored, from_unstored = self._reach(step, self._unstored)
         if not self._windowed:
+            self._compute_kinds(step, False, unstored, from_unstored)
             self._compute_full(step, unstored, from_unstored)
             return
-        stored, from_stored = self._reach(step, _STORED)
+        stored, from_stored = self._reach(step, self._stored)
         reach = np.concatenate([unstored, stored], axis=1)
+        self._compute_kinds(step, False, unstored, from_unstored)
         self._compute_full(step, reach, np.concatenate([from_unstored, from_stored], axis=1))
         with_storing = unstored + self._storing[:, None, None]
         cheaper = with_storing < stored
         ready = np.where(cheaper, with_storing, stored)
         from_ready = np.where(cheaper, from_unstored, from_stored)
-        both = self._errors.window_share_cfg[step].T
-        self._compute(step, _CFG_STORED, stored, from_stored, cfg)
-        self._compute(step, _WINDOW, ready, from_ready, self._errors.window[step].T)
-        self._compute(step, _WINDOW_CFG, ready, from_ready, both)
+        self._compute_kinds(step, True, stored, from_stored)
+        self._compute_kinds(step, True, ready, from_ready, windowed=True)
+
+    def _compute_kinds(
+        self, step: int, stored: bool, value: Array, origin: Array, windowed: bool = False
+    ) -> None:
+        """Fill in the shortcuts that compute at ``step``, arriving with ``value``."""
+        for index, kind in enumerate(self._kinds[1:], 1):
+            if (kind.stored, kind.strategy.windowed) != (stored, windowed):
+                continue
+            errors = self._errors.by_strategy[kind.strategy][step]
+            error = errors.T if windowed else np.broadcast_to(errors[:, None], value.shape[:2])
+            self._compute(step, index, value, origin, error)
 
     def _compute_full(self, step: int, reach: Array, nodes: Array) -> None:
         """Compute everything at ``step``, whatever the residual was before."""
@@ -159,7 +193,7 @@ class _Paths:
         weight = self._multiplier * self._weights[step][:, None]
         legal = np.isfinite(error)
         known = np.where(legal, error, 0.0)
-        price = self._price[_STRATEGY[kind]][:, None]
+        price = self._price[self._kinds[kind].strategy][:, None]
         cost = np.where(legal, np.where(legal, price, 0.0) + weight * known, np.inf)
         self._standing[:, step, :, :, kind] = value + cost[:, :, None]
         self._inherited[:, step, :, 0, kind] = known
@@ -202,12 +236,12 @@ class _Paths:
         node, end = int(self._last[index]), self._steps
         while True:
             step, residual, gaps, kind = map(int, np.unravel_index(node, self._shape))
-            found[step] = _STRATEGY[kind]
+            found[step] = self._kinds[kind].strategy
             inherited = float(self._inherited[index, step, residual, 0, kind])
             for later in range(step + 1, end):
                 costs = {
                     strategy: self._cost(strategy, index, later, step, self._gaps[gaps], inherited)
-                    for strategy in _REUSING
+                    for strategy in self._reusing
                 }
                 found[later] = min(costs, key=lambda strategy: costs[strategy])
             if step == 0:
@@ -227,12 +261,13 @@ class _Paths:
         error = self._errors.of(strategy, step, source, site, gaps)
         if math.isinf(error):
             return math.inf
-        carrying = carried(step - source, gaps[: strategy.outputs_needed - 1])
+        carrying = carried(strategy, step - source, gaps[: strategy.outputs_read - 1])
         weight = self._multiplier * float(self._weights[step, site])
         return float(self._price[strategy][site]) + weight * (error + carrying * inherited)
 
 
 @cache
-def _carried_by(step: int, gaps: tuple[tuple[int, ...], ...]) -> Array:
+def _carried_by(strategy: Strategy, step: int, gaps: tuple[tuple[int, ...], ...]) -> Array:
     """Return what is carried to ``step`` from each step before it, ``[step, len(gaps)]``."""
-    return np.array([[carried(step - source, each) for each in gaps] for source in range(step)])
+    sources = range(step)
+    return np.array([[carried(strategy, step - s, each) for each in gaps] for s in sources])

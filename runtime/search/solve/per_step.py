@@ -15,11 +15,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ditfastattn.core.errors import VerifyError
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.session import Outputs, Session
-from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_candidates
+from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
 from ditfastattn.runtime.search.solve.problem import Row
 
 
@@ -78,7 +78,7 @@ class PerStepCalibrator:
             found.append(
                 {
                     strategy: self._error(environment, index, strategy, output)
-                    for strategy in legal_candidates(site, self._layout)
+                    for strategy in greedy_candidates(site, self._layout)
                 }
             )
             evaluator.put(environment, index, output)

@@ -16,8 +16,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ditfastattn.passes.plan.schema import Strategy
-from ditfastattn.passes.rewrites.extrapolate_steps import output_weights
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.profile import ErrorTable
 
@@ -41,24 +40,28 @@ class Problem:
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
         """Return one site's share; infinite where a cache is read that nobody wrote."""
         output = residual = 0
-        gaps = (0, 0)  # between the last two outputs, and between the two before
+        gaps: tuple[int, ...] = (0,) * most_outputs_read()  # between the outputs computed last
         inherited = total = 0.0  # a reused output carries the error of the step that computed it
         for step, strategy in enumerate(column):
             source = residual if strategy.computes else output
             error = self.errors.of(strategy, step, source, site, gaps)
             if strategy.computes:
-                gaps, output, inherited = (step - output, gaps[0]), step, error
+                gaps, output, inherited = (step - output, *gaps[:-1]), step, error
             else:  # a curve carries it further
-                error += inherited * carried(step - output, gaps[: strategy.outputs_needed - 1])
-            if strategy is Strategy.FULL:
+                used = gaps[: strategy.outputs_read - 1]
+                error += inherited * carried(strategy, step - output, used)
+            if strategy.refreshes_residual:
                 residual = step
             total += error * float(self.weights[step, site])
         return total
 
-    def without_parabolas(self) -> Problem:
-        """Return the same problem where nothing extrapolates from three outputs."""
-        never = np.full_like(self.errors.extrapolate_quadratic, np.inf)
-        return replace(self, errors=replace(self.errors, extrapolate_quadratic=never))
+    def reading_at_most(self, outputs: int) -> Problem:
+        """Return the same problem where nothing is made of more than ``outputs`` outputs."""
+
+        def forbid(strategy: Strategy, errors: Array) -> Array:
+            return np.full_like(errors, np.inf) if strategy.outputs_read > outputs else errors
+
+        return replace(self, errors=self.errors.apply(forbid))
 
     def speedup(self, rows: Sequence[Row], merge_variants: bool = False) -> float:
         """Return the dense price over the plan's."""
@@ -66,6 +69,11 @@ class Problem:
 
 
 @cache
-def carried(elapsed: int, gaps: tuple[int, ...]) -> float:
+def carried(strategy: Strategy, elapsed: int, gaps: tuple[int, ...]) -> float:
     """Return the weight of the last output in what is reused ``elapsed`` steps after it."""
-    return output_weights(elapsed, gaps)[0]
+    return abs(strategy.weights(elapsed, gaps)[0]) if all(gaps) else 1.0
+
+
+def most_outputs_read() -> int:
+    """Return how many earlier outputs a strategy of the table reads at most."""
+    return max(strategy.outputs_read for strategy in strategies())

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ditfastattn.passes.plan.schema import Strategy
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem, Row
 
@@ -134,7 +134,7 @@ def _improve_entry(
     site: int,
     best: float,
 ) -> float:
-    for strategy in Strategy:
+    for strategy in strategies():
         kind = kinds[index]
         trial = list(kinds)
         trial[index] = (*kind[:site], strategy, *kind[site + 1 :])

@@ -12,7 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import ATTENTION, calls, value
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.legality import why_not
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from tests.helpers import Capture, TinyModel, capture_call, largest_difference, noise, timestep
 
 FRAMES, TOKENS, WIDTH = 3, 16, 16
@@ -63,7 +65,7 @@ def test_frames_inside_share_guidance(fold: str, layout: CfgLayout) -> None:
     model = tiny(fold)
     found = capture_call(model.model, model.call(0, 4))
     site = attention(found)
-    assert Strategy.SHARE_CFG not in site.declined
+    assert not why_not(Strategy.SHARE_CFG, site)
     rows = [(Strategy.SHARE_CFG,)] * 2
     expected = model.reference(rows, [site], layout)
     module = rewrite(found.graph, [site], (SiteAction(Strategy.SHARE_CFG),), layout)
@@ -83,4 +85,4 @@ def test_frames_outside_do_not() -> None:
     """The first half of the rows is the first frames there, not the first lanes."""
     model = tiny("frames outside")
     site = attention(capture_call(model.model, model.call(0, 4)))
-    assert site.declined[Strategy.SHARE_CFG] == "its batch is 12, the model's 4, in no order known"
+    assert why_not(Strategy.SHARE_CFG, site) == "its batch is 12, the model's 4, in no order known"

@@ -13,7 +13,10 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Calibration, Sampler, SiteKind
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
 from tests.helpers import (
@@ -153,7 +156,7 @@ def plan_of(found: Capture, rows: list[tuple[Strategy, ...]]) -> Plan:
         model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=STEPS, timesteps=TIMESTEPS, cfg_layout=CfgLayout.COND_FIRST),
-        sites=tuple(site.planned() for site in found.every),
+        sites=tuple(planned_site(site) for site in found.every),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
     )
@@ -179,9 +182,9 @@ def test_a_mixed_plan_on_a_hand_written_dit_is_the_interpreters(
     ]
     attentions = found.sites
     assert [(site.heads, site.tokens) for site in attentions] == [(HEADS, TOKENS)] * DEPTH
-    assert all(not site.declined for site in attentions)
+    assert all(not declined_strategies(site) for site in attentions)
     drawn = (mixed_strategies(found.every, seed) for seed in range(50))
-    rows = next(rows for rows in drawn if {s for row in rows for s in row} == set(Strategy))
+    rows = next(rows for rows in drawn if {s for row in rows for s in row} == set(strategies()))
     options: dict[str, Any] = {"plan": plan_of(found, rows), "lowering": "eager", "timestep": "t"}
     torch._dynamo.reset()
     planned = torch.compile(made, backend="ditfastattn", fullgraph=True, options=options)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditfastattn import Strategy
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.capture.dynamo import readable_path
+from ditfastattn.passes.plan.legality import declined_strategies, why_not
 from ditfastattn.passes.plan.schema import SiteKind
 from tests.helpers import TINY_MODELS, capture_model, capture_sites
 
@@ -23,7 +24,7 @@ def test_dit_sites() -> None:
         (SiteKind.SELF, 16, 2, 8)
     }
     assert {(site.grid, site.window) for site in sites} == {((4, 4), 2)}
-    assert not any(site.declined for site in sites)
+    assert not any(declined_strategies(site) for site in sites)
 
 
 def test_the_frontier_is_the_output_projection() -> None:
@@ -41,8 +42,8 @@ def test_pixart_tells_self_from_cross_attention() -> None:
     assert [site.kind for site in sites] == [SiteKind.SELF, SiteKind.CROSS] * 2
     cross = sites[1]
     assert cross.window == 0
-    assert "cross-attention" in cross.declined[Strategy.WINDOW]
-    assert Strategy.SHARE_CFG not in cross.declined
+    assert "cross-attention" in why_not(Strategy.WINDOW, cross)
+    assert not why_not(Strategy.SHARE_CFG, cross)
 
 
 def test_sd3_joint_attention_has_two_frontiers_but_the_last() -> None:
@@ -54,7 +55,7 @@ def test_sd3_joint_attention_has_two_frontiers_but_the_last() -> None:
 
 def test_an_odd_batch_cannot_share_guidance() -> None:
     _, sites = capture_sites(TINY_MODELS["dit"](), batch=3)
-    assert sites[0].declined[Strategy.SHARE_CFG] == "the batch is 3: no two halves"
+    assert why_not(Strategy.SHARE_CFG, sites[0]) == "the batch is 3: no two halves"
 
 
 class Attention(torch.nn.Module):
@@ -97,12 +98,17 @@ def report(case: str, tokens: int = 16) -> SiteReport:
 
 def test_a_hand_written_module_is_a_site() -> None:
     (site,) = report("plain").sites
-    assert (site.kind, site.window, site.grid, site.declined) == (SiteKind.SELF, 2, (), {})
+    assert (site.kind, site.window, site.grid, declined_strategies(site)) == (
+        SiteKind.SELF,
+        2,
+        (),
+        {},
+    )
 
 
 def test_a_mask_of_keys_is_no_hindrance() -> None:
     (site,) = report("masked keys").sites
-    assert (site.kind, site.window, site.declined) == (SiteKind.SELF, 2, {})
+    assert (site.kind, site.window, declined_strategies(site)) == (SiteKind.SELF, 2, {})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def test_declined_attention_has_its_reason(case: str, reason: str) -> None:
 def test_declined_window_has_its_reason(case: str, tokens: int, reason: str) -> None:
     (site,) = report(case, tokens).sites
     assert site.window == 0
-    assert site.declined == {Strategy.WINDOW: reason, Strategy.WINDOW_SHARE_CFG: reason}
+    assert declined_strategies(site) == {Strategy.WINDOW: reason, Strategy.WINDOW_SHARE_CFG: reason}
 
 
 @pytest.mark.parametrize(

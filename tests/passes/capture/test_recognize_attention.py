@@ -15,6 +15,8 @@ from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import attentions, find_sites
 from ditfastattn.passes.graph.ir import ATTENTION, calls
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.legality import declined_strategies, why_not
 from ditfastattn.passes.plan.schema import Calibration, Sampler, SiteKind
 from ditfastattn.runtime.matching import input_shapes
 from tests.helpers import (
@@ -187,7 +189,7 @@ def test_a_mixed_plan_on_a_plain_model_is_the_interpreters_on_its_fused_twin(nam
     found = capture_call(made.model, made.call(0, 4))
     assert [site.kind for site in found.sites] == [SiteKind.SELF] * 3
     assert [site.heads for site in found.sites] == [HEADS] * 3
-    assert all(not site.declined for site in found.sites)
+    assert all(not declined_strategies(site) for site in found.sites)
     rows = mixed_strategies(found.sites)
     plan = plan_of(found, rows)
     torch._dynamo.reset()
@@ -210,7 +212,7 @@ def plan_of(found: Capture, rows: list[tuple[Strategy, ...]]) -> Plan:
         model=fingerprint(found.graph, found.every, found.static),
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=CfgLayout.COND_FIRST),
-        sites=tuple(site.planned() for site in found.sites),
+        sites=tuple(planned_site(site) for site in found.sites),
         strategies=tuple(rows),
         calibration=Calibration(method="manual"),
     )
@@ -257,7 +259,7 @@ def test_an_added_mask_becomes_the_attentions_mask() -> None:
     tiny = plain(of(biased))
     found = capture_call(tiny.model, tiny.call(0, 4))
     assert len(calls(found.graph.module.graph, ATTENTION)) == 3
-    assert all("mask" in site.declined[Strategy.WINDOW] for site in found.sites)
+    assert all("mask" in why_not(Strategy.WINDOW, site) for site in found.sites)
     inputs = [*found.static]
     with torch.no_grad():
         expected = tiny.model(**tiny.call(1, 4))[0]

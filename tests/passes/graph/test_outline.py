@@ -13,7 +13,8 @@ from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, outputs
 from ditfastattn.passes.graph.outline import Region, freed_after, outline
 from ditfastattn.passes.graph.slots import read_slots, written_slots
-from ditfastattn.passes.plan.schedule import unroll
+from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.windows.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.runtime.caches import Caches
@@ -44,12 +45,12 @@ def variants(
         module = rewrite(found.graph, found.every, actions, CfgLayout.COND_FIRST)
         reads, writes = read_slots(module.graph), written_slots(module.graph)
         lower_window_attention(module)
-        read = caches.read(program, step, reads, torch.device("cpu"), {})
+        read = caches.read(program.slots, step, reads, torch.device("cpu"), {})
         args = [*flat_inputs(tiny, step), *read]
         with torch.no_grad():
             returned = module(*args)
         kept = returned[len(returned) - len(writes) :]
-        caches.write(program, step, dict(zip(writes, kept, strict=True)))
+        caches.write(program.slots, step, dict(zip(writes, kept, strict=True)))
         yield module, args
 
 
@@ -146,12 +147,12 @@ def test_a_neighbour_that_shares_guidance_changes_no_key() -> None:
 def test_every_strategy_has_its_own_key_in_every_block() -> None:
     tiny = tiny_dit()
     keys: list[str] = []
-    for strategy in Strategy:
+    for strategy in strategies():
         *_, (module, args) = variants(tiny, uniform_strategies(captured_once(tiny).every, strategy))
         blocks = outline(module, args)[1:10]
         assert [r.key for r in blocks] == [r.key for r in blocks[:3]] * 3
         keys.append(blocks[1].key)  # of the attention
-    assert len(set(keys)) == len(Strategy)
+    assert len(set(keys)) == len(strategies())
 
 
 def change_constant(module: GraphModule) -> None:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from ditfastattn import VerifyError
 from ditfastattn.passes.graph.ir import aten, calls, clone, outputs, value
-from ditfastattn.passes.graph.slots import read_cache, write_cache
+from ditfastattn.passes.graph.slots import output_slot, read_cache, write_cache
 from ditfastattn.passes.graph.verify import verify
 from tests.helpers import TINY_MODELS, capture_sites
 
@@ -96,6 +96,7 @@ def test_a_cache_output_that_is_an_input_is_rejected(
 ) -> None:
     module = clone(dense[0])
     like = value(calls(module.graph, aten.linear.default)[0])
-    write_cache(module.graph, "site/output.0", read_cache(module.graph, "site/output.0", like))
+    slot = output_slot("site", 0)
+    write_cache(module.graph, slot, read_cache(module.graph, slot, like))
     with pytest.raises(VerifyError, match="is a view of this input"):
         check(module, dense)

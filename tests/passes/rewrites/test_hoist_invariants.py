@@ -13,10 +13,11 @@ from ditfastattn import Strategy
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.capture.dynamo import latent_position
 from ditfastattn.passes.graph.ir import graph_text
-from ditfastattn.passes.graph.slots import read_slots, written_slots
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.graph.slots import hoisted_slot, read_slots, written_slots
+from ditfastattn.passes.plan.actions import DENSE
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
-from ditfastattn.passes.rewrites.pipeline import DENSE, rewrite
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime import invariants, lowering
 from ditfastattn.runtime.matching import timestep_position
 from tests.helpers import (
@@ -44,7 +45,7 @@ def test_cross_attention_keys_and_values_of_the_text_are_hoisted() -> None:
     nodes = found(tiny)
     assert len(nodes) == 2 * 2  # keys and values of two blocks
     once = prologue(captured, nodes)
-    assert written_slots(once.graph) == tuple(f"invariant/{node}" for node in nodes)
+    assert written_slots(once.graph) == tuple(map(hoisted_slot, nodes))
     actions = [DENSE] * len(sites)
     whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
     hoisted = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, invariants=nodes)

@@ -16,12 +16,12 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.verify import _bounds
 from ditfastattn.passes.graph.ir import clone, graph_text
-from ditfastattn.passes.plan.schedule import StepProgram
+from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.plan.schema import CacheDtype
+from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
-from ditfastattn.passes.rewrites.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
-from ditfastattn.passes.rewrites.share_across_steps import ShareAcrossSteps
+from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
 from ditfastattn.passes.rewrites.store_caches import StoreCaches
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.search.record.retarget import retarget
@@ -44,7 +44,10 @@ HALF = CacheDtype.FLOAT16
 
 def test_golden_read() -> None:
     captured, site = block()
-    passes = ShareAcrossSteps((site,)), NarrowCaches((site.with_caches_in(HALF),))
+    passes = (
+        ReuseOutputs(((site, Strategy.SHARE_STEP),)),
+        NarrowCaches((site.with_caches_in(HALF),)),
+    )
     assert after(captured, *passes, EliminateDeadCode()) == GOLDEN_INPUTS + (
         "%4 = input cache_attention_0_output_0: float16[2, 1, 16, 8]\n"
         "%5 = aten.to.dtype(%4, torch.float32): float32[2, 1, 16, 8]\n"
@@ -69,7 +72,7 @@ def test_golden_write() -> None:
 def test_numbers_stay_and_a_second_run_changes_nothing() -> None:
     captured, site = block()
     module = clone(captured.module)
-    ExtrapolateSteps((site,)).run(module)
+    ReuseOutputs(((site, Strategy.EXTRAPOLATE),)).run(module)
     narrow = NarrowCaches((site.with_caches_in(HALF),))
     assert narrow.run(module).changed == 2
     text = graph_text(module.graph)
@@ -101,9 +104,9 @@ def rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     write = Caches.write
 
     def rounded(
-        caches: Caches, program: StepProgram, step: int, values: Mapping[str, Tensor]
+        caches: Caches, schedule: SlotSchedule, step: int, values: Mapping[Slot, Tensor]
     ) -> None:
-        write(caches, program, step, {slot: v.to(dtype).to(v.dtype) for slot, v in values.items()})
+        write(caches, schedule, step, {slot: v.to(dtype).to(v.dtype) for slot, v in values.items()})
 
     monkeypatch.setattr(Caches, "write", rounded)
 

@@ -8,7 +8,8 @@ import pytest
 
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.passes.graph.slots import read_slots
-from ditfastattn.passes.rewrites.pipeline import PASS_NAMES, SiteAction, rewrite
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.rewrites.pipeline import PASS_NAMES, rewrite
 from tests.helpers import TINY_MODELS, capture_sites
 
 SHARED = (SiteAction(Strategy.SHARE_STEP),) * 3

@@ -16,14 +16,16 @@ from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, value
 from ditfastattn.passes.graph.slots import read_slots, written_slots
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy
+from ditfastattn.passes.plan.actions import DENSE, SiteAction
+from ditfastattn.passes.plan.curves import change_factors
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import Pass
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
-from ditfastattn.passes.rewrites.extrapolate_steps import ExtrapolateSteps, change_factors
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices, insert_half
-from ditfastattn.passes.rewrites.pipeline import DENSE, SiteAction, rewrite
-from ditfastattn.passes.rewrites.share_across_cfg import ShareAcrossCfg
-from ditfastattn.passes.rewrites.share_across_steps import ShareAcrossSteps
+from ditfastattn.passes.rewrites.pipeline import rewrite
+from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
+from ditfastattn.passes.rewrites.share_guidance import ShareGuidance
 from ditfastattn.passes.rewrites.store_caches import StoreCaches
 from ditfastattn.passes.rewrites.window_residual import WindowResidual
 from tests.helpers import TINY_MODELS, capture_model, capture_sites
@@ -93,7 +95,9 @@ def test_golden_window_residual() -> None:
 
 def test_golden_share_across_steps() -> None:
     captured, site = block()
-    assert after(captured, ShareAcrossSteps((site,)), EliminateDeadCode()) == GOLDEN_INPUTS + (
+    assert after(
+        captured, ReuseOutputs(((site, Strategy.SHARE_STEP),)), EliminateDeadCode()
+    ) == GOLDEN_INPUTS + (
         "%4 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
         "%5 = aten.mul.Tensor(%3, %4): float32[2, 1, 16, 8]\n"
         "return [%5]"
@@ -102,10 +106,12 @@ def test_golden_share_across_steps() -> None:
 
 def test_golden_extrapolate_steps() -> None:
     captured, site = block()
-    assert after(captured, ExtrapolateSteps((site,)), EliminateDeadCode()) == GOLDEN_INPUTS + (
-        "%4 = input cache_attention_0_distance: float32[]\n"
+    assert after(
+        captured, ReuseOutputs(((site, Strategy.EXTRAPOLATE),)), EliminateDeadCode()
+    ) == GOLDEN_INPUTS + (
+        "%4 = input cache_attention_0_factor_0: float32[]\n"
         "%5 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
-        "%6 = input cache_attention_0_previous_0: float32[2, 1, 16, 8]\n"
+        "%6 = input cache_attention_0_output_0_1: float32[2, 1, 16, 8]\n"
         "%7 = aten.sub.Tensor(%5, %6): float32[2, 1, 16, 8]\n"
         "%8 = aten.mul.Tensor(%7, %4): float32[2, 1, 16, 8]\n"
         "%9 = aten.add.Tensor(%5, %8): float32[2, 1, 16, 8]\n"
@@ -116,12 +122,14 @@ def test_golden_extrapolate_steps() -> None:
 
 def test_golden_extrapolate_steps_quadratic() -> None:
     captured, site = block()
-    assert after(captured, ExtrapolateSteps((), (site,)), EliminateDeadCode()) == GOLDEN_INPUTS + (
-        "%4 = input cache_attention_0_distance: float32[]\n"
-        "%5 = input cache_attention_0_curvature: float32[]\n"
+    assert after(
+        captured, ReuseOutputs(((site, Strategy.EXTRAPOLATE_QUADRATIC),)), EliminateDeadCode()
+    ) == GOLDEN_INPUTS + (
+        "%4 = input cache_attention_0_factor_0: float32[]\n"
+        "%5 = input cache_attention_0_factor_1: float32[]\n"
         "%6 = input cache_attention_0_output_0: float32[2, 1, 16, 8]\n"
-        "%7 = input cache_attention_0_previous_0: float32[2, 1, 16, 8]\n"
-        "%8 = input cache_attention_0_earlier_0: float32[2, 1, 16, 8]\n"
+        "%7 = input cache_attention_0_output_0_1: float32[2, 1, 16, 8]\n"
+        "%8 = input cache_attention_0_output_0_2: float32[2, 1, 16, 8]\n"
         "%9 = aten.sub.Tensor(%6, %7): float32[2, 1, 16, 8]\n"
         "%10 = aten.mul.Tensor(%9, %4): float32[2, 1, 16, 8]\n"
         "%11 = aten.add.Tensor(%6, %10): float32[2, 1, 16, 8]\n"
@@ -166,7 +174,7 @@ def test_golden_store_caches() -> None:
 )
 def test_golden_share_across_cfg(layout: CfgLayout, rows: str) -> None:
     captured, site = block()
-    assert after(captured, ShareAcrossCfg((site,), layout), HoistBatchSlices()) == GOLDEN_INPUTS + (
+    assert after(captured, ShareGuidance((site,), layout), HoistBatchSlices()) == GOLDEN_INPUTS + (
         f"%4 = aten.slice.Tensor(%1, 0, {rows}): float32[1, 1, 16, 8]\n"
         "%5 = aten.linear.default(%4, %0): float32[1, 1, 16, 8]\n"
         "%6 = aten.scaled_dot_product_attention.default(%5, %4, %4): float32[1, 1, 16, 8]\n"

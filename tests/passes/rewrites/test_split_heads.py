@@ -18,8 +18,10 @@ from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.head_groups import even_groups
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.schedule import unroll
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import SiteKind
+from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
@@ -133,7 +135,7 @@ def test_groups_are_sites_of_their_own(name: str) -> None:
         for group in groups:
             assert group.whole is not None
             assert (group.whole.exits, group.whole.heads) == (site.exits, site.heads)
-            same = ("kind", "tokens", "head_dim", "grid", "windows", "text", "declined", "ordinal")
+            same = ("kind", "tokens", "head_dim", "grid", "windows", "text", "no_window", "ordinal")
             assert all(getattr(group, item) == getattr(site, item) for item in same)
 
 
@@ -178,7 +180,7 @@ def nodes(captured: CapturedGraph) -> int:
     return len(calls(captured.module.graph, ATTENTION, *WINDOWED))
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", list(strategies()))
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_step_whose_heads_agree_costs_what_it_did(name: str, strategy: Strategy) -> None:
     tiny = TINY[name]()

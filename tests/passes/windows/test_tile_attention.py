@@ -15,6 +15,7 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, value
+from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.forms import band, fraction, sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention
@@ -225,7 +226,7 @@ def plan_of(
     layout: CfgLayout = CfgLayout.COND_FIRST,
 ) -> Plan:
     plan = make_plan(tiny, rows, layout, feed_forwards=True)
-    return plan.model_copy(update={"sites": tuple(site.planned() for site in sites)})
+    return plan.model_copy(update={"sites": tuple(planned_site(site) for site in sites)})
 
 
 @pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST])

@@ -66,7 +66,7 @@ def test_the_head_that_never_changes_is_computed_once(plan: Plan) -> None:
         path = f"transformer_blocks.{block}.attn1"
         constant, other = found[f"{path}.heads_0_1"], found[f"{path}.heads_1_2"]
         assert constant == (Strategy.FULL, *[Strategy.SHARE_STEP] * 5)
-        assert sum(strategy is Strategy.FULL for strategy in other) > 1
+        assert sum(strategy == Strategy.FULL for strategy in other) > 1
 
 
 def test_the_target_is_met_when_run_anew(plan: Plan) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import SiteKind
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search import calibrate as calibrate_pipeline
 from ditfastattn.runtime.search.judge.targets import Judgement
@@ -219,7 +221,7 @@ def test_feed_forwards_are_shared_too_and_memory_is_bounded() -> None:
     shared = {
         site.kind
         for index, site in enumerate(free.sites)
-        if any(row[index] is not Strategy.FULL for row in free.strategies)
+        if any(row[index] != Strategy.FULL for row in free.strategies)
     }
     assert SiteKind.FEED_FORWARD in shared
     bound = free.calibration.cache_bytes / 2
@@ -362,7 +364,7 @@ class Sites:
     first, order, tries = 0.45, 2.0, 60
 
     def __init__(self, predicts: bool, step: float) -> None:
-        prices = dict.fromkeys(Strategy, 1.0) | {Strategy.SHARE_STEP: 0.0}
+        prices = dict.fromkeys(strategies(), 1.0) | {Strategy.SHARE_STEP: 0.0}
         self.costs = CostTable(step, (prices,) * 10, (0.0,) * 10)
         self.predicts = predicts
 

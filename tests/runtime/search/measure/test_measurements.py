@@ -15,25 +15,25 @@ from torch import Tensor
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure import profile as profile_module
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.measure.profile import (
-    GAP_PAIRS,
     MAX_GAP,
-    ErrorTable,
     Profiler,
     error_table,
 )
 from ditfastattn.runtime.search.measure.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.measure.session import Session, open_session
-from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_candidates
+from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.methods import Method, PassChooser
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.per_step import PerStepCalibrator, choose_row
 from ditfastattn.runtime.search.solve.problem import Row
+from tests.error_tables import GAP_PAIRS, LINE_GAPS, of, table_of
 from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 
 STEPS = 5
@@ -79,7 +79,7 @@ class Exact:
             output = evaluator.attend(environment, index, F)
             found: dict[Strategy, float] = {}
             if len(self.errors) > self.source:
-                for strategy in legal_candidates(site, self.layout):
+                for strategy in greedy_candidates(site, self.layout):
                     attended = evaluator.attend(environment, index, strategy)
                     found[strategy] = float((attended - output).norm() / output.norm())
             row.append(found)
@@ -133,7 +133,7 @@ def test_a_sample_is_close_to_the_whole(session: Session) -> None:
 
 def test_the_error_of_a_line_through_any_two_outputs() -> None:
     rows = np.random.default_rng(0).random((9, 5))
-    found = profile_module._missed(rows, [(gap,) for gap in range(MAX_GAP + 1)])
+    found = profile_module._missed(rows, Strategy.EXTRAPOLATE, LINE_GAPS)
     assert np.isinf(found[:, :, 0]).all()
     for step, last, gap in itertools.product(range(9), range(9), range(1, MAX_GAP + 1)):
         if last < gap:
@@ -147,7 +147,7 @@ def test_the_error_of_a_line_through_any_two_outputs() -> None:
 @pytest.mark.parametrize("gaps", [*GAP_PAIRS, (1, 3), (4, 2)])
 def test_the_error_of_a_parabola_through_any_three_outputs(gaps: tuple[int, int]) -> None:
     rows = np.random.default_rng(0).random((16, 5))
-    found = profile_module._missed(rows, [gaps])[:, :, 0]
+    found = profile_module._missed(rows, Strategy.EXTRAPOLATE_QUADRATIC, [gaps])[:, :, 0]
     for step, last in itertools.product(range(16), range(16)):
         if last < sum(gaps):
             assert np.isinf(found[step, last])
@@ -180,10 +180,10 @@ def test_what_is_smooth_is_nearer_to_a_parabola_than_to_a_line() -> None:
 def test_without_guidance_sharing_it_has_no_price(session: Session) -> None:
     sketch = profile_module.Sketch(torch.rand(4, SITES, 1, 8), torch.rand(4, SITES, 1, 1, 8))
     table = error_table([sketch], session.sites, CfgLayout.NONE)
-    assert np.isinf(table.share_cfg).all()
-    assert np.isinf(table.window_share_cfg).all()
-    assert np.isfinite(table.share_step[3, 1]).all()
-    assert np.isinf(table.share_step[1, 2]).all()  # a later step's cache
+    assert np.isinf(of(table, "share_cfg")).all()
+    assert np.isinf(of(table, "window_share_cfg")).all()
+    assert np.isfinite(of(table, "share_step")[3, 1]).all()
+    assert np.isinf(of(table, "share_step")[1, 2]).all()  # a later step's cache
 
 
 def test_an_effect_is_what_sharing_that_site_alone_does_to_the_output(session: Session) -> None:
@@ -234,12 +234,19 @@ def test_weights_give_back_what_was_measured() -> None:
     errors = np.random.default_rng(0).random((steps, steps, 2)) + 0.1
     lines = np.full((steps, steps, MAX_GAP + 1, 2), np.inf)
     parabolas = np.full((steps, steps, len(GAP_PAIRS), 2), np.inf)
-    table = ErrorTable(errors, errors, errors, errors[0], lines, parabolas)
+    table = table_of(
+        share_step=errors,
+        window=errors,
+        window_share_cfg=errors,
+        share_cfg=errors[0],
+        extrapolate=lines,
+        extrapolate_quadratic=parabolas,
+    )
     effects = {1: [1.0, 3.0], 7: [2.0, 2.0], 9: [5.0, 1.0]}
     damages = {1: 1e-6, 7: 1e-3, 9: 1e-2}
     weights = site_weights(table, effects, damages)
     for step, damage in damages.items():
-        drift = weights[step] * table.share_step[step, step - 1]
+        drift = weights[step] * of(table, "share_step")[step, step - 1]
         assert (drift**2).sum() == pytest.approx(damage)  # one step's errors add as energies
         assert drift[0] ** 2 / drift[1] ** 2 == pytest.approx(effects[step][0] / effects[step][1])
     assert weights.shape == (steps, 2)
@@ -268,7 +275,7 @@ def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session
     for costs in tables:
         assert 0.0 < costs.step < 10.0
         for prices in costs.sites:
-            assert set(prices) == set(Strategy)
+            assert set(prices) == set(strategies())
             assert min(prices.values()) >= 0.0
 
 
@@ -292,7 +299,7 @@ def test_storing_a_residual_is_charged_once_per_full_step() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_integer_program_of_a_step_finds_the_best_row(seed: int) -> None:
     random = np.random.default_rng(seed)
-    shortcuts = [strategy for strategy in Strategy if strategy is not F]
+    shortcuts = [strategy for strategy in strategies() if strategy is not F]
     errors = [{strategy: float(random.random()) for strategy in shortcuts} for _ in range(3)]
     costs, budget = prices(3), 0.7
 
@@ -301,7 +308,7 @@ def test_the_integer_program_of_a_step_finds_the_best_row(seed: int) -> None:
         total = sum(costs.sites[i][F] - costs.sites[i][s] for i, s in enumerate(row))
         return total if spent <= budget else -1.0
 
-    best = max(itertools.product(Strategy, repeat=3), key=saved)
+    best = max(itertools.product(strategies(), repeat=3), key=saved)
     assert saved(choose_row(errors, costs, budget)) == pytest.approx(saved(best))
     assert choose_row(errors, costs, 0.0) == (F, F, F)
     assert choose_row([{}, {}], prices(2), 1.0) == (F, F)

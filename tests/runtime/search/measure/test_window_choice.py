@@ -11,8 +11,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan.schema import TileWindow, Window
+from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import GAP_PAIRS, MAX_GAP, ErrorTable
+from ditfastattn.runtime.search.measure.profile import MAX_GAP
 from ditfastattn.runtime.search.measure.window_choice import (
     WindowForm,
     allowed_windows,
@@ -22,6 +23,7 @@ from ditfastattn.runtime.search.measure.window_choice import (
 from ditfastattn.runtime.search.record.retarget import retarget
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.problem import Problem
+from tests.error_tables import GAP_PAIRS, of, table_of
 from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 
 STEPS, SITES = 6, 3
@@ -36,7 +38,7 @@ def problem(window_errors: tuple[float, ...], window_prices: tuple[float, ...]) 
     past = np.tril(np.ones(shape[:2], dtype=bool), -1)[:, :, None]
     window = np.where(past, np.broadcast_to(np.array(window_errors), shape), np.inf)
     never = np.full(shape, np.inf)
-    errors = ErrorTable(
+    errors = table_of(
         share_step=np.where(past, 50.0, np.inf) * np.ones(shape),
         window=window,
         window_share_cfg=never,
@@ -44,7 +46,7 @@ def problem(window_errors: tuple[float, ...], window_prices: tuple[float, ...]) 
         extrapolate=np.full((STEPS, STEPS, MAX_GAP + 1, SITES), np.inf),
         extrapolate_quadratic=np.full((STEPS, STEPS, len(GAP_PAIRS), SITES), np.inf),
     )
-    prices = {strategy: np.inf for strategy in Strategy}
+    prices = {strategy: np.inf for strategy in strategies()}
     sites = tuple(
         prices | {Strategy.FULL: 4.0, Strategy.SHARE_STEP: 0.0, Strategy.WINDOW: price}
         for price in window_prices
@@ -60,7 +62,11 @@ def test_each_site_takes_the_form_of_less_error_and_price() -> None:
     assert chosen == [1, 0, 1]  # cheaper; dearer; as cheap, of half the error
     both = with_chosen([bands, tiles], chosen)
     assert [prices[Strategy.WINDOW] for prices in both.costs.sites] == [1.0, 1.0, 1.0]
-    assert [both.errors.window[3, 1, site] for site in range(SITES)] == [0.1, 0.1, 0.1]
+    assert [of(both.errors, "window")[3, 1, site] for site in range(SITES)] == [
+        0.1,
+        0.1,
+        0.1,
+    ]
     best = min(each.costs.plan(within_budget(each, drift)) for each in (bands, tiles))
     assert both.costs.plan(within_budget(both, drift)) < best
 

@@ -130,7 +130,7 @@ def test_what_is_not_legal_here_becomes_full_and_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan, (first, second, *others) = a_plan(F, W, S, W, C, S)
-    no_window = replace(second, declined={W: "only 4 tokens"})
+    no_window = replace(second, no_window="only 4 tokens")
     stranger = replace(first, name="another.attn")
     with caplog.at_level(logging.INFO, "ditfastattn"):
         rows = rows_of(plan, 6, [stranger, no_window, *others])

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from ditfastattn import Strategy
+from ditfastattn.passes.plan.strategies import STRATEGIES, strategies
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import GAP_PAIRS, MAX_GAP, ErrorTable
+from ditfastattn.runtime.search.measure.profile import MAX_GAP
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem
+from tests.error_tables import GAP_PAIRS, of, table_of
 
 STEPS = 5
 
@@ -34,8 +36,15 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
     lines[future] = lines[:, :, 0] = np.inf
     parabolas = 0.5 * random.random((steps, steps, len(GAP_PAIRS), sites))
     parabolas[future] = np.inf
-    errors = ErrorTable(cached(1.0), cached(0.3), window_share_cfg, share_cfg, lines, parabolas)
-    for table in (errors.window, errors.window_share_cfg):
+    errors = table_of(
+        share_step=cached(1.0),
+        window=cached(0.3),
+        window_share_cfg=window_share_cfg,
+        share_cfg=share_cfg,
+        extrapolate=lines,
+        extrapolate_quadratic=parabolas,
+    )
+    for table in (of(errors, "window"), of(errors, "window_share_cfg")):
         table[..., 1:2] = np.inf  # the second site is a feed-forward
     prices = tuple(
         {
@@ -54,7 +63,7 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
 
 
 def best_by_trying(
-    case: Problem, multiplier: float, site: int, strategies: Iterable[Strategy] = Strategy
+    case: Problem, multiplier: float, site: int, strategies: Iterable[Strategy] = STRATEGIES
 ) -> float:
     """Return the least value of any column of one site."""
     full = (Strategy.FULL,) * case.errors.steps
@@ -84,9 +93,9 @@ def test_no_plan_is_better(seed: int, multiplier: float, guided: bool) -> None:
 def curved(seed: int, sites: int, steps: int, guided: bool = False) -> Problem:
     """Return a problem where a parabola is mostly nearer than a line, and a line than a share."""
     case = problem(seed, sites, steps, guided)
-    case.errors.share_step[...] += 1.0
-    case.errors.extrapolate[...] += 0.5
-    case.errors.extrapolate_quadratic[...] *= 0.2
+    of(case.errors, "share_step")[...] += 1.0
+    of(case.errors, "extrapolate")[...] += 0.5
+    of(case.errors, "extrapolate_quadratic")[...] *= 0.2
     return case
 
 
@@ -99,7 +108,7 @@ def test_no_plan_with_parabolas_is_better(seed: int, multiplier: float) -> None:
     value = case.costs.column(1, [row[1] for row in rows])
     value += multiplier * case.column_drift(1, [row[1] for row in rows])
     full = case.costs.column(1, [Strategy.FULL] * 8)
-    reusing = [strategy for strategy in Strategy if strategy.outputs_needed]
+    reusing = [strategy for strategy in strategies() if strategy.outputs_read]
     best = best_by_trying(case, multiplier, 1, [Strategy.FULL, *reusing])
     assert value == pytest.approx(best - case.costs.step * 8 + full, rel=1e-9)
 
@@ -108,7 +117,7 @@ def test_no_plan_with_parabolas_is_better(seed: int, multiplier: float) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_parabolas_never_make_a_plan_dearer(seed: int, guided: bool) -> None:
     case = curved(seed, sites=3, steps=9, guided=guided)
-    without = case.without_parabolas()
+    without = case.reading_at_most(2)
     better = 0
     for multiplier in (0.5, 2.0, 8.0, 30.0):
         values = [
@@ -156,8 +165,8 @@ def test_a_shared_output_carries_the_error_of_the_step_that_computed_it() -> Non
     window, share = Strategy.WINDOW, Strategy.SHARE_STEP
     errors = case.errors
     expected = (
-        errors.window[1, 0, 0] * case.weights[1, 0]
-        + (errors.share_step[2, 1, 0] + errors.window[1, 0, 0]) * case.weights[2, 0]
+        of(errors, "window")[1, 0, 0] * case.weights[1, 0]
+        + (of(errors, "share_step")[2, 1, 0] + of(errors, "window")[1, 0, 0]) * case.weights[2, 0]
     )
     assert case.column_drift(0, (Strategy.FULL, window, share)) == pytest.approx(expected)
     assert case.column_drift(0, (share, window, share)) == np.inf
@@ -167,12 +176,12 @@ def test_a_line_needs_two_outputs_and_carries_their_error_further() -> None:
     case = problem(6, sites=1, steps=4)
     full, window, line = Strategy.FULL, Strategy.WINDOW, Strategy.EXTRAPOLATE
     assert case.column_drift(0, (full, line, full, full)) == np.inf
-    errors, inherited = case.errors, case.errors.window[2, 0, 0]
+    errors, inherited = case.errors, of(case.errors, "window")[2, 0, 0]
     expected = (
         inherited * case.weights[2, 0]
-        + (errors.extrapolate[3, 2, 2, 0] + 1.5 * inherited) * case.weights[3, 0]
+        + (of(errors, "extrapolate")[3, 2, 2, 0] + 1.5 * inherited) * case.weights[3, 0]
     )
-    shared = errors.share_step[1, 0, 0] * case.weights[1, 0]
+    shared = of(errors, "share_step")[1, 0, 0] * case.weights[1, 0]
     column = (full, Strategy.SHARE_STEP, window, line)
     assert case.column_drift(0, column) == pytest.approx(shared + expected)
 
@@ -184,14 +193,13 @@ def test_a_parabola_needs_three_outputs_evenly_apart() -> None:
     assert case.column_drift(0, (full, full, curve, *[full] * 4)) == np.inf
     assert case.column_drift(0, (full, share, full, full, curve, full, full)) == np.inf
     errors, weights = case.errors, case.weights[:, 0]
-    inherited = errors.window[4, 0, 0]
+    inherited, parabola = of(errors, "window")[4, 0, 0], of(errors, "extrapolate_quadratic")
     expected = (
-        errors.share_step[1, 0, 0] * weights[1]
-        + errors.window[2, 0, 0] * weights[2]
-        + (errors.extrapolate[3, 2, 2, 0] + 1.5 * errors.window[2, 0, 0]) * weights[3]
+        of(errors, "share_step")[1, 0, 0] * weights[1]
+        + of(errors, "window")[2, 0, 0] * weights[2]
+        + (of(errors, "extrapolate")[3, 2, 2, 0] + 1.5 * of(errors, "window")[2, 0, 0]) * weights[3]
         + inherited * weights[4]
-        + (errors.extrapolate_quadratic[5, 4, GAP_PAIRS.index((2, 2)), 0] + 1.875 * inherited)
-        * weights[5]
+        + (parabola[5, 4, GAP_PAIRS.index((2, 2)), 0] + 1.875 * inherited) * weights[5]
     )
     column = (full, share, window, line, window, curve, full)
     assert case.column_drift(0, column) == pytest.approx(expected)

@@ -7,7 +7,7 @@ import torch
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.runtime.search.measure.site_evaluator import CANDIDATES
+from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator, Progress, relative_error
 from tests.helpers import (
     TINY_MODELS,
@@ -18,6 +18,12 @@ from tests.helpers import (
 )
 
 STEPS = 4
+PRINTED_ORDER = (  # of Algorithm 1
+    Strategy.SHARE_STEP,
+    Strategy.WINDOW_SHARE_CFG,
+    Strategy.WINDOW,
+    Strategy.SHARE_CFG,
+)
 
 
 def search(
@@ -41,8 +47,8 @@ def algorithm_1(
         reference = tiny.reference([*rows, full], sites, layout)[step]
         for index, site in enumerate(sites):
             allowed = (index + 1) / len(sites) * threshold
-            for strategy in CANDIDATES:
-                if strategy in site.declined:
+            for strategy in PRINTED_ORDER:
+                if why_not(strategy, site, layout):
                     continue
                 trial = tuple([*row[:index], strategy, *row[index + 1 :]])
                 output = tiny.reference([*rows, trial], sites, layout)[step]
@@ -85,7 +91,7 @@ def test_a_huge_threshold_takes_the_first_candidate() -> None:
 
 def test_without_guidance_halves_nothing_is_shared_across_them() -> None:
     calibrator, _, _, _ = search("dit", 0.2, CfgLayout.NONE)
-    assert not any(strategy.shares_cfg for row in calibrator.strategies for strategy in row)
+    assert not any(strategy.shares_guidance for row in calibrator.strategies for strategy in row)
 
 
 def test_search_is_reproducible_bit_for_bit() -> None:

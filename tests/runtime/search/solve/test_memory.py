@@ -7,8 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ditfastattn.runtime.search.solve.budget import within_budget
-from ditfastattn.runtime.search.solve.memory import CACHES, EXTRAPOLATION, forbid, within_memory
+from ditfastattn.runtime.search.solve.memory import (
+    extrapolates,
+    forbid,
+    needs_caches,
+    within_memory,
+)
 from ditfastattn.runtime.search.solve.problem import Problem, Row
+from tests.error_tables import of
 from tests.runtime.search.solve.test_budget import problem
 
 BYTES = (1, 2, 4, 8, 16, 32)
@@ -19,7 +25,7 @@ def cache_bytes(rows: Sequence[Row]) -> int:
     total = 0
     for size, column in zip(BYTES, zip(*rows, strict=True), strict=True):
         windowed = any(strategy.windowed for strategy in column)
-        total += size * (max(strategy.outputs_needed for strategy in column) + windowed)
+        total += size * (max(strategy.outputs_read for strategy in column) + windowed)
     return total
 
 
@@ -52,16 +58,16 @@ def test_extrapolation_is_given_up_before_caches_are() -> None:
     columns = list(zip(*rows, strict=True))
     assert all(any(not s.computes or s.windowed for s in column) for column in columns)
     assert sum(any(s.extrapolates for s in column) for column in columns) < sum(curved)
-    none = forbid(case, EXTRAPOLATION, range(6))
+    none = forbid(case, extrapolates, range(6))
     assert not any(s.extrapolates for row in choose(none) for s in row)
 
 
 def test_a_site_without_caches_still_shares_guidance() -> None:
     case = problem(8, sites=3)
-    bare = forbid(case, CACHES, [1])
-    assert np.isinf(bare.errors.share_step[..., 1]).all()
-    assert np.isinf(bare.errors.extrapolate[..., 1]).all()
-    assert np.isinf(bare.errors.extrapolate_quadratic[..., 1]).all()
-    assert np.isfinite(bare.errors.share_cfg).all()
-    assert np.isfinite(bare.errors.share_step[2, 0, [0, 2]]).all()
-    assert np.isfinite(case.errors.share_step[2, 0, 1])  # the problem itself is left alone
+    bare = forbid(case, needs_caches, [1])
+    assert np.isinf(of(bare.errors, "share_step")[..., 1]).all()
+    assert np.isinf(of(bare.errors, "extrapolate")[..., 1]).all()
+    assert np.isinf(of(bare.errors, "extrapolate_quadratic")[..., 1]).all()
+    assert np.isfinite(of(bare.errors, "share_cfg")).all()
+    assert np.isfinite(of(bare.errors, "share_step")[2, 0, [0, 2]]).all()
+    assert np.isfinite(of(case.errors, "share_step")[2, 0, 1])  # the problem itself is left alone

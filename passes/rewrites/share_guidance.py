@@ -1,4 +1,4 @@
-"""Let the conditional half serve both guidance halves (ASC, section 3.3).
+"""Let the conditional branch serve both guidance branches (ASC, section 3.3).
 
 Before, the conditional half first::
 
@@ -19,21 +19,21 @@ from torch.fx import GraphModule
 
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import aten, find, insert, replace_uses
-from ditfastattn.passes.plan.schema import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.hoist_batch_slices import insert_half
 
 
 @dataclass(frozen=True)
-class ShareAcrossCfg:
+class ShareGuidance:
     """Copy the conditional half of ``sites`` to the unconditional half."""
 
     sites: tuple[Site, ...]
     layout: CfgLayout
-    name: str = "share-across-cfg"
+    name: str = "share-guidance"
 
     def run(self, module: GraphModule) -> PassResult:
-        """Rewrite each exits node."""
+        """Rewrite each exit node."""
         if self.layout is CfgLayout.SEPARATE:  # the other half is another call, with its own graph
             return PassResult(0)
         second = self.layout is CfgLayout.UNCOND_FIRST

@@ -1,0 +1,39 @@
+"""Say how the two guidance branches, conditional and unconditional, reach the model."""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+
+
+class CfgLayout(StrEnum):
+    """Name how the guidance branches reach the model: along the batch, or call by call."""
+
+    NONE = "none"  # one branch only: sharing guidance is not legal
+    COND_FIRST = "cond-first"
+    UNCOND_FIRST = "uncond-first"
+    SEPARATE = "separate"  # two calls a step, the conditional one first
+    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # what comes second cannot serve the first
+
+    @property
+    def calls(self) -> int:
+        """Return how often a step calls the model."""
+        return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
+
+    @property
+    def batched(self) -> bool:
+        """Tell whether the halves of a call's batch are the guidance branches."""
+        return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
+
+
+class GuidanceCall(Enum):
+    """Name which of a step's calls of the model something is for."""
+
+    ONLY = "only"
+    FIRST = "first"
+    SECOND = "second"
+
+
+def calls_of(layout: CfgLayout) -> tuple[GuidanceCall, ...]:
+    """Return a step's calls in order."""
+    both = (GuidanceCall.FIRST, GuidanceCall.SECOND)
+    return both if layout.calls == 2 else (GuidanceCall.ONLY,)
