@@ -52,8 +52,11 @@ def why_not(
         return reason
     if strategy.windowed and site.no_window:
         return site.no_window
+    if strategy.outputs_read and not history.outputs:
+        return "no earlier step computes an output"
     if history.outputs < strategy.outputs_read:
-        return f"it reads {strategy.outputs_read} earlier outputs, {history.outputs} were computed"
+        needed = f"it reads the outputs of {strategy.outputs_read} earlier steps"
+        return f"{needed}, and only {history.outputs} of them compute one"
     if strategy.windowed and not history.residual:
         return "no earlier full step computes the residual"
     return ""
@@ -61,7 +64,7 @@ def why_not(
 
 def _why_not_shared(site: SiteLimits, layout: CfgLayout) -> str:
     if layout is CfgLayout.NONE:
-        return "guidance has one branch, there is nothing to share (cfg_layout is none)"
+        return "guidance is not batched (cfg_layout is none)"
     if layout is CfgLayout.SEPARATE_UNCOND_FIRST:
         return "the unconditional call comes first, with nothing to take yet"
     # Between calls of their own the guidance branches need not be halves of a batch.

@@ -48,7 +48,8 @@ class Strategy:
         refreshes_residual: may store the residual that later windows read.
         outputs_read: how many of the outputs computed last it is made of; 0 where it computes.
         weights: from the steps since the last output and the gaps between outputs (the latest
-            first) to the weight of each output, the last one first.
+            first) to the weight of each output, the last one first. They sum to 1, so that it is
+            the same to combine outputs before or behind an affine output projection.
         factors: from the same to the fp32 numbers that ``combine`` takes; they are inputs of the
             graph, so that steps which differ in them alone are one variant.
         combine: from the outputs, the last one first, and the factors to what the site returns.

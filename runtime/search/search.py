@@ -122,10 +122,10 @@ class Search:
                 met = False
                 refuted.add(_digest(rows))
                 bracket.low = 0.0  # what meets the target here may miss it on unseen prompts
-                if all(item.allowed for item in judged):
-                    # Unseen prompts are harder by this much: aim for so much less.
-                    goal = min(goal, _ratio(judged, True) / _ratio(checked, False))
-                ratio = _ratio(judged, met) / goal
+                known, unseen = _ratio(judged, True), _ratio(checked, False)
+                if all(item.allowed for item in judged) and known > 0.0 and math.isfinite(unseen):
+                    goal = min(goal, known / unseen)  # unseen prompts are harder by this much
+                ratio = max(unseen, _ratio(judged, met) / goal)
             elif self._met(judged) and _changes(rows):
                 untested[_digest(rows)] = strength
             bracket.record(met)

@@ -22,14 +22,14 @@ def test_empty_values_are_defaults() -> None:
 def test_every_knob_is_read(tmp_path: Path) -> None:
     environ = {
         DUMP: str(tmp_path / "graphs"),
-        DISABLE: "share-across-steps, hoist-batch-slices,share-across-steps",
+        DISABLE: "reuse-outputs, hoist-batch-slices,reuse-outputs",
         FUEL: "12",
         VERIFY: "0",
         "PATH": "not ours",
     }
     assert read_knobs(environ) == Knobs(
         dump=str(tmp_path / "graphs"),
-        disabled=("share-across-steps", "hoist-batch-slices"),
+        disabled=("reuse-outputs", "hoist-batch-slices"),
         fuel=12,
         verify=False,
     )
@@ -86,7 +86,7 @@ def test_a_dump_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_misspelt_variable_is_refused() -> None:
     with pytest.raises(ConfigError, match="DITFASTATTN_DISABEL: unknown") as caught:
-        read_knobs({"DITFASTATTN_DISABEL": "share-across-steps"})
+        read_knobs({"DITFASTATTN_DISABEL": "reuse-outputs"})
     assert DISABLE in str(caught.value)
 
 

@@ -59,7 +59,7 @@ def test_a_mixed_plan_equals_the_plan_interpreter(
     assert largest_difference(tiny.run(bundle), expected) < 1e-4  # the next generation
 
 
-@pytest.mark.parametrize("strategy", list(strategies()))
+@pytest.mark.parametrize("strategy", strategies(), ids=str)
 def test_each_strategy_equals_the_plan_interpreter(strategy: Strategy, tmp_path: Path) -> None:
     tiny = tiny_dit()
     _, sites = capture_every_site(tiny)

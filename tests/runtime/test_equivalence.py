@@ -39,7 +39,7 @@ def run_plan(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", list(strategies()))
+@pytest.mark.parametrize("strategy", strategies(), ids=str)
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_each_strategy_equals_the_reference(
     name: str, strategy: Strategy, layout: CfgLayout

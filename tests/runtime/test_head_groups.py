@@ -80,7 +80,7 @@ def test_mixed_heads_equal_the_reference(name: str, seed: int) -> None:
     assert largest_difference(run_plan(tiny, plan), expected) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", list(strategies()))
+@pytest.mark.parametrize("strategy", strategies(), ids=str)
 def test_heads_that_agree_equal_the_whole_site(strategy: Strategy) -> None:
     tiny = tiny_dit(heads=4)
     groups, whole = split(tiny, 2).sites, split(tiny, 1).sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,22 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         ({"strategies": [[FULL], ["skip"], [FULL]]}, "strategies.1.0"),
         ({"strategies": [[SHARE], [FULL], [FULL]]}, "no earlier step computes an output"),
         ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier full step"),
-        ({"strategies": [[FULL], ["extrapolate"], [FULL]]}, "a line needs two"),
+        (
+            {"strategies": [[FULL], ["extrapolate"], [FULL]]},
+            "it reads the outputs of 2 earlier steps, and only 1 of them compute one",
+        ),
         (
             {"strategies": [[FULL], [FULL], ["extrapolate-quadratic"]]},
-            "2 earlier steps compute an output, a parabola three",
+            "it reads the outputs of 3 earlier steps, and only 2 of them compute one",
         ),
         ({"strategies": [["share-cfg"], ["window"], [FULL]]}, "no earlier full step"),
         ({"sites": []}, "1 entries for 0 sites"),
+        (
+            {"sites": plan_data()["sites"] * 2, "strategies": [[FULL, FULL]] * 3},
+            r"sites: 'blocks.0.attn' occurs 2 times",
+        ),
+        ({"sampler": plan_data()["sampler"] | {"timesteps": [3.0, nan, 1.0]}}, "finite number"),
+        ({"sampler": plan_data()["sampler"] | {"guidance_scale": inf}}, "finite number"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -6,10 +6,19 @@ import dataclasses
 
 import pytest
 
-from ditfastattn import Strategy, VerifyError
-from ditfastattn.passes.graph.slots import Slot, factor_slots, output_slot, residual_slot
+from ditfastattn import CfgLayout, Strategy, VerifyError
+from ditfastattn.passes.graph.slots import (
+    Slot,
+    factor_slots,
+    output_slot,
+    parse_slot,
+    read_slots,
+    residual_slot,
+)
+from ditfastattn.passes.plan.schema import CacheDtype
 from ditfastattn.passes.plan.slot_schedule import Lives
 from ditfastattn.passes.plan.step_program import StepProgram, _check_caches, unroll
+from ditfastattn.passes.rewrites.pipeline import rewrite
 from tests.helpers import TINY_MODELS, capture_sites, mixed_strategies
 
 F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
@@ -139,3 +148,19 @@ def test_every_slot_of_a_mixed_plan_is_written_before_it_is_read() -> None:
     captured, sites = capture_sites(tiny)
     result = unroll(mixed_strategies(sites), captured, sites)
     assert all(written < read for slot in result.slots.slots for written, read in slot.lives)
+
+
+@pytest.mark.parametrize("name", ["invariant", "x/hoisted", "residual", "a/output.0@1"])
+def test_a_site_may_have_the_name_of_a_slot(name: str) -> None:
+    captured, (site, *_) = capture_sites(TINY_MODELS["dit"]())
+    named = dataclasses.replace(site, name=name, cache_dtype=CacheDtype.FLOAT16)
+    rows = [[F], [F], [E], [S]]
+    result = unroll(rows, captured, [named])
+    reads = [
+        read_slots(rewrite(captured, result.sites, row, CfgLayout.NONE).graph)
+        for row in result.variants
+    ]
+    slots = {slot for each in reads for slot in each}
+    assert {slot.site for slot in slots} == {name}
+    assert {each.dtype for each in result.slots.slots} == {"float16"}
+    assert [parse_slot(str(slot)) for slot in slots] == list(slots)

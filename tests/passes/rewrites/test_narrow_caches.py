@@ -76,8 +76,8 @@ def test_numbers_stay_and_a_second_run_changes_nothing() -> None:
     narrow = NarrowCaches((site.with_caches_in(HALF),))
     assert narrow.run(module).changed == 2
     text = graph_text(module.graph)
-    assert "cache_attention_0_distance: float32[]" in text
-    assert "cache_attention_0_previous_0: float16" in text
+    assert "cache_attention_0_factor_0: float32[]" in text
+    assert "cache_attention_0_output_0_1: float16" in text
     assert narrow.run(module).changed == 0
     assert graph_text(module.graph) == text
 

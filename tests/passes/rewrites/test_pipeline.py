@@ -20,9 +20,8 @@ def test_the_pipeline_reads_at_a_glance() -> None:
     assert PASS_NAMES == (
         "store-caches",
         "window-residual",
-        "share-across-steps",
-        "extrapolate-steps",
-        "share-across-cfg",
+        "reuse-outputs",
+        "share-guidance",
         "merge-heads",
         "narrow-caches",
         "hoist-invariants",
@@ -42,15 +41,15 @@ def test_fuel_stops_after_n_rewrites(
 
 
 def test_a_pass_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DITFASTATTN_DISABLE", "share-across-steps")
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "reuse-outputs")
     captured, sites = capture_sites(TINY_MODELS["dit"]())
     assert read_slots(rewrite(captured, sites, SHARED, LAYOUT).graph) == ()
 
 
 def test_an_unknown_pass_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DITFASTATTN_DISABLE", "share-accross-steps")
+    monkeypatch.setenv("DITFASTATTN_DISABLE", "reuse-output")
     captured, sites = capture_sites(TINY_MODELS["dit"]())
-    with pytest.raises(ConfigError, match=r"unknown pass[\s\S]*share-accross-steps[\s\S]*expected"):
+    with pytest.raises(ConfigError, match=r"unknown pass[\s\S]*reuse-output[\s\S]*expected"):
         rewrite(captured, sites, SHARED, LAYOUT)
 
 
@@ -62,7 +61,7 @@ def test_graphs_are_dumped_around_each_pass(
     rewrite(captured, sites, SHARED, LAYOUT, label="variant-07")
     names = sorted(path.name for path in (tmp_path / "variant-07").iterdir())
     assert names[0] == "00-dense.txt"
-    assert any(name.endswith("share-across-steps.txt") for name in names)
+    assert any(name.endswith("reuse-outputs.txt") for name in names)
     assert (
         "cache_transformer_blocks_0_attn1_output_0"
         in (tmp_path / "variant-07" / names[-1]).read_text()

@@ -180,7 +180,7 @@ def nodes(captured: CapturedGraph) -> int:
     return len(calls(captured.module.graph, ATTENTION, *WINDOWED))
 
 
-@pytest.mark.parametrize("strategy", list(strategies()))
+@pytest.mark.parametrize("strategy", strategies(), ids=str)
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_step_whose_heads_agree_costs_what_it_did(name: str, strategy: Strategy) -> None:
     tiny = TINY[name]()

@@ -358,6 +358,24 @@ def test_where_no_plan_meets_the_target_on_unseen_prompts_the_model_stays_dense(
     assert "there was nothing to gain" in caplog.text
 
 
+def test_prompts_without_any_damage_do_not_decide_for_harder_ones() -> None:
+    """The calibration prompts show none at all, and unseen ones miss the target."""
+    free = search(Target.quality(mean_difference, at_most=0.01))
+    seen = [dense for dense, _ in images(free, CALL, 0)]
+    unseen = images(free, HELD_OUT, 500)
+    refused = 0.02 / float(mean_difference(*unseen[0]))
+
+    def judge(dense: Tensor, planned: Tensor) -> Tensor:
+        if any(torch.equal(dense, known) for known in seen):
+            return torch.zeros(len(dense))
+        return mean_difference(dense, planned) * refused
+
+    target = Target.quality(judge, at_most=0.01)
+    plan = search(target)
+    values = [target.values(d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
+    assert max(values) <= 0.01
+
+
 class Sites:
     """Choose how many of ten sites share a step, in proportion to the strength."""
 
