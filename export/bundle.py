@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
 from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
@@ -118,8 +119,6 @@ def _request(
     prepared: PreparedModel, options: ExportOptions, schedule: LinearSchedule | None
 ) -> str:
     """Return what two exports must share to be one."""
-    from ditfastattn import __version__
-
     shapes = [(entry.name, tensor.shape) for entry, tensor in prepared.arguments()]
     plain = replace(options, on_progress=silent)
     parts = (__version__, prepared.identity, prepared.plan, plain, schedule, shapes)

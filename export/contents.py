@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditfastattn.core.version import __version__
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
@@ -44,8 +45,6 @@ def make_manifest(
     prepared: PreparedModel, contents: Contents, folder: Path, weights: str
 ) -> Manifest:
     """Return the manifest of the files in ``folder``, all of them written."""
-    from ditfastattn import __version__
-
     plan, program, first = prepared.plan, prepared.program, contents.graphs[0]
     return Manifest(
         ditfastattn=__version__,

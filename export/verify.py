@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.exporting import load
 from ditfastattn.passes.plan.schema import CfgLayout, Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
+from ditfastattn.runtime.load import load
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge.metrics import image_psnr
