@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import fingerprint, hash_tensors
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import (
@@ -37,14 +37,7 @@ from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs, v
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.schedule import NOTHING, StepProgram, lanes_of, unroll
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    CfgLayout,
-    Fingerprint,
-    Plan,
-    Sampler,
-    Strategy,
-)
+from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
 from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.runtime.caches import Caches

@@ -31,11 +31,12 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots
-from ditfastattn.passes.plan.schema import CfgLayout, Strategy, TileWindow, Window
+from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.passes.windows.band import band_bias, band_of
 from ditfastattn.passes.windows.forms import sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.measure import machine

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.schedule import unroll
-from ditfastattn.passes.plan.schema import Plan, SiteKind, Strategy
+from ditfastattn.passes.plan.schema import Plan, Strategy
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt

@@ -24,7 +24,8 @@ from rich.console import Console
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import SiteKind, Strategy
+from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.plan.schema import Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (

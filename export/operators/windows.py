@@ -16,10 +16,10 @@ from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, axis_o
 from ditfastattn.export.operators.elementwise import finite_minimum
 from ditfastattn.export.operators.products import additive, attend, mask_bias
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.band import Band, band_of, seen_tokens
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles
 from ditfastattn.passes.windows.tile_attention import seen_tokens as tokens_seen_by_tiles
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, seen_pairs
 
 Three = tuple[str, str, str]  # names of query, key and value

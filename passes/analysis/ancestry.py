@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from ditfastattn.passes.analysis.folded_frames import lane_halves
+from ditfastattn.passes.analysis.guidance_halves import guidance_halves
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 
@@ -23,7 +23,7 @@ class Ancestry:
         pairs = zip(captured.inputs, placeholders, strict=True)
         dynamic = [node for entry, node in pairs if not entry.static]
         self.batch = value(graph.output_node().all_input_nodes[0]).shape[0]
-        self._lanes = lane_halves(graph, dynamic, self.batch)
+        self._guidance_halves = guidance_halves(graph, dynamic, self.batch)
         for entry, node in zip(captured.inputs, placeholders, strict=True):
             self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
         for node in captured.module.graph.nodes:
@@ -41,7 +41,7 @@ class Ancestry:
             rows = value(end).shape[0]
             if rows % 2 or self.batch % 2:
                 return f"the batch is {rows}: no two halves"
-            if rows != self.batch and end not in self._lanes:
+            if rows != self.batch and end not in self._guidance_halves:
                 return f"its batch is {rows}, the model's {self.batch}, in no order known"
         return ""
 

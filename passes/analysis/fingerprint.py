@@ -5,18 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.core.records import Record
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
-from ditfastattn.passes.plan.schema import Fingerprint
+
+if TYPE_CHECKING:  # what describes a site's place in a plan is in ``plan`` still
+    from ditfastattn.passes.analysis.sites import Site
 
 _SAMPLES = 4096
 _ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
+
+
+class Fingerprint(Record, frozen=True):
+    """Identify a model: its dtype, hashes of its attention structure and of its weights.
+
+    ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
+    """
+
+    structure: str
+    weights: str
+    dtype: str
+    lora: str = ""
 
 
 def fingerprint(

@@ -7,7 +7,6 @@ model's parameters and buffers, *dynamic* ones are the arguments of the call.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +30,7 @@ from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.recognize_attention import Unrecognized, recognize_attention
 from ditfastattn.passes.graph.ir import value
-
-STATIC_MARK = "_dynamo_static_input_type"  # in a placeholder's meta["tensor_dict"]
-_PLAIN_PATH = re.compile(r"[\w.]*")
-_PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
+from ditfastattn.passes.graph.origin import is_marked_static, readable_path
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
 
 
 def _describe(node: Node) -> GraphInput:
-    static = STATIC_MARK in (node.meta.get("tensor_dict") or {})
+    static = is_marked_static(node)
     grapharg = node.meta.get("grapharg")
     if grapharg is None:
         return GraphInput(node.name, static)
@@ -120,28 +116,6 @@ def plain_numbers(inputs: Sequence[GraphInput], args: Sequence[Any]) -> list[Any
     """
     pairs = zip(inputs, args, strict=True)
     return [argument.numpy()[()] if entry.number else argument for entry, argument in pairs]
-
-
-def readable_path(source: str) -> str:
-    """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
-
-    What torch.export writes is a plain path already.
-    """
-    if _PLAIN_PATH.fullmatch(source):
-        return source.removeprefix(_PEFT_WRAPPER)
-    path = re.sub(r"\.(_old_)?forward\.__self__", "", source)  # a method that a hook put there
-    path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", path)
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part]
-    readable = ".".join(part for part in parts[1:] if part != "self")
-    return readable.removeprefix(_PEFT_WRAPPER) or source
-
-
-def module_path(node: Node) -> str:
-    """Return the path of the innermost module that ``node`` came from, or ""."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return readable_path(paths[-1]) if paths else ""
 
 
 def capture(

@@ -21,8 +21,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.capture.dynamo import STATIC_MARK, CapturedGraph, GraphInput, capture
+from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture
 from ditfastattn.passes.graph.ir import aten, calls, clone
+from ditfastattn.passes.graph.origin import mark_static
 
 _WHERE = "the exported program"
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -173,7 +174,7 @@ def _prepared(module: GraphModule, inputs: Sequence[GraphInput]) -> GraphModule:
     copy = clone(module)
     for entry, node in zip(inputs, copy.graph.find_nodes(op="placeholder"), strict=True):
         if entry.static:
-            node.meta["tensor_dict"] = {STATIC_MARK: "unguarded"}
+            mark_static(node)
     for target in _CHECKS:
         for node in calls(copy.graph, target):
             copy.graph.erase_node(node)

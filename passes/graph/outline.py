@@ -39,8 +39,8 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes.capture.dynamo import STATIC_MARK, module_path
 from ditfastattn.passes.graph.ir import VIEWS, aten, evaluate, fake_mode, insert, outputs
+from ditfastattn.passes.graph.origin import is_marked_static, module_path
 
 Ranks = dict[Node, int]
 
@@ -147,7 +147,7 @@ def _conditioning(calls: Sequence[Node]) -> frozenset[Node]:
 
 
 def _is_static(node: Node) -> bool:
-    return node.op == "get_attr" or STATIC_MARK in (node.meta.get("tensor_dict") or {})
+    return node.op == "get_attr" or is_marked_static(node)
 
 
 def _last_uses(calls: Sequence[Node]) -> dict[Node, int]:

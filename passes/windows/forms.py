@@ -10,8 +10,8 @@ from typing import Any
 from torch.fx import Node
 
 from ditfastattn.passes.graph.ir import argument, value
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, tile_pairs
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, kept_pairs
 
 WINDOWED = (WINDOW_ATTENTION, TILE_ATTENTION)

@@ -38,10 +38,10 @@ from ditfastattn.passes.graph.paste_form import (
     sources,
     token_major,
 )
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.forms import window_of
 from ditfastattn.passes.windows.key_masks import key_bias
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, seen_tokens
+from ditfastattn.passes.windows.window import TileWindow
 
 _MAX_GATHERED_BYTES = 2**31
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows.band import band_of
 from ditfastattn.passes.windows.key_masks import key_mask
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention, tiles_form
@@ -14,6 +13,7 @@ from ditfastattn.passes.windows.lower_window_attention import (
     blocks_form,
     lower_window_attention,
 )
+from ditfastattn.passes.windows.window import TileWindow, Window
 
 
 def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO) -> list[str]:

@@ -24,8 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.key_masks import among, check_key_mask
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import allocate, check_alike
 
 

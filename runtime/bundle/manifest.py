@@ -13,11 +13,13 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import Fingerprint, Sampler
+from ditfastattn.core.records import Record
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.plan.schema import Sampler
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
@@ -34,11 +36,7 @@ Dtype = Literal[
 ]
 
 
-class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
-    pass
-
-
-class Multiple(_Record, frozen=True):
+class Multiple(Record, frozen=True):
     """Stand for a size that is ``numerator / denominator`` times the batch."""
 
     numerator: Positive
@@ -57,7 +55,7 @@ class Multiple(_Record, frozen=True):
         return times if self.denominator == 1 else f"{times}/{self.denominator}"
 
 
-class TensorSpec(_Record, frozen=True):
+class TensorSpec(Record, frozen=True):
     """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
 
     name: str
@@ -81,7 +79,7 @@ class SlotSpec(TensorSpec, frozen=True):
     source: str = ""
 
 
-class VariantSpec(_Record, frozen=True):
+class VariantSpec(Record, frozen=True):
     """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
 
     ``reads`` and ``writes`` pair a slot with the name of the graph's input or output.
@@ -98,14 +96,14 @@ class VariantSpec(_Record, frozen=True):
         return (*self.inputs, *(name for _, name in self.reads))
 
 
-class FileSpec(_Record, frozen=True):
+class FileSpec(Record, frozen=True):
     """Record a file's content."""
 
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ModelSpec(_Record, frozen=True):
+class ModelSpec(Record, frozen=True):
     """Describe the transformer that a bundle stands in for."""
 
     class_name: str
@@ -115,7 +113,7 @@ class ModelSpec(_Record, frozen=True):
     dtype: Dtype
 
 
-class LoopSpec(_Record, frozen=True):
+class LoopSpec(Record, frozen=True):
     """Describe the unrolled sampler: noise and conditions in, latents out.
 
     The graph multiplies standard normal noise by ``noise_scale``, as the pipeline would.
@@ -134,7 +132,7 @@ class LoopSpec(_Record, frozen=True):
         return (self.noise.name, *(spec.name for spec in self.conditions))
 
 
-class Manifest(_Record, frozen=True):
+class Manifest(Record, frozen=True):
     """Describe a bundle.
 
     Attributes:

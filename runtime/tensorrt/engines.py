@@ -10,10 +10,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.records import Record
 from ditfastattn.runtime.bundle.manifest import (
     FileSpec,
     Natural,
@@ -47,25 +48,21 @@ def layout_named(name: str) -> Layout:
     return Layout(name)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PortSpec(_Record):
+class PortSpec(Record):
     """Describe an input or output of a switch that cache slots go through."""
 
     name: str
     like: TensorSpec
 
 
-class SwitchVariant(_Record):
+class SwitchVariant(Record):
     """Say which ports a variant uses, in the order of its reads and writes."""
 
     reads: tuple[Natural, ...]
     writes: tuple[Natural, ...]
 
 
-class SwitchSpec(_Record):
+class SwitchSpec(Record):
     """Describe the graph that holds all variants.
 
     Attributes:
@@ -83,7 +80,7 @@ class SwitchSpec(_Record):
     variants: tuple[SwitchVariant, ...]
 
 
-class EngineSpec(_Record):
+class EngineSpec(Record):
     """Describe one engine.
 
     Attributes:
@@ -107,7 +104,7 @@ class EngineSpec(_Record):
     findings: tuple[str, ...] = ()
 
 
-class Engines(_Record):
+class Engines(Record):
     """Describe the engines of one target.
 
     Attributes:

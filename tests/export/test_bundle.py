@@ -21,7 +21,7 @@ from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import growing
-from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_tiny

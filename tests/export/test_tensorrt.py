@@ -25,9 +25,9 @@ from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, rows_of
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.slots import residual_slot
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES,

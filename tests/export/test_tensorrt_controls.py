@@ -25,7 +25,7 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import choose_layout, weight_bytes
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library

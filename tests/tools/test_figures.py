@@ -13,14 +13,14 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.schema import (
     Calibration,
     CfgLayout,
-    Fingerprint,
     Plan,
     PlannedSite,
     Sampler,
-    SiteKind,
     Strategy,
 )
 from ditfastattn.tools.figures import STRATEGY_COLOURS, STRATEGY_LABELS, image_grid, plan_map

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import SiteKind, Strategy
+from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.plan.schema import Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel

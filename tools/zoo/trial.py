@@ -21,9 +21,10 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.passes.analysis.feed_forwards import closure
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, SiteReport, find_sites
 from ditfastattn.passes.graph.ir import VIEWS, aten, calls, find
-from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, SiteKind, Strategy
+from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors

@@ -19,20 +19,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture, describe_inputs
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.schedule import lanes_of, unroll
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    CfgLayout,
-    Fingerprint,
-    Plan,
-    Sampler,
-    Strategy,
-)
+from ditfastattn.passes.plan.schema import Calibration, CfgLayout, Plan, Sampler, Strategy
 from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations

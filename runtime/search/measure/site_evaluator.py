@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attention_scale
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.ir import find
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy, Window
+from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.passes.windows.window import Window
 from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRunner
 
 CANDIDATES = (  # the order in which Algorithm 1 tries them; it knows no extrapolation

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import Strategy
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
-from ditfastattn.passes.capture.dynamo import readable_path
-from ditfastattn.passes.plan.schema import SiteKind
+from ditfastattn.passes.graph.origin import readable_path
 from tests.helpers import TINY_MODELS, capture_model, capture_sites
 
 

@@ -13,9 +13,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import attentions, find_sites
 from ditfastattn.passes.graph.ir import ATTENTION, calls
-from ditfastattn.passes.plan.schema import Calibration, Sampler, SiteKind
+from ditfastattn.passes.plan.schema import Calibration, Sampler
 from ditfastattn.runtime.matching import input_shapes
 from tests.helpers import (
     TIMESTEPS,

@@ -13,13 +13,14 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import Plan
 from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph
 from ditfastattn.passes.graph.head_groups import even_groups
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.schedule import unroll
-from ditfastattn.passes.plan.schema import CfgLayout, SiteKind, Strategy
+from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads

@@ -15,7 +15,6 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, value
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.forms import band, fraction, sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention
 from ditfastattn.passes.windows.lower_windows import compute_window
@@ -25,6 +24,7 @@ from ditfastattn.passes.windows.tile_attention import (
     seen_pairs,
     tile_pairs,
 )
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import seen_pairs as band_pairs
 from tests.helpers import (
     TINY_MODELS,

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from ditfastattn import CfgLayout, Strategy
-from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure import profile as profile_module
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs

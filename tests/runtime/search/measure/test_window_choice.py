@@ -10,7 +10,7 @@ import pytest
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
-from ditfastattn.passes.plan.schema import TileWindow, Window
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.profile import GAP_PAIRS, MAX_GAP, ErrorTable
 from ditfastattn.runtime.search.measure.window_choice import (
