@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.denoiser import (
     check_not_accelerated,

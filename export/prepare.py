@@ -16,7 +16,7 @@ from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
-from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
+from ditfastattn.passes.capture.captured_graph import GraphInput, latent_position
 from ditfastattn.passes.plan.schedule import StepProgram, unroll
 from ditfastattn.passes.plan.schema import CfgLayout, Plan
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants

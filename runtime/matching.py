@@ -15,7 +15,7 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.schema import CfgLayout, Plan, PlannedSite
 from ditfastattn.passes.rewrites.split_heads import split_heads

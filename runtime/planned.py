@@ -25,14 +25,8 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import (
-    CapturedGraph,
-    GraphInput,
-    capture,
-    describe_inputs,
-    latent_position,
-    plain_numbers,
-)
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs, plain_numbers
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs, value
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.graph.verify import verify

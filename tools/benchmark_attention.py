@@ -29,7 +29,8 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots
 from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from ditfastattn.passes.analysis.guidance_halves import guidance_halves
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ditfastattn.core.records import Record
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 
 if TYPE_CHECKING:  # what describes a site's place in a plan is in ``plan`` still

@@ -23,7 +23,7 @@ from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find
 from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder
-from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value

@@ -21,7 +21,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.dynamo import capture
 from ditfastattn.passes.graph.ir import aten, calls, clone
 from ditfastattn.passes.graph.origin import mark_static
 

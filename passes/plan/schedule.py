@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ditfastattn.core.errors import VerifyError
 from ditfastattn.passes.analysis.sites import Site, with_wholes
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.graph.slots import (
     earlier_slot,

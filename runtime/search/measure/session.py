@@ -21,7 +21,8 @@ from torch.fx import GraphModule
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.schedule import lanes_of, unroll

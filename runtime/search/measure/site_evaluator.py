@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attention_scale
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find
 from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.windows.lower_windows import compute_window

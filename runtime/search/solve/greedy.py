@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, legal_candidates
