@@ -39,8 +39,8 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of ``captured`` with ``sites`` over its ``static`` inputs, in order.
 
-    Of each parameter and buffer at most 4096 evenly spaced elements are hashed, with its shape, so
-    that a model of any size takes seconds; a change to fewer elements may pass unseen.
+    About 4096 evenly spaced elements of each parameter and buffer are hashed, with its
+    shape, so that a model of any size takes seconds; a change to other elements goes unnoticed.
     """
     structure = [
         (site.name, site.kind, site.heads, site.head_dim, len(site.exits)) for site in sites
@@ -65,7 +65,7 @@ def fingerprint(
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a hash of ``tensors``, whatever their order."""
+    """Return a hash of ``tensors``, in any order."""
     return _join(_digest(tensor) for tensor in tensors)
 
 

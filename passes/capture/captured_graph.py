@@ -26,7 +26,7 @@ class GraphInput:
 class CapturedGraph:
     """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders.
 
-    ``unrecognized`` names what computes attention in a form that no pass understands.
+    ``unrecognized`` names nodes that compute attention in a form that no pass understands.
     """
 
     module: GraphModule

@@ -1,8 +1,8 @@
 """Turn what Dynamo captured into one ATen-level graph of fixed shapes.
 
 Attention, linear and normalization stay whole operators (tracing happens before dispatch), and
-each node keeps the path of the module it came from. Inputs are told apart: *static* ones are the
-model's parameters and buffers, *dynamic* ones are the arguments of the call.
+each node keeps the path of the module it came from. Inputs are *static* (the model's parameters and
+buffers) or *dynamic* (the arguments of the call).
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.recognize_attention import recognize_attention
+from ditfastattn.passes.graph.ir import empty_like
 from ditfastattn.passes.graph.origin import is_marked_static, readable_path
 
 
 def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
-    """Read names and kinds of the inputs off a graph that Dynamo made."""
+    """Return the names and kinds of the inputs of a graph that Dynamo made."""
     return tuple(_describe(node) for node in module.graph.find_nodes(op="placeholder"))
 
 
@@ -121,15 +122,12 @@ def _data_dependence_refused() -> Generator[None]:
 
 
 def _share_mode(module: GraphModule, mode: FakeTensorMode) -> None:
-    """Give all values one fake mode: what no input reaches, such as positions, had its own."""
+    """Give all values one fake mode; positions, which depend on no input, had their own."""
 
     def shared(item: Any) -> Any:
         if not isinstance(item, FakeTensor) or item.fake_mode is mode:
             return item
-        with mode:
-            return torch.empty_strided(
-                item.shape, item.stride(), dtype=item.dtype, device=item.device
-            )
+        return empty_like(mode, item)
 
     for node in module.graph.nodes:
         if "val" in node.meta:

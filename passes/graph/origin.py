@@ -21,10 +21,15 @@ def is_marked_static(placeholder: Node) -> bool:
     return _STATIC in (placeholder.meta.get("tensor_dict") or {})
 
 
+def is_static(node: Node) -> bool:
+    """Return whether ``node`` is a parameter, a buffer or a constant."""
+    return node.op == "get_attr" or is_marked_static(node)
+
+
 def readable_path(source: str) -> str:
     """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
 
-    What torch.export writes is a plain path already.
+    Paths from torch.export are plain already.
     """
     if _PLAIN_PATH.fullmatch(source):
         return source.removeprefix(_PEFT_WRAPPER)

@@ -1,14 +1,14 @@
 """Name cache slots and attach them to graphs as inputs and outputs.
 
 A slot is one tensor that a site hands from a step to later ones: ``blocks.0.attn/output.0`` (at
-the first exits node, after the output projection) or ``blocks.0.attn/residual`` (full minus
+the first exit node, after the output projection) or ``blocks.0.attn/residual`` (full minus
 window attention, before the output projection). A graph that reads a slot has an input for it; a
 graph that writes one returns it after the model's own outputs.
 
 Some slots are written by no graph. ``blocks.0.attn/previous.0`` holds the output that was replaced
-last, ``blocks.0.attn/earlier.0`` the one before it: whoever runs the graphs moves them over, a
-pointer and no copy. ``blocks.0.attn/distance`` and ``blocks.0.attn/curvature`` are how far a step
-extrapolates, numbers that the schedule fixes.
+last, ``blocks.0.attn/earlier.0`` the one before it: the runtime renames them without copying.
+``blocks.0.attn/distance`` and ``blocks.0.attn/curvature`` say how far a step extrapolates, numbers
+that the schedule fixes.
 
 ``invariant/linear_4`` holds what is computed once per generation, by a graph of its own.
 """
@@ -28,7 +28,7 @@ _DISTANCE, _CURVATURE, _INVARIANT = "distance", "curvature", "invariant"
 
 
 def output_slot(site: str, index: int) -> str:
-    """Name the slot of the ``index``-th exits node of ``site``."""
+    """Name the slot of the ``index``-th exit node of ``site``."""
     return f"{site}/output.{index}"
 
 
@@ -38,12 +38,12 @@ def residual_slot(site: str) -> str:
 
 
 def previous_slot(site: str, index: int) -> str:
-    """Name the slot of the output before the last at the ``index``-th exits node."""
+    """Name the slot of the output before the last at the ``index``-th exit node."""
     return f"{site}/previous.{index}"
 
 
 def earlier_slot(site: str, index: int) -> str:
-    """Name the slot of the output before the previous one at the ``index``-th exits node."""
+    """Name the slot of the output before the previous one at the ``index``-th exit node."""
     return f"{site}/earlier.{index}"
 
 

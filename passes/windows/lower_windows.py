@@ -1,4 +1,4 @@
-"""Lower every window of a graph, and compute one eagerly, by forms that skip what is not seen."""
+"""Lower every window of a graph, or compute one eagerly, by forms that skip unseen keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ditfastattn.passes.windows.window import TileWindow, Window
 
 
 def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO) -> list[str]:
-    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    """Lower the windows of ``module`` in place; return why others stay."""
     return [*lower_window_attention(module, kernel), *lower_tile_attention(module)]
 
 
@@ -30,9 +30,9 @@ def compute_window(
     text: tuple[int, int],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after.
+    """Attend within ``window``; q, k and v are ``[B, H, N, D]``, ``text`` tokens before and after.
 
-    ``mask`` is the attention's, the same for every query.
+    ``mask`` is the attention's, and the same for every query.
     """
     masked = mask is not None
     if isinstance(window, TileWindow):

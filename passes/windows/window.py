@@ -13,8 +13,8 @@ from ditfastattn.core.records import Record
 class TileWindow(Record, frozen=True):
     """Describe a window by tiles of a token grid, ``(h, w)`` or ``(t, h, w)``.
 
-    Per axis, ``tile`` counts tokens and ``reach`` the tiles seen on each side of a query's own; at
-    an edge the window moves inward, so that each tile sees equally many.
+    Per axis, ``tile`` counts tokens, and ``reach`` the tiles seen on each side of a query's own. At
+    an edge the window moves inward, so that each tile sees the same number of others.
     """
 
     grid: tuple[Annotated[int, Field(gt=0)], ...]
@@ -52,7 +52,7 @@ class TileWindow(Record, frozen=True):
         return math.prod(self.spans) * math.prod(self.tile)
 
     def __str__(self) -> str:
-        """Say it in a few characters: ``3x3 of 8x8 tiles``."""
+        """Return a short description: ``3x3 of 8x8 tiles``."""
         spans, counts = ("x".join(map(str, sizes)) for sizes in (self.spans, self.counts))
         return f"{spans} of {counts} tiles"
 

@@ -54,7 +54,7 @@ def test_sd3_joint_attention_has_two_frontiers_but_the_last() -> None:
 
 def test_an_odd_batch_cannot_share_guidance() -> None:
     _, sites = capture_sites(TINY_MODELS["dit"](), batch=3)
-    assert sites[0].declined[Strategy.SHARE_CFG] == "the batch is 3: no two halves"
+    assert sites[0].declined[Strategy.SHARE_CFG] == "a batch of 3 has no two halves"
 
 
 class Attention(torch.nn.Module):

@@ -235,7 +235,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("attend", "reason"),
     [
         (masked_fill, "stands between its product and its softmax"),
-        (shown_weights, "used for something else"),
+        (shown_weights, "also used elsewhere"),
         (linear_attention, "linear attention"),
     ],
 )

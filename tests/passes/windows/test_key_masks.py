@@ -188,7 +188,7 @@ def test_bad_masks_are_config_errors() -> None:
     q, k, v = inputs(2, 3, 192, 8)
     for window in WINDOWS.values():
         for shape in [(2, 1, 192, 192), (2, 1, 1, 7), (3, 1, 1, 192), (2, 2, 1, 192), (1, 192)]:
-            with pytest.raises(ConfigError, match="the mask hides no keys of these"):
+            with pytest.raises(ConfigError, match="the mask is not a key mask of these tokens"):
                 masked(window, (0, 0))(q, k, v, torch.ones(shape, dtype=torch.bool))
 
 

@@ -171,7 +171,7 @@ def test_bad_windows_are_refused() -> None:
         TileWindow(grid=(8, 8), tile=(3, 2), reach=(1, 1))
     with pytest.raises(ValidationError, match="one number each per axis"):
         TileWindow(grid=(8, 8), tile=(2, 2), reach=(1,))
-    with pytest.raises(ConfigError, match="other tokens"):
+    with pytest.raises(ConfigError, match="wrong number of tokens"):
         tiled(IMAGE)(*inputs(1, 2, 95, 16))
 
 

@@ -83,4 +83,4 @@ def test_frames_outside_do_not() -> None:
     """The first half of the rows is the first frames there, not the first lanes."""
     model = tiny("frames outside")
     site = attention(capture_call(model.model, model.call(0, 4)))
-    assert site.declined[Strategy.SHARE_CFG] == "its batch is 12, the model's 4, in no order known"
+    assert site.declined[Strategy.SHARE_CFG] == "its batch is 12, the model's 4, in unknown order"
