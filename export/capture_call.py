@@ -90,10 +90,10 @@ class CapturedCall:
 
 
 def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
-    """Capture the one graph that ``model`` is on ``call``.
+    """Capture ``model``, called with ``call``, as one graph.
 
     Raises:
-        ConfigError: Dynamo made more than one graph of it.
+        ConfigError: Dynamo made several graphs of it.
     """
     found: list[CapturedCall] = []
 

@@ -29,14 +29,14 @@ def load(
         folder: the bundle.
         providers: execution providers, in order of preference; each must load.
         runtime: ``onnx`` (ONNX Runtime) or ``tensorrt``, the engines that ``build`` has made.
-        threads: of each ONNX graph on the CPU; 0 leaves it to ONNX Runtime.
+        threads: of each ONNX graph on the CPU; 0 lets ONNX Runtime choose.
         share_threads: see ``runtime.bundle.load``.
         low_memory: see ``runtime.bundle.load``.
-        target: whose TensorRT engines to take; without one, those of this GPU.
+        target: of the TensorRT engines; by default those for this GPU.
         cuda_graphs: capture each TensorRT engine as a CUDA graph.
 
     Raises:
-        ConfigError: the bundle is not whole or not ours, or what was asked for is not here.
+        ConfigError: the bundle is incomplete or not valid, or what was requested is missing.
     """
     if runtime == "tensorrt":
         from ditfastattn.runtime.tensorrt import load as loading_engines

@@ -149,7 +149,7 @@ def _masked_fill(emitter: Emitter, call: Call) -> str:
 
 
 def finite_minimum(dtype: torch.dtype) -> float:
-    """Return what stands for minus infinity: TensorRT's fp16 softmax makes NaN of a true one."""
+    """Return a stand-in for minus infinity, which TensorRT's fp16 softmax turns into NaN."""
     return -6e4 if dtype == torch.float16 else -1e30
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schedule import CacheSlot, StepProgram
 from ditfastattn.passes.plan.schema import CfgLayout
-from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers, Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import Hoisted, Values

@@ -31,17 +31,17 @@ def export(
         pipeline: a diffusers pipeline, or one like it.
         call: what it is called with; its resolution and text length are the bundle's.
         plan: the plan, or its path; None exports the dense model.
-        out: the bundle's folder. A bundle that is there is replaced once the new one is whole.
+        out: the bundle's folder. An existing bundle is replaced once the new one is complete.
         dtype: of weights and activations, as torch names it; "" keeps the model's.
         dynamic_batch: whether the bundle takes any batch.
         loop: whether the whole generation is written as one graph too, scheduler and guidance
             inside.
         timestep: the name of the model's timestep argument.
-        on_progress: is told which file was written, and how many of how many.
+        on_progress: called with the file just written, how many are done, and of how many.
 
     Raises:
-        ConfigError: the plan is for another model or sampler; an operator has no ONNX form; there
-            is something else at ``out``.
+        ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
+            what is at ``out`` is not a bundle.
     """
     from ditfastattn.export import bundle
 
@@ -71,13 +71,13 @@ def build(
         images: the least, usual and most images of a call.
         max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
             own, before ``auto`` takes the switch.
-        time_limit: of each build, in seconds; each runs in a process of its own.
+        time_limit: of each build, in seconds; each runs in its own process.
         library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
-        on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
+        on_progress: called with the graph, its builder's phase, and how much is done (0 to 1).
 
     Raises:
-        ConfigError: the bundle is not whole; TensorRT is absent, or cannot build for the target.
-        EngineError: a build failed; what was built before is kept.
+        ConfigError: the bundle is incomplete; TensorRT is absent, or cannot build for the target.
+        EngineError: a build failed; engines built before are kept.
     """
     from ditfastattn.export.tensorrt import build as building
     from ditfastattn.runtime.tensorrt.engines import layout_named
@@ -99,7 +99,7 @@ def verify(
     target: str = "",
     cuda_graphs: bool = False,
 ) -> Verification:
-    """Compare the bundle in ``folder`` with the torch model of ``pipeline``; see its result.
+    """Compare the bundle in ``folder`` with the torch model of ``pipeline``.
 
     ``runtime``, ``target`` and ``cuda_graphs`` are ``load``'s.
     """

@@ -327,7 +327,7 @@ def test_an_export_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     occupied = tmp_path / "folder"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="no bundle"):
+    with pytest.raises(ConfigError, match="not a bundle"):
         export_tiny(tiny, None, occupied)
     assert (occupied / "thesis.txt").read_text() == "mine"
     export_tiny(tiny, None, tmp_path / "bundle")

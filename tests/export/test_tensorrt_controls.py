@@ -213,7 +213,7 @@ def test_auto_keeps_the_engine_that_it_measured(tmp_path: Path) -> None:
     engines = build(tmp_path, options)
     assert engines.layout is Layout.VARIANTS
     assert len(engines.engines) == len(manifest.variants)
-    assert (manifest.variants[0].file, "is there already") in told
+    assert (manifest.variants[0].file, "exists already") in told
     assert "MiB, one switch" in engines.reason  # whole engines, not weights alone
 
 
