@@ -1,1 +1,1 @@
-"""Export planned models; nothing is here yet."""
+"""Export a model and its plan as a bundle of ONNX graphs, and as TensorRT engines."""

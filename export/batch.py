@@ -1,4 +1,4 @@
-"""Tell which numbers of a graph stand for the batch, by capturing it at two batch sizes.
+"""Find which numbers of a graph stand for the batch, from captures at two batch sizes.
 
 Passes work on fixed shapes; an exported graph must take any batch. Two captures of one model are
 the same graph node by node, and a number that differs between them is a multiple of the batch.
@@ -43,7 +43,7 @@ def find_batch(first: GraphModule, second: GraphModule, batches: tuple[int, int]
     """Align two captures of one model at ``batches``; a module aligned with itself is fixed.
 
     Raises:
-        ConfigError: the captures are not one graph, or a number is no multiple of the batch.
+        ConfigError: the captures are not one graph, or a number is not a multiple of the batch.
     """
     symbols = Symbols({}, {}, {})
     nodes, others = list(first.graph.nodes), list(second.graph.nodes)

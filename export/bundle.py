@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
 from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
 from ditfastattn.export.lint import lint
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
-from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, growing
+from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, partial_folder
 from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent
 from ditfastattn.export.step_graphs import (
     PROLOGUE_FILE,
@@ -31,7 +32,8 @@ from ditfastattn.export.step_graphs import (
 )
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import PLAN_FILE, LoopSpec, Manifest, VariantSpec
+from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest
+from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.pipeline.prompts import argument_of, guidance_argument, split_prompts
 
@@ -51,12 +53,12 @@ def export(
         pipeline: a diffusers pipeline, or one like it.
         call: what it is called with; its resolution and text length are the bundle's.
         plan: the plan, or its path; None exports the dense model.
-        out: the bundle's folder. A bundle that is there is replaced once the new one is whole.
+        out: the bundle's folder. An existing bundle is replaced once the new one is complete.
         options: see ``ExportOptions``.
 
     Raises:
-        ConfigError: the plan is for another model or sampler; an operator has no ONNX form; there
-            is something else at ``out``.
+        ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
+            what is at ``out`` is not a bundle.
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     prompt = split_prompts(call, 0)[0]
@@ -80,7 +82,7 @@ def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
     timesteps = tuple(step.timestep for step in found.steps)
     if any(abs(a - b) > 1e-3 for a, b in zip(timesteps, plan.sampler.timesteps, strict=True)):
         raise ConfigError(
-            "the pipeline sets other timesteps than its scheduler would by itself",
+            "the pipeline's timesteps differ from those that its scheduler sets by itself",
             where="export(loop=True)",
             got=", ".join(f"{timestep:g}" for timestep in plan.sampler.timesteps[:6]),
             expected=", ".join(f"{timestep:g}" for timestep in timesteps[:6]),
@@ -99,10 +101,10 @@ def export_model(
 ) -> Manifest:
     """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``.
 
-    With ``schedule``, what the scheduler does, the whole generation is written as one graph too.
+    With the scheduler's ``schedule``, the whole generation is written as one graph too.
     """
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
-    with growing(Path(out)) as folder:
+    with partial_folder(Path(out)) as folder:
         chosen = options or ExportOptions()
         prepared = prepare(plain, call, plan, chosen)
         partial = PartialBundle(folder, _request(prepared, chosen, schedule))
@@ -117,9 +119,7 @@ def export_model(
 def _request(
     prepared: PreparedModel, options: ExportOptions, schedule: LinearSchedule | None
 ) -> str:
-    """Return what two exports must share to be one."""
-    from ditfastattn import __version__
-
+    """Return a hash of all that determines the content of the bundle."""
     shapes = [(entry.name, tensor.shape) for entry, tensor in prepared.arguments()]
     plain = replace(options, on_progress=silent)
     parts = (__version__, prepared.identity, prepared.plan, plain, schedule, shapes)
@@ -168,7 +168,7 @@ class _Writer:
         if not partial.has(file, key):
             self._file(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
             partial.keep(file, key)
-        self._tell(file)
+        self._report(file)
         return describe(graph, file)
 
     def _file(self, model: Any, file: str) -> None:
@@ -177,7 +177,7 @@ class _Writer:
         self._partial.weights.flush()
         lint(path)
 
-    def _tell(self, file: str) -> None:
+    def _report(self, file: str) -> None:
         self._done += 1
         self._on_progress(file, self._done, self._count)
 
@@ -202,7 +202,7 @@ class _Writer:
         )
         loop = write_loop(source, self._partial.weights)
         self._file(loop.model, LOOP_FILE)
-        self._tell(LOOP_FILE)
+        self._report(LOOP_FILE)
         return LoopSpec(
             file=LOOP_FILE,
             noise=spec(loop.noise),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.denoiser import (
     check_not_accelerated,
@@ -89,10 +90,10 @@ class CapturedCall:
 
 
 def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
-    """Capture the one graph that ``model`` is on ``call``.
+    """Capture ``model``, called with ``call``, as one graph.
 
     Raises:
-        ConfigError: Dynamo made more than one graph of it.
+        ConfigError: Dynamo made several graphs of it.
     """
     found: list[CapturedCall] = []
 

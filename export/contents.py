@@ -1,4 +1,4 @@
-"""Describe a bundle's files: make its manifest."""
+"""Make the manifest of a bundle's files."""
 
 from __future__ import annotations
 
@@ -10,29 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditfastattn.core.version import __version__
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.step_program import StepProgram
-from ditfastattn.runtime.bundle.manifest import (
-    PLAN_FILE,
-    FileSpec,
-    LoopSpec,
-    Manifest,
-    ModelSpec,
-    SlotSpec,
-    VariantSpec,
-    file_hash,
-)
+from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
+from ditfastattn.runtime.bundle.specs import FileSpec, LoopSpec, ModelSpec, SlotSpec, VariantSpec
 
 _NO_SCHEDULE = Sampler(steps=1, timesteps=(0.0,), cfg_layout=CfgLayout.NONE)  # of a dense bundle
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Hold what was written: graphs, and the manifest's entries of them."""
+    """Hold the graphs that were written, and their entries in the manifest."""
 
     graphs: tuple[StepGraph, ...]
     variants: tuple[VariantSpec, ...]
@@ -44,9 +37,7 @@ class Contents:
 def make_manifest(
     prepared: PreparedModel, contents: Contents, folder: Path, weights: str
 ) -> Manifest:
-    """Return the manifest of the files in ``folder``, all of them written."""
-    from ditfastattn import __version__
-
+    """Return the manifest of the files in ``folder``, which are complete."""
     plan, program, first = prepared.plan, prepared.program, contents.graphs[0]
     return Manifest(
         ditfastattn=__version__,
@@ -88,7 +79,7 @@ def _model(prepared: PreparedModel) -> ModelSpec:
 
 
 def _slots(prepared: PreparedModel, contents: Contents) -> tuple[SlotSpec, ...]:
-    """Return the slots with their shapes, which follow from who writes them."""
+    """Return the slots; their shapes are those of the values written to them."""
     once = contents.once.written if contents.once else ()
     values = {v.name: v for graph in contents.graphs for v in graph.written}
 

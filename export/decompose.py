@@ -1,4 +1,4 @@
-"""Let torch decompose the operators that no export rule knows into ones that some rule does."""
+"""Decompose operators that have no export rule into operators that have one, by torch's rules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ditfastattn.passes.graph.ir import fake_mode
 def decompose_unknown(
     module: GraphModule, known: Collection[Any], static: Collection[int] = ()
 ) -> int:
-    """Replace in place each call of an operator outside ``known``; return how many there were.
+    """Replace in place each call of an operator that is not ``known``; return how many there were.
 
-    What depends on the inputs at the positions ``static`` alone is computed at export, and may call
-    anything.
+    What depends on the inputs at the positions ``static`` alone is computed at export, and may use
+    any operator.
 
     Raises:
-        ConfigError: an operator remains that no rule knows.
+        ConfigError: an operator without a rule remains.
     """
     unknown = _unknown(module, known, static)
     for node in unknown:

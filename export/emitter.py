@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.weights import INLINE_BYTES, Weights, inline_tensor, onnx_type, raw_bytes
-from ditfastattn.runtime.bundle.manifest import Multiple
+from ditfastattn.runtime.bundle.specs import Multiple
 
 OPSET: Final = 20
 
 
 @dataclass(frozen=True)
 class Value:
-    """Describe a value of the graph; ``tensor`` is its content where that is known at export."""
+    """Describe a value of the graph; ``tensor`` is its content, if known at export."""
 
     name: str
     shape: Shape
@@ -38,7 +38,7 @@ class Value:
 class Emitter:
     """Collect nodes and initializers; ``prefix`` keeps the names of repeated graphs apart.
 
-    ``batch`` names the value whose first dimension is the batch, where it is free.
+    ``batch`` names a value whose first dimension is the batch, if that is free.
     """
 
     weights: Weights
@@ -52,35 +52,35 @@ class Emitter:
     _names: dict[str, int] = field(default_factory=dict)
 
     def unique(self, base: str) -> str:
-        """Return a name no other value has."""
+        """Return a name that no other value has."""
         name = f"{self.prefix}{base}"
         self._names[name] = self._names.get(name, 0) + 1
         return name if self._names[name] == 1 else f"{name}:{self._names[name]}"
 
     def op(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Add a node of one output; return its name. An empty input is left out."""
+        """Add a node with one output; return its name. An empty input is omitted."""
         return self.split(kind, *inputs, count=1, name=name, **attributes)[0]
 
     def split(
         self, kind: str, *inputs: str, count: int, name: str = "", **attributes: Any
     ) -> list[str]:
-        """Add a node of ``count`` outputs; return their names."""
+        """Add a node with ``count`` outputs; return their names."""
         base = name or kind
         outputs = [self.unique(base) for _ in range(count)]
         self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
         return outputs
 
     def use(self, value: Value) -> str:
-        """Return the name of ``value``; a known content becomes an initializer at first use."""
+        """Return the name of ``value``; known content becomes an initializer on first use."""
         if value.tensor is None:
             return value.name
         return self.initializer(value.name, value.tensor)
 
     def initializer(self, name: str, tensor: Tensor) -> str:
-        """Return the name of an initializer of this content: ``name``, unless there is one."""
+        """Return the name of an initializer with this content: ``name``, unless one exists."""
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if memory not in self._initialized:
-            self._kept.append(tensor)  # its memory is not to become another tensor's
+            self._kept.append(tensor)  # keep its memory from being reused
             data = hashlib.sha256(raw_bytes(tensor)).digest()
             content = (data, tensor.shape, tensor.dtype)
             if content not in self._initialized:
@@ -94,7 +94,7 @@ class Emitter:
         return self._initialized[memory]
 
     def constant(self, tensor: Tensor) -> str:
-        """Return the name of a constant that no weight's name stands for."""
+        """Return the name of a constant that is not a weight."""
         return self.initializer("constant", tensor)
 
     def scalar(self, number: float | bool, dtype: torch.dtype) -> str:
@@ -133,7 +133,7 @@ class Emitter:
         return found
 
     def target_shape(self, shape: Shape) -> str:
-        """Return a shape for ``Reshape``, which can tell one size by itself."""
+        """Return a shape for ``Reshape``, which can infer one size."""
         free = [size for size in shape if not isinstance(size, int)]
         if len(free) == 1:
             return self.ints([size if isinstance(size, int) else -1 for size in shape])
@@ -144,7 +144,7 @@ class Emitter:
         return self.op("Reshape", name, self.target_shape(shape))
 
     def halves(self, name: str, axis: int) -> list[str]:
-        """Return the two halves of the value called ``name``, cut once."""
+        """Return the two halves of the value called ``name``; it is split once."""
         key = ("halves", name, axis)
         if key not in self._computed:
             self._computed[key] = self.split("Split", name, count=2, axis=axis, num_outputs=2)

@@ -1,8 +1,8 @@
 """Find what a scheduler does to latents, as numbers: a recurrence that any runtime can compute.
 
 DDIM, DPM-Solver++, Euler, flow matching and their like are linear in the noise, the model's outputs
-and, where they clip their estimate of the image, in what was clipped. Run on basis vectors in place
-of images, a scheduler says its own coefficients; nothing of its formulas is written down here.
+and, where they clip their estimate of the image, in the clipped estimate. Run on basis vectors
+instead of images, a scheduler reveals its coefficients; its formulas are not repeated here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Terms = tuple[tuple[int, float], ...]  # how many steps ago (0: of this step), a
 
 @dataclass(frozen=True)
 class Clip:
-    """Say what is clipped in a step, as a sum of latents and outputs, and between which bounds."""
+    """Describe what a step clips, as a sum of latents and outputs, and between which bounds."""
 
     latents: Terms
     outputs: Terms
@@ -38,14 +38,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class LinearStep:
-    """Say how one step makes the next latents: the sum of what is listed, times its factor.
+    """Describe how one step computes the next latents: as a sum of terms.
 
     Attributes:
         timestep: what the model is called with, before the pipeline changes it.
-        input_scale: what the latents are multiplied with for the model.
-        latents: of the latents; 0 steps ago are the present ones.
-        outputs: of the model's outputs.
-        clipped: of what was clipped.
+        input_scale: what the latents are multiplied by for the model.
+        latents: terms of the latents; 0 steps ago are the current ones.
+        outputs: terms of the model's outputs.
+        clipped: terms of the clipped estimates.
         clip: what is clipped in this step, if anything.
     """
 
@@ -59,17 +59,17 @@ class LinearStep:
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """Hold the steps, and what turns standard normal noise into the first latents."""
+    """Hold the steps, and the factor from standard normal noise to the first latents."""
 
     noise_scale: float
     steps: tuple[LinearStep, ...]
 
 
 def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
-    """Return what ``scheduler`` does in ``count`` steps.
+    """Return what ``scheduler`` computes in ``count`` steps.
 
     Raises:
-        ConfigError: it draws noise, clips by what the images hold, or is otherwise not linear.
+        ConfigError: it draws noise, clips depending on the images, or is otherwise not linear.
     """
     # One direction for the noise, one for the output of each step, one for what each step clips.
     basis = torch.eye(1 + 2 * count, dtype=torch.float64)
@@ -92,7 +92,7 @@ def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
 
 
 class _Probe(TorchFunctionMode):
-    """Let a step's clipping of an image return a direction of its own, and note what it clipped."""
+    """Make a step's clipping return a basis vector of its own, and record what it clipped."""
 
     def __init__(self, clipped: Tensor) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
     count = len(content) - 1
     try:
         scheduler.set_timesteps(count)
-    except ValueError as error:  # of resolution-dependent shifts, say
+    except ValueError as error:  # for example, of shifts that depend on the resolution
         raise ConfigError(
             "the scheduler's steps depend on more than their number",
             where="export(loop=True)",
@@ -163,7 +163,7 @@ def _input_scale(scheduler: Any, timestep: Any) -> float:
 
 
 def _check(scheduler: Any, schedule: LinearSchedule) -> None:
-    """Compare with a run on large random numbers: what the recurrence does not say shows."""
+    """Compare with a run on large random numbers, which reveals what the recurrence misses."""
     generator = torch.Generator().manual_seed(0)
     count = len(schedule.steps)
     content = 3 * torch.randn(count + 1, 16, generator=generator, dtype=torch.float64)
@@ -172,7 +172,7 @@ def _check(scheduler: Any, schedule: LinearSchedule) -> None:
     error = float((got - wanted).abs().max() / wanted.abs().max())
     if not error < 1e-4:
         raise ConfigError(
-            "the scheduler is not linear: it draws noise, or thresholds by what the images hold",
+            "the scheduler is not linear: it draws noise, or thresholds depending on the images",
             where=type(scheduler).__name__,
             got=f"a relative error of {error:.1e} as a linear recurrence",
             remedy="export without the loop, and let the pipeline's scheduler step",
@@ -203,7 +203,7 @@ _AllTerms = tuple[Terms, Terms, Terms]  # of latents, outputs and clipped estima
 
 
 def _terms(wanted: Tensor, bases: tuple[Sequence[Tensor], ...]) -> _AllTerms:
-    """Write ``wanted`` as few of the last latents, outputs and clipped estimates as suffice."""
+    """Return ``wanted`` as a sum of as few latents, outputs and clipped estimates as suffice."""
     whole = max(map(len, bases))
     for depth in range(1, min(_HISTORY, whole) + 1):
         terms, error = _fit(wanted, bases, depth)

@@ -1,6 +1,6 @@
-"""Check an exported graph for what runtimes refuse, drop in silence, or run slowly.
+"""Check an exported graph for what runtimes refuse, silently drop, or run slowly.
 
-Each rule is a trap that was measured; see ARCHITECTURE.md for which runtime does what.
+Each rule is a trap that was observed; ARCHITECTURE.md lists which runtime does what.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Rule = Callable[[ModelProto, dict[str, int]], Iterator[str]]
 
 
 def lint(path: Path) -> None:
-    """Raise ``VerifyError`` if the graph in ``path`` walks into a trap, or is not valid ONNX."""
+    """Raise ``VerifyError`` if the graph in ``path`` has a known trap, or is not valid ONNX."""
     found = findings(path)
     if found:
         raise VerifyError(f"{path}: the exported graph is not sound:\n  " + "\n  ".join(found))
@@ -68,15 +68,15 @@ def _opset(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 def _unknown(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     for node in nodes_of(model.graph):
         if not defs.has(node.op_type, _NEWEST_OPSET, node.domain):
-            yield f"{node.name}: {node.op_type} is no operator of opset {_NEWEST_OPSET}"
+            yield f"{node.name}: {node.op_type} is not an operator of opset {_NEWEST_OPSET}"
 
 
 def _attention(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     for node in nodes_of(model.graph):
         if node.op_type == "Attention":
             yield (
-                f"{node.name}: Attention: TensorRT drops its window in silence and fails where two "
-                "share keys or one lies in an If; write MatMul, Softmax, MatMul"
+                f"{node.name}: Attention: TensorRT silently drops its window, and fails if two "
+                "share keys or one is inside an If; write MatMul, Softmax, MatMul"
             )
 
 
@@ -90,11 +90,11 @@ def _bf16(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     for node in nodes_of(model.graph):
         given = {types.get(name, 0) for name in node.input}
         if node.op_type in _NOT_IN_BF16 and TensorProto.BFLOAT16 in given:
-            yield f"{node.name}: {node.op_type} takes no bfloat16 below opset 22"
+            yield f"{node.name}: {node.op_type} does not take bfloat16 below opset 22"
 
 
 def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
-    """Find additive masks of true infinities, of which fp16 softmax makes NaN."""
+    """Find additive masks with true infinities, which fp16 softmax turns into NaN."""
     for tensor in model.graph.initializer:
         external = tensor.data_location == TensorProto.EXTERNAL
         if tensor.data_type == TensorProto.FLOAT16 and not external:
@@ -104,7 +104,7 @@ def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 
 
 def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
-    """Find scores computed in fp32 from halves: TensorRT does not fuse that attention."""
+    """Find scores computed in fp32 from half precision: TensorRT does not fuse that attention."""
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         maker = makers.get(node.input[0]) if node.op_type == "Softmax" else None
@@ -117,7 +117,7 @@ def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
             while cast is not None and cast.op_type in ("Mul", "Transpose", "Reshape", "Gather"):
                 cast = makers.get(cast.input[0])
             if cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in _HALF:
-                yield f"{maker.name}: scores of halves in fp32: TensorRT does not fuse them"
+                yield f"{maker.name}: scores of half precision in fp32: TensorRT does not fuse them"
 
 
 RULES: Final[tuple[Rule, ...]] = (

@@ -1,7 +1,7 @@
 """Write a whole generation as one graph: noise and conditions in, latents out.
 
-Each step is its variant's graph with the timestep known, so that all it decides is computed at
-export; the steps share their weights. Guidance and scheduler are a few sums between them.
+Each step is its variant's graph with a known timestep, so that what depends on that alone is
+computed at export; the steps share their weights. Guidance and scheduler are a few sums in between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import StepProgram
-from ditfastattn.runtime.bundle.manifest import BATCH
+from ditfastattn.runtime.bundle.specs import BATCH
 
 LOOP_FILE = "loop.onnx"
 NOISE, LATENTS = "noise", "latents"
@@ -31,14 +31,14 @@ NOISE, LATENTS = "noise", "latents"
 
 @dataclass(frozen=True)
 class LoopSource:
-    """Hold what a loop is made of.
+    """Hold the parts of a loop.
 
     Attributes:
         graphs: the variants.
         prologue: what is computed once, or None.
         program: the schedule and the caches.
         schedule: what the scheduler does.
-        timesteps: what the model is given as the timestep of each step, ``[lanes]``.
+        timesteps: the model's timestep input at each step, ``[batch]``.
         latent: the name of the model's latent input.
         timestep: the name of its timestep input.
         layout: the order of the guidance halves.
@@ -73,11 +73,11 @@ def write_loop(source: LoopSource, weights: Weights) -> Loop:
     conditions = tuple(
         value for name, value in inputs.items() if name not in (source.latent, source.timestep)
     )
-    lanes = inputs[source.latent]
+    latent = inputs[source.latent]
     guided = source.layout is not CfgLayout.NONE
-    noise = Value(NOISE, _halved(lanes.shape) if guided else lanes.shape, lanes.dtype)
+    noise = Value(NOISE, _halved(latent.shape) if guided else latent.shape, latent.dtype)
     emitter = Emitter(weights, prefix="start/")
-    writer = _Writer(source, emitter, noise, lanes)
+    writer = _Writer(source, emitter, noise, latent)
     latents = writer.run({value.name: value for value in conditions})
     used = _used(emitter, conditions)
     model = finish(emitter, "loop", [noise, *used], [(LATENTS, latents)], BATCH)
@@ -96,11 +96,11 @@ def _halved(shape: Shape) -> Shape:
 
 
 class _Writer:
-    """Write the steps one after the other."""
+    """Write the steps one after another; ``latent`` is the model's input, ``noise`` the loop's."""
 
-    def __init__(self, source: LoopSource, emitter: Emitter, noise: Value, lanes: Value) -> None:
+    def __init__(self, source: LoopSource, emitter: Emitter, noise: Value, latent: Value) -> None:
         self.source, self.emitter = source, emitter
-        self.noise, self.lanes = noise, lanes
+        self.noise, self.latent = noise, latent
         self.caches: dict[str, Value] = {}
         self.clipped: list[Value] = []
 
@@ -108,14 +108,14 @@ class _Writer:
         """Write all steps; return the last latents."""
         source, emitter = self.source, self.emitter
         present = self._scaled(self.noise, source.schedule.noise_scale)
-        first = self._lanes(present)
-        if isinstance(self.lanes.shape[0], BatchSize):
+        first = self._model_input(present)
+        if isinstance(self.latent.shape[0], BatchSize):
             emitter.batch = first.name
         once = self._prologue(conditions)
         latents, outputs = [present], list[Value]()
         for step, how in enumerate(source.schedule.steps):
             emitter.prefix = f"step_{step}/"
-            given = self._lanes(self._scaled(latents[-1], how.input_scale)) if step else first
+            given = self._model_input(self._scaled(latents[-1], how.input_scale)) if step else first
             outputs.append(self._guided(self._model(step, given, conditions, once)))
             latents.append(self._next(how, latents, outputs))
         return latents[-1]
@@ -159,12 +159,12 @@ class _Writer:
         return results[0]
 
     def _timestep(self, step: int, timestep: Tensor) -> Value:
-        """Return the timestep of all lanes; of a free batch it is one row that broadcasts."""
+        """Return the timestep of the batch; if the batch is free, one row that is broadcast."""
         alike = bool((timestep == timestep.flatten()[0]).all())
-        if not isinstance(self.lanes.shape[0], BatchSize):
+        if not isinstance(self.latent.shape[0], BatchSize):
             return _constant(f"timestep_{step}", timestep)
         if not alike or timestep.dim() > 1:
-            raise ConfigError("the timestep differs among lanes", where=f"step {step}")
+            raise ConfigError("the timestep differs within the batch", where=f"step {step}")
         if timestep.dim() == 0:
             return _constant(f"timestep_{step}", timestep)
         one = self.emitter.constant(timestep[:1])
@@ -172,14 +172,14 @@ class _Writer:
         name = self.emitter.op("Expand", one, self.emitter.sizes(shape), name="timestep")
         return Value(name, shape, timestep.dtype)
 
-    def _lanes(self, latents: Value) -> Value:
+    def _model_input(self, latents: Value) -> Value:
         if self.source.layout is CfgLayout.NONE:
             return latents
         name = self.emitter.op("Concat", latents.name, latents.name, axis=0, name="lanes")
-        return replace(self.lanes, name=name)
+        return replace(self.latent, name=name)
 
     def _guided(self, output: Value) -> Value:
-        """Return what guidance makes of the model's output; a learned variance is left out."""
+        """Apply guidance to the model's output, without its learned variance."""
         emitter, source = self.emitter, self.source
         channels, wanted = output.shape[1], self.noise.shape[1]
         name = emitter.use(output)

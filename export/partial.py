@@ -1,4 +1,4 @@
-"""Hold the folder in which a bundle grows, so that a killed export goes on where it was."""
+"""Manage the folder in which a bundle is written, so that an interrupted export can resume."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _STATE: Final = "partial.json"
 
 @dataclass
 class PartialBundle:
-    """Know which files are whole; ``request`` says what the export is of."""
+    """Track which files are complete; ``request`` identifies what is exported."""
 
     folder: Path
     request: str
     done: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take over what an export of the same request has left."""
+        """Take over what an interrupted export of the same request has written."""
         state = self._read()
         if state.get("request") != self.request:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -50,23 +50,23 @@ class PartialBundle:
         return state if size >= state["weights"]["size"] else {}
 
     def has(self, file: str, key: str) -> bool:
-        """Tell whether ``file`` was written whole, for the graph of this ``key``."""
+        """Return whether ``file`` is complete, for the graph of this ``key``."""
         return self.done.get(file) == key and (self.folder / file).is_file()
 
     def keep(self, file: str, key: str) -> None:
-        """Say that ``file`` and its weights are written."""
+        """Record that ``file`` and its weights are complete."""
         self.weights.flush()
         self.done[file] = key
         state = {"request": self.request, "done": self.done, "weights": self.weights.state()}
         write_text_atomically(self.folder / _STATE, json.dumps(state))
 
     def close(self) -> None:
-        """End writing: what is left is the bundle's own files."""
+        """End writing; only the bundle's own files remain."""
         self.weights.close()
         (self.folder / _STATE).unlink(missing_ok=True)
 
     def put_in_place(self, out: Path) -> None:
-        """Let ``out`` be this bundle; a bundle that is there goes."""
+        """Move the bundle to ``out``, in place of a bundle that is there."""
         if not out.exists():
             os.replace(self.folder, out)
             return
@@ -78,24 +78,23 @@ class PartialBundle:
 
 
 def _old(out: Path) -> Path:
-    """Return where the bundle at ``out`` is while another takes its place."""
+    """Return where the bundle at ``out`` stays while another takes its place."""
     return out.parent / f".{out.name}.old"
 
 
 @contextmanager
-def growing(out: Path) -> Generator[Path]:
-    """Hold the folder in which the bundle for ``out`` grows.
+def partial_folder(out: Path) -> Generator[Path]:
+    """Yield the folder in which the bundle for ``out`` is written.
 
-    It stays when the export is killed or fails by the machine's fault, and goes when the export
-    itself was refused.
+    It is kept if the export is interrupted, and removed if the export is refused.
 
     Raises:
-        ConfigError: there is something that is no bundle at ``out``, or another export is writing.
+        ConfigError: what is at ``out`` is not a bundle, or another export is writing.
     """
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not (out / MANIFEST).is_file():
         raise ConfigError(
-            "there is something that is no bundle",
+            "what is there is not a bundle",
             where=str(out),
             expected="a folder that is absent, empty or a bundle",
             remedy="choose another folder",
@@ -106,7 +105,7 @@ def growing(out: Path) -> Generator[Path]:
     remedy = "wait for it, stop it, or export to another folder"
     with sole_writer(lock, out, what, remedy, remove=True):
         if not out.exists() and _old(out).exists():
-            os.replace(_old(out), out)  # an export was killed between its two renames
+            os.replace(_old(out), out)  # an export was interrupted between two renames
         try:
             yield folder
         except (ConfigError, VerifyError):

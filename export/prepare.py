@@ -1,9 +1,9 @@
-"""Get a model ready for export: captured at two batches, its plan matched, its caches known."""
+"""Prepare a model for export: capture it at two batch sizes, match its plan, find its caches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
-from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
-from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Fingerprint, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram, unroll
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
 from ditfastattn.runtime.matching import (
@@ -32,19 +32,19 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
 def silent(what: str, done: int, of: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Say what a bundle is to be like.
+    """Choose what a bundle holds.
 
     Attributes:
         dtype: of weights and activations; "" keeps the model's.
-        dynamic_batch: whether it takes any batch.
+        dynamic_batch: whether the bundle takes any batch.
         loop: whether the whole generation is written as one graph too.
         timestep: the name of the model's timestep argument.
-        on_progress: is told what was written, and how many of how many.
+        on_progress: called with the file just written, how many are done, and of how many.
     """
 
     dtype: str = ""
@@ -56,19 +56,19 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """Hold what is exported.
+    """Hold a model that is ready for export.
 
     Attributes:
         model: in the dtype of the bundle.
         dtype: that dtype.
-        call: what it is called with.
-        plan: what it is run by, or None.
+        call: the arguments of its call.
+        plan: the plan that it runs by, or None.
         identity: of the model that the plan is for, before any change of dtype.
-        captures: its graph at two batches.
+        captures: its graph at two batch sizes.
         program: the distinct steps, their schedule and caches.
         invariants: the nodes that are computed once per generation.
-        timestep: the name of the input that tells the step.
-        latent: the name of the input that is denoised, "" where it is not known.
+        timestep: the name of its timestep input.
+        latent: the name of its latent input, "" if unknown.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ class PreparedModel:
 
     @property
     def layout(self) -> CfgLayout:
-        """Return the order of the guidance halves."""
+        """Return how guidance reaches the model."""
         return CfgLayout.NONE if self.plan is None else self.plan.sampler.cfg_layout
 
     def arguments(self) -> list[tuple[GraphInput, Tensor]]:
@@ -100,26 +100,16 @@ def prepare(
     """Capture ``model`` and match ``plan``.
 
     Raises:
-        ConfigError: the plan is for another model or call, or for two calls a step; there is no
-            such dtype.
+        ConfigError: the plan does not match the model or call, or makes two calls a step; there is
+            no such dtype.
     """
-    if plan is not None and plan.sampler.cfg_layout.calls == 2:
-        raise ConfigError(
-            "a plan whose steps call the model twice cannot be exported yet",
-            where="plan.sampler.cfg_layout",
-            got=plan.sampler.cfg_layout,
-            remedy="export a plan without guidance, or run this one with torch.compile",
-        )
-    original = capture_call(model, call)
-    static = static_tensors(original.graph, original.tensors)
-    identity = fingerprint(original.graph, find_sites(original.graph).sites, static)
-    original = _split(original, plan)
-    found = find_sites(original.graph).sites
-    sites = () if plan is None else planned_sites(plan, original.graph, found, identity)
+    _check_calls(plan)
+    captured = capture_call(model, call)
+    static = static_tensors(captured.graph, captured.tensors)
+    identity, first, sites = _matched(captured, static, plan)
     own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
     dtype = _dtype(options.dtype) if options.dtype else own
-    first = original
-    if dtype != own:  # a plan is of the model's own dtype: it was matched before
+    if dtype != own:  # the plan was matched before: it is for the model's own dtype
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
         first = _split(capture_call(model, call), plan)
     second = first
@@ -130,9 +120,7 @@ def prepare(
     timestep = timestep_position(first.graph, options.timestep)
     latent = latent_position(first.graph)
     varying = {timestep} if latent is None else {timestep, latent}
-    rows = [[]] if plan is None else plan.strategies
-    merged = plan is not None and plan.merge_variants
-    program = unroll(rows, first.graph, both[0], merged)
+    program = _unrolled(plan, first.graph, both[0])
     return PreparedModel(
         model=model,
         dtype=dtype,
@@ -145,6 +133,35 @@ def prepare(
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )
+
+
+def _check_calls(plan: Plan | None) -> None:
+    if plan is not None and plan.sampler.cfg_layout.calls == 2:
+        raise ConfigError(
+            "a plan whose steps call the model twice cannot be exported yet",
+            where="plan.sampler.cfg_layout",
+            got=plan.sampler.cfg_layout,
+            remedy="export a plan without guidance, or run this one with torch.compile",
+        )
+
+
+def _matched(
+    call: CapturedCall, static: Sequence[Tensor], plan: Plan | None
+) -> tuple[Fingerprint, CapturedCall, tuple[Site, ...]]:
+    """Return the model's identity, ``call`` with its heads split, and the sites of the plan."""
+    identity = fingerprint(call.graph, find_sites(call.graph).sites, static)
+    split = _split(call, plan)
+    if plan is None:
+        return identity, split, ()
+    found = find_sites(split.graph).sites
+    return identity, split, planned_sites(plan, split.graph, found, identity)
+
+
+def _unrolled(plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...]) -> StepProgram:
+    """Return the steps of ``plan``; the dense model is one step without sites."""
+    if plan is None:
+        return unroll([[]], captured, sites)
+    return unroll(plan.strategies, captured, sites, plan.merge_variants)
 
 
 def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:

@@ -26,14 +26,14 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.hoist_invariants import prologue
 from ditfastattn.passes.rewrites.merge_linears import merge_linears
 from ditfastattn.passes.rewrites.pipeline import rewrite
-from ditfastattn.runtime.bundle.manifest import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
+from ditfastattn.runtime.bundle.specs import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
 
 PROLOGUE_FILE = "prologue.onnx"
 
 
 @dataclass(frozen=True)
 class Captures:
-    """Hold one model captured at two batch sizes; the very same one twice where it is fixed."""
+    """Hold one model captured at two batch sizes; one capture twice if the batch is fixed."""
 
     first: CapturedCall
     second: CapturedCall
@@ -42,13 +42,16 @@ class Captures:
 
     @property
     def fixed(self) -> bool:
-        """Tell whether the batch is fixed."""
+        """Return whether the batch is fixed."""
         return self.first is self.second
 
 
 @dataclass(frozen=True)
 class StepGraph:
-    """Hold a rewritten graph, ready to be written: of one step, or the prologue."""
+    """Hold a rewritten graph, of one step or the prologue, ready to be written as ONNX.
+
+    ``results`` are the outputs of the model; ``written`` those for the slots ``writes``.
+    """
 
     source: GraphSource
     inputs: tuple[Value, ...]

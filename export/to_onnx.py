@@ -25,18 +25,18 @@ from ditfastattn.export.operators import RULES
 from ditfastattn.export.operators.base import Call
 from ditfastattn.passes.graph.ir import outputs
 
-IR_VERSION = 10  # the newest that goes with the opset, for older runtimes
+IR_VERSION = 10  # not the newest, for older runtimes
 PRODUCER = "ditfastattn"
 
 
 @dataclass(frozen=True)
 class GraphSource:
-    """Hold a graph that is to be written.
+    """Hold a graph to export.
 
     Attributes:
         module: the graph.
-        symbols: its arguments and shapes, the batch marked in them.
-        static: the content of its static inputs and their names, by position.
+        symbols: its arguments and shapes, with the batch marked.
+        static: the names and contents of its static inputs, by position.
     """
 
     module: GraphModule
@@ -80,7 +80,7 @@ def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[N
     first = result if isinstance(result, Tensor) else result[0]
     shape: Any = symbols.shapes[node]
     rule = RULES.get(node.target)
-    if rule is None:  # static, but for the batch
+    if rule is None:  # static, except for the batch
         raise ConfigError(
             "the operator has no ONNX form at a free batch",
             where=str(node.meta.get("stack_trace", node.name)).strip(),
@@ -96,7 +96,7 @@ def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[N
 
 
 def _known(node: Node, symbols: Symbols, values: Mapping[Node, Any]) -> Any:
-    """Return what ``node`` computes where it depends on weights and constants alone."""
+    """Return the value of ``node`` if it depends on weights and constants alone."""
     inputs = [values[source] for source in node.all_input_nodes]
     if any(not isinstance(item, Value) or item.tensor is None for item in inputs):
         return None
@@ -136,7 +136,7 @@ def finish(
         emitter: the nodes and initializers.
         name: the graph's name.
         inputs: the graph's inputs.
-        returned: the graph's outputs and the values that they are.
+        returned: the names of the graph's outputs, with their values.
         batch: the name of the batch dimension.
     """
     results: list[Value] = []

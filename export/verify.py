@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.exporting import load
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
+from ditfastattn.runtime.load import load
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
+from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge.metrics import image_psnr
 
 # The largest error of a step's output, and the least PSNR of an image in dB, by dtype.
 BOUNDS = {"float32": (1e-4, 50.0), "float16": (5e-2, 35.0), "bfloat16": (2e-1, 30.0)}
-# The same where only caches are kept so: what is alike to 1e-7 may be rounded up here, down there.
+# The same if only caches have that dtype: values within 1e-7 may round in opposite directions.
 CACHE_BOUNDS = {"float16": (5e-3, 50.0), "bfloat16": (4e-2, 40.0)}
 
 
@@ -33,11 +33,11 @@ class Verification:
 
     Attributes:
         step_errors: the largest absolute error of each step's output, on the same inputs.
-        variant_errors: the largest of those of each variant.
-        psnr: of a whole generation's image, in dB.
-        loop_error: the largest error of the unrolled loop's latents, relative to the largest of
-            them; 0 without a loop.
-        bounds: what is allowed: the error and the PSNR.
+        variant_errors: the largest step error of each variant.
+        psnr: of the image of a whole generation, in dB.
+        loop_error: the largest error of the unrolled loop's latents, relative to the largest
+            latent; 0 without a loop.
+        bounds: the largest error and the least PSNR allowed.
     """
 
     step_errors: tuple[float, ...]
@@ -48,16 +48,16 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Tell whether both bounds are met."""
+        """Return whether both bounds are met."""
         error, psnr = self.bounds
         alike = max(*self.step_errors, self.loop_error) <= error
         return alike and self.psnr >= psnr
 
 
-class _Standing(nn.Module):
-    """Answer as the bundle does, in the dtype of the torch model: the pipeline's noise is its own.
+class _StandIn(nn.Module):
+    """Run the bundle in the transformer's place, in the torch model's dtype and so on its noise.
 
-    With ``reference``, that answers, and the bundle's answer to the same question is compared.
+    With ``reference``, return its output instead, and record how far the bundle's differs.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ def verify(
 ) -> Verification:
     """Generate with the torch model and the bundle in ``folder``; compare every step and the image.
 
-    The torch model runs by the bundle's plan, uncompiled, in its own dtype and where the pipeline
-    is: nothing but the runtime differs, and the bundle's dtype. That and the dtype of its caches
-    set the bounds.
+    The torch model runs by the bundle's plan, uncompiled, in its own dtype and on the pipeline's
+    device: only the runtime differs, and the bundle's dtype. That and the dtype of its caches set
+    the bounds.
 
     Args:
         folder: the bundle.
@@ -109,24 +109,37 @@ def verify(
         providers: execution providers of ONNX Runtime.
         seed: seeds the noise.
         runtime: ``onnx``, or ``tensorrt``: the bundle's engines, by step variants or a switch.
-        target: whose engines to take; without one, those of this GPU.
+        target: of the engines; by default those for this GPU.
         cuda_graphs: capture each engine as a CUDA graph.
 
     Raises:
-        ConfigError: the bundle does not load, or it is of another model than the pipeline's.
+        ConfigError: the bundle does not load, or does not match the pipeline's model.
     """
     root = Path(folder)
     manifest = read_manifest(root)
     bundle = load(root, providers, runtime=runtime, target=target, cuda_graphs=cuda_graphs)
-    prompt = split_prompts(call, seed)[0]
+    images, pair, loop_error = _generate_both(
+        pipeline, bundle, split_prompts(call, seed)[0], _plan_of(root, manifest)
+    )
+    return _summary(manifest, pair.errors, loop_error, images)
+
+
+def _plan_of(root: Path, manifest: Manifest) -> Plan | None:
+    return Plan.load(root / PLAN_FILE) if manifest.plan_sha256 else None
+
+
+def _generate_both(
+    pipeline: Any, bundle: BundleTransformer, prompt: Prompt, plan: Plan | None
+) -> tuple[tuple[Tensor, Tensor], _StandIn, float]:
+    """Generate with both; return the images, what compared each step, and the loop's error."""
     original = pipeline.transformer
     plain = getattr(original, "_orig_mod", original)
     reference: Any = plain
-    if manifest.plan_sha256:
-        options: dict[str, Any] = {"plan": Plan.load(root / PLAN_FILE), "lowering": Lowering.EAGER}
+    if plan is not None:
+        options: dict[str, Any] = {"plan": plan, "lowering": Lowering.EAGER}
         reference = torch.compile(plain, backend="ditfastattn", fullgraph=True, options=options)
     dtype = getattr(plain, "dtype", torch.float32)
-    pair = _Standing(bundle, dtype, reference)
+    pair = _StandIn(bundle, dtype, reference)
     try:
         with many_compilations(), _latents_of(pipeline.scheduler) as latents:
             pipeline.transformer = pair
@@ -134,11 +147,11 @@ def verify(
         loop_error = _loop_error(bundle, pair.arguments, latents)
         with many_compilations():
             bundle.reset()
-            pipeline.transformer = _Standing(bundle, dtype)
+            pipeline.transformer = _StandIn(bundle, dtype)
             got = as_images(generate(pipeline, prompt))
     finally:
         pipeline.transformer = original
-    return _summary(manifest, pair.errors, loop_error, (expected, got))
+    return (expected, got), pair, loop_error
 
 
 @contextmanager
@@ -168,8 +181,8 @@ def _loop_error(
         return 0.0
     names = {spec.name.partition(".")[0] for spec in loop.conditions}
     conditions = {name: arguments[name] for name in names}
-    lanes = 1 if bundle.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
-    images = len(arguments[bundle.manifest.latent]) // lanes  # some pipelines step both halves
+    branches = 1 if bundle.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+    images = len(arguments[bundle.manifest.latent]) // branches  # some pipelines step both halves
     noise, expected = (item[:images].float().cpu() for item in (latents[0], latents[-1]))
     got = bundle.generate((noise / loop.noise_scale).to(bundle.dtype), **conditions).float().cpu()
     return float((got - expected).abs().max() / expected.abs().max())

@@ -1,4 +1,4 @@
-"""Gather the weights of all graphs of a bundle in one file, each content once."""
+"""Collect the weights of all graphs of a bundle in one file, each content once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 
 INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph
-_PAGE: Final = 4096  # a large tensor begins on a page, so that runtimes can map it
+_PAGE: Final = 4096  # large tensors begin on a page, so that runtimes can map them
 _WORD: Final = 64
 
 ONNX_TYPES: Final[dict[torch.dtype, int]] = {
@@ -37,7 +37,7 @@ def onnx_type(dtype: torch.dtype) -> int:
     """Return ONNX's name for ``dtype``.
 
     Raises:
-        ConfigError: ONNX runtimes have no such type.
+        ConfigError: ONNX runtimes do not support it.
     """
     if dtype not in ONNX_TYPES:
         raise ConfigError(
@@ -77,14 +77,14 @@ class Weights:
     _places: dict[bytes, _Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Begin with an empty file, or behind what is known to be in it."""
+        """Open an empty file, or continue after the first ``size`` bytes."""
         self._file = self.path.open("r+b" if self.size else "wb")
         self._file.truncate(self.size)
         self._file.seek(self.size)
 
     @classmethod
     def resumed(cls, path: Path, location: str, state: Mapping[str, Any]) -> Weights:
-        """Go on behind what ``state`` says; begin anew where it is empty."""
+        """Resume from ``state``, or start anew if it is empty."""
         places = {
             bytes.fromhex(key): _Place(*place) for key, place in state.get("places", {}).items()
         }
@@ -96,11 +96,11 @@ class Weights:
         return {"size": self.size, "places": places}
 
     def flush(self) -> None:
-        """Let others read what was stored so far."""
+        """Make what was stored so far readable by others."""
         self._file.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._file.close()
 
     def store(self, name: str, tensor: Tensor) -> TensorProto:

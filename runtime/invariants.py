@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.passes.analysis.flops import Flops, count_flops
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.slots import Slot, written_slots
 from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue

@@ -17,7 +17,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from ditfastattn.passes.graph.ir import outputs
-from ditfastattn.passes.graph.outline import Region, freed_after, outline
+from ditfastattn.passes.graph.outline import outline
+from ditfastattn.passes.graph.region import Region, freed_after
 from ditfastattn.passes.windows.lower_windows import lower_windows
 
 log = logging.getLogger(__name__)

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import (
-    Fingerprint,
-    Plan,
-    PlannedSite,
-    TileWindow,
-)
+from ditfastattn.passes.plan.schema import Plan, PlannedSite
 from ditfastattn.passes.rewrites.split_heads import split_heads
+from ditfastattn.passes.windows.window import TileWindow
 
 log = logging.getLogger(__name__)
 

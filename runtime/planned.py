@@ -22,17 +22,11 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import fingerprint, hash_tensors
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import (
-    CapturedGraph,
-    GraphInput,
-    capture,
-    describe_inputs,
-    latent_position,
-    plain_numbers,
-)
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs, plain_numbers
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs, value
 from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
 from ditfastattn.passes.graph.verify import verify
@@ -40,12 +34,7 @@ from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout, calls_of
 from ditfastattn.passes.plan.legality import declined_strategies
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Fingerprint,
-    Plan,
-    Sampler,
-)
+from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
 from ditfastattn.passes.plan.step_program import NOTHING, StepProgram, unroll
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS

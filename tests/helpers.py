@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+
+import ditfastattn
 
 ROOT = Path(__file__).resolve().parents[1]
 FACADE = ROOT / "src" / "ditfastattn"
@@ -88,6 +91,11 @@ def _expected() -> list[str]:
     assets = (ROOT / "tools" / "assets").rglob("*")
     shipped += [path.relative_to(ROOT) for path in assets if path.suffix in ASSET_SUFFIXES]
     return sorted(f"ditfastattn/{path.as_posix()}" for path in shipped)
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ditfastattn.__version__ == project["version"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -29,16 +29,17 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.windows.band import band_bias, band_of
 from ditfastattn.passes.windows.forms import sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.measure import machine

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Plan, SiteKind
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.caches import Caches

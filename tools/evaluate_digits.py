@@ -23,12 +23,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.tools.digits_data import (
-    NUM_CLASSES,
-    classify,
-    digit_classifier,
-    digit_images,
-)
+from ditfastattn.tools.digits_data import NUM_CLASSES, classify, digit_classifier, digit_images
 from ditfastattn.tools.digits_pipeline import EMBEDDED_FOLDER, DigitsPipeline, load_pipeline
 
 _SPLIT_SEED = 0

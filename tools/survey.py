@@ -24,18 +24,12 @@ from rich.console import Console
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.legality import declined_strategies
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
-from ditfastattn.tools.zoo.trial import (
-    TOLERANCE,
-    Trial,
-    count_graph_breaks,
-    reason_of,
-    try_model,
-)
+from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, count_graph_breaks, reason_of, try_model
 
 _EXPORTED = re.compile(r".*(Transformer|DiT).*(Model|Transformer)")
 _NOT_DENOISERS = re.compile(r".*ControlNet.*|.*Prior.*|.*Encoder.*")

@@ -1,4 +1,4 @@
-"""Define what a rule is given and returns."""
+"""Define what a rule takes and returns."""
 
 from __future__ import annotations
 

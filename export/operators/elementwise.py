@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.operators.base import Call, Rule
+from ditfastattn.passes.graph.ir import aten
 
 
 def operand(emitter: Emitter, item: Any, dtype: torch.dtype) -> str:
@@ -149,7 +151,7 @@ def _masked_fill(emitter: Emitter, call: Call) -> str:
 
 
 def finite_minimum(dtype: torch.dtype) -> float:
-    """Return what stands for minus infinity: TensorRT's fp16 softmax makes NaN of a true one."""
+    """Return a stand-in for minus infinity, which TensorRT's fp16 softmax turns into NaN."""
     return -6e4 if dtype == torch.float16 else -1e30
 
 

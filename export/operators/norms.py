@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from ditfastattn.export.operators.base import Call, Emitter, Rule, aten, axis_of
+from ditfastattn.export.emitter import Emitter
+from ditfastattn.export.operators.base import Call, Rule, axis_of
 from ditfastattn.export.operators.elementwise import operand
+from ditfastattn.passes.graph.ir import aten
 
 
 def _layer_norm(emitter: Emitter, call: Call) -> str:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.operators.base import Call, Rule
 from ditfastattn.export.operators.elementwise import finite_minimum, operand
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.graph.ir import ATTENTION
+from ditfastattn.passes.graph.ir import ATTENTION, aten
 
 
 def transposed(emitter: Emitter, matrix: Value) -> str:
-    """Return the transpose of a matrix; a weight is stored that way, so that no copy is made."""
+    """Return the transpose of a matrix; a weight is stored transposed."""
     if matrix.tensor is None:
         return transpose(emitter, matrix.name, [1, 0])
     return emitter.initializer(f"{matrix.name}.T", matrix.tensor.t())
@@ -60,7 +61,7 @@ def _convolution(emitter: Emitter, call: Call) -> str:
     else:
         pads = 2 * ([0] * rank if padding == "valid" else _each(padding, rank))
     given = [call.first, weight, *([] if bias is None else [bias])]
-    halved = call.dtype == torch.bfloat16  # Conv takes none below opset 22
+    halved = call.dtype == torch.bfloat16  # Conv does not take it below opset 22
     dtype = torch.float32 if halved else call.dtype
     result = emitter.op(
         "Conv",
@@ -116,7 +117,7 @@ def attend(
 
 
 def mask_bias(emitter: Emitter, mask: Value | None, call: Call) -> str:
-    """Return the mask as what is added to the scores; "" where there is none."""
+    """Return what a mask adds to the scores, "" without a mask."""
     if mask is None:
         return ""
     if mask.dtype != torch.bool:
@@ -136,7 +137,7 @@ def _causal_bias(emitter: Emitter, call: Call) -> str:
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to scores so that only ``seen`` ones count."""
+    """Return what is added to scores so that only those ``seen`` count."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, finite_minimum(dtype))
 
 

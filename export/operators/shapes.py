@@ -1,16 +1,14 @@
-"""Write operators that move, cut and join in ONNX."""
+"""Write operators that reshape, permute, repeat and fill in ONNX."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch
-
-from ditfastattn.core.errors import ConfigError
-from ditfastattn.export.batch import BatchSize, Shape, Size
-from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, aten, axis_of
+from ditfastattn.export.batch import Shape, Size
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.operators.base import Call, Rule, axis_of
 from ditfastattn.export.operators.elementwise import operand
+from ditfastattn.passes.graph.ir import aten
 
 
 def _reshape(emitter: Emitter, call: Call) -> str:
@@ -41,7 +39,7 @@ def _permute(emitter: Emitter, call: Call) -> str:
 
 
 def _einsum(emitter: Emitter, call: Call) -> str:
-    """Write a mere permutation as one: bf16 has no Einsum below opset 22."""
+    """Write a permutation as ``Transpose``: bf16 has no Einsum below opset 22."""
     equation = str(call.args[0]).replace(" ", "")
     operands: tuple[Value, ...] = call.args[1]
     left, arrow, right = equation.partition("->")
@@ -49,75 +47,6 @@ def _einsum(emitter: Emitter, call: Call) -> str:
         return transpose(emitter, emitter.use(operands[0]), [left.index(axis) for axis in right])
     names = [emitter.use(item) for item in operands]
     return emitter.op("Einsum", *names, name=call.name, equation=equation)
-
-
-def _slice(emitter: Emitter, call: Call) -> str:
-    source = call.first
-    axis = axis_of(call.get(1, "dim", 0), source.rank)
-    start, end, step = call.get(2, "start"), call.get(3, "end"), call.get(4, "step", 1)
-    size = source.shape[axis]
-    begin: Size = 0 if start is None else start
-    stop: Size = size if end is None or end == sys.maxsize else end
-    if isinstance(begin, int) and isinstance(size, int) and begin < 0:
-        begin = max(0, begin + size)
-    if begin == 0 and stop == size and step == 1:
-        return emitter.use(source)
-    half = _half(size)
-    if step == 1 and half is not None and (begin, stop) in ((0, half), (half, size)):
-        halves = emitter.halves(emitter.use(source), axis)
-        return halves[0 if begin == 0 else 1]
-    ends = emitter.size(stop)
-    return emitter.op(
-        "Slice",
-        emitter.use(source),
-        emitter.size(begin),
-        ends,
-        emitter.ints([axis]),
-        emitter.ints([step]),
-        name=call.name,
-    )
-
-
-def _half(size: Size) -> BatchSize | None:
-    return BatchSize(size.factor / 2) if isinstance(size, BatchSize) else None
-
-
-def _split(emitter: Emitter, call: Call) -> list[str]:
-    """Write ``chunk``, ``split``: the results' shapes say how."""
-    axis = axis_of(call.get(2, "dim", 0), call.first.rank)
-    parts: Any = call.shape
-    sizes: list[Size] = [part[axis] for part in parts]
-    return _cut(emitter, call, axis, sizes)
-
-
-def _cut(emitter: Emitter, call: Call, axis: int, sizes: list[Size]) -> list[str]:
-    name = emitter.use(call.first)
-    count = len(sizes)
-    if count == 1:
-        return [name]
-    if any(isinstance(size, BatchSize) for size in sizes):
-        if len(set(sizes)) > 1:
-            raise ConfigError("the batch is cut into unequal parts", where=f"node {call.name}")
-        return emitter.split(
-            "Split", name, count=count, name=call.name, axis=axis, num_outputs=count
-        )
-    cuts = emitter.ints([size for size in sizes if isinstance(size, int)])
-    return emitter.split("Split", name, cuts, count=count, name=call.name, axis=axis)
-
-
-def _unbind(emitter: Emitter, call: Call) -> list[str]:
-    axis = axis_of(call.get(1, "dim", 0), call.first.rank)
-    parts: Any = call.shape
-    ones: list[Size] = [1] * len(parts)
-    axes = emitter.ints([axis])
-    return [emitter.op("Squeeze", part, axes) for part in _cut(emitter, call, axis, ones)]
-
-
-def _select(emitter: Emitter, call: Call) -> str:
-    axis = axis_of(call.args[1], call.first.rank)
-    index = emitter.ints([call.args[2]])
-    taken = emitter.op("Gather", emitter.use(call.first), index, axis=axis)
-    return emitter.op("Squeeze", taken, emitter.ints([axis]), name=call.name)
 
 
 def _unsqueeze(emitter: Emitter, call: Call) -> str:
@@ -160,45 +89,6 @@ def _repeat_interleave(emitter: Emitter, call: Call) -> str:
     return emitter.reshape(emitter.op("Expand", apart, emitter.ints(counts)), call.shape)
 
 
-def _cat(emitter: Emitter, call: Call) -> str:
-    parts: tuple[Value, ...] = call.args[0]
-    full = [part for part in parts if part.shape != (0,)]  # torch ignores such an empty one
-    axis = axis_of(call.get(1, "dim", 0), full[0].rank)
-    names = [operand(emitter, part, call.dtype) for part in full]
-    return emitter.op("Concat", *names, name=call.name, axis=axis)
-
-
-def _stack(emitter: Emitter, call: Call) -> str:
-    parts: tuple[Value, ...] = call.args[0]
-    axis = axis_of(call.get(1, "dim", 0), parts[0].rank + 1)
-    axes = emitter.ints([axis])
-    names = [emitter.op("Unsqueeze", operand(emitter, part, call.dtype), axes) for part in parts]
-    return emitter.op("Concat", *names, name=call.name, axis=axis)
-
-
-def _pad(emitter: Emitter, call: Call) -> str:
-    flat: tuple[int, ...] = call.args[1]
-    rank = call.first.rank
-    before, after = [0] * rank, [0] * rank
-    for place in range(len(flat) // 2):
-        before[rank - 1 - place], after[rank - 1 - place] = flat[2 * place : 2 * place + 2]
-    filling = emitter.scalar(call.get(2, "value", 0) or 0, call.dtype)
-    return emitter.op("Pad", emitter.use(call.first), emitter.ints([*before, *after]), filling)
-
-
-def _flip(emitter: Emitter, call: Call) -> str:
-    axes = [axis_of(axis, call.first.rank) for axis in call.args[1]]
-    return emitter.op(
-        "Slice",
-        emitter.use(call.first),
-        emitter.ints([-1] * len(axes)),
-        emitter.ints([-sys.maxsize] * len(axes)),
-        emitter.ints(axes),
-        emitter.ints([-1] * len(axes)),
-        name=call.name,
-    )
-
-
 def _filled(number_at: int | None, number: float = 0.0) -> Rule:
     def rule(emitter: Emitter, call: Call) -> str:
         content = number if number_at is None else call.args[number_at]
@@ -208,60 +98,9 @@ def _filled(number_at: int | None, number: float = 0.0) -> Rule:
     return rule
 
 
-def _embedding(emitter: Emitter, call: Call) -> str:
-    table, index = call.args[:2]
-    return emitter.op("Gather", emitter.use(table), emitter.use(index), name=call.name, axis=0)
-
-
-def _index_select(emitter: Emitter, call: Call) -> str:
-    axis = axis_of(call.args[1], call.first.rank)
-    index = emitter.use(call.args[2])
-    return emitter.op("Gather", emitter.use(call.first), index, name=call.name, axis=axis)
-
-
-def _index(emitter: Emitter, call: Call) -> str:
-    indices: tuple[Value | None, ...] = call.args[1]
-    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(used) != 1:
-        raise ConfigError(
-            "indexing by several tensors at once cannot be exported", where=f"node {call.name}"
-        )
-    axis, index = used[0]
-    return emitter.op("Gather", emitter.use(call.first), emitter.use(index), axis=axis)
-
-
 def _pixel_shuffle(emitter: Emitter, call: Call) -> str:
     source, factor = emitter.use(call.first), call.args[1]
     return emitter.op("DepthToSpace", source, name=call.name, blocksize=factor, mode="CRD")
-
-
-def _slice_scatter(emitter: Emitter, call: Call) -> str:
-    """Take each place from the source or from the base, by one gather of both."""
-    base, source = call.args[:2]
-    axis = axis_of(call.get(2, "dim", 0), base.rank)
-    size, written = base.shape[axis], source.shape[axis]
-    start, step = call.get(3, "start") or 0, call.get(5, "step", 1)
-    return _scattered(emitter, call, emitter.use(source), axis, (size, written, start, step))
-
-
-def _select_scatter(emitter: Emitter, call: Call) -> str:
-    base, source = call.args[:2]
-    axis = axis_of(call.args[2], base.rank)
-    part = emitter.op("Unsqueeze", emitter.use(source), emitter.ints([axis]))
-    return _scattered(emitter, call, part, axis, (base.shape[axis], 1, call.args[3], 1))
-
-
-def _scattered(
-    emitter: Emitter, call: Call, source: str, axis: int, place: tuple[Any, Any, Any, Any]
-) -> str:
-    size, written, start, step = place
-    if not isinstance(size, int) or not isinstance(written, int):
-        raise ConfigError("a part of the batch is written", where=f"node {call.name}")
-    index = torch.arange(size)
-    first = start + size if start < 0 else start
-    index[first : first + step * written : step] = size + torch.arange(written)
-    both = emitter.op("Concat", emitter.use(call.first), source, axis=axis)
-    return emitter.op("Gather", both, emitter.constant(index), name=call.name, axis=axis)
 
 
 SHAPES: dict[Any, Rule] = {
@@ -279,33 +118,17 @@ SHAPES: dict[Any, Rule] = {
     aten.numpy_T.default: _matrix_transpose,
     aten.permute.default: _permute,
     aten.einsum.default: _einsum,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.chunk.default: _split,
-    aten.split.Tensor: _split,
-    aten.split.sizes: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unbind.int: _unbind,
     aten.expand.default: _expand,
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
-    aten.cat.default: _cat,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
-    aten.stack.default: _stack,
-    aten.constant_pad_nd.default: _pad,
-    aten.flip.default: _flip,
     aten.zeros.default: _filled(None, 0.0),
     aten.ones.default: _filled(None, 1.0),
     aten.full.default: _filled(1),
     aten.zeros_like.default: _filled(None, 0.0),
-    aten.empty_like.default: _filled(None, 0.0),  # to be written over
+    aten.empty_like.default: _filled(None, 0.0),  # to be overwritten
     aten.ones_like.default: _filled(None, 1.0),
     aten.full_like.default: _filled(1),
     aten.new_zeros.default: _filled(None, 0.0),
     aten.new_ones.default: _filled(None, 1.0),
-    aten.embedding.default: _embedding,
-    aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }

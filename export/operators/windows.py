@@ -1,7 +1,7 @@
 """Write attention within a window in ONNX: MatMul-Softmax-MatMul over blocks, or tiles, of queries.
 
-Each has the keys it can see, gathered by a constant index: the work outside is skipped. So is what
-a mask of keys adds to their scores.
+The keys that each sees are gathered by a constant index, so that the work outside is skipped. What
+a key mask adds to their scores is gathered likewise.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from ditfastattn.export.operators.base import Call, Emitter, Rule, Value, axis_of
+from ditfastattn.export.emitter import Emitter, Value
+from ditfastattn.export.operators.base import Call, Rule, axis_of
 from ditfastattn.export.operators.elementwise import finite_minimum
 from ditfastattn.export.operators.products import additive, attend, mask_bias
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.band import Band, band_of, seen_tokens
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles
 from ditfastattn.passes.windows.tile_attention import seen_tokens as tokens_seen_by_tiles
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, seen_pairs
 
 Three = tuple[str, str, str]  # names of query, key and value
@@ -50,7 +51,7 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
 def _tile_attention(emitter: Emitter, call: Call) -> str:
     """Attend tile by tile: ``[B, H, tiles, tile tokens, D]``, each with the tiles it sees.
 
-    In between batch and heads are one: TensorRT has eight dimensions, and three axes take six.
+    Meanwhile batch and heads are one: TensorRT has eight dimensions, and three axes take six.
     """
     grid, tile, reach = (tuple(sizes) for sizes in call.args[3:6])
     window, scale = TileWindow(grid=grid, tile=tile, reach=reach), call.args[6]
@@ -67,7 +68,7 @@ def _tile_attention(emitter: Emitter, call: Call) -> str:
 
 
 def _mask(emitter: Emitter, call: Call, mask: Value | None) -> str:
-    """Return what a mask of keys adds to the scores, finite; "" where there is none."""
+    """Return what a key mask adds to the scores, finite; "" without a mask."""
     bias = mask_bias(emitter, mask, call)
     if mask is None or mask.dtype == torch.bool:
         return bias
@@ -75,7 +76,7 @@ def _mask(emitter: Emitter, call: Call, mask: Value | None) -> str:
 
 
 def _or_zero(emitter: Emitter, call: Call, attended: str, biases: list[str]) -> str:
-    """Return 0 for queries that see no key, as torch does; their softmax is of nothing."""
+    """Return 0 for queries that see no key, as torch does."""
     total = biases[0]
     for bias in biases[1:]:
         total = emitter.op("Add", total, bias)
@@ -88,7 +89,7 @@ def _or_zero(emitter: Emitter, call: Call, attended: str, biases: list[str]) -> 
 def _gathered_bias(emitter: Emitter, mask: str, seen: torch.Tensor) -> str:
     """Return what ``mask``, ``[B, H, 1, N]``, adds to the scores of the tokens ``seen``.
 
-    Of ``seen``, ``[blocks, keys]``, it makes ``[B, H, blocks, 1, keys]``.
+    ``seen`` is ``[blocks, keys]``; the result is ``[B, H, blocks, 1, keys]``.
     """
     flat = emitter.op("Squeeze", mask, emitter.ints([2]))
     found = emitter.op("Gather", flat, emitter.constant(seen), axis=2)
@@ -145,9 +146,9 @@ def _beside_text(
     mask: str,
     image: Callable[[Three, tuple[str, str]], str],
 ) -> str:
-    """Attend the image's ``tokens`` by ``image``, and from the ``text`` around them to all.
+    """Attend among the image's ``tokens`` by ``image``, and from the ``text`` around them to all.
 
-    To the scores of all, ``mask`` is added.
+    ``mask`` is added to the scores of the text's queries.
     """
     if not any(text):
         return image(tensors, ("", ""))
@@ -163,7 +164,7 @@ def _beside_text(
 
 
 def _split_text(emitter: Emitter, name: str, tokens: int, text: tuple[int, int]) -> tuple[str, str]:
-    """Return the image's tokens, and those around them, of ``[B, H, N, D]``."""
+    """Split ``[B, H, N, D]`` into the image's tokens and those around them."""
     before, after = text
     stop = before + tokens
     outside = [_tokens(emitter, name, 0, before)] if before else []
@@ -203,11 +204,7 @@ def _in_blocks(
             _with_text(emitter, item, other, band.blocks, head_dim)
             for item, other in ((keys, text[0]), (values, text[1]))
         )
-    near = torch.arange(band.block)[:, None] - (torch.arange(band.span) - band.window)
-    inside = additive(near.abs() <= band.window, call.dtype)  # [block, span]
-    edge = additive((place >= 0) & (place < band.tokens), call.dtype)[:, None]  # [blocks, 1, span]
-    inside, edge = (torch.nn.functional.pad(bias, (0, band.text)) for bias in (inside, edge))
-    biases = [emitter.constant(inside), emitter.constant(edge)]
+    biases = _band_biases(emitter, band, place, call.dtype)
     if mask:
         biases.append(_gathered_bias(emitter, mask, seen_tokens(band)))
     attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
@@ -218,6 +215,20 @@ def _in_blocks(
         return merged
     cut = [emitter.ints([number]) for number in (0, band.tokens, axis_of(2, 4), 1)]
     return emitter.op("Slice", merged, *cut, name=call.name)
+
+
+def _band_biases(
+    emitter: Emitter, band: Band, place: torch.Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Return what hides keys outside the window, and outside the band: their sum is added.
+
+    ``place`` holds the positions of each block's keys, ``[blocks, span]``.
+    """
+    near = torch.arange(band.block)[:, None] - (torch.arange(band.span) - band.window)
+    inside = additive(near.abs() <= band.window, dtype)  # [block, span]
+    edge = additive((place >= 0) & (place < band.tokens), dtype)[:, None]  # [blocks, 1, span]
+    biases = (torch.nn.functional.pad(bias, (0, band.text)) for bias in (inside, edge))
+    return [emitter.constant(bias) for bias in biases]
 
 
 def _with_text(emitter: Emitter, near: str, text: str, blocks: int, head_dim: int) -> str:

@@ -1,4 +1,4 @@
-"""Build a bundle's TensorRT engines; those that are there already are kept."""
+"""Build a bundle's TensorRT engines; existing ones are kept."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from ditfastattn.export.lint import lint, nodes_of
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import WORKER, Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
-from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
+from ditfastattn.export.tensorrt.switch import make_switch
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
-    FileSpec,
     Manifest,
-    TensorSpec,
-    VariantSpec,
     check_files,
     file_hash,
     read_manifest,
 )
+from ditfastattn.runtime.bundle.specs import FileSpec, TensorSpec, VariantSpec
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES_FOLDER,
+    SWITCH_FILE,
     Engines,
     EngineSpec,
     Layout,
@@ -47,8 +46,8 @@ from ditfastattn.runtime.tensorrt.library import CURRENT, Library, find_library
 
 __all__ = ["BuildOptions", "Layout", "build"]
 
-_LARGEST: Final = 1.2  # of a switch's engine, against the weights
-_TOLD: Final = 3  # warnings of one build
+_LARGEST: Final = 1.2  # size of a switch's engine, relative to the weights
+_SHOWN: Final = 3  # errors and warnings of one build
 
 
 def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -> Engines:
@@ -58,8 +57,8 @@ def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -
         What was built, as ``engines.json`` holds it; each engine's log lies beside it.
 
     Raises:
-        ConfigError: the bundle is not whole; TensorRT is absent, or cannot build for the target.
-        EngineError: a build failed; what was built before is kept.
+        ConfigError: the bundle is incomplete; TensorRT is absent, or cannot build for the target.
+        EngineError: a build failed; engines built before are kept.
     """
     chosen = options or BuildOptions()
     root = Path(folder)
@@ -98,7 +97,7 @@ def _check_target(library: Library, target: str) -> None:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Hold a graph to build from, and its inputs of which a shape may depend on the batch."""
+    """Hold a graph to build from, and its inputs whose shapes may depend on the batch."""
 
     name: str
     path: Path
@@ -109,7 +108,7 @@ class _Graph:
 def _graphs(
     root: Path, manifest: Manifest, layout: Layout, rows: int
 ) -> Generator[tuple[list[_Graph], SwitchSpec | None]]:
-    """Hold the graphs that the layout's engines are built from."""
+    """Yield the graphs that the layout's engines are built from."""
     specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
     specs |= {spec.name: spec for spec in manifest.inputs}
 
@@ -128,7 +127,8 @@ def _graphs(
         yield [*map(of, manifest.variants), *once], None
         return
     made = make_switch(root, manifest, rows)
-    handle, path = tempfile.mkstemp(dir=root, prefix=".switch.", suffix=".onnx")  # by the weights
+    # Beside the weights, which the graph names by a relative path.
+    handle, path = tempfile.mkstemp(dir=root, prefix=".switch.", suffix=".onnx")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(made.model.SerializeToString())
@@ -160,7 +160,7 @@ class _Builder:
         return made.content.bytes
 
     def build(self, layout: Layout, reason: str) -> Engines:
-        """Build one engine after the other; ``engines.json`` grows with them."""
+        """Build one engine after another, and list each in ``engines.json``."""
         rows = rows_of(self._manifest, self._options.images, layout)
         with _graphs(self._root, self._manifest, layout, rows[1]) as (graphs, switch):
             engines = self._described(layout, reason, switch)
@@ -176,7 +176,7 @@ class _Builder:
         return engines
 
     def _described(self, layout: Layout, reason: str, switch: SwitchSpec | None) -> Engines:
-        """Return the description of engines of which none is built yet."""
+        """Return the description of engines, of which none is built yet."""
         target = self._options.target
         return Engines(
             library=self._library.name,
@@ -196,7 +196,7 @@ class _Builder:
         profiles = self._profiles(graph, engines.rows)
         key = self._key(graph, engines, profiles)
         if key in self._known:
-            options.on_progress(graph.name, "is there already", 1.0)
+            options.on_progress(graph.name, "exists already", 1.0)
             return self._known[key]
         file = f"{Path(graph.name).stem}-{key[:12]}.engine"
         engine = self._out / file
@@ -233,7 +233,7 @@ class _Builder:
 
     def _key(self, graph: _Graph, engines: Engines, profiles: Mapping[str, Profile]) -> str:
         parts = {
-            "builder": file_hash(WORKER),  # which sets the builder's flags
+            "builder": file_hash(WORKER),  # it sets the builder's flags
             "graph": file_hash(graph.path),
             "weights": self._manifest.files[self._manifest.weights].sha256,
             "library": [engines.library, engines.version],
@@ -243,8 +243,8 @@ class _Builder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _findings(self, wanted: list[str], found: BuildLog, size: int, layout: Layout) -> list[str]:
-        lines = [f"error: {message}" for message in found.errors[:_TOLD]]
-        lines += [f"warning: {message}" for message in dict.fromkeys(found.warnings[:_TOLD])]
+        lines = [f"error: {message}" for message in found.errors[:_SHOWN]]
+        lines += [f"warning: {message}" for message in dict.fromkeys(found.warnings[:_SHOWN])]
         missing = len(wanted) - len(found.attentions)
         if missing > 0:
             why = self._manifest.model.dtype == "float32"
@@ -259,7 +259,7 @@ class _Builder:
 
 
 def _known(out: Path) -> dict[str, EngineSpec]:
-    """Return the engines that are there and whole, by their keys."""
+    """Return the engines in ``out`` that are complete, by their keys."""
     try:
         before = read_engines(out).engines
     except ConfigError:

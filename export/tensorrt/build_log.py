@@ -1,4 +1,4 @@
-"""Read what a builder says about an engine: its kernels, its warnings and errors.
+"""Read a builder's log: the engine's kernels, warnings and errors.
 
 An engine cannot be opened without a GPU, but a builder that logs in detail lists the kernels.
 """
@@ -14,7 +14,7 @@ _KERNEL: Final = re.compile(r"Name: (?P<name>[^,]+), LayerType: (?P<kind>\w+)(?P
 _INPUTS: Final = re.compile(r"Inputs: \[(?P<inputs>.*?)\](?:, Constants|, Outputs)")
 _DIMENSIONS: Final = re.compile(r"Dimensions: \[(?P<sizes>[-\d,]*)\]")
 _LAYERS: Final = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_EXPECTED: Final = ("Int64 binding",)  # warnings that say nothing wrong
+_EXPECTED: Final = ("Int64 binding",)  # harmless warnings
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Kernel:
     """Describe one of an engine's kernels.
 
     Attributes:
-        name: as the library made it.
-        kind: as the library names it.
-        shapes: of what it reads; -1 is a free size.
+        name: from the library.
+        kind: from the library.
+        shapes: of its inputs; -1 is a free size.
         nodes: the ONNX nodes that it computes, by name.
     """
 
@@ -35,17 +35,17 @@ class Kernel:
 
     @property
     def is_attention(self) -> bool:
-        """Tell whether it is a whole attention: product, softmax, product."""
+        """Return whether it is a whole attention: product, softmax, product."""
         return "_mha" in self.name
 
     @property
     def queries(self) -> int:
-        """Return how many tokens ask in one of an attention's products."""
+        """Return the number of queries of an attention."""
         return self.shapes[0][1]
 
     @property
     def keys(self) -> int:
-        """Return how many tokens each of them sees."""
+        """Return the number of keys that each query sees."""
         return self.shapes[1][2]
 
 

@@ -1,4 +1,4 @@
-"""Run one build in a process of its own, with a time limit, and say why it died."""
+"""Run one build in a separate process, with a time limit, and report why it failed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Job:
 
 
 def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], None]) -> None:
-    """Build; ``on_progress`` is told the builder's phase, and how much of it is done (0 to 1).
+    """Build; call ``on_progress`` with the builder's phase, and how much of it is done (0 to 1).
 
     Raises:
         EngineError: the builder refused the graph, crashed, or took longer than ``time_limit``
@@ -64,7 +64,7 @@ def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], Non
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
         request.write_text(job.request(), encoding="utf-8")
-        # -P: modules beside the worker are not to hide others.
+        # -P: modules beside the worker must not shadow others.
         command = [sys.executable, "-P", str(WORKER), str(request)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -87,7 +87,7 @@ def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], Non
                 thread.join()
             Path(f"{job.engine}.partial").unlink(missing_ok=True)
     if code:
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else "failed"
+        how = f"crashed with {signal.Signals(-code).name}" if code < 0 else "failed"
         raise _failed(job, how, errors)
 
 
@@ -104,7 +104,7 @@ def _failed(job: Job, how: str, errors: list[str]) -> EngineError:
     if job.log.is_file():
         with job.log.open(encoding="utf-8", errors="replace") as file:
             said += [line.rstrip() for line in file if "ERROR: " in line]
-    shown = "\n  ".join(said[-_SHOWN:]) or "it said nothing"
+    shown = "\n  ".join(said[-_SHOWN:]) or "no output"
     return EngineError(
         f"{job.graph.name}: the TensorRT builder {how}:\n  {shown}\n  log: {job.log}"
     )

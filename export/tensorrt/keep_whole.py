@@ -1,8 +1,8 @@
-"""Keep a product that is split in one piece, so that all variants hold the same weights of it.
+"""Keep a product whole whose result is split, so that all variants share its weights.
 
-A builder cuts the product where its result is, and merges the pieces anew, in an order that is
-another one in each branch of a switch: it would hold the weights once per order. It does not cut
-what parts are picked from.
+A builder splits the product itself instead, and merges the pieces in an order that differs between
+the branches of a switch: it would hold the weights once per order. It does not split a product from
+which parts are gathered.
 
 Before::
 
@@ -30,7 +30,7 @@ _PRODUCTS = ("MatMul", "Gemm")
 
 
 def keep_products_whole(model: ModelProto) -> int:
-    """Pick the equal parts of products by weights instead of splitting; return how many changed."""
+    """Gather the equal parts of products instead of splitting them; return how many changed."""
     graph = model.graph
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     sizes = {
@@ -43,8 +43,9 @@ def keep_products_whole(model: ModelProto) -> int:
     changed = 0
     for node in graph.node:
         parts = [sizes.get(name, []) for name in node.output]
-        if node.op_type == "Split" and _splits_alike(node, parts) and _of(node, producers, weights):
-            nodes += _picked(graph, node, parts[0])
+        equal = node.op_type == "Split" and _splits_alike(node, parts)
+        if equal and _splits_product(node, producers, weights):
+            nodes += _gathered(graph, node, parts[0])
             changed += 1
         else:
             nodes.append(node)
@@ -54,15 +55,15 @@ def keep_products_whole(model: ModelProto) -> int:
 
 
 def _splits_alike(node: NodeProto, parts: Sequence[list[int]]) -> bool:
-    """Tell whether ``node`` splits the last axis into parts of one known size."""
+    """Return whether ``node`` splits the last axis into parts of one known size."""
     rank = len(parts[0])
     (axis,) = [item.i for item in node.attribute if item.name == "axis"] or [0]
     alike = all(part == parts[0] for part in parts)
     return rank > 0 and axis in (-1, rank - 1) and alike and parts[0][-1] > 0
 
 
-def _of(node: NodeProto, producers: dict[str, NodeProto], weights: set[str]) -> bool:
-    """Tell whether ``node`` splits a product by weights, to which a bias may be added."""
+def _splits_product(node: NodeProto, producers: dict[str, NodeProto], weights: set[str]) -> bool:
+    """Return whether ``node`` splits a product with weights, plus an optional bias."""
     found = producers.get(node.input[0])
     if found is not None and found.op_type == "Add":
         found = next((producers[name] for name in found.input if name in producers), None)
@@ -73,8 +74,8 @@ def _of(node: NodeProto, producers: dict[str, NodeProto], weights: set[str]) -> 
     )
 
 
-def _picked(graph: GraphProto, node: NodeProto, part: list[int]) -> list[NodeProto]:
-    """Return nodes that make the outputs of ``node``, each of the shape ``part``."""
+def _gathered(graph: GraphProto, node: NodeProto, part: list[int]) -> list[NodeProto]:
+    """Return nodes that gather the outputs of ``node``, each of the shape ``part``."""
     apart = f"{node.output[0]}.apart"
     shape = [*(0 for _ in part[:-1]), len(node.output), part[-1]]
     nodes = [helper.make_node("Reshape", [node.input[0], f"{apart}.shape"], [apart], apart)]

@@ -1,4 +1,4 @@
-"""Say what engines are to be built, and decide in which form."""
+"""Choose which engines to build, and in which layout."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _SWITCHED: Final = 8  # variants: a builder's time grows faster than their numbe
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Say what engines are to be built.
+    """Choose which engines to build.
 
     Attributes:
         target: a compute capability such as ``sm89``, or ``current``, this machine's GPU.
-        layout: the form; see ``choose_layout``.
+        layout: see ``choose_layout``.
         images: the least, usual and most images of a call.
         max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
             own, before ``auto`` takes the switch.
         time_limit: for each build, in seconds.
         library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
-        on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
+        on_progress: called with the graph, its builder's phase, and how much is done (0 to 1).
     """
 
     target: str = CURRENT
@@ -46,43 +46,43 @@ class BuildOptions:
 def rows_of(
     manifest: Manifest, images: tuple[int, int, int], layout: Layout = Layout.VARIANTS
 ) -> tuple[int, int, int]:
-    """Return the rows of calls with so many images: guidance doubles them.
+    """Return the rows of calls with these numbers of images; guidance doubles them.
 
-    A switch takes the usual number alone: builders fail on a free batch inside an ``If``.
+    A switch takes the usual number only: builders fail on a free batch inside an ``If``.
 
     Raises:
-        ConfigError: the numbers do not grow, or the bundle is for another batch.
+        ConfigError: the numbers decrease.
     """
     least, usual, most = images
     if not 0 < least <= usual <= most:
-        raise ConfigError("images must not shrink", got=images, expected="least, usual, most")
+        raise ConfigError("images must not decrease", got=images, expected="least, usual, most")
     if manifest.fixed_batch:
         least = usual = most = manifest.fixed_batch
         return least, usual, most
-    lanes = 1 if manifest.sampler.cfg_layout is CfgLayout.NONE else 2
-    if (lanes * least) % manifest.batch_multiple:
-        lanes *= manifest.batch_multiple
+    branches = 1 if manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+    if (branches * least) % manifest.batch_multiple:
+        branches *= manifest.batch_multiple
     if layout is Layout.SWITCH:
         least = most = usual
-    return lanes * least, lanes * usual, lanes * most
+    return branches * least, branches * usual, branches * most
 
 
 def choose_layout(
     root: Path, manifest: Manifest, options: BuildOptions, first: int = 0
 ) -> tuple[Layout, str]:
-    """Return the form to build, and why.
+    """Return the layout to build, and why.
 
     ``auto`` never takes the loop, which generates whole images and cannot be a pipeline's model.
 
     Args:
         root: the bundle's folder.
-        manifest: what it holds.
-        options: what is asked for.
-        first: the size of the first variant's engine in bytes, 0 where it was not measured yet:
-            what it holds beside its weights, every other will too.
+        manifest: the bundle's manifest.
+        options: the requested engines.
+        first: the size of the first variant's engine in bytes, 0 before it is measured; what it
+            holds beside its weights, every other engine will hold too.
 
     Raises:
-        ConfigError: the bundle has not what the form needs.
+        ConfigError: the bundle lacks what the layout needs.
     """
     wanted, count = options.layout, len(manifest.variants)
     if wanted is Layout.LOOP and manifest.loop is None:
@@ -92,17 +92,23 @@ def choose_layout(
     if wanted is Layout.SWITCH and count == 1:
         raise ConfigError("there is one step variant: nothing to switch between", where=str(root))
     if wanted is not Layout.AUTO:
-        return wanted, "it was asked for"
+        return wanted, "it was requested"
     if count == 1:
         return Layout.VARIANTS, "there is one step variant"
+    return _by_size(root, manifest, options.max_engine_mb, first)
+
+
+def _by_size(root: Path, manifest: Manifest, limit_mb: float, first: int) -> tuple[Layout, str]:
+    """Return the layout of several variants whose weights fit the limit, and why."""
+    count = len(manifest.variants)
     weights = [weight_bytes(root / variant.file) for variant in manifest.variants]
     beside = max(0, first - weights[0])
     held = (sum(weights) + count * beside) / _MEGABYTE
     once = manifest.files[manifest.weights].bytes / _MEGABYTE
     what = "" if first else " of weights"
     sizes = f"{count} engines take {held:.0f} MiB{what}, one switch {once:.0f} MiB of weights"
-    limit = f"the limit of {options.max_engine_mb:g} MiB"
-    if held <= options.max_engine_mb:
+    limit = f"the limit of {limit_mb:g} MiB"
+    if held <= limit_mb:
         return Layout.VARIANTS, f"{sizes}: within {limit}"
     if count > _SWITCHED:
         return (

@@ -1,36 +1,34 @@
-"""Join the graphs of all step variants in one that takes the variant's number: the weights once.
+"""Join the graphs of all step variants in one, which takes the variant's number.
 
-TensorRT's engines share no weights, but the branches of an ``If`` share those of the graph around
-them. Branches must return the same outputs, while variants read and write different cache slots:
-slots go through *ports*, inputs and outputs of a shape, that each variant uses for its own.
+TensorRT's engines do not share weights, but the branches of an ``If`` share those of the graph
+around them. Branches must return the same outputs, while variants read and write different cache
+slots; so slots go through *ports*, inputs and outputs of a shape that each variant uses as needed.
 
-What is computed per image and not per token (the conditioning of all blocks) is moved in front of
-the branches: builders merge such products, each branch other ones, and would hold merged copies of
-their weights.
+What is computed per image rather than per token (the conditioning of all blocks) moves before the
+branches: builders merge such products, different ones in each branch, and would hold merged copies
+of their weights.
 
-The batch is fixed: TensorRT-RTX 1.7 fails on a free one inside an ``If``.
+The batch is fixed: TensorRT-RTX 1.7 fails on a free batch inside an ``If``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ditfastattn.export.tensorrt.keep_whole import keep_products_whole
-from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
-from ditfastattn.runtime.tensorrt.engines import PortSpec, SwitchSpec, SwitchVariant
+from ditfastattn.export.tensorrt.switch_parts import Initializers, Key, Ports, SharedNodes, renamed
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.specs import TensorSpec
+from ditfastattn.runtime.tensorrt.engines import SwitchSpec, SwitchVariant
 
-SWITCH_FILE: Final = "switch.onnx"
 VARIANT: Final = "variant"
-
-
-_Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -51,74 +49,22 @@ def make_switch(root: Path, manifest: Manifest, rows: int) -> Switch:
         for variant in manifest.variants
     ]
     for model in models:
-        _fix(model.graph, manifest, rows)
+        _fix_batch(model.graph, manifest, rows)
         keep_products_whole(model)
     return _Joiner(manifest, models, rows).join()
-
-
-@dataclass
-class _Ports:
-    """Hand out ports by shape and dtype: as many of each as the variant that needs most."""
-
-    prefix: str
-    infos: list[ValueInfoProto] = field(default_factory=list)
-    specs: list[PortSpec] = field(default_factory=list)
-    _like: dict[bytes, list[int]] = field(default_factory=dict)
-
-    def take(self, infos: Sequence[ValueInfoProto], specs: Sequence[TensorSpec]) -> tuple[int, ...]:
-        """Return a port of its own for each value of one variant."""
-        taken: dict[bytes, int] = {}
-        return tuple(self._next(info, spec, taken) for info, spec in zip(infos, specs, strict=True))
-
-    def _next(self, info: ValueInfoProto, spec: TensorSpec, taken: dict[bytes, int]) -> int:
-        key = info.type.SerializeToString(deterministic=True)
-        like = self._like.setdefault(key, [])
-        rank = taken.get(key, 0)
-        taken[key] = rank + 1
-        if rank == len(like):
-            like.append(len(self.infos))
-            made = ValueInfoProto()
-            made.CopyFrom(info)
-            made.name = f"{self.prefix}.{len(self.infos)}"
-            self.infos.append(made)
-            self.specs.append(PortSpec(name=made.name, like=spec))
-        return like[rank]
-
-
-class _Initializers:
-    """Hold the weights and constants of all variants, each content once."""
-
-    def __init__(self) -> None:
-        self.all: dict[str, TensorProto] = {}
-        self._names: dict[Any, str] = {}
-
-    def add(self, tensor: TensorProto) -> str:
-        """Return the name under which ``tensor`` is held."""
-        places = tuple((entry.key, entry.value) for entry in tensor.external_data)
-        key = tensor.data_type, tuple(tensor.dims), places or tensor.raw_data
-        if key not in self._names:
-            name, count = tensor.name, 1
-            while name in self.all:
-                count += 1
-                name = f"{tensor.name}:{count}"
-            held = TensorProto()
-            held.CopyFrom(tensor)
-            held.name = name
-            self.all[name], self._names[key] = held, name
-        return self._names[key]
 
 
 class _Joiner:
     def __init__(self, manifest: Manifest, models: Sequence[ModelProto], rows: int) -> None:
         self._manifest, self._models, self._rows = manifest, models, rows
-        self._initializers = _Initializers()
-        self._reads, self._writes = _Ports("read"), _Ports("write")
-        self._shared: dict[_Key, str] = {}  # what is computed in front of the branches
-        self._front: list[NodeProto] = []
+        self._initializers = Initializers()
+        self._reads, self._writes = Ports("read"), Ports("write")
+        names = [spec.name for spec in manifest.inputs]
+        self._shared = SharedNodes(names, rows, self._initializers)
 
     def join(self) -> Switch:
         used = [self._used(index) for index in range(len(self._models))]
-        keys = [self._per_image(model) for model in self._models]
+        keys = [self._shared.keys(model) for model in self._models]
         often = Counter(key for each in keys for key in set(each.values()))
         first = self._models[0].graph
         outputs = [info for info in first.output if info.name in self._outputs]
@@ -129,7 +75,7 @@ class _Joiner:
         chosen = self._choose(branches, 0)
         inputs = self._inputs()
         names = [*(info.name for info in outputs), *(info.name for info in self._writes.infos)]
-        nodes = [*self._front, *chosen.node]
+        nodes = [*self._shared.nodes, *chosen.node]
         nodes += [
             helper.make_node("Identity", [inner.name], [name], name)
             for inner, name in zip(chosen.output, names, strict=True)
@@ -162,13 +108,13 @@ class _Joiner:
         return {spec.name for spec in self._manifest.outputs}
 
     def _used(self, index: int) -> SwitchVariant:
-        """Return the ports of one variant, made where they are lacking."""
+        """Return the ports of one variant, adding those that are missing."""
         variant, graph = self._manifest.variants[index], self._models[index].graph
         slots = {slot.name: slot for slot in self._manifest.slots}
         given = {info.name: info for info in graph.input}
         made = {info.name: info for info in graph.output}
         reads = [given[name] for _, name in variant.reads]
-        # A slot that is no cache is a number: how far a step extrapolates.
+        # A slot that is not a cache is a number: how far a step extrapolates.
         read = [
             slots.get(slot) or TensorSpec(name=slot, shape=(), dtype="float32")
             for slot, _ in variant.reads
@@ -185,47 +131,12 @@ class _Joiner:
         infos = {info.name: info for model in self._models for info in model.graph.input}
         return [infos[spec.name] for spec in self._manifest.inputs if spec.name in used]
 
-    def _per_image(self, model: ModelProto) -> dict[str, _Key]:
-        """Return keys of the values that are a vector per image, and depend on such alone.
-
-        Values of equal keys are equal, whatever the variant.
-        """
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        inputs = {spec.name for spec in self._manifest.inputs}
-        keys: dict[str, _Key] = {"": ()}
-        keys |= {info.name: (info.name,) for info in graph.input if info.name in inputs}
-        keys |= {t.name: (self._initializers.add(t),) for t in graph.initializer}
-        sizes = {info.name: _sizes(info) for info in graph.value_info}
-        found: dict[str, _Key] = {}
-        for node in graph.node:
-            small = all(self._is_small(sizes.get(name)) for name in node.output)
-            if not small or any(name not in keys for name in node.input):
-                continue
-            given = tuple(keys[name] for name in node.input)
-            named = sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
-            for place, name in enumerate(node.output):
-                found[name] = keys[name] = (node.op_type, tuple(named), given, place)
-        return found
-
-    def _is_small(self, sizes: tuple[int, ...] | None) -> bool:
-        return sizes is not None and (
-            len(sizes) < 2 or (len(sizes) == 2 and sizes[0] <= self._rows)
-        )
-
-    def _move(self, node: NodeProto, names: dict[str, str], keys: Mapping[str, _Key]) -> None:
-        """Compute ``node`` in front of the branches, unless that is done there already."""
-        if keys[node.output[0]] not in self._shared:
-            prefix = f"shared_{len(self._front)}/"
-            self._front.append(_renamed(node, names, prefix))
-            self._shared |= {keys[name]: names[name] for name in node.output}
-        names.update({name: self._shared[keys[name]] for name in node.output})
-
     def _branch(
         self,
         index: int,
         used: SwitchVariant,
         outputs: Sequence[ValueInfoProto],
-        shared: Mapping[str, _Key],
+        shared: Mapping[str, Key],
     ) -> GraphProto:
         """Return one variant as a branch: the model's outputs, then all ports."""
         variant, graph = self._manifest.variants[index], self._models[index].graph
@@ -238,9 +149,9 @@ class _Joiner:
         nodes: list[NodeProto] = []
         for node in graph.node:
             if node.output[0] in shared:
-                self._move(node, names, shared)
+                self._shared.move(node, names, shared)
             else:
-                nodes.append(_renamed(node, names, prefix))
+                nodes.append(renamed(node, names, prefix))
         written = {
             port: names[name] for port, (_, name) in zip(used.writes, variant.writes, strict=True)
         }
@@ -253,7 +164,7 @@ class _Joiner:
         return helper.make_graph(nodes, f"variant_{index}", [], results)
 
     def _zeros(self, nodes: list[NodeProto], port: int, prefix: str) -> str:
-        """Add nodes that fill a port of which the variant makes no use; return their result."""
+        """Add nodes that fill a port that the variant does not use; return their result."""
         spec, info = self._writes.specs[port], self._writes.infos[port]
         kind = info.type.tensor_type.elem_type
         zero = self._constant(helper.make_tensor("zero", kind, [], bytes(_SIZES[kind]), raw=True))
@@ -268,7 +179,7 @@ class _Joiner:
         return self._initializers.add(tensor)
 
     def _choose(self, branches: Sequence[GraphProto], first: int) -> GraphProto:
-        """Return a graph that runs the branch asked for, by halves; ``first`` counts from."""
+        """Return a graph that selects one of ``branches`` by halving; they count from ``first``."""
         if len(branches) == 1:
             return branches[0]
         half = len(branches) // 2
@@ -276,7 +187,7 @@ class _Joiner:
         bound = helper.make_tensor(
             "bound", TensorProto.INT32, [], (first + half).to_bytes(4, "little"), raw=True
         )
-        # A branch's outputs are named after the graph that they are in, and a slash.
+        # The outputs of a branch are named after its graph, with a slash.
         outputs = [f"{name}/{output.name.partition('/')[2]}" for output in branches[0].output]
         condition = f"{name}/left"
         nodes = [
@@ -304,15 +215,8 @@ _SIZES: Final[dict[int, int]] = {
 }
 
 
-def _sizes(info: ValueInfoProto) -> tuple[int, ...] | None:
-    """Return a shape; None where a size is not known."""
-    kind = info.type.tensor_type
-    known = kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim)
-    return tuple(dim.dim_value for dim in kind.shape.dim) if known else None
-
-
-def _fix(graph: GraphProto, manifest: Manifest, rows: int) -> None:
-    """Put numbers in the place of the batch, in the shapes of a graph's inputs and outputs."""
+def _fix_batch(graph: GraphProto, manifest: Manifest, rows: int) -> None:
+    """Replace the batch by numbers in the shapes of a graph's inputs and outputs."""
     specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
     specs |= {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
     names = {made: slot for variant in manifest.variants for slot, made in variant.writes}
@@ -323,20 +227,8 @@ def _fix(graph: GraphProto, manifest: Manifest, rows: int) -> None:
             dim.dim_value = size
 
 
-def _renamed(node: NodeProto, names: dict[str, str], prefix: str) -> NodeProto:
-    """Return a copy of ``node`` in the names of the whole; its outputs join ``names``."""
-    made = NodeProto()
-    made.CopyFrom(node)
-    made.name = f"{prefix}{node.name or node.output[0]}"
-    for name in node.output:
-        names[name] = f"{prefix}{name}"
-    made.input[:] = [names[name] if name else "" for name in node.input]
-    made.output[:] = [names[name] for name in node.output]
-    return made
-
-
 def _output(nodes: list[NodeProto], like: ValueInfoProto, name: str, prefix: str) -> ValueInfoProto:
-    """Let a branch return the value called ``name``; it may be an input or a weight."""
+    """Make a branch return the value called ``name``, which may be an input or a weight."""
     made = ValueInfoProto()
     made.CopyFrom(like)
     made.name = f"{prefix}returned/{like.name}"

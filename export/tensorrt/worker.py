@@ -1,8 +1,8 @@
-"""Build one engine in a process of its own: a builder that crashes takes nobody along.
+"""Build one engine in a separate process, so that a crash of the builder harms nothing else.
 
-Run as a script with the path of a request, JSON (see ``build._request``). It needs nothing but the
-library, so that it starts at once. It prints a line for every step of progress; the log goes to the
-request's log, message by message.
+Run as a script with the path of a request in JSON (see ``Job.request``). It imports nothing but the
+library, so that it starts at once. It prints a line for every step of progress, and writes the
+builder's messages to the request's log.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def main(path: str) -> str:
-    """Build what the request in ``path`` asks for; return why it failed, "" if it did not."""
+    """Build the engine of the request in ``path``; return why it failed, or ""."""
     request: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     library: Any = importlib.import_module(request["library"])
     with Path(request["log"]).open("w", encoding="utf-8", buffering=1) as log:
@@ -39,7 +39,7 @@ def main(path: str) -> str:
 
 
 def _network_flags(library: Any) -> int:
-    """Ask for strong types, TensorRT 11's only ones: dtypes are the graph's."""
+    """Ask for strong typing, the only kind in TensorRT 11: dtypes are the graph's."""
     flags = library.NetworkDefinitionCreationFlag
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 

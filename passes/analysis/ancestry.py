@@ -1,4 +1,4 @@
-"""Tell which dynamic inputs a node depends on, and whether its rows are guidance's halves."""
+"""Find which dynamic inputs a node depends on, and whether its halves are guidance branches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from ditfastattn.passes.analysis.folded_frames import lane_halves
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.analysis.guidance_halves import guidance_halves
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 
 
 class Ancestry:
-    """Answer which dynamic inputs a node depends on, and whether its rows follow their batch."""
+    """Answer which dynamic inputs a node depends on, and whether its halves follow their batch."""
 
     def __init__(self, captured: CapturedGraph, latent: str) -> None:
         """Follow every node of ``captured``; ``latent`` names the input that is denoised."""
@@ -23,7 +23,7 @@ class Ancestry:
         pairs = zip(captured.inputs, placeholders, strict=True)
         dynamic = [node for entry, node in pairs if not entry.static]
         self.batch = value(graph.output_node().all_input_nodes[0]).shape[0]
-        self._lanes = lane_halves(graph, dynamic, self.batch)
+        self._guidance_halves = guidance_halves(graph, dynamic, self.batch)
         for entry, node in zip(captured.inputs, placeholders, strict=True):
             self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
         for node in captured.module.graph.nodes:
@@ -40,17 +40,17 @@ class Ancestry:
         for end in ends:
             rows = value(end).shape[0]
             if rows % 2 or self.batch % 2:
-                return f"the batch is {rows}: no two halves"
-            if rows != self.batch and end not in self._lanes:
-                return f"its batch is {rows}, the model's {self.batch}, in no order known"
+                return f"a batch of {rows} has no two halves"
+            if rows != self.batch and end not in self._guidance_halves:
+                return f"its batch is {rows}, the model's {self.batch}, in unknown order"
         return ""
 
     def why_no_grid(self, reached: Sequence[Node]) -> str:
-        """Return why no grid was found of tokens whose axis leads to the inputs ``reached``."""
+        """Return why no grid was found for tokens whose axis leads to the inputs ``reached``."""
         given = [name for node in reached for name in self._roots[node] if name != self._latent]
         none = "the graph flattens no grid into its tokens"
         return f"{none}, and what its inputs hold is unknown: {', '.join(given)}" if given else none
 
     def is_static(self, node: Node) -> bool:
-        """Tell whether ``node`` depends on parameters, buffers and constants alone."""
+        """Return whether ``node`` depends on parameters, buffers and constants alone."""
         return not self._roots[node]

@@ -1,9 +1,9 @@
 """Find a graph's feed-forward branches by data flow: linear, a nonlinearity, linear.
 
-Of the last linear one walks back to the linears before the nonlinearity, and from their common
-input forward again: a feed-forward is what depends on that input and on parameters alone, and
-leaves at one node. So gated forms, dropout and LoRA adapters belong to it, and embedders, which no
-attention precedes, do not.
+The search walks back from a linear to the linears before the nonlinearity, and forward again from
+their common input: a feed-forward is what depends on that input and on parameters alone, and has
+one exit node. It includes gated forms, dropout and LoRA adapters, but not embedders, which precede
+all attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NONLINEAR = frozenset(
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Name a feed-forward's linears, the last one's place among *all*, and where it leaves."""
+    """Name a feed-forward's linears, the last one's place among *all*, and its exit node."""
 
     linears: tuple[Node, ...]
     ordinal: int

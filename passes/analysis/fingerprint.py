@@ -5,18 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.core.records import Record
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
-from ditfastattn.passes.plan.schema import Fingerprint
+
+if TYPE_CHECKING:  # what describes a site's place in a plan is in ``plan`` still
+    from ditfastattn.passes.analysis.sites import Site
 
 _SAMPLES = 4096
 _ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
+
+
+class Fingerprint(Record, frozen=True):
+    """Identify a model: its dtype, hashes of its attention structure and of its weights.
+
+    ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
+    """
+
+    structure: str
+    weights: str
+    dtype: str
+    lora: str = ""
 
 
 def fingerprint(
@@ -24,8 +39,8 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of ``captured`` with ``sites`` over its ``static`` inputs, in order.
 
-    Of each parameter and buffer at most 4096 evenly spaced elements are hashed, with its shape, so
-    that a model of any size takes seconds; a change to fewer elements may pass unseen.
+    About 4096 evenly spaced elements of each parameter and buffer are hashed, with its
+    shape, so that a model of any size takes seconds; a change to other elements goes unnoticed.
     """
     structure = [
         (site.name, site.kind, site.heads, site.head_dim, len(site.exits)) for site in sites
@@ -50,7 +65,7 @@ def fingerprint(
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a hash of ``tensors``, whatever their order."""
+    """Return a hash of ``tensors``, in any order."""
     return _join(_digest(tensor) for tensor in tensors)
 
 

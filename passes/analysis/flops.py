@@ -15,7 +15,7 @@ from ditfastattn.passes.windows.forms import WINDOWED, pairs_of
 class Flops:
     """Hold operation counts; a multiply-add counts as two.
 
-    ``attention`` counts QK^T and PV of the pairs kept, ``linear`` the products with weights.
+    ``attention`` counts QK^T and PV over the pairs kept, ``linear`` the products with weights.
     """
 
     attention: int
@@ -23,7 +23,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """Return both together."""
+        """Return the sum of both."""
         return self.attention + self.linear
 
     def times(self, count: int) -> Flops:

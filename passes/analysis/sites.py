@@ -20,15 +20,17 @@ from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder
-from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position, module_path
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
-from ditfastattn.passes.plan.schema import CacheDtype, SiteKind, Window
+from ditfastattn.passes.graph.origin import module_path
 from ditfastattn.passes.windows.forms import window_forms
 from ditfastattn.passes.windows.key_masks import hides_keys_alone
+from ditfastattn.passes.windows.window import Window
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
 

@@ -1,4 +1,4 @@
-"""Tell text from image where joint attention joins their tokens: by what the latent reaches."""
+"""Tell text tokens from image tokens in joint attention: only the latter depend on the latent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, value
 
 @dataclass(frozen=True)
 class Streams:
-    """Hold how text and image tokens stand in what joins them."""
+    """Count the tokens of both streams together, and those of text before and after the image's."""
 
     tokens: int
     text: tuple[int, int]
@@ -23,7 +23,7 @@ class Streams:
 def find_streams(graph: Graph, ancestry: Ancestry, latent: str) -> Streams | None:
     """Return the first place that joins tokens of the latent with others that do not depend on it.
 
-    Later ones hold both streams already, and are told by their count of tokens.
+    Later places already hold both streams; their number of tokens identifies them.
     """
     for node in calls(graph, aten.cat.default):
         parts: Any = node.args[0]
@@ -41,7 +41,7 @@ def find_streams(graph: Graph, ancestry: Ancestry, latent: str) -> Streams | Non
 
 
 def _attends(joined: Node, dim: int) -> bool:
-    """Tell whether some attention's queries have the tokens of ``joined``."""
+    """Return whether some attention's queries have the tokens of ``joined``."""
     tokens = value(joined).shape[dim]
     after = closure(joined.graph, [joined], lambda _: True)
     return any(

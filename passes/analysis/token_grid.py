@@ -1,14 +1,14 @@
 """Find the grid that a sequence of tokens was flattened from, by following the tokens' axis back.
 
-A convolution embeds patches as an image, but a linear layer takes tokens that were packed outside
-of the model, and only their positions know the grid: tables or coordinates ``[t, h, w]`` that the
-graph flattens before they meet the tokens::
+A convolution embeds patches as an image. A linear layer instead takes tokens that were packed
+outside of the model; the grid then shows in their positions only, tables or coordinates
+``[t, h, w]`` that the graph flattens before it combines them with the tokens::
 
     %7 = aten.expand.default(%6, [3, 4, 8, 12]): float32[3, 4, 8, 12]
     %9 = aten.reshape.default(%7, [96, 12]): float32[96, 12]       96 tokens are 3 x 4 x 8
     %12 = aten.mul.Tensor(%11, %9): float32[2, 6, 96, 12]          the queries
 
-Positions that come as an input are data, which no graph holds: then there is no grid.
+Positions that are an input are data, which the graph does not hold; then no grid is found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RESHAPES = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
-_KEEPS_AXES = (  # of the first argument, or of all that are broadcast to the result
+_KEEPS_AXES = (  # those of the first argument, or of all arguments broadcast to the result
     *(aten.to.dtype, aten.to.device, aten.type_as.default, aten._to_copy.default),
     *(aten.contiguous.default, aten.clone.default, aten.expand.default, aten.repeat.default),
     *(aten.masked_fill.Scalar, aten.slice.Tensor, aten.slice_scatter.default),
@@ -39,16 +39,19 @@ _KEEPS_AXES = (  # of the first argument, or of all that are broadcast to the re
     *(aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int),
     *(aten.repeat_interleave.self_int, ATTENTION),
 )
-_CHANNELS = (aten.view_as_complex.default, aten.view_as_real.default)  # end, or begin, at the last
+_CHANNELS = (
+    aten.view_as_complex.default,
+    aten.view_as_real.default,
+)  # split, or merge, the last
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 
 
 @dataclass
 class GridFinder:
-    """Find grids in one graph; tokens of one count are of one grid."""
+    """Find grids in one graph; sequences of as many tokens have the same grid."""
 
     _known: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    _barren: dict[int, set[Axis]] = field(default_factory=dict)  # they lead to no grid
+    _dead_ends: dict[int, set[Axis]] = field(default_factory=dict)  # axes that lead to no grid
 
     def find(self, query: Node, tokens: int) -> tuple[int, ...]:
         """Return the grid ``(h, w)`` or ``(t, h, w)`` of ``tokens`` of ``[B, H, N, D]``, or ().
@@ -57,32 +60,32 @@ class GridFinder:
         """
         if tokens in self._known:
             return self._known[tokens]
-        barren = self._barren.setdefault(tokens, set())
+        dead_ends = self._dead_ends.setdefault(tokens, set())
         start = (query, value(query).dim() - 2)
         walked: set[Axis] = set()
-        for found in _walk(start, tokens, barren):
+        for found in _walk(start, tokens, dead_ends):
             walked.add(found)
             merged = _merged(*found) if _size(found) == tokens else []
             if merged:
                 grid = _grid(merged)
                 self._known[tokens] = grid if len(grid) <= _MOST_AXES else ()
                 return self._known[tokens]
-        barren |= walked
+        dead_ends |= walked
         return ()
 
     def inputs(self, tokens: int) -> tuple[Node, ...]:
         """Return the graph's inputs that the axis of ``tokens`` was followed to, in their order."""
-        walked = self._barren.get(tokens, set())
+        walked = self._dead_ends.get(tokens, set())
         ends = {node for node, _ in walked if node.op == "placeholder"}
         return tuple(node for end in list(ends)[:1] for node in end.graph.nodes if node in ends)
 
 
-def _walk(start: Axis, tokens: int, barren: Collection[Axis] = ()) -> Iterator[Axis]:
-    """Go from ``start`` back along its axis, the nearest first, but not to what is ``barren``."""
+def _walk(start: Axis, tokens: int, dead_ends: Collection[Axis] = ()) -> Iterator[Axis]:
+    """Walk back from ``start`` along its axis, the nearest first, but not into ``dead_ends``."""
     seen, pending = {start}, deque([start])
     while pending:
         found = pending.popleft()
-        if found in barren:
+        if found in dead_ends:
             continue
         yield found
         sources = [axis for axis in _sources(*found, tokens) if axis not in seen]
@@ -91,7 +94,7 @@ def _walk(start: Axis, tokens: int, barren: Collection[Axis] = ()) -> Iterator[A
 
 
 def _grid(axes: list[Axis]) -> tuple[int, ...]:
-    """Return the sizes of ``axes``, of each what it was flattened from in its turn."""
+    """Return the sizes of ``axes``, or of the axes that each was flattened from in turn."""
     sizes: list[int] = []
     for axis in axes:
         walk = _walk(axis, _size(axis))
@@ -106,7 +109,7 @@ def _size(axis: Axis) -> int:
 
 
 def _merged(node: Node, dim: int) -> list[Axis]:
-    """Return the axes, larger than 1, that ``node`` flattens into dimension ``dim``, if several."""
+    """Return the axes larger than 1 that ``node`` flattens into dimension ``dim``, if several."""
     if node.target not in _RESHAPES:
         return []
     covered = _covered(node, dim)
@@ -114,9 +117,9 @@ def _merged(node: Node, dim: int) -> list[Axis]:
 
 
 def _covered(node: Node, dim: int) -> list[Axis]:
-    """Return the axes of the source that a reshape's dimension ``dim`` consists of, larger than 1.
+    """Return the source axes larger than 1 that dimension ``dim`` of a reshape consists of.
 
-    None where it is a part of one.
+    Empty where the dimension is a part of one axis.
     """
     source = node.all_input_nodes[0]
     shape, before = value(node).shape, value(source).shape
@@ -131,7 +134,7 @@ def _covered(node: Node, dim: int) -> list[Axis]:
 
 
 def _sources(node: Node, dim: int, tokens: int) -> Iterator[Axis]:
-    """Return where the axis ``dim`` of ``node`` comes from, of its size or of ``tokens``."""
+    """Return the axes that ``dim`` of ``node`` comes from, if of its size or of ``tokens``."""
     sizes = (_size((node, dim)), tokens)
     for source, axis in _origins(node, dim):
         shape = value(source).shape

@@ -11,7 +11,7 @@ After::
 
     return [%0]
 
-A cast to the dtype of another tensor depends on that tensor no longer::
+A cast to the dtype of another tensor no longer depends on that tensor::
 
     %2 = aten.type_as.default(%0, %1): float32[2, 4]
 
@@ -19,8 +19,8 @@ becomes::
 
     %2 = aten.to.dtype(%0, float32): float32[2, 4]
 
-What is taken from the first dimension of a permutation, as queries, keys and values from
-``[3, B, H, N, D]``, is taken before it, so that the batch stays the first dimension::
+A selection from the first dimension of a permutation, such as the queries of ``[3, B, H, N, D]``,
+moves before the permutation, so that the batch stays the first dimension::
 
     %1 = aten.permute.default(%0, [2, 0, 3, 1, 4]): float32[3, 2, 4, 16, 8]
     %2 = aten.select.int(%1, 0, 1): float32[2, 4, 16, 8]
@@ -62,7 +62,7 @@ def canonicalize(module: GraphModule) -> int:
 
 
 def _drop_inactive_autocast(module: GraphModule) -> int:
-    """Drop the ends of blocks in which autocast is off, as it is around the graph."""
+    """Drop both ends of blocks that turn autocast off: it is off around the graph already."""
     inactive = [
         node
         for node in calls(module.graph, _enter_autocast)
@@ -76,7 +76,7 @@ def _drop_inactive_autocast(module: GraphModule) -> int:
 
 
 def _cast_by_dtype(module: GraphModule, node: Node) -> None:
-    """Take from the tensor that ``node`` casts like no more than its dtype."""
+    """Replace ``node``, a cast to another tensor's dtype, by a cast to that dtype."""
     source: Any = node.args[0]
     if value(source).device == value(node).device:
         with module.graph.inserting_before(node):
@@ -86,7 +86,7 @@ def _cast_by_dtype(module: GraphModule, node: Node) -> None:
 
 
 def _select_before(module: GraphModule, permute: Node) -> None:
-    """Let what selects from the first dimension of ``permute`` select from its source."""
+    """Make selections from the first dimension of ``permute`` select from its source."""
     graph = module.graph
     source: Any = permute.args[0]
     dims: Any = permute.args[1]
@@ -101,7 +101,7 @@ def _select_before(module: GraphModule, permute: Node) -> None:
 
 
 def _selections(node: Node) -> list[tuple[Node, int]]:
-    """Return the users of ``node`` that select from dimension 0, and which place."""
+    """Return the users of ``node`` that select from dimension 0, each with its index."""
     found: list[tuple[Node, Any]] = []
     for user in node.users:
         if argument(user, 1, "dim", 0) != 0:

@@ -1,16 +1,14 @@
 """Turn what Dynamo captured into one ATen-level graph of fixed shapes.
 
 Attention, linear and normalization stay whole operators (tracing happens before dispatch), and
-each node keeps the path of the module it came from. Inputs are told apart: *static* ones are the
-model's parameters and buffers, *dynamic* ones are the arguments of the call.
+each node keeps the path of the module it came from. Inputs are *static* (the model's parameters and
+buffers) or *dynamic* (the arguments of the call).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,75 +26,20 @@ from torch.utils._pytree import tree_map
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.canonicalize import canonicalize
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.functionalize import functionalize
-from ditfastattn.passes.capture.recognize_attention import Unrecognized, recognize_attention
-from ditfastattn.passes.graph.ir import value
-
-STATIC_MARK = "_dynamo_static_input_type"  # in a placeholder's meta["tensor_dict"]
-_PLAIN_PATH = re.compile(r"[\w.]*")
-_PEFT_WRAPPER = "base_model.model."  # a PeftModel stands around the model whose paths plans name
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """Describe one input of a captured graph: its Python name, and whether it is static.
-
-    A ``number`` is a Python float that Dynamo passes as a tensor, for the graph to call ``item()``.
-    """
-
-    name: str
-    static: bool
-    number: bool = False
-
-
-@dataclass(frozen=True)
-class CapturedGraph:
-    """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders.
-
-    ``unrecognized`` names what computes attention in a form that no pass understands.
-    """
-
-    module: GraphModule
-    inputs: tuple[GraphInput, ...]
-    unrecognized: tuple[Unrecognized, ...] = ()
-
-    @property
-    def dynamic_names(self) -> tuple[str, ...]:
-        """Return the names of the call's own tensors."""
-        return tuple(entry.name for entry in self.inputs if not entry.static)
-
-    def node(self, name: str) -> Node:
-        """Return the placeholder of the dynamic input ``name``; ``LookupError`` if absent."""
-        placeholders = self.module.graph.find_nodes(op="placeholder")
-        for entry, node in zip(self.inputs, placeholders, strict=True):
-            if entry.name == name and not entry.static:
-                found: Node = node
-                return found
-        raise LookupError(name)
-
-
-def latent_position(captured: CapturedGraph) -> int | None:
-    """Return which flat input is the latent: the first with the rank and size of the output."""
-    output = value(captured.module.graph.output_node().all_input_nodes[0])
-    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
-    placeholders = captured.module.graph.find_nodes(op="placeholder")
-    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
-        found = value(node)
-        same_size = (
-            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
-        )
-        if not entry.static and found.is_floating_point() and same_size:
-            return index
-    return None
+from ditfastattn.passes.capture.recognize_attention import recognize_attention
+from ditfastattn.passes.graph.ir import empty_like
+from ditfastattn.passes.graph.origin import is_marked_static, readable_path
 
 
 def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
-    """Read names and kinds of the inputs off a graph that Dynamo made."""
+    """Return the names and kinds of the inputs of a graph that Dynamo made."""
     return tuple(_describe(node) for node in module.graph.find_nodes(op="placeholder"))
 
 
 def _describe(node: Node) -> GraphInput:
-    static = STATIC_MARK in (node.meta.get("tensor_dict") or {})
+    static = is_marked_static(node)
     grapharg = node.meta.get("grapharg")
     if grapharg is None:
         return GraphInput(node.name, static)
@@ -120,28 +63,6 @@ def plain_numbers(inputs: Sequence[GraphInput], args: Sequence[Any]) -> list[Any
     """
     pairs = zip(inputs, args, strict=True)
     return [argument.numpy()[()] if entry.number else argument for entry, argument in pairs]
-
-
-def readable_path(source: str) -> str:
-    """Shorten Dynamo's spelling: ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
-
-    What torch.export writes is a plain path already.
-    """
-    if _PLAIN_PATH.fullmatch(source):
-        return source.removeprefix(_PEFT_WRAPPER)
-    path = re.sub(r"\.(_old_)?forward\.__self__", "", source)  # a method that a hook put there
-    path = re.sub(r"\.?__dict__|\.?\[?'?_(modules|parameters|buffers)'?\]?(?=[\[.])", "", path)
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part]
-    readable = ".".join(part for part in parts[1:] if part != "self")
-    return readable.removeprefix(_PEFT_WRAPPER) or source
-
-
-def module_path(node: Node) -> str:
-    """Return the path of the innermost module that ``node`` came from, or ""."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return readable_path(paths[-1]) if paths else ""
 
 
 def capture(
@@ -201,15 +122,12 @@ def _data_dependence_refused() -> Generator[None]:
 
 
 def _share_mode(module: GraphModule, mode: FakeTensorMode) -> None:
-    """Give all values one fake mode: what no input reaches, such as positions, had its own."""
+    """Give all values one fake mode; positions, which depend on no input, had their own."""
 
     def shared(item: Any) -> Any:
         if not isinstance(item, FakeTensor) or item.fake_mode is mode:
             return item
-        with mode:
-            return torch.empty_strided(
-                item.shape, item.stride(), dtype=item.dtype, device=item.device
-            )
+        return empty_like(mode, item)
 
     for node in module.graph.nodes:
         if "val" in node.meta:

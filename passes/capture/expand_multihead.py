@@ -1,4 +1,4 @@
-"""Spell out what PyTorch packs: multi-head attention, grouped heads, products by einsum.
+"""Expand what PyTorch packs: multi-head attention, grouped heads, products by einsum.
 
 Before::
 
@@ -32,7 +32,7 @@ _PARTS = 3  # queries, keys, values
 
 
 def expand_multihead(module: GraphModule) -> dict[str, str]:
-    """Rewrite in place; return the packed attentions that were left, each with the reason."""
+    """Rewrite in place; return the packed attentions that remain, each with the reason."""
     graph = module.graph
     left: dict[str, str] = {}
     for node in calls(graph, _PACKED):

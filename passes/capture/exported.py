@@ -1,12 +1,12 @@
-"""Take a ``torch.export`` program as the graph that Dynamo's door gives for the same call.
+"""Capture a ``torch.export`` program: the same graph that Dynamo gives for the same call.
 
     program = torch.export.export(model, (), call)
     captured = capture_exported(program)
     sites = find_sites(captured).sites
     module = rewrite(captured, sites, actions, layout)
 
-What the model holds (parameters, buffers, other tensors) is a static input by its own name where
-the graph uses it; tensors that a forward made, and torch.export lifted, are constants again.
+The model's own tensors (parameters, buffers, others) become static inputs under their names where
+the graph uses them. Tensors that ``forward`` creates, and torch.export lifts, become constants.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.capture.dynamo import STATIC_MARK, CapturedGraph, GraphInput, capture
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.dynamo import capture
 from ditfastattn.passes.graph.ir import aten, calls, clone
+from ditfastattn.passes.graph.origin import mark_static
 
 _WHERE = "the exported program"
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_CHECKS = (aten._assert_tensor_metadata.default,)  # of what a graph of fixed shapes cannot change
+_CHECKS = (aten._assert_tensor_metadata.default,)  # always true in a graph of fixed shapes
 _KNOWN = (*_HELD, InputKind.USER_INPUT)
-_LIFTED = "lifted_tensor_"  # how torch.export calls what no module holds
+_LIFTED = "lifted_tensor_"  # torch.export's name for tensors that no module holds
 
 
 def capture_exported(program: ExportedProgram) -> CapturedGraph:
     """Return the graph of ``program`` at the shapes of its example inputs.
 
-    Keyword arguments are inputs by their names, as in Dynamo's door; so a plan made by one door is
-    accepted by the other one where the example inputs were given by keyword.
+    Keyword arguments keep their names, as with Dynamo, so that a plan made with either is accepted
+    by the other if the example inputs were given by keyword.
 
     Raises:
         ConfigError: the program holds no example inputs, has effects beside its results, or its
@@ -53,13 +55,13 @@ def flat_inputs(
     """Return what each placeholder of ``program`` gets when it is called with these arguments.
 
     Raises:
-        ConfigError: the arguments are of another structure than those of the export, or one that
-            is no tensor has another value.
+        ConfigError: the arguments do not have the structure of the export, or one that is not a
+            tensor has another value.
     """
     leaves, structure = pytree.tree_flatten(_ordered(program, args, kwargs))
     if structure != program.call_spec.in_spec:
         raise ConfigError(
-            "the arguments are of another structure than those of the export",
+            "the arguments do not have the structure of the export",
             where=_WHERE,
             got=structure,
             expected=program.call_spec.in_spec,
@@ -89,12 +91,12 @@ def _ordered(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _check_constant(leaf: Any, example: Any) -> None:
-    """Refuse to run on a number, or a flag, that the program does not hold."""
+    """Refuse a number or flag that differs from the constant of the program."""
     kinds = isinstance(leaf, Tensor), isinstance(example, Tensor)
     if all(kinds) or (not any(kinds) and leaf == example):
         return
     raise ConfigError(
-        "an argument that is no tensor is a constant of the program",
+        "an argument that is not a tensor is a constant of the program",
         where=_WHERE,
         got=type(leaf).__name__ if kinds[0] else leaf,
         expected=type(example).__name__ if kinds[1] else example,
@@ -115,7 +117,7 @@ def _example_inputs(program: ExportedProgram) -> Any:
         raise ConfigError(
             "the program holds no example inputs",
             where=_WHERE,
-            remedy="export it anew; set program.example_inputs = (args, kwargs) of a loaded one",
+            remedy="export it again, or set program.example_inputs = (args, kwargs) on it",
         )
     return _ordered(program, *program.example_inputs)
 
@@ -126,7 +128,7 @@ def _check_signature(program: ExportedProgram) -> None:
     unknown = [spec for spec in signature.input_specs if spec.kind not in _KNOWN]
     for spec in (*effects, *unknown):
         raise ConfigError(
-            "the program does more than compute its results, so that steps could not be rewritten",
+            "the program has effects other than its results, so its steps cannot be rewritten",
             where=_WHERE,
             got=f"{spec.kind.name.lower()} {spec.target or ''}".strip(),
             expected="parameters, buffers and arguments in, results out",
@@ -148,13 +150,13 @@ def _names(program: ExportedProgram) -> list[GraphInput]:
 
 
 def _argument(path: Sequence[Any], name: str) -> str:
-    """Return a keyword argument's name and keys; of a positional one ``name``, by torch.export."""
+    """Return a keyword argument's name and keys, or torch.export's ``name`` of a positional one."""
     keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
     return ".".join(keys[1:]) if keys[0] == "1" else name
 
 
 def _constants(program: ExportedProgram) -> frozenset[int]:
-    """Return which placeholders are no inputs of the captured graph."""
+    """Return which placeholders are not inputs of the captured graph."""
     specs = program.graph_signature.input_specs
     placeholders = program.graph.find_nodes(op="placeholder")
     return frozenset(
@@ -173,7 +175,7 @@ def _prepared(module: GraphModule, inputs: Sequence[GraphInput]) -> GraphModule:
     copy = clone(module)
     for entry, node in zip(inputs, copy.graph.find_nodes(op="placeholder"), strict=True):
         if entry.static:
-            node.meta["tensor_dict"] = {STATIC_MARK: "unguarded"}
+            mark_static(node)
     for target in _CHECKS:
         for node in calls(copy.graph, target):
             copy.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Turn writes to a graph's own tensors into values: steps can only be rewritten where none is left.
+"""Turn in-place writes to a graph's own tensors into values; rewriting a step needs this.
 
 Before::
 
@@ -13,7 +13,7 @@ After::
     return [%2]
 
 A write to a part of such a tensor, ``table[..., 0::2] = ...``, becomes a ``slice_scatter``, and
-views of it that are used later are made anew. A write to an input, or to a view whose whole is used
+views of it that are used later are recreated. A write to an input, or to a view whose base is used
 later, is left for the caller to refuse.
 """
 
@@ -38,7 +38,7 @@ _SCATTERS: dict[Any, Any] = {
 
 
 def functionalize(module: GraphModule) -> list[Node]:
-    """Replace the writes that can be, in place; return the nodes that still write."""
+    """Replace writes by values where possible; return the nodes that still write."""
     left: list[Node] = []
     for node in list(module.graph.nodes):
         if is_write(node) and not _replaced(module, node):
@@ -48,12 +48,12 @@ def functionalize(module: GraphModule) -> list[Node]:
 
 
 def is_write(node: Node) -> bool:
-    """Tell whether ``node`` writes to one of its arguments."""
+    """Return whether ``node`` writes to one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _replaced(module: GraphModule, node: Node) -> bool:
-    """Replace the write ``node`` by a value, if nobody else could tell."""
+    """Replace the write ``node`` by a value, unless another tensor shares the memory written."""
     chain = _parts(node.args[0])
     base = chain[0]
     owner = _owner(base)
@@ -69,11 +69,11 @@ def _replaced(module: GraphModule, node: Node) -> bool:
         return False
     with module.graph.inserting_before(node):
         for parent, part in zip(chain[-2::-1], chain[:0:-1], strict=True):
-            if value(part).shape != value(parent).shape:  # else all of it is written
+            if value(part).shape != value(parent).shape:  # otherwise all of it is written
                 arguments = (parent, made, *part.args[1:])
                 made = insert(module.graph, _SCATTERS[part.target], arguments, node)
         renewed = {base: made}
-        for alias in own[1:]:  # views are of the new value from here on
+        for alias in own[1:]:  # from here on, views are views of the new value
             if alias not in later and alias is not node:
                 source: Any = alias.args[0]
                 arguments = (renewed[source], *alias.args[1:])
@@ -98,7 +98,7 @@ def _parts(written: Any) -> list[Node]:
 
 
 def _owner(tensor: Node) -> Node:
-    """Return whose memory ``tensor`` views."""
+    """Return the tensor whose memory ``tensor`` views."""
     while tensor.op == "call_function" and _is_view(tensor):
         if not tensor.args or not isinstance(tensor.args[0], Node):
             break
@@ -144,7 +144,7 @@ def _is_view(node: Node) -> bool:
     if node.target is operator.getitem:
         return _is_view(node.args[0])  # type: ignore[arg-type]  # a node: it has several results
     if not isinstance(node.target, OpOverload):
-        return True  # who knows
+        return True  # unknown: assume a view
     if node.target in _CASTS and value(node).dtype != value(node.args[0]).dtype:
         return False
     return not is_write(node) and any(
@@ -153,7 +153,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _pure(node: Node) -> OpOverload | None:
-    """Return the operator that computes what ``node`` writes, if it is of the same type."""
+    """Return the out-of-place operator of ``node``, if its result has the same dtype and shape."""
     assert isinstance(node.target, OpOverload)
     name, overload = node.target._schema.name, node.target._overloadname
     packet = getattr(torch.ops.aten, name.removeprefix("aten::").removesuffix("_"), None)
@@ -162,12 +162,12 @@ def _pure(node: Node) -> OpOverload | None:
     found: OpOverload = getattr(packet, overload)
     written: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]  # a node: it was checked
     with torch.no_grad():
-        made = found(*map_arg(node.args, _outline), **map_arg(node.kwargs, _outline))
+        made = found(*map_arg(node.args, _meta_like), **map_arg(node.kwargs, _meta_like))
     same = made.dtype == written.dtype and made.shape == written.shape
     return found if same else None
 
 
-def _outline(source: Node) -> Tensor:
+def _meta_like(source: Node) -> Tensor:
     value: Tensor = source.meta["val"]
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
 

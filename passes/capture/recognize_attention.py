@@ -1,4 +1,4 @@
-"""Bring every spelling of attention to one node, ``scaled_dot_product_attention`` on [B, H, N, D].
+"""Rewrite every form of attention as one node: scaled_dot_product_attention on [B, H, N, D].
 
 Before::
 
@@ -13,9 +13,9 @@ After::
     %4 = aten.mul.Tensor(%0, 0.35): float32[2, 4, 64, 8]
     %6 = aten.scaled_dot_product_attention.default(%4, %1, %2, scale=1.0): float32[2, 4, 64, 8]
 
-Between the products may stand scalings, an added mask, casts and inactive dropout, in any order.
-Heads folded into the batch, ``[B * H, N, D]``, are unfolded. What is a softmax between two products
-and yet not recognized is returned with the reason, as is linear attention, which has no softmax.
+Scalings, an added mask, casts and inactive dropout may stand between the products, in any order.
+Heads folded into the batch, ``[B * H, N, D]``, are unfolded. A softmax between two products that is
+not recognized is reported with the reason, and so is linear attention, which has no softmax.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from ditfastattn.passes.capture.expand_multihead import expand_multihead
 from ditfastattn.passes.graph.ir import ATTENTION, SCALINGS, aten, calls, insert, outputs, value
 
-RECOGNIZED = "recognized"  # marks an attention that the model spells otherwise
+RECOGNIZED = "recognized"  # marks an attention that the model writes as other operators
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -43,7 +43,7 @@ _KEEPS_ROWS = (
 
 @dataclass(frozen=True)
 class Unrecognized:
-    """Name a node that computes some attention, and why it was left as it is."""
+    """Name a node that computes some attention, and why it was not rewritten."""
 
     node: str
     reason: str
@@ -51,7 +51,7 @@ class Unrecognized:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Hold what leads to a softmax: the product, its scale, and the masks added to it."""
+    """Hold the scores before a softmax: the product, its scale, and the masks added to it."""
 
     product: Node
     scale: float
@@ -59,11 +59,11 @@ class _Scores:
 
 
 class _Declined(Exception):  # noqa: N818  # it carries a reason, and never leaves this module
-    """Say why something is not the attention it looks like."""
+    """Carry why something is not the attention that it looks like."""
 
 
 def recognize_attention(module: GraphModule) -> tuple[Unrecognized, ...]:
-    """Rewrite in place what is attention; return what looks like it and was not rewritten."""
+    """Rewrite attention in place; return what looks like it and was not rewritten."""
     left = [Unrecognized(name, reason) for name, reason in expand_multihead(module).items()]
     for softmax in calls(module.graph, *_SOFTMAX):
         if not _between_products(softmax):
@@ -86,7 +86,7 @@ def _rewrite(graph: Graph, softmax: Node) -> None:
     if value(query).dim() not in (3, 4):
         raise _Declined(f"its query has {value(query).dim()} dimensions, not [B, H, N, D]")
     if value(product).dtype != value(query).dtype:
-        raise _Declined("its result has another dtype than its query")
+        raise _Declined("its result and its query differ in dtype")
     with graph.inserting_before(product):
         key = insert(graph, aten.transpose.int, (key, -2, -1), product)
         mask = _mask(graph, scores.masks, product)
@@ -121,7 +121,7 @@ def _between_products(softmax: Node) -> bool:
 
 
 def _up(softmax: Node) -> list[Node]:
-    """Return what precedes ``softmax`` up to and with the products, elementwise."""
+    """Return the elementwise nodes before ``softmax``, up to and including the products."""
     seen: list[Node] = []
     pending: list[Any] = [softmax.args[0]]
     while pending:
@@ -166,7 +166,7 @@ def _scores(softmax: Node) -> _Scores:
             ours = [arg for arg in node.args if isinstance(arg, Node) and _has_product(arg)]
             others = [arg for arg in node.args if arg not in ours]
             if len(ours) != 1 or len(others) != 1 or not isinstance(others[0], Node):
-                raise _Declined("what is added to its scores is no mask")
+                raise _Declined("what is added to its scores is not a mask")
             if scale != 1.0:
                 raise _Declined("it scales its scores after a mask was added")
             masks.append(others[0])
@@ -196,25 +196,25 @@ def _has_product(node: Node) -> bool:
 def _factors(product: Node) -> tuple[Node, Node]:
     first, second = product.args[-2:] if product.target is aten.baddbmm.default else product.args
     if not isinstance(first, Node) or not isinstance(second, Node):
-        raise _Declined("its product has a factor that is no tensor")
+        raise _Declined("its product has a factor that is not a tensor")
     return first, second
 
 
 def _weighted_sum(softmax: Node) -> tuple[list[Node], Node]:
-    """Return the probabilities on their way, and the one product that they go to."""
+    """Return the probabilities with their casts, and the one product that uses them."""
     chain = _chain_down(softmax)
     uses = [(node, user) for node in chain for user in node.users if user not in chain]
     products = [user for node, user in uses if user.target in _PRODUCTS and user.args[0] is node]
     if len(products) != len(uses) or len(products) != 1:
-        raise _Declined("its probabilities are used for something else too")
+        raise _Declined("its probabilities are also used elsewhere")
     return chain, products[0]
 
 
 def _heads(graph: Graph, query: Node) -> int:
-    """Return by what the heads of a query ``[B * H, N, D]`` can be unfolded: H, or 1.
+    """Return into how many heads a query ``[B * H, N, D]`` can be unfolded: H, or 1.
 
-    The batch is the model's. It must be the slower part of what was folded: only then is its first
-    half that of the attention's too.
+    The batch is the model's. It must be the outer factor: only then is its first half the first
+    half of the attention too.
     """
     batch = value(outputs(graph)[0]).shape[0]
     folded = value(query).shape[0]
@@ -277,12 +277,12 @@ def _as_mask(graph: Graph, mask: Node, operands: Sequence[Node], like: Node) -> 
 
 
 def _linear_attentions(graph: Graph) -> list[Unrecognized]:
-    """Return products of products in which no softmax stands: linear attention."""
+    """Return products of products without a softmax between them: linear attention."""
     found: list[Unrecognized] = []
     for product in calls(graph, *_PRODUCTS):
         first, second = product.args
         inner = [n for n in (first, second) if isinstance(n, Node) and n.target in _PRODUCTS]
         if len(inner) == 1 and value(product).dim() >= 3:
-            reason = "it is linear attention, which has no softmax: its cost is no square"
+            reason = "it is linear attention, which has no softmax: its cost is not quadratic"
             found.append(Unrecognized(product.name, reason))
     return found

@@ -1,4 +1,4 @@
-"""Say which heads of an attention belong together, and mark them in a graph."""
+"""Name groups of an attention's heads, and mark their nodes in a graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _HEADS = "heads"
 class HeadRange:
     """Name the heads ``first`` to ``last`` (exclusive) of ``site``.
 
-    It marks the attention of a group, the slices that it reads, and the node that puts all groups
-    together, of all heads.
+    It marks the attention of a group, the slices that it reads and, with all heads, the node that
+    joins the groups.
     """
 
     site: str
@@ -23,13 +23,13 @@ class HeadRange:
 
 
 def mark(node: Node, heads: HeadRange) -> Node:
-    """Mark ``node`` as of ``heads``, and return it."""
+    """Mark ``node`` as belonging to ``heads``, and return it."""
     node.meta[_HEADS] = heads
     return node
 
 
 def head_range(item: object) -> HeadRange | None:
-    """Return the heads that a node is marked as of; None for all else."""
+    """Return the heads that a node is marked with, or None."""
     found: HeadRange | None = item.meta.get(_HEADS) if isinstance(item, Node) else None
     return found
 
@@ -40,9 +40,9 @@ def group_name(site: str, first: int, last: int) -> str:
 
 
 def even_groups(heads: int, count: int) -> tuple[int, ...]:
-    """Return the sizes of ``count`` groups of ``heads`` heads that differ by one at most.
+    """Return the sizes of ``count`` groups of ``heads`` heads; they differ by one at most.
 
-    A group of one head is the smallest there is.
+    There are never more groups than heads.
     """
     count = min(heads, count)
     return tuple(heads * (index + 1) // count - heads * index // count for index in range(count))

@@ -1,7 +1,7 @@
-"""Help passes to read and build ATen-level FX graphs.
+"""Read and build ATen-level FX graphs.
 
-Every node carries ``meta["val"]``, the fake tensor it computes. New nodes come from ``insert``
-alone, so that this stays true and each keeps the stack trace of the code it stands for.
+Every node carries ``meta["val"]``, the fake tensor it computes. Passes add nodes with ``insert``
+only, which fills it and keeps the stack trace of the code that the node stands for.
 """
 
 from __future__ import annotations
@@ -53,8 +53,14 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
     raise LookupError("no node of the graph carries a fake tensor")
 
 
+def empty_like(mode: FakeTensorMode, like: Tensor) -> Tensor:
+    """Return a new fake tensor of the shape, strides, dtype and device of ``like``."""
+    with mode:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+
 def evaluate(graph: Graph, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return the fake value of ``target(*args, **kwargs)``, nodes standing for their values."""
+    """Return the fake value of ``target(*args, **kwargs)``; nodes stand for their values."""
     with fake_mode(graph), torch.no_grad():
         return target(
             *map_arg(args, lambda node: node.meta["val"]),
@@ -89,7 +95,7 @@ def add_input(graph: Graph, name: str, like: Tensor) -> Node:
 
 
 def add_output(graph: Graph, node: Node) -> None:
-    """Return ``node`` from the graph after its present outputs."""
+    """Return ``node`` from the graph, after its other outputs."""
     output = graph.output_node()
     output.args = ((*outputs(graph), node),)
 
@@ -137,13 +143,13 @@ def users_outside(node: Node, inside: Iterable[Node]) -> list[Node]:
 
 
 def replace_uses(old: Node, new: Node, keep: Iterable[Node] = ()) -> None:
-    """Let every user of ``old`` but those in ``keep`` use ``new``."""
+    """Make every user of ``old``, except those in ``keep``, use ``new``."""
     kept = set(keep)
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
 
 
 def graph_text(graph: Graph) -> str:
-    """Print the graph for people and golden tests: one line a node, numbered by position."""
+    """Print the graph for people and golden tests: one line per node, numbered by position."""
     numbers: dict[Node, str] = {}
     lines: list[str] = []
     for position, node in enumerate(graph.nodes):

@@ -1,7 +1,7 @@
 """Replace a graph's node by a plain function, traced at the node's shapes.
 
-Equal nodes share one trace. Constants that the function takes become buffers, and equal ones are
-one buffer.
+Equal nodes share a trace. Constants that the function takes become buffers; equal ones share a
+buffer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as flex
 
-from ditfastattn.passes.graph.ir import fake_mode, value
+from ditfastattn.passes.graph.ir import empty_like, fake_mode, value
 
 Form = Callable[..., Tensor]  # (q, k, v[, mask], *constants) -> output, all [B, H, N, D]
 Constants = tuple[Tensor, ...]
@@ -25,14 +25,14 @@ Constants = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class FormPaster:
-    """Paste forms of attention into ``module``; ``key`` tells forms apart."""
+    """Replace attentions of ``module`` by forms, the plain functions that compute them."""
 
     module: GraphModule
     traces: dict[Hashable, GraphModule] = field(default_factory=dict)
-    attributes: dict[int, str] = field(default_factory=dict)  # id of what is registered -> its name
+    attributes: dict[int, str] = field(default_factory=dict)  # id of a buffer or module -> its name
 
     def replace(self, node: Node, key: Hashable, form: Form, constants: Constants) -> None:
-        """Replace ``node``, an attention within a window, by ``form``."""
+        """Replace ``node``, an attention within a window, by ``form``; ``key`` identifies it."""
         values = [value(source) for source in sources(node)]
         layouts = tuple((item.shape, item.stride(), item.dtype) for item in values)
         known = (key, layouts)
@@ -42,15 +42,15 @@ class FormPaster:
 
     def _trace(self, form: Form, node: Node, constants: Constants) -> GraphModule:
         mode = fake_mode(self.module.graph)
-        # Fresh fakes: tracing tells its inputs apart by identity, and two nodes may share a value.
-        with mode:
-            examples = [
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-                for t in map(value, sources(node))
-            ]
+        # Fresh fakes: tracing identifies its inputs by object, and two nodes may share a value.
+        examples = [empty_like(mode, value(source)) for source in sources(node)]
         examples += [mode.from_tensor(constant) for constant in constants]
+
+        def call(*inputs: Tensor) -> Tensor:  # a plain function: tracing refuses methods
+            return form(*inputs)
+
         with torch.no_grad(), _flex_traced_directly():
-            trace = make_fx(form, pre_dispatch=True)(*examples)
+            trace = make_fx(call, pre_dispatch=True)(*examples)
         trace.graph.eliminate_dead_code()
         return trace
 
@@ -64,7 +64,7 @@ class FormPaster:
                 copies[inner] = graph.get_attr(self._attribute("window_constant", constant))
                 copies[inner].meta["val"] = inner.meta["val"]
             for inner in trace.graph.nodes:
-                if inner.op == "get_attr":  # the bodies of FlexAttention's score and mask
+                if inner.op == "get_attr":  # FlexAttention's functions of scores and masks
                     body = getattr(trace, str(inner.target))
                     copies[inner] = graph.get_attr(self._attribute(str(inner.target), body))
                 elif inner.op == "call_function":
@@ -74,7 +74,7 @@ class FormPaster:
         graph.erase_node(node)
 
     def _attribute(self, prefix: str, item: Tensor | torch.nn.Module) -> str:
-        """Return the name that ``item`` has on the module; register it at first sight."""
+        """Return the name of ``item`` on the module; register it on first use."""
         if id(item) not in self.attributes:
             names = (f"{prefix}_{index}" for index in count())
             name = next(name for name in names if not hasattr(self.module, name))
@@ -92,17 +92,17 @@ def sources(node: Node) -> tuple[Node, ...]:
 
 
 def is_masked(node: Node) -> bool:
-    """Tell whether ``node`` has a mask of keys."""
+    """Return whether ``node`` has a key mask."""
     return len(sources(node)) > 3
 
 
 def has_static_shape(node: Node) -> bool:
-    """Tell whether the shapes of all sources are numbers."""
+    """Return whether the shapes of all sources are numbers."""
     return all(isinstance(size, int) for source in sources(node) for size in value(source).shape)
 
 
 def token_major(output: Tensor) -> Tensor:
-    """Lay ``[B, H, N, D]`` out as windows promise: ``[B, N, H, D]`` in memory."""
+    """Lay ``[B, H, N, D]`` out in memory as ``[B, N, H, D]``, as window operators promise."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -117,7 +117,7 @@ def _take_origin(copy: Node, node: Node) -> None:
 def _flex_traced_directly() -> Generator[None]:
     """Keep FlexAttention from calling ``torch.compile`` while it is traced.
 
-    That would start Dynamo within our own tracing, several times slower, and warn its caller.
+    That would start Dynamo within our own tracing: several times slower, and with a warning.
     """
     previous = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
     flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True

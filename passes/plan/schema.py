@@ -7,15 +7,12 @@ an impossible schedule is a ``ConfigError``), and refuses a model or sampler oth
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     Field,
     FiniteFloat,
     SerializerFunctionWrapHandler,
@@ -26,85 +23,18 @@ from pydantic import (
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.records import Record
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.windows.window import Window
 
 SCHEMA_VERSION = 3
 
 
-class SiteKind(StrEnum):
-    """Name what an attention site attends to, or a site that is no attention."""
-
-    SELF = "self"
-    CROSS = "cross"
-    JOINT = "joint"
-    FEED_FORWARD = "feed-forward"
-
-
-class CacheDtype(StrEnum):
-    """Name what caches may be kept in, to take less memory than in the model's dtype."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-# An infinite PSNR is written as "Infinity": JSON has no such number.
-class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
-    pass
-
-
-class TileWindow(_Record, frozen=True):
-    """Describe a window by tiles of a token grid, ``(h, w)`` or ``(t, h, w)``.
-
-    Per axis, ``tile`` counts tokens and ``reach`` the tiles seen on each side of a query's own; at
-    an edge the window moves inward, so that each tile sees equally many.
-    """
-
-    grid: tuple[Annotated[int, Field(gt=0)], ...]
-    tile: tuple[Annotated[int, Field(gt=0)], ...]
-    reach: tuple[Annotated[int, Field(ge=0)], ...]
-
-    @model_validator(mode="after")
-    def _check(self) -> TileWindow:
-        if not len(self.grid) == len(self.tile) == len(self.reach) > 0:
-            raise ValueError("grid, tile and reach: one number each per axis")
-        for size, tile in zip(self.grid, self.tile, strict=True):
-            if size % tile:
-                raise ValueError(f"tile: {tile} does not divide {size} tokens")
-        return self
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Return the number of tiles along each axis."""
-        return tuple(size // tile for size, tile in zip(self.grid, self.tile, strict=True))
-
-    @property
-    def spans(self) -> tuple[int, ...]:
-        """Return how many tiles are seen along each axis."""
-        pairs = zip(self.counts, self.reach, strict=True)
-        return tuple(min(count, 2 * reach + 1) for count, reach in pairs)
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of the grid."""
-        return math.prod(self.grid)
-
-    @property
-    def seen(self) -> int:
-        """Return how many tokens each query sees."""
-        return math.prod(self.spans) * math.prod(self.tile)
-
-    def __str__(self) -> str:
-        """Say it in a few characters: ``3x3 of 8x8 tiles``."""
-        spans, counts = ("x".join(map(str, sizes)) for sizes in (self.spans, self.counts))
-        return f"{spans} of {counts} tiles"
-
-
-Window = Annotated[int, Field(ge=0)] | TileWindow
-
-
-class HeadGroup(_Record, frozen=True):
+class HeadGroup(Record, frozen=True):
     """Say which heads of an attention a site is: those of ``site``, ``of`` in all, from ``first``.
 
     The site's own ``heads`` says how many.
@@ -115,7 +45,7 @@ class HeadGroup(_Record, frozen=True):
     of: Annotated[int, Field(gt=1)]
 
 
-class PlannedSite(_Record, frozen=True):
+class PlannedSite(Record, frozen=True):
     """Describe one site of the model a plan is for.
 
     ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
@@ -150,7 +80,7 @@ class PlannedSite(_Record, frozen=True):
         return ""
 
 
-class Sampler(_Record, frozen=True):
+class Sampler(Record, frozen=True):
     """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
 
     scheduler: str = ""
@@ -161,19 +91,7 @@ class Sampler(_Record, frozen=True):
     cfg_layout: CfgLayout
 
 
-class Fingerprint(_Record, frozen=True):
-    """Identify a model: its dtype, hashes of its attention structure and of its weights.
-
-    ``weights`` leaves out LoRA adapters; ``lora`` covers them and their scale, "" where none acts.
-    """
-
-    structure: str
-    weights: str
-    dtype: str
-    lora: str = ""
-
-
-class PlannedTarget(_Record, frozen=True):
+class PlannedTarget(Record, frozen=True):
     """Record what a plan was searched for; ``model`` names the one that measures a CLIP score."""
 
     name: str
@@ -182,7 +100,7 @@ class PlannedTarget(_Record, frozen=True):
     model: str = ""
 
 
-class Measured(_Record, frozen=True):
+class Measured(Record, frozen=True):
     """Record what prompts measured: one value per image, ``worst`` in the target's sense."""
 
     prompts: int
@@ -193,7 +111,7 @@ class Measured(_Record, frozen=True):
 SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
 
 
-class Calibration(_Record, frozen=True):
+class Calibration(Record, frozen=True):
     """Record how a plan came to be.
 
     ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
@@ -223,7 +141,7 @@ class Calibration(_Record, frozen=True):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Plan(_Record, frozen=True):
+class Plan(Record, frozen=True):
     """Say, per step and site, which strategy runs: ``strategies[step][site]``.
 
     ``sites`` may be some of the model's only: the others run as they are. ``inputs`` holds the

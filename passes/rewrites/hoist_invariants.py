@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ditfastattn.passes.analysis.flops import count_node
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.head_groups import head_range
 from ditfastattn.passes.graph.ir import clone, find, value
 from ditfastattn.passes.graph.slots import hoisted_slot, read_cache, write_cache

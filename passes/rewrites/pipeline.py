@@ -13,7 +13,7 @@ from ditfastattn.core.env import Knobs, read_knobs
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import snapshot, verify
 from ditfastattn.passes.plan.actions import SiteAction

@@ -30,12 +30,12 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attentions
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, even_groups, mark
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, clone, find, insert, value
-from ditfastattn.passes.plan.schema import SiteKind
 
 _HEAD_DIM = 1  # of queries, keys and values [B, H, N, D]
 

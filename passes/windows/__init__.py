@@ -1,1 +1,1 @@
-"""Window attention: its forms, its operators, and what they are lowered to."""
+"""Window attention: the windows, their operators, and the forms that operators are lowered to."""

@@ -1,4 +1,4 @@
-"""Describe the band of a window: its blocks of queries, the keys they see, what hides others."""
+"""Describe the band of a window: blocks of queries, the keys they see, the bias for the rest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 class Band:
     """Hold what the constants of a window depend on.
 
-    ``tokens`` are those of the band; ``before`` and ``after`` it stand the ones that see, and are
-    seen by, all.
+    ``tokens`` counts those of the band. The text tokens ``before`` and ``after`` it attend, and are
+    attended by, all.
     """
 
     tokens: int
@@ -78,7 +78,7 @@ def band_of(
 def seen_tokens(band: Band) -> Tensor:
     """Return which tokens the queries of each block see, int64 ``[blocks, span + text]``.
 
-    In place of those past an end of the band, which the bias hides, stand the ones at its end.
+    Positions past an end of the band repeat the token at that end; the bias hides them.
     """
     start = torch.arange(band.blocks, device=band.device)[:, None] * band.block
     near = start + torch.arange(band.span, device=band.device) - band.window

@@ -1,6 +1,6 @@
-"""Compute a window by FlexAttention: a block mask skips the keys outside, a bias hides masked ones.
+"""Compute a window with FlexAttention: a block mask skips keys outside, a bias hides masked ones.
 
-The block mask is a constant of the band; a mask of keys is data, and modifies the scores.
+The block mask is a constant of the band; a key mask is data, and modifies the scores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLEX_BLOCK = 128
 
 
 def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Constants]:
-    """Return the form by FlexAttention, and its constants."""
+    """Return the FlexAttention form, and its constants."""
     total = band.tokens + band.text
     stop = band.before + band.tokens
 
@@ -49,7 +49,7 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
         return token_major(flex.flex_attention(q, k, v, block_mask=near(counts), scale=scale))
 
     def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *counts: Tensor) -> Tensor:
-        # What a score function reads must be named here: no Dynamo lifts it out of a closure.
+        # The mask is an explicit input of the score function: without Dynamo no closure is lifted.
         options: Any = flex._apply_kernel_options(q, k, v, False, None)
         blocks = near(counts).as_tuple()
         output, *_ = flex_attention_hop(q, k, v, _masked_score, blocks, scale, options, (mask,), ())
@@ -80,11 +80,11 @@ def band_blocks(band: Band) -> Constants:
         distance = (first[:, None] - first[None, :]).abs()
         near = (distance - side + 1).clamp(min=0) <= band.window
         inner = first + side <= total
-        some = (first < band.before) | ((first + side).clamp(max=total) > stop)  # of it is text
-        only = (first + side <= band.before) | (first >= stop)
+        has_text = (first < band.before) | ((first + side).clamp(max=total) > stop)
+        all_text = (first + side <= band.before) | (first >= stop)
         whole = distance + side - 1 <= band.window
-        whole = (whole | only[:, None] | only[None, :]) & inner[:, None] & inner[None, :]
-        near = near | some[:, None] | some[None, :]
+        whole = (whole | all_text[:, None] | all_text[None, :]) & inner[:, None] & inner[None, :]
+        near = near | has_text[:, None] | has_text[None, :]
         return *_counted(near & ~whole), *_counted(whole)
 
 

@@ -1,4 +1,4 @@
-"""Say what windows there are: bands of the flattened sequence, and tiles of a token grid."""
+"""Choose windows, bands of the sequence or tiles of a token grid, and read them off a graph."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from torch.fx import Node
 
 from ditfastattn.passes.graph.ir import argument, value
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, tile_pairs
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, kept_pairs
 
 WINDOWED = (WINDOW_ATTENTION, TILE_ATTENTION)
 _BAND_FRACTION = 8  # the paper's window: N/8 tokens on each side
-_TILES = 6  # along an axis, of which 3 are seen: a quarter of an image, as of the paper's window
+_TILES = 6  # along an axis, of which 3 are seen: a quarter of an image, as in the paper's window
 _FEWEST_TILES = 4  # of which 3 are seen
 _TILES_PER_SIDE = 2  # of the sequence, for the paper's window: the fastest measured
 
@@ -27,12 +27,12 @@ def band(tokens: int) -> int:
 
 
 def window_forms(tokens: int, grid: Sequence[int]) -> tuple[Window, ...]:
-    """Return the windows over ``tokens`` of ``grid``, () where none is known: a band first.
+    """Return the windows over ``tokens``: a band, tiles of the grid, tiles of the sequence.
 
-    Tiles of the grid follow, and tiles of the sequence.
+    ``grid`` is () where none is known.
     """
     forms = [band(tokens), tiles(grid)]
-    if len(grid) != 1:  # of frames the grid is the sequence
+    if len(grid) != 1:  # one axis (frames): the grid is the sequence
         forms.append(sequence_tiles(tokens))
     return tuple(form for form in forms if form is not None)
 
@@ -40,8 +40,8 @@ def window_forms(tokens: int, grid: Sequence[int]) -> tuple[Window, ...]:
 def tiles(grid: Sequence[int]) -> TileWindow | None:
     """Return a window of three tiles along each axis, or None where no axis divides into four.
 
-    Of the sizes that divide an axis the one is taken that is nearest to a sixth of it; an axis that
-    has none, such as a few frames, is seen whole.
+    Of the sizes that divide an axis, a tile has the one nearest to a sixth of it. An axis without
+    such a size, for example of a few frames, is seen whole.
     """
     sides = [_tile(size) for size in grid]
     if list(grid) == sides:
@@ -51,10 +51,10 @@ def tiles(grid: Sequence[int]) -> TileWindow | None:
 
 @cache
 def sequence_tiles(tokens: int) -> TileWindow | None:
-    """Return a window of whole tiles of the flattened sequence that sees the paper's, or None.
+    """Return a window of tiles of the flattened sequence that covers the paper's band, or None.
 
-    It sees all that the band sees and a little more, in as many products as the band's blocks take,
-    and needs no bias to hide anything. None where no tile near half of a side divides ``tokens``.
+    It sees slightly more than the band, takes as many products as the band's blocks, and needs no
+    bias. There is none where no tile size near half of a side divides ``tokens``.
     """
     side = band(tokens)
     wanted = side / _TILES_PER_SIDE
@@ -87,7 +87,7 @@ def window_call(
 
 
 def window_of(node: Node) -> tuple[Window, float, tuple[int, int]]:
-    """Return what ``window_call`` was given for ``node``."""
+    """Return the window, scale and text that ``window_call`` was given for ``node``."""
     tiled = node.target is TILE_ATTENTION
     place = 6 if tiled else 4
     window: Any = node.args[3]
@@ -108,7 +108,7 @@ def pairs_of(node: Node) -> int:
 
 
 def fraction(window: Window, tokens: int) -> float:
-    """Return the part of all pairs that a window over ``tokens``, none of text, keeps."""
+    """Return the fraction of all pairs that a window over ``tokens``, without text, keeps."""
     if isinstance(window, TileWindow):
         return window.seen / math.prod(window.grid)
     return kept_pairs(tokens, window) / tokens**2

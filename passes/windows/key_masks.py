@@ -1,11 +1,11 @@
-"""Tell masks that hide keys, such as padding, from those that tell queries apart.
+"""Tell key masks, such as padding, from masks that depend on the query.
 
-A mask of the same keys for every query goes with any window: it hides those of the keys seen that
-it hides anywhere. One that depends on the query, a causal one or one of blocks, does not. Which it
-is follows from how its second last dimension, the queries, came about::
+A key mask is the same for every query, and so is supported within any window. A mask that depends
+on the query, such as a causal one, is not. Which of both a mask is follows from how its second last
+dimension, the queries, was made::
 
     %4 = aten.unsqueeze.default(%3, 2): bool[2, 1, 1, 64]
-    %5 = aten.expand.default(%4, [2, 1, 64, 64]): bool[2, 1, 64, 64]   hides keys alone
+    %5 = aten.expand.default(%4, [2, 1, 64, 64]): bool[2, 1, 64, 64]   a key mask
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COPIES = (
     *(aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor),
 )
-_UNTAGGED = (  # pointwise, but not marked so
+_UNTAGGED = (  # pointwise, but not tagged so
     *(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor),
     *(aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf),
 )
@@ -41,19 +41,19 @@ _FILLED = (
 
 
 def hides_keys_alone(mask: Node, keys: int) -> bool:
-    """Tell whether ``mask``, broadcast to ``[B, H, N, keys]``, is the same for every query."""
+    """Return whether ``mask``, broadcast to ``[B, H, N, keys]``, is the same for every query."""
     return value(mask).shape[-1] == keys and _is_constant(mask)
 
 
 def _is_constant(node: Node) -> bool:
-    """Tell whether ``node`` is the same along its second last dimension."""
+    """Return whether ``node`` is the same along its second last dimension."""
     shape = value(node).shape
     if len(shape) < 2 or shape[-2] == 1 or node.target in _FILLED:
         return True
     sources = [source for source in node.all_input_nodes if value(source).dim()]
     if node.target in _SPREADS or node.target in _COPIES or _is_pointwise(node):
         return bool(sources) and all(map(_is_constant, sources))
-    if node.target in _RESHAPES:  # where both last dimensions stay, they are the source's
+    if node.target in _RESHAPES:  # only if both last dimensions stay
         return value(sources[0]).shape[-2:] == shape[-2:] and _is_constant(sources[0])
     return False
 
@@ -78,10 +78,10 @@ def key_mask(mask: Tensor) -> Tensor:
     return row.reshape((1,) * (4 - row.dim()) + tuple(row.shape))
 
 
-def among(seen: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mask by which attention counts those pairs that are ``seen`` and not masked.
+def hide_keys(seen: Tensor, mask: Tensor | None) -> Tensor:
+    """Return an attention mask of the pairs that are ``seen``, without those that ``mask`` hides.
 
-    ``mask`` is of booleans, or of floats to be added to the scores, as attention takes both.
+    ``mask`` holds booleans, or floats to be added to the scores; attention takes both.
     """
     if mask is None:
         return seen
@@ -103,7 +103,7 @@ def check_key_mask(q: Tensor, mask: Tensor | None, where: str) -> None:
     fits: Any = mask.dim() == 4 and mask.shape[2:] == (1, tokens)
     if not (fits and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)):
         raise ConfigError(
-            "the mask hides no keys of these",
+            "the mask is not a key mask of these tokens",
             where=where,
             got=list(mask.shape),
             expected=f"[{batch} or 1, {heads} or 1, 1, {tokens}]",

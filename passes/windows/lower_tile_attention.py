@@ -1,4 +1,4 @@
-"""Lower ``ditfastattn::tile_attention`` to full attention among each tile's near tiles.
+"""Lower ``ditfastattn::tile_attention`` to full attention from each tile to its near tiles.
 
 Before::
 
@@ -9,17 +9,18 @@ After::
     %9 = aten.index_select.default(%8, 1, %near): float32[12, 576, 64, 32]
     %12 = aten.scaled_dot_product_attention.default(%5, %10, %11, ...): float32[12, 64, 64, 32]
 
-Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees equally
-many others, so nothing is masked but the keys that the model itself masks: what is gathered is all
-used, by whichever kernel is fastest.
+Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees the same
+number of others, so nothing is masked except by the model itself: all that is gathered is used, by
+whichever kernel is fastest.
 
-Of a grid of one axis, the sequence itself, a tile sees one run of tokens. On a CPU nothing is
+If the grid is the sequence itself (one axis), a tile sees one run of tokens. On a CPU nothing is
 gathered then: each tile attends a slice of the keys.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
@@ -38,16 +39,16 @@ from ditfastattn.passes.graph.paste_form import (
     sources,
     token_major,
 )
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.forms import window_of
 from ditfastattn.passes.windows.key_masks import key_bias
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, seen_tokens
+from ditfastattn.passes.windows.window import TileWindow
 
 _MAX_GATHERED_BYTES = 2**31
 
 
 def lower_tile_attention(module: GraphModule) -> list[str]:
-    """Lower the tile windows of ``module`` in place; return the reason for each that stays."""
+    """Lower the tile windows of ``module`` in place; return why others stay."""
     paster = FormPaster(module)
     reasons: list[str] = []
     for node in calls(module.graph, TILE_ATTENTION):
@@ -87,55 +88,71 @@ def tiles_form(
     """Return the form that attends tile by tile, and its constants."""
     if _is_in_runs(window, device):
         return _runs_form(window, scale, text, masked), ()
-    before, after = text
-    stop = before + window.tokens
-    outside = before + after
-    count = math.prod(window.counts)
+    form, near = _GatheredTiles(window, scale, *text), _near(window, device)
+    return (form.run_masked, (near, _seen(window, text, device))) if masked else (form.run, (near,))
 
-    def in_tiles(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *extra: Tensor
+
+@dataclass(frozen=True)
+class _GatheredTiles:
+    """Attend from each tile to the keys of its near tiles, gathered; text before and after."""
+
+    window: TileWindow
+    scale: float
+    before: int
+    after: int
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+        """Attend without a mask."""
+        return self._attend(q, k, v, None, None, near)
+
+    def run_masked(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, near: Tensor, seen: Tensor
     ) -> Tensor:
+        """Attend with a key mask."""
+        hidden = key_bias(mask, q.dtype)
+        found = hidden.squeeze(2).index_select(2, seen)
+        each = found.reshape(*found.shape[:2], math.prod(self.window.counts), 1, -1)
+        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
+        return self._attend(q, k, v, hidden, bias, near)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        bias: Tensor | None,
+        near: Tensor,
+    ) -> Tensor:
+        before, stop = self.before, self.before + self.window.tokens
+        if not self.before + self.after:
+            return token_major(self._in_tiles(q, k, v, bias, near))
+        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
+        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
+        image = self._in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
+        rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=self.scale)
+        return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
+
+    def _in_tiles(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, near: Tensor, *text: Tensor
+    ) -> Tensor:
+        """Attend from each tile; ``text`` holds the keys and values of the text, if any."""
+        window = self.window
         batch, heads, _, head_dim = q.shape
         keys, values = (_gathered(window, item, near) for item in (k, v))
-        if extra:
+        if text:
             keys, values = (
                 torch.cat([found, _every_tile(window, item)], dim=2)
-                for found, item in zip((keys, values), extra, strict=True)
+                for found, item in zip((keys, values), text, strict=True)
             )
         output = scaled_dot_product_attention(
-            _tiled(window, q), keys, values, attn_mask=bias, scale=scale
+            _tiled(window, q), keys, values, attn_mask=bias, scale=self.scale
         )
         return _raster(window, output).reshape(batch, heads, window.tokens, head_dim)
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor | None, near: Tensor
-    ) -> Tensor:
-        if not outside:
-            return token_major(in_tiles(q, k, v, bias, near))
-        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
-        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
-        image = in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
-        rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=scale)
-        return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
-        return attend(q, k, v, None, None, near)
-
-    def run_masked(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, near: Tensor, seen: Tensor
-    ) -> Tensor:
-        hidden = key_bias(mask, q.dtype)
-        found = hidden.squeeze(2).index_select(2, seen)
-        each = found.reshape(*found.shape[:2], count, 1, -1)
-        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
-        return attend(q, k, v, hidden, bias, near)
-
-    near = _near(window, device)
-    return (run_masked, (near, _seen(window, text, device))) if masked else (run, (near,))
-
 
 def _is_in_runs(window: TileWindow, device: torch.device) -> bool:
-    """Tell whether tiles attend slices: a GPU would be busy with each for too short a time."""
+    """Return whether tiles attend slices of the keys; on a GPU each would be too little work."""
     return len(window.grid) == 1 and device.type == "cpu"
 
 
@@ -178,9 +195,9 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
 
 @lru_cache(maxsize=8)
 def _runs(window: TileWindow) -> list[tuple[int, int, int, int]]:
-    """Return runs of queries, from and to, and the run of keys that each sees, of a sequence.
+    """Return the runs of queries of a sequence (from, to), and the run of keys that each sees.
 
-    Tiles at an end of the sequence, which see the same, are one run.
+    Tiles at an end of the sequence see the same keys, and are one run.
     """
     (tile,), (span,), (count,) = window.tile, window.spans, window.counts
     firsts = near_tiles(window)[:, 0].tolist()
@@ -215,7 +232,7 @@ def _tiled(window: TileWindow, item: Tensor) -> Tensor:
 
 
 def _raster(window: TileWindow, item: Tensor) -> Tensor:
-    """Undo ``_tiled``, but for the heads."""
+    """Undo ``_tiled``; the heads stay folded into the batch."""
     rank = len(window.grid)
     apart = item.reshape(-1, *window.counts, *window.tile, item.shape[-1])
     pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]

@@ -15,12 +15,13 @@ or as FlexAttention with a block mask (``WindowKernel.FLEX``)::
     %10 = getitem(%9, 0): float32[2, 6, 1024, 32]
 
 Each form is a plain function, traced at the node's shapes and pasted over the node. What depends
-on the band alone, the bias or the block mask, becomes buffers that all nodes share. A mask of keys
-is added to the bias of each block, or to the scores as FlexAttention modifies them.
+on the band alone, the bias or the block mask, becomes buffers that all nodes share. A key mask is
+added to the bias of each block, or in FlexAttention to the scores.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -63,7 +64,7 @@ _MAX_BIAS_BYTES = 2**30
 def lower_window_attention(
     module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO
 ) -> list[str]:
-    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    """Lower the windows of ``module`` in place; return why others stay."""
     paster = FormPaster(module)
     reasons: list[str] = []
     for node in calls(module.graph, WINDOW_ATTENTION):
@@ -121,62 +122,89 @@ def _decline(node: Node, kernel: WindowKernel) -> str:
 
 def blocks_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Constants]:
     """Return the form in blocks of queries, each with the keys it can see, and its constants."""
-    rest = band.blocks * band.block - band.tokens
+    form, bias = _Blocks(band, scale), band_bias(band)
+    return (form.run_masked, (bias, _seen(band))) if masked else (form.run, (bias,))
 
-    def queries(q: Tensor) -> Tensor:
-        padded = pad(q, (0, 0, 0, rest)) if rest else q
-        return padded.reshape(-1, band.blocks, band.block, q.shape[3]).transpose(0, 1)
 
-    def spans(keys: Tensor) -> Tensor:
-        padded = pad(keys, (0, 0, band.window, band.window + rest)).contiguous()
-        batch, heads, tokens, head_dim = padded.shape
-        # Overlapping views: of unfold Inductor makes a copy, several times the size of the keys.
-        shape = (band.blocks, batch * heads, band.span, head_dim)
-        return padded.as_strided(shape, (band.block * head_dim, tokens * head_dim, head_dim, 1))
+@dataclass(frozen=True)
+class _Blocks:
+    """Attend in blocks of queries, each with the keys it can see.
 
-    def in_blocks(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        # Blocks come first, [blocks, B * H, block, D]: all heads read a block's bias from cache.
-        own = queries(q)
-        if masked:  # the bias differs along the batch: [blocks * B, H, block, D]
+    Blocks come first, ``[blocks, B * H, block, D]``, so that all heads read a block's bias from
+    cache. With a mask the bias differs along the batch too: ``[blocks * B, H, block, D]``.
+    """
+
+    band: Band
+    scale: float
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Attend without a mask."""
+        return self._attend(q, k, v, None, bias)
+
+    def run_masked(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, seen: Tensor
+    ) -> Tensor:
+        """Attend with a key mask."""
+        hidden = key_bias(mask, q.dtype)
+        return self._attend(q, k, v, hidden, self._with_keys(bias, hidden, seen, q.shape[0]))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor
+    ) -> Tensor:
+        band, masked = self.band, hidden is not None
+        if not band.text:
+            return token_major(self._in_blocks(q, self._spans(k), self._spans(v), bias, masked))
+        (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
+        near_q, text_q = band.split(q)
+        keys = self._with_text(self._spans(near_k), text_k)
+        values = self._with_text(self._spans(near_v), text_v)
+        image = self._in_blocks(near_q, keys, values, bias, masked)
+        text = scaled_dot_product_attention(text_q, k, v, attn_mask=hidden, scale=self.scale)
+        return token_major(band.joined(image, text))
+
+    def _in_blocks(
+        self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, masked: bool
+    ) -> Tensor:
+        own = self._queries(q)
+        if masked:
             own, keys, values = (
                 item.reshape(-1, q.shape[1], *item.shape[2:]) for item in (own, keys, values)
             )
-        blocks = scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=scale)
-        apart = blocks.reshape(band.blocks, -1, *blocks.shape[2:])
+        blocks = scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=self.scale)
+        apart = blocks.reshape(self.band.blocks, -1, *blocks.shape[2:])
         merged = apart.transpose(0, 1).reshape(*q.shape[:2], -1, q.shape[3])
-        return merged[:, :, : band.tokens] if rest else merged
+        return merged[:, :, : self.band.tokens] if self._padding else merged
 
-    def with_keys(bias: Tensor, hidden: Tensor, seen: Tensor, batch: int) -> Tensor:
+    @property
+    def _padding(self) -> int:
+        """Return how many queries the last block lacks."""
+        return self.band.blocks * self.band.block - self.band.tokens
+
+    def _queries(self, q: Tensor) -> Tensor:
+        """Return the queries of each block, ``[blocks, B * H, block, D]``."""
+        padded = pad(q, (0, 0, 0, self._padding)) if self._padding else q
+        split = padded.reshape(-1, self.band.blocks, self.band.block, q.shape[3])
+        return split.transpose(0, 1)
+
+    def _spans(self, keys: Tensor) -> Tensor:
+        """Return the keys, or values, that each block sees, ``[blocks, B * H, span, D]``."""
+        band = self.band
+        padded = pad(keys, (0, 0, band.window, band.window + self._padding)).contiguous()
+        batch, heads, tokens, head_dim = padded.shape
+        # Overlapping views: Inductor copies the result of unfold, several times the keys' size.
+        shape = (band.blocks, batch * heads, band.span, head_dim)
+        return padded.as_strided(shape, (band.block * head_dim, tokens * head_dim, head_dim, 1))
+
+    def _with_keys(self, bias: Tensor, hidden: Tensor, seen: Tensor, batch: int) -> Tensor:
         """Return the bias of each block and row of the batch, [blocks * B, H | 1, block, keys]."""
         found = hidden.squeeze(2).index_select(2, seen)
-        each = found.reshape(*found.shape[:2], band.blocks, 1, -1).permute(2, 0, 1, 3, 4)
+        each = found.reshape(*found.shape[:2], self.band.blocks, 1, -1).permute(2, 0, 1, 3, 4)
         return (each.expand(-1, batch, -1, -1, -1) + bias[:, None]).flatten(0, 1)
 
-    def with_text(near: Tensor, text: Tensor) -> Tensor:
-        every = text.reshape(1, -1, band.text, text.shape[3]).expand(band.blocks, -1, -1, -1)
-        return torch.cat([near, every], dim=2)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor) -> Tensor:
-        if not band.text:
-            return token_major(in_blocks(q, spans(k), spans(v), bias))
-        (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
-        near_q, text_q = band.split(q)
-        keys, values = with_text(spans(near_k), text_k), with_text(spans(near_v), text_v)
-        image = in_blocks(near_q, keys, values, bias)
-        text = scaled_dot_product_attention(text_q, k, v, attn_mask=hidden, scale=scale)
-        return token_major(band.joined(image, text))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return attend(q, k, v, None, bias)
-
-    def run_masked(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, seen: Tensor
-    ) -> Tensor:
-        hidden = key_bias(mask, q.dtype)
-        return attend(q, k, v, hidden, with_keys(bias, hidden, seen, q.shape[0]))
-
-    bias = band_bias(band)
-    return (run_masked, (bias, _seen(band))) if masked else (run, (bias,))
+    def _with_text(self, near: Tensor, text: Tensor) -> Tensor:
+        """Append the text's keys, or values, to those of each block."""
+        flat = text.reshape(1, -1, self.band.text, text.shape[3])
+        return torch.cat([near, flat.expand(self.band.blocks, -1, -1, -1)], dim=2)
 
 
 @lru_cache(maxsize=4)

@@ -1,11 +1,10 @@
-"""Lower every window of a graph, and compute one eagerly, by forms that skip what is not seen."""
+"""Lower every window of a graph, or compute one eagerly, by forms that skip unseen keys."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows.band import band_of
 from ditfastattn.passes.windows.key_masks import key_mask
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention, tiles_form
@@ -14,10 +13,11 @@ from ditfastattn.passes.windows.lower_window_attention import (
     blocks_form,
     lower_window_attention,
 )
+from ditfastattn.passes.windows.window import TileWindow, Window
 
 
 def lower_windows(module: GraphModule, kernel: WindowKernel = WindowKernel.AUTO) -> list[str]:
-    """Lower the windows of ``module`` in place; return the reason for each that stays."""
+    """Lower the windows of ``module`` in place; return why others stay."""
     return [*lower_window_attention(module, kernel), *lower_tile_attention(module)]
 
 
@@ -30,9 +30,9 @@ def compute_window(
     text: tuple[int, int],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend within ``window``; ``[B, H, N, D]`` each, ``text`` tokens before and after.
+    """Attend within ``window``; q, k and v are ``[B, H, N, D]``, ``text`` tokens before and after.
 
-    ``mask`` is the attention's, the same for every query.
+    ``mask`` is the attention's, and the same for every query.
     """
     masked = mask is not None
     if isinstance(window, TileWindow):

@@ -3,12 +3,12 @@
 A band over the flattened sequence sees whole rows of an image; a window by tiles sees what is near
 along every axis. The grid is cut into tiles, and the queries of a tile attend the keys of the tiles
 at most ``reach`` away along each axis. At the grid's edge the window moves inward, so that every
-tile sees equally many keys and nothing within them is masked (sliding tile attention, Zhang et al.
+tile sees the same number of keys and none of them is masked (sliding tile attention, Zhang et al.
 2025, section 3). Tokens are in row-major order of the grid, time first. Text tokens ``before`` and
 ``after`` the grid attend, and are attended by, all, and a mask hides keys, as in
 ``window_attention``.
 
-The op marks the window in a graph and computes it plainly, by a mask over full attention;
+The operator marks the window in a graph and computes it as masked full attention;
 ``lower_tile_attention`` replaces it by a form that skips the other tiles.
 """
 
@@ -24,8 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import TileWindow
-from ditfastattn.passes.windows.key_masks import among, check_key_mask
+from ditfastattn.passes.windows.key_masks import check_key_mask, hide_keys
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import allocate, check_alike
 
 
@@ -48,11 +48,11 @@ def tile_attention(
     ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is added to the scores.
 
     Raises:
-        ConfigError: the inputs are not alike, the grid is not theirs, or the mask is not of keys.
+        ConfigError: the inputs differ, the grid does not fit, or the mask depends on the query.
     """
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
     _check(q, k, v, window, before + after, mask)
-    seen = among(seen_pairs(window, before, after, q.device), mask)
+    seen = hide_keys(seen_pairs(window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -136,7 +136,7 @@ def _check(
     check_key_mask(q, mask, "tile_attention")
     if q.shape[2] != window.tokens + text:
         raise ConfigError(
-            "the grid has other tokens than the query",
+            "the query has the wrong number of tokens for the grid",
             where="tile_attention",
             got=f"{q.shape[2]} tokens, {text} of text",
             expected=" x ".join(map(str, window.grid)),

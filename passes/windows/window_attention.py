@@ -2,13 +2,13 @@
 
 Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
 ``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
-text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask of
-keys, as of padding, hides them from every query; one that sees no other keys gives 0. The op
-marks the window in a graph and computes it plainly, by a mask over full attention;
-``lower_window_attention`` replaces it by forms that skip the work outside the band.
+text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask
+hides keys, such as padding, from every query; a query that sees no key gives 0. The operator marks
+the window in a graph and computes it as masked full attention; ``lower_window_attention`` replaces
+it by forms that skip the work outside the band.
 
-The result lies in memory as ``[B, N, H, D]``, as that of flash attention does, so that what models
-do next (move the heads back and merge them) stays a view.
+The result lies in memory as ``[B, N, H, D]``, like that of flash attention, so that moving and
+merging the heads, which models do next, stays a view.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.windows.key_masks import among, check_key_mask
+from ditfastattn.passes.windows.key_masks import check_key_mask, hide_keys
 
 
 @torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
@@ -42,10 +42,10 @@ def window_attention(
     added to the scores.
 
     Raises:
-        ConfigError: the inputs are not alike, the window is negative, or the mask is not of keys.
+        ConfigError: the inputs differ, the window is negative, or the mask depends on the query.
     """
     _check(q, k, v, window, mask)
-    seen = among(seen_pairs(q.shape[2], window, before, after, q.device), mask)
+    seen = hide_keys(seen_pairs(q.shape[2], window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -79,7 +79,7 @@ WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
 
 
 def allocate(q: Tensor) -> Tensor:
-    """Return memory for ``[B, H, N, D]`` that lies as ``[B, N, H, D]``."""
+    """Return an uninitialized ``[B, H, N, D]`` that lies in memory as ``[B, N, H, D]``."""
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 

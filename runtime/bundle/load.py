@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.bundle.manifest import (
-    Manifest,
-    TensorSpec,
-    VariantSpec,
-    check_files,
-    read_manifest,
-)
+from ditfastattn.runtime.bundle.manifest import Manifest, check_files, read_manifest
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_graph
+from ditfastattn.runtime.bundle.specs import TensorSpec, VariantSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 
 log = logging.getLogger(__name__)
@@ -29,19 +24,19 @@ def load(
     share_threads: bool = False,
     low_memory: bool = False,
 ) -> BundleTransformer:
-    """Return a transformer that runs the bundle in ``folder`` by ONNX Runtime.
+    """Return a transformer that runs the bundle in ``folder`` with ONNX Runtime.
 
     Args:
         folder: the bundle.
         providers: execution providers, in order of preference; each must load.
-        threads: of each graph on the CPU; 0 leaves it to ONNX Runtime.
-        share_threads: use one pool for all sessions of the process; those of others must then ask
-            for it too.
-        low_memory: let all graphs share one weights file's pages and one arena of activations: a
-            fraction of the memory, and slower.
+        threads: of each graph on the CPU; 0 lets ONNX Runtime choose.
+        share_threads: use one pool for all sessions of the process; all other sessions of the
+            process must then use it too.
+        low_memory: share the pages of the weights file and one arena of activations among all
+            graphs: a fraction of the memory, but slower.
 
     Raises:
-        ConfigError: the bundle is not whole or not ours, or a provider did not load.
+        ConfigError: the bundle is incomplete or not valid, or a provider did not load.
     """
     root = Path(folder)
     manifest = read_manifest(root)

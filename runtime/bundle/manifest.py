@@ -1,7 +1,7 @@
-"""Define a bundle's manifest: what each file is, and how the graphs hang together.
+"""Define a bundle's manifest: what each file is, and how the graphs work together.
 
 A bundle is a folder. Its manifest is read strictly, and no file is opened before its name is known
-to lie in the folder and its content to be what the manifest says.
+to lie in the folder and its content to match the manifest.
 """
 
 from __future__ import annotations
@@ -9,163 +9,46 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.graph.slots import parse_slot
-from ditfastattn.passes.plan.schema import Fingerprint, Sampler
+from ditfastattn.core.records import Record
+from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.runtime.bundle.specs import (
+    FileSpec,
+    LoopSpec,
+    ModelSpec,
+    Natural,
+    Positive,
+    SlotSpec,
+    TensorSpec,
+    VariantSpec,
+)
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
-BATCH = "batch"  # the name of that dimension
 SCHEMA_VERSION = 2
 _EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
 
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
 
-
-Dtype = Literal[
-    "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
-]
-
-
-class _Record(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
-    pass
-
-
-class Multiple(_Record, frozen=True):
-    """Stand for a size that is ``numerator / denominator`` times the batch."""
-
-    numerator: Positive
-    denominator: Positive
-
-    def of(self, batch: int) -> int:
-        """Return the size at ``batch``; ``ValueError`` where it is no whole number."""
-        size = Fraction(self.numerator, self.denominator) * batch
-        if size.denominator != 1:
-            raise ValueError(f"a batch of {batch} is no multiple of {size.denominator}")
-        return int(size)
-
-    def name(self, batch: str = BATCH) -> str:
-        """Return the name of this dimension in the graphs."""
-        times = batch if self.numerator == 1 else f"{self.numerator}*{batch}"
-        return times if self.denominator == 1 else f"{times}/{self.denominator}"
-
-
-class TensorSpec(_Record, frozen=True):
-    """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
-
-    name: str
-    shape: tuple[Positive | Multiple, ...]
-    dtype: Dtype
-
-    def sizes(self, batch: int) -> tuple[int, ...]:
-        """Return the shape at ``batch``."""
-        return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
-
-    @property
-    def dims(self) -> tuple[int | str, ...]:
-        """Return the shape as the graphs have it."""
-        return tuple(size if isinstance(size, int) else size.name() for size in self.shape)
-
-
-class SlotSpec(TensorSpec, frozen=True):
-    """Describe a cache slot: ``lives`` holds (step that writes first, last step that reads).
-
-    A slot that has a ``source`` takes over what that one held when a step replaces it.
-    """
-
-    lives: tuple[tuple[Natural, Natural], ...]
-    source: str = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> SlotSpec:
-        expected = str(parse_slot(self.name).source or "")
-        if self.source != expected:
-            raise ValueError(f"slots: {self.name!r} takes over {expected!r}, not {self.source!r}")
-        return self
-
-
-class VariantSpec(_Record, frozen=True):
-    """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
-
-    ``reads`` and ``writes`` pair a slot with the name of the graph's input or output.
-    """
-
-    file: str
-    inputs: tuple[str, ...]
-    reads: tuple[tuple[str, str], ...]
-    writes: tuple[tuple[str, str], ...]
-
-    @property
-    def graph_inputs(self) -> tuple[str, ...]:
-        """Return the names of the graph's inputs, in order."""
-        return (*self.inputs, *(name for _, name in self.reads))
-
-
-class FileSpec(_Record, frozen=True):
-    """Record a file's content."""
-
-    bytes: Natural
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class ModelSpec(_Record, frozen=True):
-    """Describe the transformer that a bundle stands in for."""
-
-    class_name: str
-    parameters: tuple[str, ...]  # of its forward, in order
-    config: dict[str, Any]
-    fingerprint: Fingerprint
-    dtype: Dtype
-
-
-class LoopSpec(_Record, frozen=True):
-    """Describe the unrolled sampler: noise and conditions in, latents out.
-
-    The graph multiplies standard normal noise by ``noise_scale``, as the pipeline would.
-    """
-
-    file: str
-    noise: TensorSpec
-    noise_scale: float
-    conditions: tuple[TensorSpec, ...]
-    latents: str
-    guidance_scale: float
-
-    @property
-    def graph_inputs(self) -> tuple[str, ...]:
-        """Return the names of the graph's inputs, in order."""
-        return (self.noise.name, *(spec.name for spec in self.conditions))
-
-
-class Manifest(_Record, frozen=True):
+class Manifest(Record, frozen=True):
     """Describe a bundle.
 
     Attributes:
         schema_version: of this format.
         ditfastattn: the version that wrote it.
         opset: of the graphs.
-        model: what it stands in for.
+        model: the transformer that it stands in for.
         plan_sha256: of the plan's file, "" for a dense bundle.
         sampler: the schedule the plan is for.
-        fixed_batch: the only batch it takes; 0 where the batch is free.
+        fixed_batch: the only batch it takes; 0 if the batch is free.
         batch_multiple: what a free batch must be a multiple of.
-        timestep: the input that tells the step.
-        latent: the input that is denoised, "" where it is not known.
+        timestep: the name of the timestep input.
+        latent: the name of the latent input, "" if unknown.
         shares_guidance: whether some step computes the conditional half alone.
         inputs: of the model.
         outputs: of the model.
@@ -207,7 +90,7 @@ class Manifest(_Record, frozen=True):
         for name in files:
             path = PurePosixPath(name)
             if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-                raise ValueError(f"{name!r} is no path inside the bundle")
+                raise ValueError(f"{name!r} is not inside the bundle")
         return files
 
     @model_validator(mode="after")
@@ -225,16 +108,16 @@ class Manifest(_Record, frozen=True):
             raise ValueError(f"schedule: there are {len(self.variants)} variants")
         inputs = {spec.name for spec in self.inputs}
         if self.timestep not in inputs:
-            raise ValueError(f"timestep: {self.timestep!r} is no input")
+            raise ValueError(f"timestep: {self.timestep!r} is not an input")
         if self.latent and self.latent not in inputs:
-            raise ValueError(f"latent: {self.latent!r} is no input")
+            raise ValueError(f"latent: {self.latent!r} is not an input")
         if not any(spec.shape for spec in self.inputs):
             raise ValueError("inputs: none has a batch")
         if self.plan_sha256 and self.plan_sha256 != self._hash_of(PLAN_FILE):
             raise ValueError(f"plan_sha256: {PLAN_FILE} is another file, or not among the files")
         for graph in self.graphs:
             if not inputs.issuperset(graph.inputs):
-                raise ValueError(f"{graph.file}: inputs that the model has not")
+                raise ValueError(f"{graph.file}: inputs that the model lacks")
         self._check_slots()
         return self
 
@@ -242,13 +125,13 @@ class Manifest(_Record, frozen=True):
         return self.files[file].sha256 if file in self.files else ""
 
     def _check_slots(self) -> None:
-        """Every slot that a step reads, or takes over, has been written before, and is kept."""
+        """Check that every slot that is read, or taken over, was written before and is kept."""
         once = {slot for slot, _ in self.prologue.writes} if self.prologue else set()
         lives = {slot.name: slot.lives for slot in self.slots}
         for graph in self.graphs:
             for slot, _ in graph.writes:
                 if slot not in lives:
-                    raise ValueError(f"{graph.file} writes {slot!r}, which is no slot")
+                    raise ValueError(f"{graph.file} writes {slot!r}, which is not a slot")
 
         def kept(slot: str, step: int) -> bool:
             return any(began < step <= last for began, last in lives.get(slot, ()))
@@ -256,9 +139,7 @@ class Manifest(_Record, frozen=True):
         for moved in self.slots:
             for began, _ in moved.lives if moved.source else ():
                 if not kept(moved.source, began):
-                    raise ValueError(f"slots: {moved.name!r} takes over what is not kept")
-        for name in {*once, *(name for factors in self.factors for name in factors)}:
-            parse_slot(name)
+                    raise ValueError(f"slots: {moved.name!r} takes over a slot that is not kept")
         written = set(once)
         for step, index in enumerate(self.schedule):
             variant, given = self.variants[index], {*once, *self.factors[step]}
@@ -274,16 +155,16 @@ class Manifest(_Record, frozen=True):
 
     @property
     def graphs(self) -> tuple[VariantSpec, ...]:
-        """Return the graphs that are stepped: the variants, and the prologue if there is one."""
+        """Return the variants' graphs, and the prologue if there is one."""
         return (*self.variants, *([self.prologue] if self.prologue else []))
 
     def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
-        """Return the names of a graph's outputs, in order; the prologue has none of the model's."""
+        """Return the names of a graph's outputs, in order; the prologue has only slots."""
         results = () if graph is self.prologue else self.outputs
         return (*(spec.name for spec in results), *(name for _, name in graph.writes))
 
     def save(self, folder: Path) -> None:
-        """Write the manifest, the last file of a bundle: without it there is none."""
+        """Write the manifest, the last file of a bundle: without it there is no bundle."""
         write_text_atomically(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
@@ -328,7 +209,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Compare each file of the bundle with what the manifest says.
+    """Compare each file of the bundle with the manifest.
 
     Raises:
         ConfigError: a file is absent, a link out of the bundle, truncated or changed.
@@ -346,7 +227,7 @@ def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
         size = path.stat().st_size
         if size != spec.bytes:
             raise ConfigError(
-                "the file is not whole",
+                "the file is incomplete",
                 where=where,
                 got=f"{size} bytes",
                 expected=f"{spec.bytes} bytes",

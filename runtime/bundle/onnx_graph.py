@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, EngineError
-from ditfastattn.runtime.bundle.manifest import TensorSpec
+from ditfastattn.runtime.bundle.specs import TensorSpec
 
 _INSTALL = 'pip install "ditfastattn[onnx]"'
 _ON_CUDA = (
@@ -36,11 +36,11 @@ _ELEMENT_TYPES = {  # of onnx.TensorProto
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """Say how ONNX Runtime is to run.
+    """Configure ONNX Runtime.
 
     Attributes:
-        providers: execution providers, the first that can is taken for each node.
-        threads: of each session on the CPU; 0 leaves it to ONNX Runtime.
+        providers: execution providers; each node runs on the first that supports it.
+        threads: of each session on the CPU; 0 lets ONNX Runtime choose.
         share_threads: use one pool for all sessions of the process. Every other session of the
             process must then ask for it too: ONNX Runtime refuses those that do not.
         low_memory: share the pages of one weights file and one arena of activations among the
@@ -54,7 +54,7 @@ class SessionOptions:
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime, or say how to install it."""
+    """Import ONNX Runtime; the error without it says how to install it."""
     try:
         import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
     except ImportError as error:
@@ -82,7 +82,7 @@ def _session_options(options: SessionOptions) -> Any:
         made.use_per_session_threads = False
     else:
         made.intra_op_num_threads = options.threads
-        # Idle threads that spin would take the cores from the next variant's session, and torch.
+        # Idle threads that spin would take the cores from other sessions, and from torch.
         made.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.low_memory:
         _shared_arena()
@@ -95,9 +95,9 @@ def _session_options(options: SessionOptions) -> Any:
 def check_graph(
     path: Path, weights: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> None:
-    """Raise ``ConfigError`` unless the graph is what the manifest says.
+    """Raise ``ConfigError`` unless the graph matches the manifest.
 
-    It refers to no other file than ``weights`` beside it, and has the ``inputs`` and ``outputs``.
+    It must refer to no file but ``weights`` beside it, and have these ``inputs`` and ``outputs``.
     """
     model = _read(path)
     _check_location(path, model, weights)
@@ -112,7 +112,7 @@ def check_graph(
         if found != wanted:
             name = min(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
             raise ConfigError(
-                f"the graph has other {kind} than the manifest says",
+                f"the {kind} of the graph differ from the manifest",
                 where=f"{path}: {name}",
                 got=found.get(name, "none of that name"),
                 expected=wanted.get(name, "none of that name"),
@@ -175,7 +175,7 @@ class OnnxGraph:
         """Open the session.
 
         Raises:
-            ConfigError: ONNX Runtime refuses the graph, or has not an asked provider.
+            ConfigError: ONNX Runtime refuses the graph, or lacks a requested provider.
         """
         runtime = import_onnxruntime()
         missing = sorted({*options.providers} - {*runtime.get_available_providers()})
@@ -192,7 +192,7 @@ class OnnxGraph:
                 remedy="check the versions of onnxruntime and of the bundle (`ditfastattn verify`)",
             ) from error
         absent = sorted({*options.providers} - {*session.get_providers()})
-        if absent:  # it falls back without an error
+        if absent:  # it falls back silently
             raise _no_provider(str(path), absent, session.get_providers())
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self._session, self._inputs, self._outputs = session, tuple(inputs), tuple(outputs)
@@ -238,5 +238,5 @@ def _no_provider(where: str, missing: Sequence[str], present: Sequence[str]) -> 
         got=", ".join(missing),
         expected=", ".join(present),
         remedy="install the onnxruntime package that has it (`pip install onnxruntime-gpu` for "
-        "CUDA, without onnxruntime beside it), or ask for another",
+        "CUDA, without onnxruntime beside it), or choose another",
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ditfastattn.passes.graph.slots import Slot, parse_slot
 from ditfastattn.passes.plan.slot_schedule import CacheSlot, SlotSchedule
-from ditfastattn.runtime.bundle.manifest import Manifest, VariantSpec
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.specs import VariantSpec
 
 
 def slot_schedule(manifest: Manifest) -> SlotSchedule:

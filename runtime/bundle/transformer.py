@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
+from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
+from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers, Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import Hoisted, Values

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import CacheDtype, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind

@@ -16,12 +16,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from ditfastattn.core.errors import TargetMissedError
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Measured,
-    Plan,
-    SearchMethod,
-)
+from ditfastattn.passes.plan.schema import Calibration, Measured, Plan, SearchMethod
 from ditfastattn.passes.plan.strategies import Strategy, names_of
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt

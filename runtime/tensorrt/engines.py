@@ -10,25 +10,22 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.runtime.bundle.manifest import (
-    FileSpec,
-    Natural,
-    Positive,
-    TensorSpec,
-    file_hash,
-)
+from ditfastattn.core.records import Record
+from ditfastattn.runtime.bundle.manifest import file_hash
+from ditfastattn.runtime.bundle.specs import FileSpec, Natural, Positive, TensorSpec
 
 ENGINES: Final = "engines.json"
 ENGINES_FOLDER: Final = "engines"
+SWITCH_FILE: Final = "switch.onnx"
 _REMEDY: Final = "build them again (`ditfastattn build`)"
 
 
 class Layout(StrEnum):
-    """Say how a plan's step variants become engines."""
+    """Name how a plan's step variants become engines."""
 
     AUTO = "auto"
     VARIANTS = "variants"  # one engine per distinct step
@@ -47,32 +44,28 @@ def layout_named(name: str) -> Layout:
     return Layout(name)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PortSpec(_Record):
+class PortSpec(Record):
     """Describe an input or output of a switch that cache slots go through."""
 
     name: str
     like: TensorSpec
 
 
-class SwitchVariant(_Record):
-    """Say which ports a variant uses, in the order of its reads and writes."""
+class SwitchVariant(Record):
+    """List the ports that a variant uses, in the order of its reads and writes."""
 
     reads: tuple[Natural, ...]
     writes: tuple[Natural, ...]
 
 
-class SwitchSpec(_Record):
+class SwitchSpec(Record):
     """Describe the graph that holds all variants.
 
     Attributes:
-        variant: the input that says which is wanted, an int32 without dimensions.
+        variant: the input that selects the variant, an int32 without dimensions.
         inputs: of the model, in the graph's order.
-        reads: the inputs that slots are given through.
-        writes: the outputs that slots are returned through.
+        reads: the inputs for slots.
+        writes: the outputs for slots.
         variants: which of these each variant uses.
     """
 
@@ -83,18 +76,18 @@ class SwitchSpec(_Record):
     variants: tuple[SwitchVariant, ...]
 
 
-class EngineSpec(_Record):
+class EngineSpec(Record):
     """Describe one engine.
 
     Attributes:
-        file: its content.
+        file: its name.
         graph: the ONNX graph that it was built from.
-        key: of all that it was built from; an equal key is an equal engine.
-        content: what the file holds.
-        seconds: the build took.
-        attentions: of the graph.
-        fused: the kernels among the engine's that are a whole attention.
-        findings: what its log says that a user should know.
+        key: of all that it was built from; equal keys mean equal engines.
+        content: size and hash of the file.
+        seconds: duration of the build.
+        attentions: how many the graph has.
+        fused: how many kernels of the engine are a whole attention.
+        findings: what a user should know from its log.
     """
 
     file: str
@@ -107,17 +100,17 @@ class EngineSpec(_Record):
     findings: tuple[str, ...] = ()
 
 
-class Engines(_Record):
+class Engines(Record):
     """Describe the engines of one target.
 
     Attributes:
         schema_version: of this format.
         library: the module that built them, and runs them.
-        version: of it.
+        version: of the library.
         target: the compute capability, or ``current``.
         device: the GPU of a ``current`` target.
-        layout: which form was built.
-        reason: why that form.
+        layout: which layout was built.
+        reason: why that layout.
         rows: the least, usual and most rows of a call, both halves of guidance counted.
         manifest_sha256: of the bundle's manifest.
         engines: the engines, by the graph's name.
@@ -141,7 +134,7 @@ class Engines(_Record):
     def _inside(cls, engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
         for spec in engines:
             if Path(spec.file).name != spec.file:
-                raise ValueError(f"{spec.file!r} is no file's name")
+                raise ValueError(f"{spec.file!r} is not a file name")
         return engines
 
     def of(self, graph: str) -> EngineSpec | None:
@@ -180,7 +173,7 @@ def check_engine(folder: Path, spec: EngineSpec) -> Path:
     """Return the engine's path.
 
     Raises:
-        ConfigError: it is missing, or is not what was built.
+        ConfigError: it is missing, or has changed.
     """
     path = folder / spec.file
     if path.is_symlink() or not path.is_file():

@@ -32,7 +32,7 @@ class TensorRTGraph:
         """Load the engine in ``path``, whose content was checked.
 
         Raises:
-            ConfigError: TensorRT refuses it, or it has other inputs and outputs.
+            ConfigError: TensorRT refuses it, or its inputs or outputs are not these.
         """
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
@@ -48,7 +48,7 @@ class TensorRTGraph:
         present = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         if present != {*inputs, *outputs}:
             raise ConfigError(
-                "the engine has other inputs and outputs than its bundle says",
+                "the engine's inputs and outputs differ from its bundle's",
                 where=str(path),
                 got=", ".join(sorted(present)),
                 expected=", ".join(sorted({*inputs, *outputs})),
@@ -72,7 +72,7 @@ class TensorRTGraph:
         context = self._context()
         kept = [tensor.contiguous() for tensor in tensors]
         for name, tensor in zip(self._inputs, kept, strict=True):
-            # An engine knows sizes within its profile alone, and the context says so.
+            # The context refuses sizes outside the engine's profile.
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(
                     f"{self._path}: the engine was not built for {name!r} of shape "
@@ -91,14 +91,14 @@ class TensorRTGraph:
 
 
 class CudaGraph:
-    """Replay an engine's kernels as one CUDA graph: what is launched costs the host nothing.
+    """Replay an engine's kernels as one CUDA graph, which saves the host their launches.
 
-    A graph is bound to addresses. Inputs are copied into its own, and outputs out of its own; it is
-    captured once per set of shapes and thread.
+    A CUDA graph is bound to memory addresses, so inputs are copied into its tensors, and outputs
+    out of them. It is captured once per set of shapes and thread.
     """
 
     def __init__(self, graph: TensorRTGraph) -> None:
-        """Take the engine's graph."""
+        """Wrap the engine's graph."""
         self._graph = graph
         self._threads = threading.local()
 

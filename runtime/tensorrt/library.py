@@ -1,4 +1,4 @@
-"""Find TensorRT: the parts that ``tensorrt`` (10, 11) and ``tensorrt_rtx`` have in common."""
+"""Find TensorRT: ``tensorrt`` (10, 11) or ``tensorrt_rtx``, of which we use the common API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Library:
     Attributes:
         name: of its module.
         module: the module.
-        version: as the library says it.
+        version: as the library reports it.
     """
 
     name: str

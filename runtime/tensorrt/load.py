@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,14 +15,15 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,
-    VariantSpec,
     check_files,
     file_hash,
     read_manifest,
 )
+from ditfastattn.runtime.bundle.specs import VariantSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer, Engine
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES_FOLDER,
+    SWITCH_FILE,
     Engines,
     Layout,
     check_engine,
@@ -38,17 +40,16 @@ _BUILD = "build them (`ditfastattn build`)"
 def load(
     folder: str | os.PathLike[str], *, target: str = "", cuda_graphs: bool = False
 ) -> BundleTransformer:
-    """Return a transformer that runs the bundle in ``folder`` by its TensorRT engines.
+    """Return a transformer that runs the bundle in ``folder`` with its TensorRT engines.
 
     Args:
         folder: the bundle.
-        target: whose engines to take; without one, those of this GPU.
-        cuda_graphs: capture each engine as a CUDA graph, at the price of copying what goes in and
-            out.
+        target: of the engines; by default those for this GPU.
+        cuda_graphs: capture each engine as a CUDA graph, at the cost of copying inputs and outputs.
 
     Raises:
-        ConfigError: there is no GPU; no engines were built for it, or from another bundle; they are
-            not whole; their library is not installed.
+        ConfigError: there is no GPU; no engines were built for it from this bundle; they are
+            incomplete; their library is not installed.
     """
     root = Path(folder)
     manifest = read_manifest(root)
@@ -65,7 +66,7 @@ def load(
 
 
 def _own_target(root: Path, device: torch.device) -> str:
-    """Return the target whose engines suit this GPU, its very own first."""
+    """Return the target whose engines suit this GPU; those built on it come first."""
     major, minor = torch.cuda.get_device_capability(device)
     for target in (CURRENT, f"sm{major}{minor}"):
         if (root / ENGINES_FOLDER / target).is_dir():
@@ -90,56 +91,26 @@ def load_engines(
             "the engines were built from another bundle", where=str(out), remedy=_BUILD
         )
     library = find_library(engines.library)
-    opened = _Opened(library, engines, out, device, cuda_graphs)
-    prologue = None
-    if manifest.prologue is not None and engines.layout is not Layout.LOOP:
-        prologue = opened.variant(manifest, manifest.prologue)
-    variants: list[Engine] = []
-    if engines.layout is Layout.VARIANTS:
-        variants = [opened.variant(manifest, variant) for variant in manifest.variants]
-    elif engines.switch is not None:
-        switch = engines.switch
-        whole = opened.engine(
-            "switch.onnx",
-            [switch.variant, *switch.inputs, *(port.name for port in switch.reads)],
-            [
-                *(spec.name for spec in manifest.outputs),
-                *(port.name for port in switch.writes),
-            ],
-        )
-        variants = [
-            SwitchedVariant(whole, manifest, switch, index, device)
-            for index in range(len(manifest.variants))
-        ]
-        manifest = through_switch(manifest, switch)
-    else:
-        variants = [_not_built] * len(manifest.variants)
+    opened = _EngineFolder(library, engines, out, device, cuda_graphs)
+    prologue = opened.prologue(manifest)
+    manifest, variants = opened.steps(manifest)
     log.info("%s: %s, %s", out, engines.layout.value, engines.reason)
     if engines.layout is not Layout.LOOP:
         manifest = manifest.model_copy(update={"loop": None})  # it was not built
-
-    def open_loop() -> Engine:
-        loop = manifest.loop
-        if loop is None:
-            raise ConfigError(
-                "the unrolled loop was not built",
-                where=str(out),
-                remedy="build it (`ditfastattn build --layout loop`)",
-            )
-        return opened.engine(loop.file, loop.graph_inputs, [loop.latents])
-
     providers = (f"{library.name} {library.version}",)
-    return BundleTransformer(manifest, variants, prologue, device, open_loop, providers)
+    return BundleTransformer(
+        manifest, variants, prologue, device, partial(opened.loop, manifest), providers
+    )
 
 
 def _not_built(tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     raise ConfigError(
-        "only the unrolled loop was built: it generates, and cannot be stepped",
+        "only the unrolled loop was built: it generates images, and cannot be stepped",
         remedy="call generate, or build the steps (`ditfastattn build --layout variants`)",
     )
 
 
-class _Opened:
+class _EngineFolder:
     """Open the engines of one folder."""
 
     def __init__(
@@ -152,6 +123,41 @@ class _Opened:
     ) -> None:
         self._library, self._engines, self._out = library, engines, out
         self._device, self._cuda_graphs = device, cuda_graphs
+
+    def prologue(self, manifest: Manifest) -> Engine | None:
+        """Open the engine of the prologue, if there is one."""
+        if manifest.prologue is None or self._engines.layout is Layout.LOOP:
+            return None
+        return self.variant(manifest, manifest.prologue)
+
+    def steps(self, manifest: Manifest) -> tuple[Manifest, list[Engine]]:
+        """Open what runs each step variant; return it with the manifest that describes it."""
+        count = len(manifest.variants)
+        if self._engines.layout is Layout.VARIANTS:
+            return manifest, [self.variant(manifest, variant) for variant in manifest.variants]
+        switch = self._engines.switch
+        if switch is None:
+            return manifest, [_not_built] * count
+        reads, writes = ([port.name for port in ports] for ports in (switch.reads, switch.writes))
+        outputs = [spec.name for spec in manifest.outputs]
+        whole = self.engine(
+            SWITCH_FILE, [switch.variant, *switch.inputs, *reads], [*outputs, *writes]
+        )
+        variants: list[Engine] = [
+            SwitchedVariant(whole, manifest, switch, index, self._device) for index in range(count)
+        ]
+        return through_switch(manifest, switch), variants
+
+    def loop(self, manifest: Manifest) -> Engine:
+        """Open the engine of the unrolled loop."""
+        loop = manifest.loop
+        if loop is None:
+            raise ConfigError(
+                "the unrolled loop was not built",
+                where=str(self._out),
+                remedy="build it (`ditfastattn build --layout loop`)",
+            )
+        return self.engine(loop.file, loop.graph_inputs, [loop.latents])
 
     def variant(self, manifest: Manifest, variant: VariantSpec) -> Engine:
         """Open the engine of one step variant, or of the prologue."""

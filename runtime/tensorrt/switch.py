@@ -1,4 +1,4 @@
-"""Run one variant by the engine that holds all of them."""
+"""Run one variant with the engine that holds all of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ditfastattn.runtime.bundle.manifest import Manifest, TensorSpec
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.bundle.transformer import Engine
 from ditfastattn.runtime.tensorrt.engines import SwitchSpec
 
 
 def through_switch(manifest: Manifest, switch: SwitchSpec) -> Manifest:
-    """Return the manifest as the switch sees it: every variant is given all of the inputs."""
+    """Return the manifest of the switch, in which every variant takes all of the inputs."""
     variants = [
         variant.model_copy(update={"inputs": switch.inputs}) for variant in manifest.variants
     ]
@@ -21,7 +22,7 @@ def through_switch(manifest: Manifest, switch: SwitchSpec) -> Manifest:
 
 
 class SwitchedVariant:
-    """Run one variant: its slots go through its ports, and anything through the others."""
+    """Run one variant: its slots go through its ports, fillers through the others."""
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class SwitchedVariant:
         index: int,
         device: torch.device,
     ) -> None:
-        """Take the engine of the whole switch."""
+        """Wrap the engine of the switch."""
         self._engine, self._manifest, self._switch = engine, manifest, switch
         self._ports = switch.variants[index]
         self._number = torch.tensor(index, dtype=torch.int32, device=device)
@@ -54,6 +55,6 @@ class SwitchedVariant:
         self._engine([self._number, *inputs, *reads], [*results[:count], *writes])
 
     def _filler(self, like: TensorSpec, batch: int) -> Tensor:
-        """Return what is given to a port that the variant does not use."""
+        """Return a tensor for a port that the variant does not use."""
         dtype: torch.dtype = getattr(torch, like.dtype)
         return torch.empty(like.sizes(batch), dtype=dtype, device=self._number.device)

@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
-from ditfastattn.exporting import build, export, load, verify
+from ditfastattn.core.version import __version__
+from ditfastattn.exporting import build, export, verify
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.accelerate import accelerate, restore
+from ditfastattn.runtime.load import load
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.planned import reports, reset
 from ditfastattn.runtime.search.calibrate import calibrate
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation, validate
 from ditfastattn.runtime.search.record.retarget import retarget
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CfgLayout",
@@ -41,6 +41,7 @@ __all__ = [
     "TargetMissedError",
     "Validation",
     "VerifyError",
+    "__version__",
     "accelerate",
     "build",
     "calibrate",

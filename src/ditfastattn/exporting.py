@@ -1,4 +1,4 @@
-"""Offer export and its runtimes without importing onnx before they are used."""
+"""Offer export without importing onnx before it is used."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditfastattn.core.errors import ConfigError
-
 if TYPE_CHECKING:
     from ditfastattn.export.verify import Verification
     from ditfastattn.passes.plan.schema import Plan
     from ditfastattn.runtime.bundle.manifest import Manifest
-    from ditfastattn.runtime.bundle.transformer import BundleTransformer
     from ditfastattn.runtime.tensorrt.engines import Engines
 
 
@@ -34,17 +31,17 @@ def export(
         pipeline: a diffusers pipeline, or one like it.
         call: what it is called with; its resolution and text length are the bundle's.
         plan: the plan, or its path; None exports the dense model.
-        out: the bundle's folder. A bundle that is there is replaced once the new one is whole.
+        out: the bundle's folder. An existing bundle is replaced once the new one is complete.
         dtype: of weights and activations, as torch names it; "" keeps the model's.
         dynamic_batch: whether the bundle takes any batch.
         loop: whether the whole generation is written as one graph too, scheduler and guidance
             inside.
         timestep: the name of the model's timestep argument.
-        on_progress: is told which file was written, and how many of how many.
+        on_progress: called with the file just written, how many are done, and of how many.
 
     Raises:
-        ConfigError: the plan is for another model or sampler; an operator has no ONNX form; there
-            is something else at ``out``.
+        ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
+            what is at ``out`` is not a bundle.
     """
     from ditfastattn.export import bundle
 
@@ -74,13 +71,13 @@ def build(
         images: the least, usual and most images of a call.
         max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
             own, before ``auto`` takes the switch.
-        time_limit: of each build, in seconds; each runs in a process of its own.
+        time_limit: of each build, in seconds; each runs in its own process.
         library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
-        on_progress: is told the graph, what its builder does, and how much of it is done (0 to 1).
+        on_progress: called with the graph, its builder's phase, and how much is done (0 to 1).
 
     Raises:
-        ConfigError: the bundle is not whole; TensorRT is absent, or cannot build for the target.
-        EngineError: a build failed; what was built before is kept.
+        ConfigError: the bundle is incomplete; TensorRT is absent, or cannot build for the target.
+        EngineError: a build failed; engines built before are kept.
     """
     from ditfastattn.export.tensorrt import build as building
     from ditfastattn.runtime.tensorrt.engines import layout_named
@@ -89,45 +86,6 @@ def build(
         target, layout_named(layout), images, max_engine_mb, time_limit, library, on_progress
     )
     return building.build(folder, options)
-
-
-def load(
-    folder: str | os.PathLike[str],
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-    *,
-    runtime: str = "onnx",
-    threads: int = 0,
-    share_threads: bool = False,
-    low_memory: bool = False,
-    target: str = "",
-    cuda_graphs: bool = False,
-) -> BundleTransformer:
-    """Return a transformer that runs the bundle in ``folder``.
-
-    Args:
-        folder: the bundle.
-        providers: execution providers, in order of preference; each must load.
-        runtime: ``onnx`` (ONNX Runtime) or ``tensorrt``, the engines that ``build`` has made.
-        threads: of each ONNX graph on the CPU; 0 leaves it to ONNX Runtime.
-        share_threads: see ``runtime.bundle.load``.
-        low_memory: see ``runtime.bundle.load``.
-        target: whose TensorRT engines to take; without one, those of this GPU.
-        cuda_graphs: capture each TensorRT engine as a CUDA graph.
-
-    Raises:
-        ConfigError: the bundle is not whole or not ours, or what was asked for is not here.
-    """
-    if runtime == "tensorrt":
-        from ditfastattn.runtime.tensorrt import load as loading_engines
-
-        return loading_engines.load(folder, target=target, cuda_graphs=cuda_graphs)
-    if runtime != "onnx":
-        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt")
-    from ditfastattn.runtime.bundle import load as loading
-
-    return loading.load(
-        folder, providers, threads=threads, share_threads=share_threads, low_memory=low_memory
-    )
 
 
 def verify(
@@ -141,7 +99,7 @@ def verify(
     target: str = "",
     cuda_graphs: bool = False,
 ) -> Verification:
-    """Compare the bundle in ``folder`` with the torch model of ``pipeline``; see its result.
+    """Compare the bundle in ``folder`` with the torch model of ``pipeline``.
 
     ``runtime``, ``target`` and ``cuda_graphs`` are ``load``'s.
     """

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn import CfgLayout, Strategy
-from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall, capture_call
 from ditfastattn.export.lint import findings
+from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.step_graphs import Captures, used_inputs, variant_graph, write_graph
 from ditfastattn.export.weights import Weights
 from ditfastattn.runtime.bundle.manifest import Manifest

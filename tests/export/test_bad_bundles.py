@@ -54,7 +54,7 @@ def edit(bundle: Path, change: Callable[[Data], Any]) -> None:
 def test_a_truncated_file_is_named_with_its_sizes(bundle: Path) -> None:
     weights = bundle / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"weights\.bin: the file is not whole(.|\n)*bytes"):
+    with pytest.raises(ConfigError, match=r"weights\.bin: the file is incomplete(.|\n)*bytes"):
         load(bundle)
 
 
@@ -91,7 +91,7 @@ def test_an_absent_or_broken_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_path_out_of_the_bundle_is_refused(name: str, bundle: Path) -> None:
     spec = {"bytes": 1, "sha256": "0" * 64}
     edit(bundle, lambda data: data["files"].update({name: spec}))
-    with pytest.raises(ConfigError, match="no path inside the bundle"):
+    with pytest.raises(ConfigError, match="not inside the bundle"):
         load(bundle)
 
 
@@ -129,13 +129,13 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
         (lambda d: d["schedule"].__setitem__(0, 99), "variants"),
         (lambda d: d["schedule"].__setitem__(0, 1), "no step has written"),
         (lambda d: d["files"].pop("weights.bin"), "not among the files"),
-        (lambda d: d.update(timestep="when"), "is no input"),
-        (lambda d: d["variants"][0].update(inputs=["other"]), "the model has not"),
+        (lambda d: d.update(timestep="when"), "is not an input"),
+        (lambda d: d["variants"][0].update(inputs=["other"]), "the model lacks"),
         (lambda d: d.update(surprise=1), "Extra inputs"),
-        (lambda d: d["slots"].clear(), "is no slot"),
+        (lambda d: d["slots"].clear(), "is not a slot"),
         (lambda d: d["files"].pop("plan.json"), "plan_sha256"),
         (lambda d: d.update(plan_sha256="0" * 64), "plan_sha256"),
-        (lambda d: d.update(latent="picture"), "latent: 'picture' is no input"),
+        (lambda d: d.update(latent="picture"), "latent: 'picture' is not an input"),
         (lambda d: d["inputs"][0].update(dtype="float8"), "'float32'"),
         (lambda d: d["inputs"][0].update(dtype="int64"), "other inputs than the manifest"),
         (lambda d: d["slots"][0]["shape"].append(2**40), "other outputs than the manifest"),

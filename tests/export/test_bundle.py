@@ -18,12 +18,13 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from onnx.reference import ReferenceEvaluator
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
-from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.partial import growing
+from ditfastattn.export.partial import partial_folder
+from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.plan.strategies import strategies
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_tiny
@@ -329,7 +330,7 @@ def test_an_export_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     occupied = tmp_path / "folder"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="no bundle"):
+    with pytest.raises(ConfigError, match="not a bundle"):
         export_tiny(tiny, None, occupied)
     assert (occupied / "thesis.txt").read_text() == "mine"
     export_tiny(tiny, None, tmp_path / "bundle")
@@ -415,7 +416,7 @@ def test_a_bundle_is_back_after_an_export_was_killed_between_renames(tmp_path: P
     export_tiny(tiny, None, tmp_path / "bundle")
     before = (tmp_path / "bundle" / MANIFEST).read_text()
     (tmp_path / "bundle").rename(tmp_path / ".bundle.old")
-    with suppress(ConfigError), growing(tmp_path / "bundle"):
+    with suppress(ConfigError), partial_folder(tmp_path / "bundle"):
         raise ConfigError("refused")
     assert (tmp_path / "bundle" / MANIFEST).read_text() == before
 
@@ -435,7 +436,7 @@ def test_a_machine_out_of_memory_loses_no_finished_variant(
 
 
 def test_two_exports_do_not_write_one_bundle(tmp_path: Path) -> None:
-    with growing(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
+    with partial_folder(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
         export_tiny(tiny_dit(), None, tmp_path / "bundle")
 
 

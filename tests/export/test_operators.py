@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
 
 from ditfastattn import ConfigError
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows.forms import window_call
+from ditfastattn.passes.windows.window import TileWindow, Window
 from tests.export.helpers import assert_same, write_module
 from tests.helpers import noise
 

@@ -18,17 +18,18 @@ from typer.testing import CliRunner
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyError
-from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
-from ditfastattn.export.tensorrt.build import BuildOptions, build
+from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
-from ditfastattn.export.tensorrt.options import choose_layout, rows_of
+from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.slots import parse_slot, residual_slot
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES,
@@ -260,7 +261,7 @@ def test_what_is_built_is_kept_and_what_is_stale_goes(tmp_path: Path) -> None:
     told: list[str] = []
     options = BuildOptions(TARGET, on_progress=lambda graph, phase, done: told.append(phase))
     assert build(tmp_path, options).engines[0] == first
-    assert told == ["is there already"]
+    assert told == ["exists already"]
     assert (out / first.file).stat().st_mtime_ns == written
     other = build(tmp_path, BuildOptions(TARGET, images=(1, 2, 8))).engines[0]
     assert other.key != first.key
@@ -339,9 +340,13 @@ class OnnxParser:
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("crash", "died of SIGSEGV"), ("hang", "took longer than 2 s"), ("nothing", "made no engine")],
+    [
+        ("crash", "crashed with SIGSEGV"),
+        ("hang", "took longer than 2 s"),
+        ("nothing", "made no engine"),
+    ],
 )
-def test_a_builder_that_dies_takes_nobody_along(
+def test_a_builder_that_crashes_ends_in_an_error(
     how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fake_trt.py").write_text(FAKE)
@@ -387,7 +392,7 @@ def test_images_become_rows_of_both_halves(tmp_path: Path) -> None:
     assert (
         rows_of(export_tiny(tiny, None, tmp_path / "fixed", options=fixed), (1, 2, 4)) == (4,) * 3
     )
-    with pytest.raises(ConfigError, match="must not shrink"):
+    with pytest.raises(ConfigError, match="must not decrease"):
         rows_of(dense, (2, 1, 4))
 
 

@@ -17,16 +17,17 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from onnx import TensorProto, helper
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, VerifyError
-from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.lint import lint
-from ditfastattn.export.tensorrt.build import BuildOptions, build
+from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
-from ditfastattn.export.tensorrt.options import choose_layout, weight_bytes
+from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, weight_bytes
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import TileWindow
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library
@@ -214,7 +215,7 @@ def test_auto_keeps_the_engine_that_it_measured(tmp_path: Path) -> None:
     engines = build(tmp_path, options)
     assert engines.layout is Layout.VARIANTS
     assert len(engines.engines) == len(manifest.variants)
-    assert (manifest.variants[0].file, "is there already") in told
+    assert (manifest.variants[0].file, "exists already") in told
     assert "MiB, one switch" in engines.reason  # whole engines, not weights alone
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from ditfastattn import Strategy
-from ditfastattn.passes.capture.dynamo import GraphInput, capture
+from ditfastattn.passes.capture.captured_graph import GraphInput
+from ditfastattn.passes.capture.dynamo import capture
 from ditfastattn.passes.graph.ir import aten
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime import lowering

@@ -15,20 +15,22 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
-from ditfastattn.export.bundle import ExportOptions, export_model
+from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
-from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
-from ditfastattn.runtime.bundle.manifest import (
-    MANIFEST,
-    FileSpec,
-    Manifest,
-    check_files,
-    file_hash,
-)
+from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.tensorrt.switch import make_switch
+from ditfastattn.runtime.bundle.manifest import MANIFEST, Manifest, check_files, file_hash
+from ditfastattn.runtime.bundle.specs import FileSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.tensorrt import load as loading
-from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Engines, EngineSpec, Layout
+from ditfastattn.runtime.tensorrt.engines import (
+    ENGINES_FOLDER,
+    SWITCH_FILE,
+    Engines,
+    EngineSpec,
+    Layout,
+)
 from ditfastattn.runtime.tensorrt.library import Library, find_library
 from tests.export.helpers import export_tiny
 from tests.helpers import (
@@ -224,7 +226,7 @@ def test_bad_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         reload()
     engine.write_text(whole)
     for old, new, said in (
-        ('"variant_00.onnx.engine"', '"../variant_00.onnx"', "no file's name"),
+        ('"variant_00.onnx.engine"', '"../variant_00.onnx"', "not a file name"),
         ('"graph": "variant_00.onnx"', '"graph": "other.onnx"', "not all engines were built"),
         (file_hash(root / MANIFEST), "0" * 64, "built from another bundle"),
     ):

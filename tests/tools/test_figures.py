@@ -13,15 +13,10 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Fingerprint,
-    Plan,
-    PlannedSite,
-    Sampler,
-    SiteKind,
-)
+from ditfastattn.passes.plan.schema import Calibration, Plan, PlannedSite, Sampler
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.tools.figures import image_grid, plan_map
 

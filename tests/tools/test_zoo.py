@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import ZOO

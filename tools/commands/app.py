@@ -12,7 +12,8 @@ from rich.logging import RichHandler
 
 import ditfastattn
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError
-from ditfastattn.passes.plan.schema import CacheDtype, Plan
+from ditfastattn.passes.analysis.site import CacheDtype
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.window_choice import WindowForm

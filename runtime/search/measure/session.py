@@ -19,19 +19,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph, GraphInput, capture, describe_inputs
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout, calls_of
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Fingerprint,
-    Plan,
-    Sampler,
-)
+from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads

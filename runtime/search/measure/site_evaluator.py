@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attention_scale
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import legal_strategies
-from ditfastattn.passes.plan.schema import SiteKind, Window
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.passes.windows.window import Window
 from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRunner
 
 

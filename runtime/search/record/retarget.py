@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, why_not
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Measured,
-    Plan,
-    SiteKind,
-    TileWindow,
-    Window,
-)
+from ditfastattn.passes.plan.schema import Calibration, Measured, Plan
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment

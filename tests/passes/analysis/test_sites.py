@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import Strategy
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
-from ditfastattn.passes.capture.dynamo import readable_path
+from ditfastattn.passes.graph.origin import readable_path
 from ditfastattn.passes.plan.legality import declined_strategies, why_not
-from ditfastattn.passes.plan.schema import SiteKind
 from tests.helpers import TINY_MODELS, capture_model, capture_sites
 
 
@@ -55,7 +55,7 @@ def test_sd3_joint_attention_has_two_frontiers_but_the_last() -> None:
 
 def test_an_odd_batch_cannot_share_guidance() -> None:
     _, sites = capture_sites(TINY_MODELS["dit"](), batch=3)
-    assert why_not(Strategy.SHARE_CFG, sites[0]) == "the batch is 3: no two halves"
+    assert why_not(Strategy.SHARE_CFG, sites[0]) == "a batch of 3 has no two halves"
 
 
 class Attention(torch.nn.Module):

@@ -13,11 +13,12 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import attentions, find_sites
 from ditfastattn.passes.graph.ir import ATTENTION, calls
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.legality import declined_strategies, why_not
-from ditfastattn.passes.plan.schema import Calibration, Sampler, SiteKind
+from ditfastattn.passes.plan.schema import Calibration, Sampler
 from ditfastattn.runtime.matching import input_shapes
 from tests.helpers import (
     TIMESTEPS,
@@ -236,7 +237,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("attend", "reason"),
     [
         (masked_fill, "stands between its product and its softmax"),
-        (shown_weights, "used for something else"),
+        (shown_weights, "also used elsewhere"),
         (linear_attention, "linear attention"),
     ],
 )

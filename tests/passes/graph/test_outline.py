@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, outputs
-from ditfastattn.passes.graph.outline import Region, freed_after, outline
+from ditfastattn.passes.graph.outline import outline
+from ditfastattn.passes.graph.region import Region, freed_after
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import strategies

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from ditfastattn import CfgLayout, Strategy, VerifyError
+from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.graph.slots import (
     Slot,
     factor_slots,
@@ -15,7 +16,6 @@ from ditfastattn.passes.graph.slots import (
     read_slots,
     residual_slot,
 )
-from ditfastattn.passes.plan.schema import CacheDtype
 from ditfastattn.passes.plan.slot_schedule import Lives
 from ditfastattn.passes.plan.step_program import StepProgram, _check_caches, unroll
 from ditfastattn.passes.rewrites.pipeline import rewrite

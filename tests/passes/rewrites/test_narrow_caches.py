@@ -15,9 +15,9 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, Target, calibrat
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.verify import _bounds
+from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.graph.ir import clone, graph_text
 from ditfastattn.passes.graph.slots import Slot
-from ditfastattn.passes.plan.schema import CacheDtype
 from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches

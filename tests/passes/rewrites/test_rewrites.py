@@ -13,7 +13,7 @@ from torch.nn.functional import dropout, layer_norm, linear, scaled_dot_product_
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import Site, find_sites
 from ditfastattn.passes.capture.canonicalize import canonicalize
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, value
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.actions import DENSE, SiteAction

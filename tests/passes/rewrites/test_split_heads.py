@@ -13,13 +13,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import Plan
 from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
-from ditfastattn.passes.capture.dynamo import CapturedGraph
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.head_groups import even_groups
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode

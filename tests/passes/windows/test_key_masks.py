@@ -14,13 +14,13 @@ from ditfastattn import ConfigError
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import attention_mask
 from ditfastattn.passes.graph.ir import calls, value
-from ditfastattn.passes.plan.schema import TileWindow, Window
 from ditfastattn.passes.windows import tile_attention, window_attention
 from ditfastattn.passes.windows.band import Band, seen_tokens
 from ditfastattn.passes.windows.forms import window_call
 from ditfastattn.passes.windows.key_masks import hides_keys_alone, insert_key_mask
 from ditfastattn.passes.windows.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.windows.lower_windows import compute_window, lower_windows
+from ditfastattn.passes.windows.window import TileWindow, Window
 from tests.helpers import capture_model
 from tests.passes.windows.test_window_attention import FLEX, compiled, inputs, needs_flex, trace
 
@@ -188,7 +188,7 @@ def test_bad_masks_are_config_errors() -> None:
     q, k, v = inputs(2, 3, 192, 8)
     for window in WINDOWS.values():
         for shape in [(2, 1, 192, 192), (2, 1, 1, 7), (3, 1, 1, 192), (2, 2, 1, 192), (1, 192)]:
-            with pytest.raises(ConfigError, match="the mask hides no keys of these"):
+            with pytest.raises(ConfigError, match="the mask is not a key mask of these tokens"):
                 masked(window, (0, 0))(q, k, v, torch.ones(shape, dtype=torch.bool))
 
 

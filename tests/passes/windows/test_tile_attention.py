@@ -16,7 +16,6 @@ from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, value
 from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.passes.windows.forms import band, fraction, sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention
 from ditfastattn.passes.windows.lower_windows import compute_window
@@ -26,6 +25,7 @@ from ditfastattn.passes.windows.tile_attention import (
     seen_pairs,
     tile_pairs,
 )
+from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import seen_pairs as band_pairs
 from tests.helpers import (
     TINY_MODELS,
@@ -172,7 +172,7 @@ def test_bad_windows_are_refused() -> None:
         TileWindow(grid=(8, 8), tile=(3, 2), reach=(1, 1))
     with pytest.raises(ValidationError, match="one number each per axis"):
         TileWindow(grid=(8, 8), tile=(2, 2), reach=(1,))
-    with pytest.raises(ConfigError, match="other tokens"):
+    with pytest.raises(ConfigError, match="wrong number of tokens"):
         tiled(IMAGE)(*inputs(1, 2, 95, 16))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError, calibrate
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import SiteKind
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search import calibrate as calibrate_pipeline

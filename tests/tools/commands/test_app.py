@@ -189,6 +189,6 @@ def test_engines_are_built_right_after_the_export(saved: Path, tmp_path: Path) -
     assert CliRunner().invoke(cli.app, [*searched, "--threshold", "0.3"]).exit_code == 0
     result = CliRunner().invoke(cli.app, [*common, "--plan", plan, *wanted])
     assert result.exit_code == 0, result.output
-    assert "layout loop: it was asked for" in " ".join(result.output.split())
+    assert "layout loop: it was requested" in " ".join(result.output.split())
     engines = read_engines(Path(out) / ENGINES_FOLDER / "sm89")
     assert [spec.graph for spec in engines.engines] == ["loop.onnx"]

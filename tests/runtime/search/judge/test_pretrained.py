@@ -18,12 +18,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 
 from ditfastattn import ConfigError, TargetMissedError, calibrate
-from ditfastattn.runtime.pipeline.prompts import (
-    HELD_OUT_SEED,
-    as_images,
-    generate,
-    split_prompts,
-)
+from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge import pretrained
 from ditfastattn.runtime.search.judge.targets import Target
 from tests.helpers import tiny_digits_pipeline

@@ -85,4 +85,5 @@ def test_frames_outside_do_not() -> None:
     """The first half of the rows is the first frames there, not the first lanes."""
     model = tiny("frames outside")
     site = attention(capture_call(model.model, model.call(0, 4)))
-    assert why_not(Strategy.SHARE_CFG, site) == "its batch is 12, the model's 4, in no order known"
+    reason = why_not(Strategy.SHARE_CFG, site)
+    assert reason == "its batch is 12, the model's 4, in unknown order"

@@ -1,0 +1,21 @@
+"""Define what describes a site."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class SiteKind(StrEnum):
+    """Name what an attention site attends to, or a site that is no attention."""
+
+    SELF = "self"
+    CROSS = "cross"
+    JOINT = "joint"
+    FEED_FORWARD = "feed-forward"
+
+
+class CacheDtype(StrEnum):
+    """Name what caches may be kept in, to take less memory than in the model's dtype."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"

@@ -1,0 +1,63 @@
+"""Define what capture returns: a canonical ATen-level graph and its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ditfastattn.passes.capture.recognize_attention import Unrecognized
+from ditfastattn.passes.graph.ir import value
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """Describe one input of a captured graph: its Python name, and whether it is static.
+
+    A ``number`` is a Python float that Dynamo passes as a tensor, for the graph to call ``item()``.
+    """
+
+    name: str
+    static: bool
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """Hold a canonical ATen-level graph and its inputs, in the order of its placeholders.
+
+    ``unrecognized`` names nodes that compute attention in a form that no pass understands.
+    """
+
+    module: GraphModule
+    inputs: tuple[GraphInput, ...]
+    unrecognized: tuple[Unrecognized, ...] = ()
+
+    @property
+    def dynamic_names(self) -> tuple[str, ...]:
+        """Return the names of the call's own tensors."""
+        return tuple(entry.name for entry in self.inputs if not entry.static)
+
+    def node(self, name: str) -> Node:
+        """Return the placeholder of the dynamic input ``name``; ``LookupError`` if absent."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        for entry, node in zip(self.inputs, placeholders, strict=True):
+            if entry.name == name and not entry.static:
+                found: Node = node
+                return found
+        raise LookupError(name)
+
+
+def latent_position(captured: CapturedGraph) -> int | None:
+    """Return which flat input is the latent: the first with the rank and size of the output."""
+    output = value(captured.module.graph.output_node().all_input_nodes[0])
+    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
+        found = value(node)
+        same_size = (
+            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
+        )
+        if not entry.static and found.is_floating_point() and same_size:
+            return index
+    return None

@@ -1,0 +1,127 @@
+"""Define the entries of a bundle's manifest: tensors, cache slots, graphs, files, the model."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ditfastattn.core.records import Record
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.graph.slots import parse_slot
+
+BATCH = "batch"  # the name of that dimension in the graphs
+
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+Dtype = Literal[
+    "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
+]
+
+
+class Multiple(Record, frozen=True):
+    """Stand for a size that is ``numerator / denominator`` times the batch."""
+
+    numerator: Positive
+    denominator: Positive
+
+    def of(self, batch: int) -> int:
+        """Return the size at ``batch``; ``ValueError`` if it is not a whole number."""
+        size = Fraction(self.numerator, self.denominator) * batch
+        if size.denominator != 1:
+            raise ValueError(f"a batch of {batch} is not a multiple of {size.denominator}")
+        return int(size)
+
+    def name(self, batch: str = BATCH) -> str:
+        """Return the name of this dimension in the graphs."""
+        times = batch if self.numerator == 1 else f"{self.numerator}*{batch}"
+        return times if self.denominator == 1 else f"{times}/{self.denominator}"
+
+
+class TensorSpec(Record, frozen=True):
+    """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
+
+    name: str
+    shape: tuple[Positive | Multiple, ...]
+    dtype: Dtype
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """Return the shape at ``batch``."""
+        return tuple(size if isinstance(size, int) else size.of(batch) for size in self.shape)
+
+    @property
+    def dims(self) -> tuple[int | str, ...]:
+        """Return the shape as the graphs have it."""
+        return tuple(size if isinstance(size, int) else size.name() for size in self.shape)
+
+
+class SlotSpec(TensorSpec, frozen=True):
+    """Describe a cache slot: ``lives`` holds pairs (step that writes, last step that reads).
+
+    A slot that has a ``source`` takes over what that one held when a step replaces it.
+    """
+
+    lives: tuple[tuple[Natural, Natural], ...]
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> SlotSpec:
+        expected = str(parse_slot(self.name).source or "")
+        if self.source != expected:
+            raise ValueError(f"slots: {self.name!r} takes over {expected!r}, not {self.source!r}")
+        return self
+
+
+class VariantSpec(Record, frozen=True):
+    """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
+
+    ``reads`` and ``writes`` pair a slot with the name of the graph's input or output.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    reads: tuple[tuple[str, str], ...]
+    writes: tuple[tuple[str, str], ...]
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """Return the names of the graph's inputs, in order."""
+        return (*self.inputs, *(name for _, name in self.reads))
+
+
+class FileSpec(Record, frozen=True):
+    """Record a file's content."""
+
+    bytes: Natural
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelSpec(Record, frozen=True):
+    """Describe the transformer that a bundle stands in for."""
+
+    class_name: str
+    parameters: tuple[str, ...]  # of its ``forward``, in order
+    config: dict[str, Any]
+    fingerprint: Fingerprint
+    dtype: Dtype
+
+
+class LoopSpec(Record, frozen=True):
+    """Describe the unrolled sampler: noise and conditions in, latents out.
+
+    The graph multiplies standard normal noise by ``noise_scale``, as the pipeline would.
+    """
+
+    file: str
+    noise: TensorSpec
+    noise_scale: float
+    conditions: tuple[TensorSpec, ...]
+    latents: str
+    guidance_scale: float
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """Return the names of the graph's inputs, in order."""
+        return (self.noise.name, *(spec.name for spec in self.conditions))

@@ -1,0 +1,51 @@
+"""Load a bundle into one of its runtimes; neither is imported before it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ditfastattn.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ditfastattn.runtime.bundle.transformer import BundleTransformer
+
+
+def load(
+    folder: str | os.PathLike[str],
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    *,
+    runtime: str = "onnx",
+    threads: int = 0,
+    share_threads: bool = False,
+    low_memory: bool = False,
+    target: str = "",
+    cuda_graphs: bool = False,
+) -> BundleTransformer:
+    """Return a transformer that runs the bundle in ``folder``.
+
+    Args:
+        folder: the bundle.
+        providers: execution providers, in order of preference; each must load.
+        runtime: ``onnx`` (ONNX Runtime) or ``tensorrt``, the engines that ``build`` has made.
+        threads: of each ONNX graph on the CPU; 0 lets ONNX Runtime choose.
+        share_threads: see ``runtime.bundle.load``.
+        low_memory: see ``runtime.bundle.load``.
+        target: of the TensorRT engines; by default those for this GPU.
+        cuda_graphs: capture each TensorRT engine as a CUDA graph.
+
+    Raises:
+        ConfigError: the bundle is incomplete or not valid, or what was requested is missing.
+    """
+    if runtime == "tensorrt":
+        from ditfastattn.runtime.tensorrt import load as loading_engines
+
+        return loading_engines.load(folder, target=target, cuda_graphs=cuda_graphs)
+    if runtime != "onnx":
+        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt")
+    from ditfastattn.runtime.bundle import load as loading
+
+    return loading.load(
+        folder, providers, threads=threads, share_threads=share_threads, low_memory=low_memory
+    )

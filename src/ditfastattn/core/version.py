@@ -1,0 +1,5 @@
+"""Define the version of the package."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"  # as in pyproject.toml; a test compares them
