@@ -42,7 +42,7 @@ from ditfastattn.tools.measure import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-LANES = 2  # the conditional and the unconditional half of one image
+GUIDED_BATCH = 2  # the conditional and the unconditional half of one image
 STORING = "full, storing"
 REST = "fused and the rest"
 _PROFILED = 10
@@ -100,8 +100,8 @@ def run(
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     branch = Branch(heads, head_dim).to(device, kind).eval()
-    x = torch.randn(LANES, tokens, heads * head_dim, device=device, dtype=kind)
-    gate = torch.randn(LANES, 1, heads * head_dim, device=device, dtype=kind)
+    x = torch.randn(GUIDED_BATCH, tokens, heads * head_dim, device=device, dtype=kind)
+    gate = torch.randn(GUIDED_BATCH, 1, heads * head_dim, device=device, dtype=kind)
     captured, args = captured_branch(branch, x, gate)
     (site,) = find_sites(captured).sites
     side = math.isqrt(tokens)

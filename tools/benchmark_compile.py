@@ -36,7 +36,7 @@ from ditfastattn.passes.graph.ir import clone
 from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
-from ditfastattn.runtime.search.measure.lane import Lane
+from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import measure_pairs, summarize
@@ -164,11 +164,11 @@ def once(backend: Backend, layers: Layers = 28, steps: Steps = 50, variants: Var
         plan = make_plan(pipeline, prompt, variants)
         torch._dynamo.reset()
         model = _ours(pipeline, plan=plan, outline=backend is Backend.OUTLINED)
-    lane = Lane(pipeline, model, [prompt])
+    contender = Contender(pipeline, model, [prompt])
     before = _cpu_seconds()
-    first = _seconds(lambda: lane.generate(0))
+    first = _seconds(lambda: contender.generate(0))
     between = _cpu_seconds()
-    warm = _seconds(lambda: lane.generate(0))
+    warm = _seconds(lambda: contender.generate(0))
     found = {
         "compile_seconds": first - warm,
         "compile_cpu_seconds": (between - before) - (_cpu_seconds() - between),

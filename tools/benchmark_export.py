@@ -27,7 +27,11 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import (
+    Contender,
+    dense_contender,
+    planned_contender,
+)
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
@@ -166,7 +170,7 @@ def weigh(folder: Path, low_memory: bool = False) -> None:
     before = process_memory()
     bundle = ditfastattn.load(folder, low_memory=low_memory)
     loaded = process_memory()
-    Lane(pipeline, bundle, [Prompt(call, 0)]).warm_up()
+    Contender(pipeline, bundle, [Prompt(call, 0)]).warm_up()
     peak = process_memory("VmHWM")
     print(json.dumps({"loaded_bytes": loaded - before, "peak_bytes": peak - before}))
 
@@ -178,18 +182,18 @@ def _speed(
     prompts = [Prompt(call, 0)]
     bundles = {name: ditfastattn.load(root / name) for name in ("dense", "planned")}
     with many_compilations():
-        torch_lanes = [
-            dense_lane(pipeline, prompts, Lowering.INDUCTOR),
-            planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR),
+        in_torch = [
+            dense_contender(pipeline, prompts, Lowering.INDUCTOR),
+            planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR),
         ]
-        lanes = [Lane(pipeline, bundle, prompts) for bundle in bundles.values()]
-        for lane in [*lanes, *torch_lanes]:
-            lane.warm_up()
-            lane.warm_up()
+        contenders = [Contender(pipeline, bundle, prompts) for bundle in bundles.values()]
+        for contender in [*contenders, *in_torch]:
+            contender.warm_up()
+            contender.warm_up()
     found: dict[str, PairedTiming] = {}
-    for name, (dense, planned) in {"onnxruntime": lanes, "torch": torch_lanes}.items():
+    for name, (dense, planned) in {"onnxruntime": contenders, "torch": in_torch}.items():
         (found[name],) = measure_turns(dense.generate, [planned.generate], repetitions)
-    across = measure_turns(torch_lanes[1].generate, [lanes[1].generate], repetitions)[0]
+    across = measure_turns(in_torch[1].generate, [contenders[1].generate], repetitions)[0]
     found["planned, onnxruntime over torch"] = across
     torch._dynamo.reset()
     return found

@@ -29,7 +29,7 @@ from ditfastattn.passes.plan.schema import Plan, SiteKind, Strategy
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import planned_lane
+from ditfastattn.runtime.search.measure.contender import planned_contender
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
@@ -76,8 +76,8 @@ def weigh(path: Path) -> None:
     """Print what a warm generation of the demo takes at its peak, and what was predicted."""
     plan, pipeline = Plan.load(path), DEMO.open()
     prompt = Prompt({**DEMO.call(3), "num_inference_steps": plan.sampler.steps}, 0)
-    lane = planned_lane(pipeline, plan, [prompt], Lowering.INDUCTOR)
-    lane.warm_up()
+    contender = planned_contender(pipeline, plan, [prompt], Lowering.INDUCTOR)
+    contender.warm_up()
     (report,) = reports()
     write, seen = Caches.write, list[int]()
 
@@ -89,7 +89,7 @@ def weigh(path: Path) -> None:
     trim_memory()
     before = process_memory()
     with patch.object(Caches, "write", noting):
-        lane.generate(0)
+        contender.generate(0)
     found = {
         "predicted_peak": report.peak_cache_bytes,
         "computed_ahead": report.ahead_bytes,

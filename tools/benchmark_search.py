@@ -29,7 +29,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET, calibrate
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.judge.targets import Target
-from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.measure.site_evaluator import legal_candidates
@@ -287,12 +287,14 @@ def _timed(
     pipeline: Any, plans: Sequence[Plan], points: Sequence[Point], prompts: Sequence[Prompt]
 ) -> list[Point]:
     """Time the plans in turns with the dense model, all compiled."""
-    lanes = [planned_lane(pipeline, plan, prompts, _LOWERING) for plan in plans]
-    dense = dense_lane(pipeline, prompts, _LOWERING)
+    contenders = [planned_contender(pipeline, plan, prompts, _LOWERING) for plan in plans]
+    dense = dense_contender(pipeline, prompts, _LOWERING)
     with many_compilations():
-        for lane in (dense, *lanes):
-            lane.warm_up()
-    turns = measure_turns(dense.generate, [lane.generate for lane in lanes], _REPETITIONS)
+        for contender in (dense, *contenders):
+            contender.warm_up()
+    turns = measure_turns(
+        dense.generate, [contender.generate for contender in contenders], _REPETITIONS
+    )
     pairs = zip(points, turns, strict=True)
     return [replace(point, measured_speedup=timing.speedup) for point, timing in pairs]
 

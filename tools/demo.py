@@ -19,7 +19,7 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.planned import RunReport, summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
-from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
 from ditfastattn.tools.commands.calibrate import print_outcome, search_progress
 from ditfastattn.tools.digits_data import NUM_CLASSES, class_accuracy
@@ -108,8 +108,8 @@ def _compare(
         Prompt({"class_labels": [int(label)], **call}, FIRST_TEST_SEED + number)
         for number, label in enumerate(labels)
     ]
-    dense = dense_lane(pipeline, prompts, Lowering.INDUCTOR)
-    planned = planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR)
+    dense = dense_contender(pipeline, prompts, Lowering.INDUCTOR)
+    planned = planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR)
     with console.status("compiling the dense model"):
         dense_seconds = dense.warm_up()
     console.print(f"compiled dense in {dense_seconds:.0f} s")

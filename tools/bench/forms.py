@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import Lane
+from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Clock, Peer, Scope, Setting, Subject
 
@@ -36,7 +36,7 @@ def fresh_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
 
 
-class PeerLane(Lane):
+class PeerContender(Contender):
     """Generate with a peer's transformer; each generation begins with nothing cached."""
 
     def __init__(
@@ -52,7 +52,7 @@ class PeerLane(Lane):
             super().generate(number)
 
 
-def peer_lane(
+def peer_contender(
     model: BenchModel,
     pipeline: Any,
     prompts: Sequence[Prompt],
@@ -61,7 +61,7 @@ def peer_lane(
     setting: Setting,
     form: Form,
     calibration: Any = None,
-) -> PeerLane:
+) -> PeerContender:
     """Return a fresh copy of the pipeline's transformer with ``peer`` applied, in ``form``."""
     transformer = fresh_copy(pipeline.transformer)
     subject = Subject(transformer, steps, model.guided, calibration=calibration)
@@ -78,7 +78,7 @@ def peer_lane(
     clock = subject.clock if peer.reads_timestep else None
     swap = peer.unconditional_first and model.conditional_first and model.guided
     stand_in = _Called(called, clock, model.timestep_scale, swap)
-    return PeerLane(pipeline, stand_in, prompts, scope)
+    return PeerContender(pipeline, stand_in, prompts, scope)
 
 
 class _Called(torch.nn.Module):

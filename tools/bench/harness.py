@@ -1,4 +1,4 @@
-"""Measure lanes: each method's settings take turns with the compiled dense model.
+"""Measure contenders: each method's settings take turns with the compiled dense model.
 
 What is finished is kept in a checkpoint, method by method.
 """
@@ -22,7 +22,11 @@ from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.planned import reports, summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.judge.targets import Target
-from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import (
+    Contender,
+    dense_contender,
+    planned_contender,
+)
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.timing import measure_turns
@@ -30,7 +34,7 @@ from ditfastattn.runtime.search.methods import GlobalChooser, make_global
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.search import Found, Search, SearchOptions
-from ditfastattn.tools.bench.forms import Form, PeerLane, forms_of, fresh_copy, peer_lane
+from ditfastattn.tools.bench.forms import Form, PeerContender, forms_of, fresh_copy, peer_contender
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Peer, Scope, Setting, Subject
 
@@ -44,7 +48,7 @@ _BISECTIONS = 16
 _DENSE_COMPILE = "dense-compile-seconds"
 
 Data = dict[str, Any]  # JSON
-Group = Mapping[str, Any]  # a method's lanes and failures, as JSON
+Group = Mapping[str, Any]  # a method's contenders and failures, as JSON
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class BenchOptions:
         peers: the methods to compare with.
         budgets: the strengths of our plans, as budgets of drift.
         fractions: more of our plans, by how much of the attention's FLOPs they keep at most.
-        repetitions: timed generations of each lane, each of another prompt.
+        repetitions: timed generations of each contender, each of another prompt.
         max_variants: the cap on distinct step variants of our plans; 0 is none.
         lowering: what compiles; ``eager`` compiles nothing, and is for tests.
     """
@@ -72,12 +76,12 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold a lane that is to be measured."""
+    """Hold a contender that is to be measured."""
 
     method: str
     setting: str
     form: str
-    lane: Lane
+    contender: Contender
     details: Mapping[str, Any]
 
 
@@ -106,7 +110,7 @@ def compilations() -> int:
 
 
 class Bench:
-    """Measure a model's lanes."""
+    """Measure a model's contenders."""
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class Bench:
         self.pipeline = model.open()
         self.prompts = model.test_prompts(options.repetitions, options.steps)
         self._compiled = options.lowering is Lowering.INDUCTOR
-        self._dense: Lane | None = None
+        self._dense: Contender | None = None
         self.dense_compile_seconds = float(checkpoint.peek(_DENSE_COMPILE) or 0.0)
 
     def run(self) -> list[Group]:
@@ -145,17 +149,17 @@ class Bench:
         return found
 
     def _eager(self) -> Data:
-        lane = dense_lane(self.pipeline, self.prompts, Lowering.EAGER)
-        return self._measure([Entry(EAGER, "", Form.EAGER, lane, {})])
+        contender = dense_contender(self.pipeline, self.prompts, Lowering.EAGER)
+        return self._measure([Entry(EAGER, "", Form.EAGER, contender, {})])
 
     def _ours(self) -> Data:
         plans = self._plans()
-        lanes = [
+        contenders = [
             Entry(
                 OURS,
                 f"drift {plan.calibration.strength:g}",
                 Form.MODEL if self._compiled else Form.EAGER,
-                planned_lane(self.pipeline, plan, self.prompts, self.options.lowering),
+                planned_contender(self.pipeline, plan, self.prompts, self.options.lowering),
                 {
                     "plan": summary(plan),
                     "variants": len(set(plan.strategies)),
@@ -164,10 +168,10 @@ class Bench:
             )
             for plan in plans
         ]
-        measured = self._measure(lanes)
+        measured = self._measure(contenders)
         kept = {f"drift {plan.calibration.strength:g}": _flops_kept(plan) for plan in plans}
-        for lane in measured["lanes"]:
-            lane["details"] |= kept[lane["setting"]]
+        for contender in measured["lanes"]:
+            contender["details"] |= kept[contender["setting"]]
         return measured
 
     def _plans(self) -> list[Plan]:
@@ -204,19 +208,23 @@ class Bench:
         except Exception as error:  # another library's code: anything may come
             return {"lanes": [], "failures": [_failure(peer.name, "calibration", error)]}
         form, forms = self._best_form(peer, calibration)
-        lanes: list[Entry] = []
+        contenders: list[Entry] = []
         for setting in peer.settings:
             try:
-                lane = self._lane(peer, setting, form, calibration)
+                contender = self._contender(peer, setting, form, calibration)
             except Exception as error:
                 failures.append(_failure(peer.name, setting.label, error))
             else:
-                lanes.append(Entry(peer.name, setting.label, form, lane, dict(setting.options)))
-        measured = self._measure(lanes)
+                contenders.append(
+                    Entry(peer.name, setting.label, form, contender, dict(setting.options))
+                )
+        measured = self._measure(contenders)
         return {**measured, "failures": failures + measured["failures"], "forms": forms}
 
-    def _lane(self, peer: Peer, setting: Setting, form: Form, calibration: Any) -> PeerLane:
-        return peer_lane(
+    def _contender(
+        self, peer: Peer, setting: Setting, form: Form, calibration: Any
+    ) -> PeerContender:
+        return peer_contender(
             self.model,
             self.pipeline,
             self.prompts,
@@ -235,7 +243,7 @@ class Bench:
         prompts = self.model.calibration_prompts(self.options.steps)[:1]
 
         def generate(scope: Scope) -> None:
-            PeerLane(self.pipeline, transformer, prompts, scope).generate(0)
+            PeerContender(self.pipeline, transformer, prompts, scope).generate(0)
 
         self._tell(f"calibrating {peer.name}")
         return peer.calibrate(subject, generate)
@@ -248,15 +256,15 @@ class Bench:
         """
         setting = peer.settings[len(peer.settings) // 2]
         found: dict[Form, Data] = {}
-        eager: PeerLane | None = None
+        eager: PeerContender | None = None
         for form in forms_of(peer) if self._compiled else (Form.EAGER,):
             self._tell(f"{peer.name}: trying the form {form}")
             torch._dynamo.reset()  # what one form compiled, or gave up on, is no other's
             try:
-                lane = self._lane(peer, setting, form, calibration)
-                seconds = lane.warm_up()
-                eager = eager or lane
-                found[form] = {"compile_seconds": seconds, **_against(eager, lane)}
+                contender = self._contender(peer, setting, form, calibration)
+                seconds = contender.warm_up()
+                eager = eager or contender
+                found[form] = {"compile_seconds": seconds, **_against(eager, contender)}
             except Exception as error:
                 found[form] = {"failed": _reason(error)}
         torch._dynamo.reset()
@@ -268,20 +276,22 @@ class Bench:
         return min(tied, key=lambda form: found[form]["compile_seconds"]), found
 
     def _measure(self, entries: Sequence[Entry]) -> Data:
-        """Time ``entries`` in turns with the dense lane, and compare all images with its."""
-        lanes: list[tuple[Entry, float]] = []
+        """Time ``entries`` in turns with the dense contender, and compare all images with its."""
+        contenders: list[tuple[Entry, float]] = []
         failures: list[Data] = []
-        dense = self._dense_lane()
+        dense = self._dense_contender()
         for entry in entries:
             self._tell(f"{entry.method}: warming up {entry.setting or entry.form}")
             try:
-                lanes.append((entry, entry.lane.warm_up()))
+                contenders.append((entry, entry.contender.warm_up()))
             except Exception as error:
                 failures.append(_failure(entry.method, entry.setting, error))
-        if not lanes:
+        if not contenders:
             return {"lanes": [], "failures": failures}
-        self._tell(f"{lanes[0][0].method}: timing {len(lanes)} lanes and dense, in turns")
-        calls = [entry.lane.generate for entry, _ in lanes]
+        self._tell(
+            f"{contenders[0][0].method}: timing {len(contenders)} contenders and dense, in turns"
+        )
+        calls = [entry.contender.generate for entry, _ in contenders]
         timings = measure_turns(dense.generate, calls, self.options.repetitions, compilations)
         reference = dense.stacked()
         measured = [
@@ -290,19 +300,19 @@ class Bench:
                 "setting": entry.setting,
                 "form": entry.form,
                 "details": dict(entry.details),
-                **asdict(fidelity(reference, entry.lane.stacked())),
+                **asdict(fidelity(reference, entry.contender.stacked())),
                 "speedup": asdict(timing.speedup),
                 "seconds": asdict(timing.candidate),
                 "dense_seconds": asdict(timing.baseline),
                 "compile_seconds": compiled,
             }
-            for (entry, compiled), timing in zip(lanes, timings, strict=True)
+            for (entry, compiled), timing in zip(contenders, timings, strict=True)
         ]
         return {"lanes": measured, "failures": failures}
 
-    def _dense_lane(self) -> Lane:
+    def _dense_contender(self) -> Contender:
         if self._dense is None:
-            self._dense = dense_lane(self.pipeline, self.prompts, self.options.lowering)
+            self._dense = dense_contender(self.pipeline, self.prompts, self.options.lowering)
             self._tell("warming up the dense model")
             self.dense_compile_seconds = self._dense.warm_up()
             self._checkpoint.put(_DENSE_COMPILE, self.dense_compile_seconds)
@@ -343,12 +353,12 @@ def _flops_kept(plan: Plan) -> Data:
     }
 
 
-def _against(eager: Lane, lane: Lane) -> Data:
+def _against(eager: Contender, contender: Contender) -> Data:
     """Return how a form compares with the eager one, which is its own equal."""
-    psnr = min(float(image_psnr(eager.images[0], lane.images[0]).mean()), MOST_PSNR)
-    if lane is eager:
+    psnr = min(float(image_psnr(eager.images[0], contender.images[0]).mean()), MOST_PSNR)
+    if contender is eager:
         return {"psnr_to_eager": psnr, "speedup_over_eager": 1.0}
-    (timing,) = measure_turns(eager.generate, [lane.generate], _FORM_REPETITIONS, compilations)
+    (timing,) = measure_turns(eager.generate, [contender.generate], _FORM_REPETITIONS, compilations)
     return {"psnr_to_eager": psnr, "speedup_over_eager": timing.speedup.median}
 
 

@@ -76,15 +76,15 @@ class RandomPipeline(DiffusionPipeline):
         made, device = self.architecture, self._execution_device
         dtype, batch = self.transformer.dtype, len(image)
         guided = made.guided and guidance_scale != 1.0
-        lanes = 2 * batch if guided else batch
+        guided_batch = 2 * batch if guided else batch
         latents: Tensor = randn_tensor((batch, *made.shape), generator, device=device, dtype=dtype)
-        conditions = self._conditions(lanes, generator, device, dtype)
+        conditions = self._conditions(guided_batch, generator, device, dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
             noise = self.transformer(
                 doubled,
-                timestep=timestep.expand(lanes) / (1.0 if made.guided else 1000.0),
+                timestep=timestep.expand(guided_batch) / (1.0 if made.guided else 1000.0),
                 return_dict=False,
                 **conditions,
             )[0]
@@ -97,23 +97,23 @@ class RandomPipeline(DiffusionPipeline):
         return (_picture(latents),)
 
     def _conditions(
-        self, lanes: int, generator: torch.Generator | None, device: Any, dtype: torch.dtype
+        self, count: int, generator: torch.Generator | None, device: Any, dtype: torch.dtype
     ) -> Arguments:
         made = self.architecture
         found: Arguments = {}
         for name, shape in made.conditions.items():
             if name == "class_labels":
-                found[name] = torch.arange(lanes, device=device) % 1000
+                found[name] = torch.arange(count, device=device) % 1000
             else:
-                full = (lanes, *shape)
+                full = (count, *shape)
                 found[name] = randn_tensor(full, generator, device=device, dtype=dtype)
         if made.make is PixArtTransformer2DModel:
             found["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-            found["encoder_attention_mask"] = torch.ones(lanes, made.text, device=device)
+            found["encoder_attention_mask"] = torch.ones(count, made.text, device=device)
         if made.make is FluxTransformer2DModel:
             found["img_ids"] = _image_ids(made.shape[0]).to(device, dtype)
             found["txt_ids"] = torch.zeros(made.text, 3, device=device, dtype=dtype)
-            found["guidance"] = torch.full((lanes,), 3.5, device=device)
+            found["guidance"] = torch.full((count,), 3.5, device=device)
         return found
 
 
