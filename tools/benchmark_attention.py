@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -39,6 +38,7 @@ from ditfastattn.passes.windows.lower_windows import compute_window
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -149,7 +149,7 @@ def run(
     }
     path = out / f"{device}-{tokens}-{dtype}.json"
     write_text_atomically(path, json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=ratios)
+    open_console().print_json(data=ratios)
 
 
 def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[str, float]:

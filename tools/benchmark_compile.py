@@ -27,7 +27,6 @@ import torch
 import typer
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from rich.console import Console
 from torch import Tensor
 
 from ditfastattn.core.files import write_text_atomically
@@ -43,6 +42,7 @@ from ditfastattn.runtime.search.measure.timing import measure_pairs, summarize
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -362,7 +362,7 @@ def _alone(*arguments: str) -> dict[str, Any]:
 def _write(path: Path, results: dict[str, Any], **arguments: int) -> None:
     data = {"machine": machine(), "arguments": arguments, "results": results}
     write_text_atomically(path, json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=results)
+    open_console().print_json(data=results)
 
 
 if __name__ == "__main__":

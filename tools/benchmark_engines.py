@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
@@ -20,6 +19,7 @@ from ditfastattn.runtime.tensorrt.engines import Engines, Layout
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmark_export import four_variants
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False)
 
@@ -55,7 +55,7 @@ def run(
         "layouts": found,
     }
     write_text_atomically(out / "engines.json", json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=data)
+    open_console().print_json(data=data)
 
 
 def _recorded(engines: Engines, weights: int) -> dict[str, Any]:

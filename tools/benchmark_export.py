@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
 import typer
-from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
@@ -38,6 +37,7 @@ from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turn
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _WEIGHED = 3
@@ -74,7 +74,7 @@ def run(
     write_text_atomically(out / "export.json", json.dumps(data, indent=1) + "\n")
     medians = {name: timing.speedup.median for name, timing in speed.items()}
     shown = {"bundles": bundles, "deep": deep, "speedup": medians}
-    Console().print_json(data=shown)
+    open_console().print_json(data=shown)
 
 
 @app.command()
@@ -104,7 +104,7 @@ def memory(
         "memory": found,
     }
     write_text_atomically(out / "memory.json", json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=found)
+    open_console().print_json(data=found)
 
 
 def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import typer
-from rich.console import Console
 
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
@@ -33,6 +32,7 @@ from ditfastattn.runtime.search.measure.contender import planned_contender
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -56,7 +56,7 @@ def run(
     write_text_atomically(
         out / "memory.json", json.dumps({"machine": machine(), "plans": found}, indent=1) + "\n"
     )
-    Console().print_json(data=found)
+    open_console().print_json(data=found)
 
 
 def _weighed(path: Path, plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import typer
-from rich.console import Console
 
 from ditfastattn.core.env import DISABLE
 from ditfastattn.core.files import write_text_atomically
@@ -34,6 +33,7 @@ from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.bench.random_models import pixart, random_pipeline
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -69,7 +69,7 @@ def run(
         name: {contender: timing["speedup"]["median"] for contender, timing in gains.items()}
         for name, gains in data["models"].items()
     }
-    Console().print_json(data=shown)
+    open_console().print_json(data=shown)
 
 
 def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, Any]:

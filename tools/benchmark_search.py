@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from torch import Tensor
 
 from ditfastattn.core.files import write_text_atomically
@@ -49,6 +48,7 @@ from ditfastattn.runtime.search.solve.problem import Row
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -114,7 +114,7 @@ class _Bench:
         ]
         self.test = test
         self.calibration = split_prompts(_call(CALIBRATION_CLASSES, steps), 0)
-        self.console = Console()
+        self.console = open_console()
         self.dense_flops = count_flops(session.captured.module.graph).times(steps)
 
     def make_global(self, objective: Objective, most: int = 0) -> GlobalChooser:
@@ -325,7 +325,7 @@ def cost(out: Out = OUT, steps: Steps = 20) -> None:
         "of_greedy_as_printed": ours["seconds"] / (greedy["seconds"] + longer),
     }
     _write(out / "cost.json", [entry], began, {"steps": steps})
-    Console().print_json(data=entry)
+    open_console().print_json(data=entry)
 
 
 class AsPrinted(GreedyCalibrator):

@@ -25,6 +25,7 @@ from rich.console import Console
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import SiteKind, Strategy
+from ditfastattn.tools.terminal import open_console
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (
@@ -109,7 +110,7 @@ def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
     for name in exported_classes():
         if re.search(only, name):
             outcomes.append(_outcome(name, known.get(name), onnx))
-            console.print(row(outcomes[-1]), soft_wrap=True, markup=False, highlight=False)
+            console.print(row(outcomes[-1]), soft_wrap=True, highlight=False)
     return outcomes
 
 
@@ -237,12 +238,12 @@ def main(
     only: Annotated[str, typer.Option(help="A regular expression: classes to try.")] = "",
 ) -> None:
     """Try every transformer that diffusers exports."""
-    console = Console()
+    console = open_console()
     known = read_page(out) if only and out is not None and out.exists() else {}
     outcomes = survey(console, onnx, only)
     for outcome in outcomes:
         for note in notes(outcome):
-            console.print(f"{outcome.name}: {note}", soft_wrap=True, markup=False)
+            console.print(f"{outcome.name}: {note}", soft_wrap=True)
     if out is not None:
         entries = known | {outcome.name: entry(outcome) for outcome in outcomes}
         write_text_atomically(out, as_markdown(entries))

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -29,8 +28,9 @@ from ditfastattn.tools.bench.models import BenchModel, model_named
 from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
+from ditfastattn.tools.bench.run import run_bench
 from ditfastattn.tools.commands import app as cli
-from ditfastattn.tools.commands.bench import run_bench
+from ditfastattn.tools.terminal import open_console
 from tests.helpers import randomize, tiny_digits_pipeline
 from tests.tiny_pipelines import TINY_PIPELINES
 
@@ -173,7 +173,7 @@ def few(name: str) -> Peer:
 
 def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> None:
     failing = replace(few("first-block"), name="broken", apply=broken)
-    run_bench(Console(), TINY, options(few("first-block"), failing), tmp_path, False)
+    run_bench(open_console(), TINY, options(few("first-block"), failing), tmp_path, False)
     data = json.loads((tmp_path / "tiny-4.json").read_text(encoding="utf-8"))
     assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 10)
     assert data["seeds"] == list(range(1000, 1010))
@@ -205,12 +205,14 @@ def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> N
 
 def test_plans_keep_the_attention_that_is_asked_for(tmp_path: Path) -> None:
     wanted = replace(options(), budgets=(), fractions=(0.8, 0.4))
-    data = run_bench(Console(), TINY, wanted, tmp_path, False)
+    data = run_bench(open_console(), TINY, wanted, tmp_path, False)
     (_, more, less) = (record["details"].get("attention_flops") for record in data["lanes"])
     assert 0.4 < more <= 0.8  # of few sites and steps, the next plan may be some way below
     assert 0.2 < less <= 0.4
     with pytest.raises(ConfigError, match="no plan keeps so little of the attention"):
-        run_bench(Console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False)
+        run_bench(
+            open_console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False
+        )
 
 
 def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +239,7 @@ def test_a_resumed_run_measures_nothing_twice(
 ) -> None:
     killed = replace(few("first-block"), name="killed", apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(Console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
+        run_bench(open_console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
     measured: list[str] = []
     measure = Bench._measure
 
@@ -247,7 +249,7 @@ def test_a_resumed_run_measures_nothing_twice(
 
     monkeypatch.setattr(Bench, "_measure", counted)
     resumed = replace(few("first-block"), name="killed")
-    data = run_bench(Console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
+    data = run_bench(open_console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
     assert measured == ["killed"]
     assert [record["method"] for record in data["lanes"]] == [EAGER, "pyramid", "killed"]
 
@@ -259,9 +261,9 @@ def interrupted(*_: Any) -> Scope:
 def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
     killed = replace(few("first-block"), apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(Console(), TINY, without_ours(killed), tmp_path, False)
+        run_bench(open_console(), TINY, without_ours(killed), tmp_path, False)
     with pytest.raises(ConfigError, match="budgets"):
-        run_bench(Console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
+        run_bench(open_console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
 
 
 def record(method: str, ssim: float, speedup: float) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def show(console: Console, data: Data) -> None:
     console.print(contender_table(data))
     for failure in data["failures"]:
         named = " ".join(part for part in (failure["method"], failure["setting"]) if part)
-        console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True, markup=False)
+        console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True)
     if data["best"]:
         console.print(best_table(data))
 
