@@ -21,14 +21,17 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import dense_contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
-from ditfastattn.tools.bench import harness
+from ditfastattn.tools.bench import setup
+from ditfastattn.tools.bench.fidelity import MOST_PSNR, fidelity
 from ditfastattn.tools.bench.forms import Form, PeerContender, fresh_copy, peer_contender
-from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, BenchOptions, fidelity
+from ditfastattn.tools.bench.harness import Bench
 from ditfastattn.tools.bench.models import BenchModel, model_named
-from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
+from ditfastattn.tools.bench.peers import PEERS, peers_named
+from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
 from ditfastattn.tools.bench.run import run_bench
+from ditfastattn.tools.bench.setup import EAGER, OURS, BenchOptions
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.terminal import open_console
 from tests.helpers import randomize, tiny_digits_pipeline
@@ -97,7 +100,7 @@ def test_fidelity_is_what_a_hand_computes() -> None:
 def test_equal_images_have_an_ssim_of_one_and_a_finite_psnr() -> None:
     same = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     found = fidelity(same, same.clone())
-    assert (found.ssim, found.psnr) == (1.0, harness.MOST_PSNR)
+    assert (found.ssim, found.psnr) == (1.0, MOST_PSNR)
 
 
 def test_a_peer_that_computes_everything_is_dense(peer: Peer) -> None:
@@ -221,7 +224,7 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     rest = {name: item for name, item in call.items() if name != "prompt"}
     eager = partial(BenchOptions, lowering=Lowering.EAGER)
-    monkeypatch.setattr(harness, "BenchOptions", eager)
+    monkeypatch.setattr(setup, "BenchOptions", eager)
     arguments = ["bench", "--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
     arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--budgets", "0.3"]
     arguments += ["--peers", "first-block", "--out", str(tmp_path)]

@@ -23,6 +23,7 @@ from ditfastattn.runtime.search.judge.drift import Drift
 from ditfastattn.runtime.search.judge.quality import Quality
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.tools import terminal
+from ditfastattn.tools.bench.report import show
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.commands import doctor as doctor_command
 from ditfastattn.tools.commands import verify as verify_command
@@ -195,6 +196,28 @@ def test_verify_shows_names_as_they_are(pipeline: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(verify_command, "read_manifest", lambda _: read)
     monkeypatch.setattr(ditfastattn, "verify", lambda *_, **__: found)
     assert NAME in run("verify", pipeline, "--pipeline", pipeline)
+
+
+def test_bench_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    speedup = {"median": 1.0, "lower_quartile": 1.0, "upper_quartile": 1.0}
+    numbers = {"ssim": 1.0, "worst_ssim": 1.0, "psnr": 1.0, "compile_seconds": 1.0}
+    named = {"method": f"method {NAME}", "setting": f"setting {NAME}", "form": "eager"}
+    best = {"method": f"best {NAME}", "setting": NAME, "speedup": 1.0}
+    show(
+        terminal.open_console(),
+        {
+            "model": NAME,
+            "steps": 1,
+            "repetitions": 1,
+            "weights": "trained",
+            "lanes": [{**named, **numbers, "speedup": speedup}],
+            "failures": [{"method": NAME, "setting": NAME, "reason": f"reason {NAME}"}],
+            "best": [{"min_ssim": 0.9, "ours": None, "peer": best}],
+        },
+    )
+    shown = capsys.readouterr().out
+    for text in ("method", "setting", "reason", "best"):
+        assert f"{text} {NAME}" in shown
 
 
 def test_errors_and_logs_show_names_as_they_are(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import SiteKind, Strategy
 from ditfastattn.tools import survey
-from ditfastattn.tools.zoo import ZOO
+from ditfastattn.tools.zoo import FAMILIES, ZOO, families
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import TOLERANCE, count_graph_breaks, try_model
 
@@ -139,6 +139,14 @@ def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
     assert set(exported) - set(MODELS) == {"TransformerTemporalModel"}  # of Latte's predecessor
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     assert [row.split(" ")[1] for row in rows[1:]] == exported
+
+
+def test_every_family_stands_in_the_tuple() -> None:
+    folder = Path(families.__file__).parent
+    files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(FAMILIES) == len(files)
+    assert all(FAMILIES)
+    assert len(MODELS) == len(ZOO)  # no class twice
 
 
 class Doubling(torch.nn.Module):

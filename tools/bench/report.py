@@ -1,4 +1,4 @@
-"""Report what was measured: JSON, tables, and the figures of fidelity against speedup."""
+"""Report a benchmark: JSON, tables, and figures of fidelity against speedup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, Data, Group
+from ditfastattn.tools.bench.harness import Bench
+from ditfastattn.tools.bench.setup import EAGER, OURS, Data, Group
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
 
@@ -20,7 +21,7 @@ _LIBRARIES = ("ditfastattn", "torch", "diffusers", "cache-dit")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries compared; "absent" where one is not installed."""
+    """Return the versions of the compared libraries; "absent" if one is not installed."""
     found: dict[str, str] = {}
     for name in _LIBRARIES:
         try:
@@ -36,7 +37,7 @@ def records_of(groups: Sequence[Group]) -> list[Data]:
 
 
 def failures_of(groups: Sequence[Group]) -> list[Data]:
-    """Return what could not be measured, each with its reason."""
+    """Return the contenders that could not be measured, with reasons."""
     return [failure for group in groups for failure in group["failures"]]
 
 
@@ -61,22 +62,22 @@ def _fastest(records: Sequence[Data]) -> Data | None:
 
 
 def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
-    """Return everything as JSON data."""
-    records, options = records_of(groups), bench.options
+    """Return the record of a run as JSON data."""
+    records, setup = records_of(groups), bench.setup
     return {
-        "model": bench.model.name,
-        "weights": "trained" if bench.model.trained else "random: fidelity means nothing",
-        "steps": options.steps,
+        "model": setup.model.name,
+        "weights": "trained" if setup.model.trained else "random: fidelity means nothing",
+        "steps": setup.options.steps,
         "machine": machine(),
         "versions": versions(),
         "command": shlex.join(["ditfastattn", *sys.argv[1:]]),
-        "repetitions": options.repetitions,
-        "seeds": [prompt.seed for prompt in bench.prompts],
+        "repetitions": setup.options.repetitions,
+        "seeds": [prompt.seed for prompt in setup.prompts],
         "seconds": sum(group["seconds"] for group in groups),
-        "lowering": options.lowering,
+        "lowering": setup.options.lowering,
         "dense_compile_seconds": bench.dense_compile_seconds,
         "best": [{"min_ssim": level, **best_at(records, level)} for level in SSIM_LEVELS]
-        if bench.model.trained
+        if setup.model.trained
         else [],
         "lanes": records,
         "forms": {group["method"]: group["forms"] for group in groups if "forms" in group},
@@ -120,7 +121,7 @@ def contender_table(data: Data) -> Table:
 
 
 def best_table(data: Data) -> Table:
-    """Return the fastest of ours and of the peers at each level of SSIM."""
+    """Return the fastest of ours and of the peers at each SSIM level."""
     table = Table(title="fastest measured point at a mean SSIM")
     table.add_column("SSIM at least", justify="right")
     table.add_column("ditfastattn", justify="right")

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
-from ditfastattn.tools.bench.harness import Bench, BenchOptions
+from ditfastattn.tools.bench.harness import Bench
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import PEERS
 from ditfastattn.tools.bench.report import as_json, draw, show, versions
+from ditfastattn.tools.bench.setup import BenchOptions, set_up
 from ditfastattn.tools.measure import machine
 
 
@@ -31,7 +32,7 @@ def run_bench(
     path = out / f"{name}.json"
     with open_checkpoint(path, restart) as checkpoint:
         checkpoint.begin(_request(model, options))
-        bench = Bench(model, options, checkpoint, console.log)
+        bench = Bench(set_up(model, options, checkpoint, console.log))
         data = as_json(bench, bench.run())
         write_text_atomically(path, json.dumps(data, indent=1) + "\n")
         if model.trained:

@@ -64,11 +64,11 @@ def bench(
 
     Every speedup is over the compiled dense model, timed in turns. An interrupted run resumes.
     """
-    from ditfastattn.tools.bench import harness, models  # they load diffusers and matplotlib
+    from ditfastattn.tools.bench import models, setup  # these load diffusers and matplotlib
     from ditfastattn.tools.bench.peers import peers_named
     from ditfastattn.tools.bench.run import run_bench
 
-    options = harness.BenchOptions(
+    options = setup.BenchOptions(
         steps,
         peers_named(peers),
         _numbers(budgets, "--budgets"),
