@@ -1,4 +1,4 @@
-"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size; and their memory.
+"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size, and memory.
 
 python -m ditfastattn.tools.benchmark_export run --out benchmarks/export
 python -m ditfastattn.tools.benchmark_export memory --out benchmarks/export
@@ -23,7 +23,7 @@ import typer
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import Calibration, Plan, Strategy
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import (
@@ -31,17 +31,14 @@ from ditfastattn.runtime.search.measure.contender import (
     dense_contender,
     planned_contender,
 )
-from ditfastattn.runtime.search.measure.session import open_session
-from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.tools.bench.models import DEMO
-from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
+from ditfastattn.tools.benchmarking.plans import four_variants, make_pipeline, make_plan
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _WEIGHED = 3
-FOUR = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG)
 
 
 @app.command()
@@ -52,7 +49,7 @@ def run(
     ),
     repetitions: Annotated[int, typer.Option(min=10, help="Timed generations of each.")] = 10,
 ) -> None:
-    """Export the demo dense, by a plan and with four variants; time and weigh the bundles."""
+    """Export the demo dense, by a plan and with four variants; measure speed and size."""
     loaded = Plan.load(plan)
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
@@ -84,7 +81,7 @@ def memory(
         "benchmarks/demo/plan.json"
     ),
 ) -> None:
-    """Weigh bundles once loaded and at their peak, each in a process of its own."""
+    """Measure the memory of bundles when loaded and at their peak, each in its own process."""
     loaded = Plan.load(plan)
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
@@ -105,22 +102,6 @@ def memory(
     }
     write_text_atomically(out / "memory.json", json.dumps(data, indent=1) + "\n")
     open_console().print_json(data=found)
-
-
-def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
-    """Return a plan of the demo of four distinct steps in turns."""
-    prompt = Prompt(call, 0)
-    with open_session(pipeline, prompt) as session:
-        session.run(DenseStepper(session), prompt)
-        rows = [
-            tuple(
-                Strategy.FULL if FOUR[step % 4] in site.declined else FOUR[step % 4]
-                for site in session.sites
-            )
-            for step in range(session.steps)
-        ]
-        calibration = Calibration(method="manual")
-        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
 
 
 def _exported(
@@ -150,7 +131,7 @@ def _deep(folder: Path) -> dict[str, Any]:
 
 
 def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
-    """Return the memory that a bundle takes in a process of its own, the median of several."""
+    """Return the memory that a bundle takes in its own process, the median of several."""
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_export", "weigh", str(folder)]
     command += ["--low-memory"] if low_memory else []
     found: list[dict[str, int]] = []
@@ -162,7 +143,7 @@ def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
 
 @app.command(hidden=True)
 def weigh(folder: Path, low_memory: bool = False) -> None:
-    """Print the memory that a bundle takes: once loaded, and at the peak of a generation."""
+    """Print the memory that a bundle takes: when loaded, and at the peak of a generation."""
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": 20}
     trim_memory()

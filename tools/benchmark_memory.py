@@ -1,10 +1,10 @@
-"""Weigh the caches of a plan of the demo: what was predicted, and what the process has grown by.
+"""Measure the caches of a plan of the demo: the prediction, and the growth of the process.
 
     python -m ditfastattn.tools.benchmark_memory --out benchmarks/memory
 
-The growth is Linux's count of the process's memory. It is read as each step hands over what it has
-written, while what it replaces is still held, and the most of it is compared with the prediction.
-Each plan runs in a process of its own.
+The growth is Linux's count of the process's memory, read as each step hands over what it has
+written and still holds what it replaces; the largest is compared with the prediction. Each plan
+runs in its own process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(
         Path("benchmarks/demo/plan.json")
     ],
 ) -> None:
-    """Weigh each plan, and its attention alone, beside all that could be kept."""
+    """Measure each plan, and its attention alone, beside all outputs and residuals."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for path in plan:
@@ -60,7 +60,7 @@ def run(
 
 
 def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
-    """Count what ``plan`` keeps, and weigh it in a process of its own."""
+    """Count what ``plan`` keeps, and measure it in its own process."""
     pipeline = DEMO.open()
     with open_session(pipeline, Prompt({**DEMO.call(0), "num_inference_steps": 2}, 0)) as session:
         counted = _cache_bytes(session, plan.strategies)
@@ -73,7 +73,7 @@ def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
 
 @app.command(hidden=True)
 def weigh(path: Path) -> None:
-    """Print what a warm generation of the demo takes at its peak, and what was predicted."""
+    """Print the peak memory of a warm generation of the demo, and the prediction."""
     plan, pipeline = Plan.load(path), DEMO.open()
     prompt = Prompt({**DEMO.call(3), "num_inference_steps": plan.sampler.steps}, 0)
     contender = planned_contender(pipeline, plan, [prompt], Lowering.INDUCTOR)

@@ -1,4 +1,4 @@
-"""Measure what each exact pass takes out of a step.
+"""Measure the speedup of each exact pass.
 
     python -m ditfastattn.tools.benchmark_passes --out benchmarks/passes
 
