@@ -142,7 +142,9 @@ def test_the_wheel_carries_the_licence(wheel: Path) -> None:
         assert archive.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
-@pytest.mark.parametrize("module", ["ditfastattn", "ditfastattn.backend"])
+@pytest.mark.parametrize(
+    "module", ["ditfastattn", "ditfastattn.backend", "ditfastattn.tools.commands.app"]
+)
 def test_importing_loads_nothing_heavy_and_leaves_cuda_alone(module: str, tmp_path: Path) -> None:
     code = f"""
 import json, sys, torch

@@ -1,13 +1,13 @@
-"""Time one attention layer under each strategy, compiled: the paper's Table 2.
+"""Time one compiled attention layer under each strategy: the paper's Table 2.
 
     python -m ditfastattn.tools.benchmark_attention --tokens 4096 --out benchmarks/attention
 
-The layer is a residual branch as a DiT block has it: projections, attention, output projection and
-gate, on two guidance halves. ``full, storing`` is a full step that also stores the residual and
-the output for later steps. Windows by tiles of the sequence are timed too and, where the tokens
-are a square's, by tiles of that. A profile of each says which operators its time went to; what
-Inductor fused is the rest. The kernels are also timed alone: those of a band, with the bias that
-hides what is outside it and without, and those of tiles of the sequence.
+The layer is the residual branch of a DiT block: projections, attention, output projection and gate,
+on two guidance halves. ``full, storing`` is a full step that also stores the residual and the
+output for later steps. Windows by tiles of the sequence are timed too and, if the tokens form a
+square, by tiles of the square. A profile of each attributes its time to operators; the rest is what
+Inductor fused. The kernels are also timed alone: those of a band, with and without the bias that
+masks what is outside it, and those of tiles of the sequence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.analysis.sites import find_sites
+from ditfastattn.passes.analysis.sites import Site, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots
@@ -43,10 +42,11 @@ from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.lowering import Lowering, lower
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-LANES = 2  # the conditional and the unconditional half of one image
+GUIDED_BATCH = 2  # the conditional and the unconditional half of one image
 STORING = "full, storing"
 REST = "fused and the rest"
 _PROFILED = 10
@@ -92,11 +92,11 @@ def captured_branch(module: nn.Module, x: Tensor, gate: Tensor) -> tuple[Capture
 
 @app.command()
 def run(
-    tokens: Annotated[int, typer.Option(min=64)] = 4096,
-    heads: Annotated[int, typer.Option(min=1)] = 6,
-    head_dim: Annotated[int, typer.Option(min=8)] = 32,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the layer.")] = 4096,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of the attention.")] = 6,
+    head_dim: Annotated[int, typer.Option(min=8, help="Channels of a head.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repetitions: Annotated[int, typer.Option(min=10)] = 20,
+    repetitions: Annotated[int, typer.Option(min=10, help="Timed calls of each.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/attention"),
 ) -> None:
     """Time the strategies in turns, and print their ratios to full attention."""
@@ -104,65 +104,79 @@ def run(
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     branch = Branch(heads, head_dim).to(device, kind).eval()
-    x = torch.randn(LANES, tokens, heads * head_dim, device=device, dtype=kind)
-    gate = torch.randn(LANES, 1, heads * head_dim, device=device, dtype=kind)
+    x = torch.randn(GUIDED_BATCH, tokens, heads * head_dim, device=device, dtype=kind)
+    gate = torch.randn(GUIDED_BATCH, 1, heads * head_dim, device=device, dtype=kind)
     captured, args = captured_branch(branch, x, gate)
     (site,) = find_sites(captured).sites
+    forms = _tile_forms(tokens)
+    calls = {
+        name: _compiled(captured, args, acted, action, name)
+        for name, (acted, action) in _actions(site, forms).items()
+    }
+    full, *others = calls
+    pairs = measure_turns(calls[full], [calls[name] for name in others], repetitions)
+    timings = {full: pairs[0].baseline}
+    timings |= {name: pair.candidate for name, pair in zip(others, pairs, strict=True)}
+    ratios = {name: 1.0 / pair.speedup.median for name, pair in zip(others, pairs, strict=True)}
+    data = {
+        "machine": machine(),
+        "arguments": {"tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype},
+        "window_per_side": site.window,
+        "tiles": {form: str(window) for form, window in forms.items()},
+        "ratio_to_full": ratios,
+        "kernel_ratio_to_full": _kernels(x, heads, site.window, repetitions),
+        "profile_seconds": {name: _profile(calls[name], device) for name in calls},
+        "seconds": {name: asdict(timing) for name, timing in timings.items()},
+    }
+    path = out / f"{device}-{tokens}-{dtype}.json"
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
+    open_console().print_json(data=ratios)
+
+
+def _tile_forms(tokens: int) -> dict[str, TileWindow]:
+    """Return the windows by tiles that fit: of the sequence, and of a square of tokens."""
+    forms = {"by tiles of the sequence": sequence_tiles(tokens)}
     side = math.isqrt(tokens)
-    tiled = {"by tiles of the sequence": sequence_tiles(tokens)}
     if side**2 == tokens:
-        tiled["by tiles"] = tiles((side, side))
+        forms["by tiles"] = tiles((side, side))
+    return {form: window for form, window in forms.items() if window is not None}
+
+
+def _actions(site: Site, forms: Mapping[str, TileWindow]) -> dict[str, tuple[Site, SiteAction]]:
+    """Return what to time, full attention first: the site, its window, and what it does."""
     actions = {
         strategy.name: SiteAction(strategy)
         for strategy in strategies()
         if not strategy.extrapolates
     }
     actions[STORING] = SiteAction(Strategy.FULL, writes_output=True, writes_residual=True)
-    acting = {name: (site, action) for name, action in actions.items()}
-    of_windows = [name for name in actions if "window" in name or name == STORING]
-    for form, window in tiled.items():
-        if window is not None:
-            by_tiles = replace(site, window=window)
-            acting |= {f"{name}, {form}": (by_tiles, actions[name]) for name in of_windows}
-    calls: dict[str, Callable[[int], None]] = {}
-    for name, (acted, action) in acting.items():
-        module = rewrite(captured, (acted,), (action,), CfgLayout.COND_FIRST, name)
-        slots = {node: node.meta["val"] for node in module.graph.find_nodes(op="placeholder")}
-        caches = [
-            torch.randn(item.shape, dtype=item.dtype, device=device)
-            for item in list(slots.values())[len(args) :]
-        ]
-        assert len(caches) == len(read_slots(module.graph))
-        inputs = [*args, *caches]
-        calls[name] = partial(_once, lower(module, inputs, Lowering.INDUCTOR, {}), inputs)
-        for _ in range(3):
-            calls[name](0)
-    full, *others = calls
-    pairs = measure_turns(calls[full], [calls[name] for name in others], repetitions)
-    timings = {full: pairs[0].baseline}
-    timings |= {name: pair.candidate for name, pair in zip(others, pairs, strict=True)}
-    profiles = {name: _profile(calls[name], device) for name in calls}
-    ratios = {name: 1.0 / pair.speedup.median for name, pair in zip(others, pairs, strict=True)}
-    data = {
-        "machine": machine(),
-        "arguments": {"tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype},
-        "window_per_side": site.window,
-        "tiles": {form: str(window) for form, window in tiled.items() if window is not None},
-        "ratio_to_full": ratios,
-        "kernel_ratio_to_full": _kernels(x, heads, site.window, repetitions),
-        "profile_seconds": profiles,
-        "seconds": {name: asdict(timing) for name, timing in timings.items()},
-    }
-    path = out / f"{device}-{tokens}-{dtype}.json"
-    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=ratios)
+    found = {name: (site, action) for name, action in actions.items()}
+    with_window = [name for name in actions if "window" in name or name == STORING]
+    for form, window in forms.items():
+        by_tiles = replace(site, window=window)
+        found |= {f"{name}, {form}": (by_tiles, actions[name]) for name in with_window}
+    return found
+
+
+def _compiled(
+    captured: CapturedGraph, args: Sequence[Tensor], site: Site, action: SiteAction, name: str
+) -> Callable[[int], None]:
+    """Return a warm call of the layer in which ``site`` does ``action``."""
+    module = rewrite(captured, (site,), (action,), CfgLayout.COND_FIRST, name)
+    slots = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")][len(args) :]
+    assert len(slots) == len(read_slots(module.graph))
+    caches = [torch.randn(slot.shape, dtype=slot.dtype, device=args[0].device) for slot in slots]
+    inputs = [*args, *caches]
+    call = partial(_once, lower(module, inputs, Lowering.INDUCTOR, {}), inputs)
+    for _ in range(3):
+        call(0)
+    return call
 
 
 def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[str, float]:
-    """Return the time of a band's attention in blocks, and what part of the products it computes.
+    """Return the time of a band's kernels and of tiles' kernels, and the products they compute.
 
-    And the same of tiles of the sequence. All are ratios to the full attention of as many heads and
-    tokens, nothing else in either.
+    All are ratios to the kernel of full attention with as many heads and tokens.
     """
     assert isinstance(window, int)
     batch, tokens, width = x.shape
@@ -203,7 +217,7 @@ def _kernels(x: Tensor, heads: int, window: Window, repetitions: int) -> dict[st
 
 
 def _profile(call: Callable[[int], None], device: str) -> dict[str, float]:
-    """Return the seconds that one call spends in each operator, and in the rest."""
+    """Return the seconds that one call spends in each heavy operator, and in the rest."""
     began = time.perf_counter()
     with torch.profiler.profile() as profiler:
         for _ in range(_PROFILED):
@@ -213,7 +227,7 @@ def _profile(call: Callable[[int], None], device: str) -> dict[str, float]:
     for event in profiler.key_averages():
         taken = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         found[event.key] = taken * 1e-6 / _PROFILED
-    # On the CPU these are the operators' own times; a call of the compiled graph is fused loops.
+    # On the CPU these are operators' own times; the compiled graph's own is its fused loops.
     named = {name: seconds for name, seconds in found.items() if device != "cpu" or "::" in name}
     heavy = {name: seconds for name, seconds in named.items() if seconds > 0.01 * whole}
     return {**heavy, REST: whole - sum(heavy.values())}

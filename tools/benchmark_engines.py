@@ -1,4 +1,4 @@
-"""Build TensorRT engines in every form, where no GPU is needed; record sizes and seconds.
+"""Build TensorRT engines in every layout, which needs no GPU; record sizes and seconds.
 
 python -m ditfastattn.tools.benchmark_engines --out benchmarks/tensorrt
 """
@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.tensorrt.engines import Engines, Layout
 from ditfastattn.tools.bench.models import DEMO
-from ditfastattn.tools.benchmark_export import four_variants
+from ditfastattn.tools.benchmarking.plans import four_variants
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False)
 
@@ -29,7 +29,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = Path("benchmarks/tensorrt"),
     target: Annotated[str, typer.Option(help="Compute capability.")] = "sm89",
 ) -> None:
-    """Export the demo in fp16, dense and by four step variants; build it in all forms."""
+    """Export the demo in fp16, dense and with four step variants; build it in all layouts."""
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": 8}
     found: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def run(
         "layouts": found,
     }
     write_text_atomically(out / "engines.json", json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=data)
+    open_console().print_json(data=data)
 
 
 def _recorded(engines: Engines, weights: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size; and their memory.
+"""Measure bundles run by ONNX Runtime: speed against a dense bundle, size, and memory.
 
 python -m ditfastattn.tools.benchmark_export run --out benchmarks/export
 python -m ditfastattn.tools.benchmark_export memory --out benchmarks/export
@@ -20,26 +20,25 @@ from typing import Annotated, Any
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
 import typer
-from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan
-from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
-from ditfastattn.runtime.search.measure.session import open_session
-from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.measure.contender import (
+    Contender,
+    dense_contender,
+    planned_contender,
+)
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.tools.bench.models import DEMO
-from ditfastattn.tools.benchmark_compile import make_pipeline, make_plan
+from ditfastattn.tools.benchmarking.plans import four_variants, make_pipeline, make_plan
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 _WEIGHED = 3
-FOUR = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG)
 
 
 @app.command()
@@ -50,7 +49,7 @@ def run(
     ),
     repetitions: Annotated[int, typer.Option(min=10, help="Timed generations of each.")] = 10,
 ) -> None:
-    """Export the demo dense, by a plan and with four variants; time and weigh the bundles."""
+    """Export the demo dense, by a plan and with four variants; measure speed and size."""
     loaded = Plan.load(plan)
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
@@ -72,7 +71,7 @@ def run(
     write_text_atomically(out / "export.json", json.dumps(data, indent=1) + "\n")
     medians = {name: timing.speedup.median for name, timing in speed.items()}
     shown = {"bundles": bundles, "deep": deep, "speedup": medians}
-    Console().print_json(data=shown)
+    open_console().print_json(data=shown)
 
 
 @app.command()
@@ -82,7 +81,7 @@ def memory(
         "benchmarks/demo/plan.json"
     ),
 ) -> None:
-    """Weigh bundles once loaded and at their peak, each in a process of its own."""
+    """Measure the memory of bundles when loaded and at their peak, each in its own process."""
     loaded = Plan.load(plan)
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
@@ -102,23 +101,7 @@ def memory(
         "memory": found,
     }
     write_text_atomically(out / "memory.json", json.dumps(data, indent=1) + "\n")
-    Console().print_json(data=found)
-
-
-def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
-    """Return a plan of the demo of four distinct steps in turns."""
-    prompt = Prompt(call, 0)
-    with open_session(pipeline, prompt) as session:
-        session.run(DenseStepper(session), prompt)
-        rows = [
-            tuple(
-                Strategy.FULL if why_not(FOUR[step % 4], site) else FOUR[step % 4]
-                for site in session.sites
-            )
-            for step in range(session.steps)
-        ]
-        calibration = Calibration(method="manual")
-        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
+    open_console().print_json(data=found)
 
 
 def _exported(
@@ -148,7 +131,7 @@ def _deep(folder: Path) -> dict[str, Any]:
 
 
 def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
-    """Return the memory that a bundle takes in a process of its own, the median of several."""
+    """Return the memory that a bundle takes in its own process, the median of several."""
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_export", "weigh", str(folder)]
     command += ["--low-memory"] if low_memory else []
     found: list[dict[str, int]] = []
@@ -160,7 +143,7 @@ def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
 
 @app.command(hidden=True)
 def weigh(folder: Path, low_memory: bool = False) -> None:
-    """Print the memory that a bundle takes: once loaded, and at the peak of a generation."""
+    """Print the memory that a bundle takes: when loaded, and at the peak of a generation."""
     pipeline = DEMO.open()
     call = {**DEMO.call(3), "num_inference_steps": 20}
     trim_memory()
@@ -168,7 +151,7 @@ def weigh(folder: Path, low_memory: bool = False) -> None:
     before = process_memory()
     bundle = ditfastattn.load(folder, low_memory=low_memory)
     loaded = process_memory()
-    Lane(pipeline, bundle, [Prompt(call, 0)]).warm_up()
+    Contender(pipeline, bundle, [Prompt(call, 0)]).warm_up()
     peak = process_memory("VmHWM")
     print(json.dumps({"loaded_bytes": loaded - before, "peak_bytes": peak - before}))
 
@@ -180,18 +163,18 @@ def _speed(
     prompts = [Prompt(call, 0)]
     bundles = {name: ditfastattn.load(root / name) for name in ("dense", "planned")}
     with many_compilations():
-        torch_lanes = [
-            dense_lane(pipeline, prompts, Lowering.INDUCTOR),
-            planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR),
+        in_torch = [
+            dense_contender(pipeline, prompts, Lowering.INDUCTOR),
+            planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR),
         ]
-        lanes = [Lane(pipeline, bundle, prompts) for bundle in bundles.values()]
-        for lane in [*lanes, *torch_lanes]:
-            lane.warm_up()
-            lane.warm_up()
+        contenders = [Contender(pipeline, bundle, prompts) for bundle in bundles.values()]
+        for contender in [*contenders, *in_torch]:
+            contender.warm_up()
+            contender.warm_up()
     found: dict[str, PairedTiming] = {}
-    for name, (dense, planned) in {"onnxruntime": lanes, "torch": torch_lanes}.items():
+    for name, (dense, planned) in {"onnxruntime": contenders, "torch": in_torch}.items():
         (found[name],) = measure_turns(dense.generate, [planned.generate], repetitions)
-    across = measure_turns(torch_lanes[1].generate, [lanes[1].generate], repetitions)[0]
+    across = measure_turns(in_torch[1].generate, [contenders[1].generate], repetitions)[0]
     found["planned, onnxruntime over torch"] = across
     torch._dynamo.reset()
     return found

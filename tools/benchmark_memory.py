@@ -1,10 +1,10 @@
-"""Weigh the caches of a plan of the demo: what was predicted, and what the process has grown by.
+"""Measure the caches of a plan of the demo: the prediction, and the growth of the process.
 
     python -m ditfastattn.tools.benchmark_memory --out benchmarks/memory
 
-The growth is Linux's count of the process's memory. It is read as each step hands over what it has
-written, while what it replaces is still held, and the most of it is compared with the prediction.
-Each plan runs in a process of its own.
+The growth is Linux's count of the process's memory, read as each step hands over what it has
+written and still holds what it replaces; the largest is compared with the prediction. Each plan
+runs in its own process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import typer
-from rich.console import Console
 
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
@@ -32,10 +31,11 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import planned_lane
+from ditfastattn.runtime.search.measure.contender import planned_contender
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -47,7 +47,7 @@ def run(
         Path("benchmarks/demo/plan.json")
     ],
 ) -> None:
-    """Weigh each plan, and its attention alone, beside all that could be kept."""
+    """Measure each plan, and its attention alone, beside all outputs and residuals."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for path in plan:
@@ -59,11 +59,11 @@ def run(
     write_text_atomically(
         out / "memory.json", json.dumps({"machine": machine(), "plans": found}, indent=1) + "\n"
     )
-    Console().print_json(data=found)
+    open_console().print_json(data=found)
 
 
 def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
-    """Count what ``plan`` keeps, and weigh it in a process of its own."""
+    """Count what ``plan`` keeps, and measure it in its own process."""
     pipeline = DEMO.open()
     with open_session(pipeline, Prompt({**DEMO.call(0), "num_inference_steps": 2}, 0)) as session:
         counted = _cache_bytes(session, plan.strategies)
@@ -76,11 +76,11 @@ def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
 
 @app.command(hidden=True)
 def weigh(path: Path) -> None:
-    """Print what a warm generation of the demo takes at its peak, and what was predicted."""
+    """Print the peak memory of a warm generation of the demo, and the prediction."""
     plan, pipeline = Plan.load(path), DEMO.open()
     prompt = Prompt({**DEMO.call(3), "num_inference_steps": plan.sampler.steps}, 0)
-    lane = planned_lane(pipeline, plan, [prompt], Lowering.INDUCTOR)
-    lane.warm_up()
+    contender = planned_contender(pipeline, plan, [prompt], Lowering.INDUCTOR)
+    contender.warm_up()
     (report,) = reports()
     write, seen = Caches.write, list[int]()
 
@@ -92,7 +92,7 @@ def weigh(path: Path) -> None:
     trim_memory()
     before = process_memory()
     with patch.object(Caches, "write", noting):
-        lane.generate(0)
+        contender.generate(0)
     found = {
         "predicted_peak": report.peak_cache_bytes,
         "computed_ahead": report.ahead_bytes,

@@ -1,8 +1,8 @@
-"""Measure what each exact pass takes out of a step.
+"""Measure the speedup of each exact pass.
 
     python -m ditfastattn.tools.benchmark_passes --out benchmarks/passes
 
-Every step of the plan is full, so that nothing but the exact passes differs between the lanes.
+Every step of the plan is full, so that the contenders differ in the exact passes alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import typer
-from rich.console import Console
 
 from ditfastattn.core.env import DISABLE
 from ditfastattn.core.files import write_text_atomically
@@ -24,13 +23,18 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import (
+    Contender,
+    dense_contender,
+    planned_contender,
+)
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.bench.random_models import pixart, random_pipeline
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -63,10 +67,10 @@ def run(
         data["models"][name] = _gains(pipeline, {**call, "num_inference_steps": steps}, repetitions)
     write_text_atomically(out / "passes.json", json.dumps(data, indent=1) + "\n")
     shown = {
-        name: {lane: timing["speedup"]["median"] for lane, timing in gains.items()}
+        name: {contender: timing["speedup"]["median"] for contender, timing in gains.items()}
         for name, gains in data["models"].items()
     }
-    Console().print_json(data=shown)
+    open_console().print_json(data=shown)
 
 
 def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, Any]:
@@ -82,26 +86,28 @@ def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, A
         "both": (),
     }
     with many_compilations():
-        lanes = {"dense": _warm(dense_lane(pipeline, [prompt], Lowering.INDUCTOR), ())}
+        contenders = {"dense": _warm(dense_contender(pipeline, [prompt], Lowering.INDUCTOR), ())}
         for name, disabled in left_out.items():
-            lanes[name] = _warm(planned_lane(pipeline, plan, [prompt], Lowering.INDUCTOR), disabled)
-    baseline = lanes.pop("neither")
-    calls = [lane.generate for lane in lanes.values()]
+            contenders[name] = _warm(
+                planned_contender(pipeline, plan, [prompt], Lowering.INDUCTOR), disabled
+            )
+    baseline = contenders.pop("neither")
+    calls = [contender.generate for contender in contenders.values()]
     timings = measure_turns(baseline.generate, calls, repetitions)
     differences = {
-        name: float((lane.images[0] - baseline.images[0]).abs().max())
-        for name, lane in lanes.items()
+        name: float((contender.images[0] - baseline.images[0]).abs().max())
+        for name, contender in contenders.items()
     }
     return {
         name: {**asdict(timing), "largest_difference": differences[name]}
-        for name, timing in zip(lanes, timings, strict=True)
+        for name, timing in zip(contenders, timings, strict=True)
     }
 
 
-def _warm(lane: Lane, disabled: tuple[str, ...]) -> Lane:
+def _warm(contender: Contender, disabled: tuple[str, ...]) -> Contender:
     with patch.dict(os.environ, {DISABLE: ",".join(disabled)}):
-        lane.warm_up()
-    return lane
+        contender.warm_up()
+    return contender
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import ditfastattn
@@ -19,13 +20,14 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.planned import RunReport, summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
-from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
-from ditfastattn.tools.commands.calibrate import print_outcome, search_progress
+from ditfastattn.tools.commands.search_output import print_outcome, search_progress
 from ditfastattn.tools.digits_data import NUM_CLASSES, class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from ditfastattn.tools.figures import image_grid, plan_map
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console, spinner
 
 CALIBRATION_CLASSES = (0, 3, 5, 8)
 HELD_OUT_CLASSES = (1, 4, 6, 9)
@@ -72,7 +74,7 @@ def run_demo(
     out: Path, steps: int, guidance_scale: float, min_ssim: float, repetitions: int, seed: int
 ) -> DemoResult:
     """Run the demo, print its table, and write plan, pictures and figures to ``out``."""
-    console = Console()
+    console = open_console()
     out.mkdir(parents=True, exist_ok=True)
     call = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     pipeline = embedded_pipeline()
@@ -85,7 +87,7 @@ def run_demo(
             held_out={"class_labels": list(HELD_OUT_CLASSES), **call},
             cache_dtype="float16",
             seed=seed,
-            out=out / "plan.json",  # killed, the demo goes on with its search
+            out=out / "plan.json",  # an interrupted demo resumes its search
             on_progress=show,
         )
     print_outcome(console, plan)
@@ -108,16 +110,16 @@ def _compare(
         Prompt({"class_labels": [int(label)], **call}, FIRST_TEST_SEED + number)
         for number, label in enumerate(labels)
     ]
-    dense = dense_lane(pipeline, prompts, Lowering.INDUCTOR)
-    planned = planned_lane(pipeline, plan, prompts, Lowering.INDUCTOR)
-    with console.status("compiling the dense model"):
+    dense = dense_contender(pipeline, prompts, Lowering.INDUCTOR)
+    planned = planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR)
+    with spinner(console, "compiling the dense model"):
         dense_seconds = dense.warm_up()
     console.print(f"compiled dense in {dense_seconds:.0f} s")
-    with console.status("compiling the planned step variants"):
+    with spinner(console, "compiling the planned step variants"):
         planned_seconds = planned.warm_up()
     report = _report_of(plan)
     console.print(f"compiled {report.variants} step variants in {planned_seconds:.0f} s")
-    with console.status(f"generating {repetitions} images with each, timed in pairs"):
+    with spinner(console, f"generating {repetitions} images with each, timed in pairs"):
         timing = measure_pairs(dense.generate, planned.generate, repetitions)
     pictures, shortcuts = dense.stacked(), planned.stacked()
     quality = compare_images(pictures, shortcuts, labels)
@@ -160,9 +162,9 @@ def result_table(result: DemoResult) -> Table:
         f"{timing.baseline.lower_quartile:.2f}-{timing.baseline.upper_quartile:.2f}",
         f"{timing.candidate.lower_quartile:.2f}-{timing.candidate.upper_quartile:.2f}",
     )
-    table.add_row("speedup (median of pairs)", "", f"[bold]{timing.speedup.median:.2f}x[/bold]")
+    table.add_row("speedup (median of pairs)", "", Text(f"{timing.speedup.median:.2f}x", "bold"))
     table.add_row("PSNR to dense", "", f"{quality.psnr:.1f} dB")
-    table.add_row("SSIM to dense", "", f"[bold]{quality.ssim:.3f}[/bold]")
+    table.add_row("SSIM to dense", "", Text(f"{quality.ssim:.3f}", "bold"))
     table.add_row("  worst image", "", f"{quality.worst_ssim:.3f}")
     table.add_row(
         "read as the digit asked for",

@@ -102,10 +102,10 @@ class DigitsPipeline(DiffusionPipeline):
         extra = {"generator": generator} if takes_generator else {}
         progress: Any = self.progress_bar  # a method that diffusers does not annotate
         for timestep in progress(self.scheduler.timesteps):
-            lanes = torch.cat([latents, latents]) if guided else latents
-            lanes = self.scheduler.scale_model_input(lanes, timestep)
+            doubled = torch.cat([latents, latents]) if guided else latents
+            noisy = self.scheduler.scale_model_input(doubled, timestep)
             noise = self.transformer(
-                lanes, timestep=timestep.expand(len(lanes)), class_labels=labels
+                noisy, timestep=timestep.expand(len(noisy)), class_labels=labels
             ).sample
             if guided:
                 conditional, unconditional = noise.chunk(2)

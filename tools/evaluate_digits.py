@@ -17,7 +17,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.tools.digits_data import NUM_CLASSES, classify, digit_classifier, digit_images
 from ditfastattn.tools.digits_pipeline import EMBEDDED_FOLDER, DigitsPipeline, load_pipeline
+from ditfastattn.tools.terminal import open_console, spinner
 
 _SPLIT_SEED = 0
 _HELD_OUT = 450  # a quarter of the 1797 real digits
@@ -144,13 +144,13 @@ def run(
     guidance_scale: Annotated[float, typer.Option(help="1.0 switches guidance off.")] = 2.0,
 ) -> None:
     """Judge the digits that a pipeline draws."""
-    console = Console()
+    console = open_console()
     try:
         pipeline = load_pipeline(model)
         pipeline.set_progress_bar_config(  # type: ignore[no-untyped-call]  # not annotated
             disable=True
         )
-        with console.status("drawing digits"):
+        with spinner(console, "drawing digits"):
             result = evaluate(pipeline, images_per_class, seed, steps, guidance_scale)
     except ConfigError as error:
         typer.echo(str(error), err=True)

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -255,6 +256,8 @@ def _legend(plan: Plan) -> list[Patch]:
 
 
 def _write_png(figure: Figure, path: Path) -> None:
-    """Render ``figure`` as a PNG."""
+    """Render ``figure`` as a PNG; a dollar in a name does not start a formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})

@@ -27,6 +27,7 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.tools.terminal import open_console
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, count_graph_breaks, reason_of, try_model
@@ -105,7 +106,7 @@ def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
     for name in exported_classes():
         if re.search(only, name):
             outcomes.append(_outcome(name, known.get(name), onnx))
-            console.print(row(outcomes[-1]), soft_wrap=True, markup=False, highlight=False)
+            console.print(row(outcomes[-1]), soft_wrap=True, highlight=False)
     return outcomes
 
 
@@ -233,12 +234,12 @@ def main(
     only: Annotated[str, typer.Option(help="A regular expression: classes to try.")] = "",
 ) -> None:
     """Try every transformer that diffusers exports."""
-    console = Console()
+    console = open_console()
     known = read_page(out) if only and out is not None and out.exists() else {}
     outcomes = survey(console, onnx, only)
     for outcome in outcomes:
         for note in notes(outcome):
-            console.print(f"{outcome.name}: {note}", soft_wrap=True, markup=False)
+            console.print(f"{outcome.name}: {note}", soft_wrap=True)
     if out is not None:
         entries = known | {outcome.name: entry(outcome) for outcome in outcomes}
         write_text_atomically(out, as_markdown(entries))

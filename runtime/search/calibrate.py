@@ -21,7 +21,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.lane import measure_speed
+from ditfastattn.runtime.search.measure.contender import measure_speed
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.sensitivity import probe_steps
 from ditfastattn.runtime.search.measure.session import Session, open_session

@@ -13,24 +13,27 @@ from typing import Any
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfastattn import ConfigError
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import dense_lane
+from ditfastattn.runtime.search.measure.contender import dense_contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
-from ditfastattn.tools.bench import harness
-from ditfastattn.tools.bench.forms import Form, PeerLane, fresh_copy, peer_lane
-from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, BenchOptions, fidelity
+from ditfastattn.tools.bench import setup
+from ditfastattn.tools.bench.fidelity import MOST_PSNR, fidelity
+from ditfastattn.tools.bench.forms import Form, PeerContender, fresh_copy, peer_contender
+from ditfastattn.tools.bench.harness import Bench
 from ditfastattn.tools.bench.models import BenchModel, model_named
-from ditfastattn.tools.bench.peers import PEERS, Peer, Scope, Setting, Subject, peers_named
+from ditfastattn.tools.bench.peers import PEERS, peers_named
+from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
+from ditfastattn.tools.bench.run import run_bench
+from ditfastattn.tools.bench.setup import EAGER, OURS, BenchOptions
 from ditfastattn.tools.commands import app as cli
-from ditfastattn.tools.commands.bench import run_bench
+from ditfastattn.tools.terminal import open_console
 from tests.helpers import randomize, tiny_digits_pipeline
 from tests.tiny_pipelines import TINY_PIPELINES
 
@@ -56,20 +59,20 @@ TINY = BenchModel(
 )
 
 
-def lane_of(peer: Peer, setting: Setting, pipeline: Any) -> PeerLane:
+def contender_of(peer: Peer, setting: Setting, pipeline: Any) -> PeerContender:
     calibration = None
     if peer.calibrate is not None:
         subject = Subject(fresh_copy(pipeline.transformer), STEPS)
 
         def generate(scope: Scope) -> None:
-            PeerLane(pipeline, subject.transformer, PROMPTS, scope).generate(0)
+            PeerContender(pipeline, subject.transformer, PROMPTS, scope).generate(0)
 
         calibration = peer.calibrate(subject, generate)
-    return peer_lane(TINY, pipeline, PROMPTS, STEPS, peer, setting, Form.EAGER, calibration)
+    return peer_contender(TINY, pipeline, PROMPTS, STEPS, peer, setting, Form.EAGER, calibration)
 
 
-def images(lane: Any) -> Tensor:
-    return torch.cat(lane.by_prompt())
+def images(contender: Any) -> Tensor:
+    return torch.cat(contender.by_prompt())
 
 
 @pytest.fixture(params=PEERS, ids=lambda peer: peer.name)
@@ -97,27 +100,28 @@ def test_fidelity_is_what_a_hand_computes() -> None:
 def test_equal_images_have_an_ssim_of_one_and_a_finite_psnr() -> None:
     same = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     found = fidelity(same, same.clone())
-    assert (found.ssim, found.psnr) == (1.0, harness.MOST_PSNR)
+    assert (found.ssim, found.psnr) == (1.0, MOST_PSNR)
 
 
 def test_a_peer_that_computes_everything_is_dense(peer: Peer) -> None:
     pipeline = tiny_pipeline()
-    dense = images(dense_lane(pipeline, PROMPTS, Lowering.EAGER))
-    same = images(lane_of(peer, peer.dense, pipeline))
+    dense = images(dense_contender(pipeline, PROMPTS, Lowering.EAGER))
+    same = images(contender_of(peer, peer.dense, pipeline))
     assert torch.allclose(same, dense, atol=1e-4)
 
 
 def test_a_peers_strongest_setting_changes_the_images_alike_each_time(peer: Peer) -> None:
     pipeline = tiny_pipeline()
-    dense = images(dense_lane(pipeline, PROMPTS, Lowering.EAGER))
-    lane = lane_of(peer, peer.settings[-1], pipeline)
-    first = images(lane)
+    dense = images(dense_contender(pipeline, PROMPTS, Lowering.EAGER))
+    contender = contender_of(peer, peer.settings[-1], pipeline)
+    first = images(contender)
     assert float((first - dense).abs().max()) > 1e-3
-    assert images(dense_lane(pipeline, PROMPTS, Lowering.EAGER)).equal(dense)  # the copy is apart
-    lane.images.clear()
-    lane.generate(1)
-    lane.generate(0)  # after another prompt
-    assert torch.equal(images(lane), first)
+    again = images(dense_contender(pipeline, PROMPTS, Lowering.EAGER))
+    assert again.equal(dense)  # the copy is apart
+    contender.images.clear()
+    contender.generate(1)
+    contender.generate(0)  # after another prompt
+    assert torch.equal(images(contender), first)
 
 
 @pytest.mark.parametrize("name", ["dit-tiny", "pixart-tiny", "sd3-tiny", "flux-tiny"])
@@ -126,8 +130,8 @@ def test_models_of_random_weights_generate_what_their_prompt_says(name: str) -> 
     pipeline = model.open()
     pipeline.set_progress_bar_config(disable=True)
     one, other = model.test_prompts(2, 2)
-    lane = dense_lane(pipeline, [one, other, one], Lowering.EAGER)
-    first, second, again = lane.by_prompt()
+    contender = dense_contender(pipeline, [one, other, one], Lowering.EAGER)
+    first, second, again = contender.by_prompt()
     assert first.equal(again)
     assert not first.equal(second)
     assert first.shape[:2] == (1, 3)
@@ -141,7 +145,7 @@ def test_a_copy_shares_the_weights() -> None:
     assert all(one is other for one, other in pairs)
 
 
-def test_lanes_take_turns_and_a_disturbed_repetition_is_timed_again() -> None:
+def test_contenders_take_turns_and_a_disturbed_repetition_is_timed_again() -> None:
     order: list[str] = []
     compiled = iter([0, 1, 1, 1, 1, 1])
 
@@ -170,22 +174,22 @@ def few(name: str) -> Peer:
     return replace(found, settings=found.settings[-1:])
 
 
-def test_the_bench_writes_every_lane_and_every_failure(tmp_path: Path) -> None:
+def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> None:
     failing = replace(few("first-block"), name="broken", apply=broken)
-    run_bench(Console(), TINY, options(few("first-block"), failing), tmp_path, False)
+    run_bench(open_console(), TINY, options(few("first-block"), failing), tmp_path, False)
     data = json.loads((tmp_path / "tiny-4.json").read_text(encoding="utf-8"))
     assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 10)
     assert data["seeds"] == list(range(1000, 1010))
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["device"]
     assert data["command"].startswith("ditfastattn")
-    methods = [lane["method"] for lane in data["lanes"]]
+    methods = [record["method"] for record in data["lanes"]]
     assert methods == [EAGER, OURS, OURS, "first-block"]
-    for lane in data["lanes"]:
-        assert len(lane["speedup"]["samples"]) == 10
-        assert lane["worst_ssim"] <= lane["ssim"] <= 1.0
-        assert lane["seconds"]["median"] > 0.0
-        assert lane["form"] == "eager"
+    for record in data["lanes"]:
+        assert len(record["speedup"]["samples"]) == 10
+        assert record["worst_ssim"] <= record["ssim"] <= 1.0
+        assert record["seconds"]["median"] > 0.0
+        assert record["form"] == "eager"
     eager, gentle, strong, first_block = data["lanes"]
     assert eager["ssim"] == 1.0
     assert gentle["ssim"] > strong["ssim"]
@@ -204,12 +208,14 @@ def test_the_bench_writes_every_lane_and_every_failure(tmp_path: Path) -> None:
 
 def test_plans_keep_the_attention_that_is_asked_for(tmp_path: Path) -> None:
     wanted = replace(options(), budgets=(), fractions=(0.8, 0.4))
-    data = run_bench(Console(), TINY, wanted, tmp_path, False)
-    (_, more, less) = (lane["details"].get("attention_flops") for lane in data["lanes"])
+    data = run_bench(open_console(), TINY, wanted, tmp_path, False)
+    (_, more, less) = (record["details"].get("attention_flops") for record in data["lanes"])
     assert 0.4 < more <= 0.8  # of few sites and steps, the next plan may be some way below
     assert 0.2 < less <= 0.4
     with pytest.raises(ConfigError, match="no plan keeps so little of the attention"):
-        run_bench(Console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False)
+        run_bench(
+            open_console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False
+        )
 
 
 def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +224,7 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     rest = {name: item for name, item in call.items() if name != "prompt"}
     eager = partial(BenchOptions, lowering=Lowering.EAGER)
-    monkeypatch.setattr(harness, "BenchOptions", eager)
+    monkeypatch.setattr(setup, "BenchOptions", eager)
     arguments = ["bench", "--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
     arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--budgets", "0.3"]
     arguments += ["--peers", "first-block", "--out", str(tmp_path)]
@@ -226,7 +232,8 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "pixart-4.json").read_text(encoding="utf-8"))
     settings = len(peers_named("first-block")[0].settings)
-    assert [lane["method"] for lane in data["lanes"]] == [EAGER, OURS, *["first-block"] * settings]
+    methods = [record["method"] for record in data["lanes"]]
+    assert methods == [EAGER, OURS, *["first-block"] * settings]
     assert data["failures"] == []
 
 
@@ -235,7 +242,7 @@ def test_a_resumed_run_measures_nothing_twice(
 ) -> None:
     killed = replace(few("first-block"), name="killed", apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(Console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
+        run_bench(open_console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
     measured: list[str] = []
     measure = Bench._measure
 
@@ -245,9 +252,9 @@ def test_a_resumed_run_measures_nothing_twice(
 
     monkeypatch.setattr(Bench, "_measure", counted)
     resumed = replace(few("first-block"), name="killed")
-    data = run_bench(Console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
+    data = run_bench(open_console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
     assert measured == ["killed"]
-    assert [lane["method"] for lane in data["lanes"]] == [EAGER, "pyramid", "killed"]
+    assert [record["method"] for record in data["lanes"]] == [EAGER, "pyramid", "killed"]
 
 
 def interrupted(*_: Any) -> Scope:
@@ -257,30 +264,30 @@ def interrupted(*_: Any) -> Scope:
 def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
     killed = replace(few("first-block"), apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(Console(), TINY, without_ours(killed), tmp_path, False)
+        run_bench(open_console(), TINY, without_ours(killed), tmp_path, False)
     with pytest.raises(ConfigError, match="budgets"):
-        run_bench(Console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
+        run_bench(open_console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
 
 
-def lane(method: str, ssim: float, speedup: float) -> dict[str, Any]:
+def record(method: str, ssim: float, speedup: float) -> dict[str, Any]:
     named = {"method": method, "setting": "s", "form": "f", "worst_ssim": ssim, "psnr": 20.0}
     return {**named, "ssim": ssim, "speedup": {"median": speedup}}
 
 
 def test_the_best_point_is_the_fastest_that_was_measured_good_enough() -> None:
-    lanes = [
-        lane(EAGER, 1.0, 9.0),
-        lane(OURS, 0.97, 1.5),
-        lane(OURS, 0.95, 2.0),
-        lane("first-block", 0.96, 1.8),
-        lane("pyramid", 0.9, 3.0),
+    records = [
+        record(EAGER, 1.0, 9.0),
+        record(OURS, 0.97, 1.5),
+        record(OURS, 0.95, 2.0),
+        record("first-block", 0.96, 1.8),
+        record("pyramid", 0.9, 3.0),
     ]
-    found = best_at(lanes, 0.95)
+    found = best_at(records, 0.95)
     assert found["ours"] is not None
     assert found["peer"] is not None
     assert (found["ours"]["speedup"], found["ours"]["ssim"]) == (2.0, 0.95)
     assert found["peer"]["method"] == "first-block"
-    assert best_at(lanes, 0.98) == {"ours": None, "peer": None}
+    assert best_at(records, 0.98) == {"ours": None, "peer": None}
 
 
 def test_peers_and_models_are_named() -> None:

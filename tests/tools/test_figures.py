@@ -16,9 +16,18 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Calibration, Plan, PlannedSite, Sampler
+from ditfastattn.passes.plan.schema import (
+    Calibration,
+    Plan,
+    PlannedSite,
+    Sampler,
+)
 from ditfastattn.passes.plan.strategies import Strategy, strategies
-from ditfastattn.tools.figures import image_grid, plan_map
+from ditfastattn.tools.figures import (
+    curves,
+    image_grid,
+    plan_map,
+)
 
 
 def make_plan(sites: int, steps: int) -> Plan:
@@ -121,6 +130,14 @@ def test_plan_map_is_written(tmp_path: Path, sites: int, steps: int) -> None:
     picture = Image.open(tmp_path / "plan.png")
     assert 900 < picture.width < 2000
     assert 200 < picture.height < 1200
+
+
+def test_dollars_in_names_are_text(tmp_path: Path) -> None:
+    plan = make_plan(2, 3)
+    sites = tuple(site.model_copy(update={"name": "a$\\b$[/x]"}) for site in plan.sites)
+    plan_map(plan.model_copy(update={"sites": sites}), tmp_path / "plan.png", attention_kept=0.5)
+    curves({"a$\\b$": [(0.0, 1.0)]}, tmp_path / "$\\a$.png", "across $\\a$", "up $\\b$", ["$\\c$"])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
 
 def test_plan_map_shows_each_strategy_in_its_colour(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools import survey
-from ditfastattn.tools.zoo import ZOO
+from ditfastattn.tools.zoo import FAMILIES, ZOO, families
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import TOLERANCE, count_graph_breaks, try_model
 
@@ -141,6 +141,14 @@ def test_every_exported_class_is_tried_and_stands_in_the_table() -> None:
     assert set(exported) - set(MODELS) == {"TransformerTemporalModel"}  # of Latte's predecessor
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     assert [row.split(" ")[1] for row in rows[1:]] == exported
+
+
+def test_every_family_stands_in_the_tuple() -> None:
+    folder = Path(families.__file__).parent
+    files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(FAMILIES) == len(files)
+    assert all(FAMILIES)
+    assert len(MODELS) == len(ZOO)  # no class twice
 
 
 class Doubling(torch.nn.Module):

@@ -1,1 +1,1 @@
-"""Compare ditfastattn with the caching libraries that a user could pick instead."""
+"""Compare ditfastattn with caching libraries, the alternatives to it."""

@@ -1,4 +1,4 @@
-"""Compile a transformer that a peer has hooked: the ways there are, of which the fastest counts."""
+"""Compile a transformer that a peer has hooked: whole, by blocks, or between the hooks."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import torch
 from torch import Tensor
 
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.lane import Lane
+from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.tools.bench.models import BenchModel
-from ditfastattn.tools.bench.peers import Clock, Peer, Scope, Setting, Subject
+from ditfastattn.tools.bench.peers.base import Clock, Peer, Scope, Setting, Subject
 
 
 class Form(StrEnum):
-    """Name what of a hooked model is compiled."""
+    """What is compiled of a hooked model."""
 
     EAGER = "eager"
     MODEL = "whole model"
     BLOCKS = "blocks"
-    PARTS = "parts of blocks"  # for hooks inside the blocks: what lies between them
+    PARTS = "parts of blocks"  # what is between hooks inside the blocks
 
 
 def forms_of(peer: Peer) -> tuple[Form, ...]:
-    """Return the forms that make sense for ``peer``."""
+    """Return the forms to try for ``peer``."""
     return tuple(Form) if peer.inside else (Form.EAGER, Form.MODEL, Form.BLOCKS)
 
 
 def fresh_copy(transformer: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of the modules that shares their weights."""
+    """Return a copy of the modules that shares the weights."""
     tensors = [*transformer.parameters(), *transformer.buffers()]
     return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
 
 
-class PeerLane(Lane):
-    """Generate with a peer's transformer; each generation begins with nothing cached."""
+class PeerContender(Contender):
+    """Generate with a peer's transformer; each generation starts with empty caches."""
 
     def __init__(
         self, pipeline: Any, transformer: Any, prompts: Sequence[Prompt], scope: Scope
     ) -> None:
-        """Take what each generation runs in, besides."""
+        """Take the context of each generation, too."""
         super().__init__(pipeline, transformer, prompts)
         self._scope = scope
 
@@ -52,7 +52,7 @@ class PeerLane(Lane):
             super().generate(number)
 
 
-def peer_lane(
+def peer_contender(
     model: BenchModel,
     pipeline: Any,
     prompts: Sequence[Prompt],
@@ -61,12 +61,12 @@ def peer_lane(
     setting: Setting,
     form: Form,
     calibration: Any = None,
-) -> PeerLane:
+) -> PeerContender:
     """Return a fresh copy of the pipeline's transformer with ``peer`` applied, in ``form``."""
     transformer = fresh_copy(pipeline.transformer)
     subject = Subject(transformer, steps, model.guided, calibration=calibration)
     around = not peer.inside
-    if form is Form.BLOCKS and around:  # before the hooks, which stay outside of what is compiled
+    if form is Form.BLOCKS and around:  # before the hooks, which stay outside the compiled code
         _compile_forward(_blocks(transformer))
     if form is Form.PARTS:
         _compile_forward([part for block in _blocks(transformer) for part in block.children()])
@@ -78,11 +78,11 @@ def peer_lane(
     clock = subject.clock if peer.reads_timestep else None
     swap = peer.unconditional_first and model.conditional_first and model.guided
     stand_in = _Called(called, clock, model.timestep_scale, swap)
-    return PeerLane(pipeline, stand_in, prompts, scope)
+    return PeerContender(pipeline, stand_in, prompts, scope)
 
 
 class _Called(torch.nn.Module):
-    """Stand in the pipeline for a peer's transformer: tell the timestep, swap the halves."""
+    """Replace a peer's transformer in the pipeline: set its clock, swap the guidance halves."""
 
     def __init__(
         self, model: torch.nn.Module, clock: Clock | None, scale: float, swap: bool

@@ -1,4 +1,4 @@
-"""Name the models of the benchmark: how to open each, and what to generate with it."""
+"""The models of the benchmark: how to open each, and what to generate with it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 
-FIRST_TEST_SEED = 1000  # a search uses seeds from 0 and 500: no image is judged that it has seen
+FIRST_TEST_SEED = (
+    1000  # searches use seeds from 0 and 500, so that no test image is one they have seen
+)
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """Describe a model.
+    """A model to generate with.
 
     Attributes:
         name: its name in options and records.
         open: returns its pipeline.
-        call: what test image ``k`` is called with, besides the steps.
-        calibration: the same of the prompts that plans are found on.
+        call: the arguments for test image ``k``, without the steps.
+        calibration: the arguments for all calibration prompts.
         conditional_first: whether the first half of a guided batch is the conditional one.
         guided: whether guidance doubles the batch.
-        timestep_scale: what turns the transformer's timestep into one from 0 to 1000.
-        trained: whether its images mean something.
+        timestep_scale: converts the transformer's timestep to one from 0 to 1000.
+        trained: whether its images are meaningful.
     """
 
     name: str
@@ -41,14 +43,14 @@ class BenchModel:
     trained: bool = True
 
     def test_prompts(self, count: int, steps: int) -> list[Prompt]:
-        """Return prompts whose seeds no search uses."""
+        """Return prompts with seeds that no search uses."""
         return [
             Prompt({**self.call(index), "num_inference_steps": steps}, FIRST_TEST_SEED + index)
             for index in range(count)
         ]
 
     def calibration_prompts(self, steps: int) -> list[Prompt]:
-        """Return the prompts that plans are found on."""
+        """Return the prompts that plans are calibrated on."""
         return split_prompts(self.calibration_call(steps), 0)
 
     def calibration_call(self, steps: int) -> dict[str, Any]:
@@ -74,9 +76,9 @@ DEMO = BenchModel(
 
 
 def pipeline_model(name: str, pipeline: Any, call: Mapping[str, Any]) -> BenchModel:
-    """Return a pipeline of the user's as a model; ``call`` as ``calibrate`` takes it.
+    """Return a user's pipeline as a model; ``call`` is as for ``calibrate``.
 
-    Its prompts are those of the plans and of the test images, which differ in their seeds.
+    Plans and test images have the same prompts, with different seeds.
     """
     layout = detect_cfg_layout(pipeline, split_prompts(call, 0)[0].call)
     prompts = split_prompts(call, 0)
@@ -92,7 +94,7 @@ def pipeline_model(name: str, pipeline: Any, call: Mapping[str, Any]) -> BenchMo
 
 
 def _timestep_scale(pipeline: Any, call: Mapping[str, Any]) -> float:
-    """Return what turns the transformer's timestep into one from 0 to 1000."""
+    """Return the factor from the transformer's timestep to one from 0 to 1000."""
     seen: list[float] = []
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,10 +109,10 @@ def _timestep_scale(pipeline: Any, call: Mapping[str, Any]) -> float:
 
 
 def model_named(name: str) -> BenchModel:
-    """Return the model of this name: the demo, or one of random weights.
+    """Return the model called ``name``: the demo, or one with random weights.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such model.
     """
     from ditfastattn.tools.bench.random_models import ARCHITECTURES, random_pipeline
 

@@ -1,6 +1,6 @@
-"""Build models of published sizes with random weights, to time what needs no trained weights.
+"""Models of published sizes with random weights, to measure speed.
 
-Their images mean nothing: only seconds and speedups are reported of them.
+Their images mean nothing: only seconds and speedups are reported.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe a model: its class and configuration, and what it is called with.
+    """A model: its class, configuration and inputs.
 
     Attributes:
         make: the transformer's class.
         config: its configuration.
-        shape: of one image's latents.
-        conditions: the shapes, without the batch, of random conditions by argument name.
-        text: the length of the text that the conditions stand for.
+        shape: the shape of one image's latents.
+        conditions: the shapes, without the batch, of random conditions, by argument name.
+        text: the number of text tokens.
         flow: whether it is sampled by flow matching.
         guided: whether guidance doubles the batch.
     """
@@ -49,7 +49,7 @@ class Architecture:
 
 
 class RandomPipeline(DiffusionPipeline):
-    """Step a transformer of random weights as its own pipeline would, without text and decoder."""
+    """Sample with a transformer as its own pipeline would, without text encoder and decoder."""
 
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # the base says None
     transformer: Any
@@ -58,7 +58,7 @@ class RandomPipeline(DiffusionPipeline):
     architecture: Architecture
 
     def __init__(self, transformer: Any, scheduler: Any) -> None:
-        """Hold the modules; ``architecture`` is set afterwards, since it is none."""
+        """Register the modules; ``architecture`` is not a module and is set afterwards."""
         super().__init__()
         self.register_modules(  # type: ignore[no-untyped-call]  # diffusers has no annotation
             transformer=transformer, scheduler=scheduler
@@ -72,19 +72,19 @@ class RandomPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor]:
-        """Return pictures ``[B, 3, H, W]`` in [0, 1] of the latents; ``image`` counts them."""
+        """Return the latents as images ``[B, 3, H, W]`` in [0, 1], one per entry of ``image``."""
         made, device = self.architecture, self._execution_device
         dtype, batch = self.transformer.dtype, len(image)
         guided = made.guided and guidance_scale != 1.0
-        lanes = 2 * batch if guided else batch
+        guided_batch = 2 * batch if guided else batch
         latents: Tensor = randn_tensor((batch, *made.shape), generator, device=device, dtype=dtype)
-        conditions = self._conditions(lanes, generator, device, dtype)
+        conditions = self._conditions(guided_batch, generator, device, dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
             noise = self.transformer(
                 doubled,
-                timestep=timestep.expand(lanes) / (1.0 if made.guided else 1000.0),
+                timestep=timestep.expand(guided_batch) / (1.0 if made.guided else 1000.0),
                 return_dict=False,
                 **conditions,
             )[0]
@@ -97,23 +97,23 @@ class RandomPipeline(DiffusionPipeline):
         return (_picture(latents),)
 
     def _conditions(
-        self, lanes: int, generator: torch.Generator | None, device: Any, dtype: torch.dtype
+        self, count: int, generator: torch.Generator | None, device: Any, dtype: torch.dtype
     ) -> Arguments:
         made = self.architecture
         found: Arguments = {}
         for name, shape in made.conditions.items():
             if name == "class_labels":
-                found[name] = torch.arange(lanes, device=device) % 1000
+                found[name] = torch.arange(count, device=device) % 1000
             else:
-                full = (lanes, *shape)
+                full = (count, *shape)
                 found[name] = randn_tensor(full, generator, device=device, dtype=dtype)
         if made.make is PixArtTransformer2DModel:
             found["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-            found["encoder_attention_mask"] = torch.ones(lanes, made.text, device=device)
+            found["encoder_attention_mask"] = torch.ones(count, made.text, device=device)
         if made.make is FluxTransformer2DModel:
             found["img_ids"] = _image_ids(made.shape[0]).to(device, dtype)
             found["txt_ids"] = torch.zeros(made.text, 3, device=device, dtype=dtype)
-            found["guidance"] = torch.full((lanes,), 3.5, device=device)
+            found["guidance"] = torch.full((count,), 3.5, device=device)
         return found
 
 
@@ -131,7 +131,7 @@ def _picture(latents: Tensor) -> Tensor:
 
 
 def random_pipeline(architecture: Architecture) -> RandomPipeline:
-    """Return a pipeline with random weights: on a GPU in bfloat16, else in fp32."""
+    """Return a pipeline with random weights: in bfloat16 on a GPU, else in fp32."""
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)

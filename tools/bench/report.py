@@ -1,4 +1,4 @@
-"""Report what was measured: JSON, tables, and the figures of fidelity against speedup."""
+"""Report a benchmark: JSON, tables, and figures of fidelity against speedup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ditfastattn.tools.bench.harness import EAGER, OURS, Bench, Data, Group
+from ditfastattn.tools.bench.harness import Bench
+from ditfastattn.tools.bench.setup import EAGER, OURS, Data, Group
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
 
@@ -20,7 +21,7 @@ _LIBRARIES = ("ditfastattn", "torch", "diffusers", "cache-dit")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries compared; "absent" where one is not installed."""
+    """Return the versions of the compared libraries; "absent" if one is not installed."""
     found: dict[str, str] = {}
     for name in _LIBRARIES:
         try:
@@ -30,55 +31,55 @@ def versions() -> dict[str, str]:
     return found
 
 
-def calls_of(groups: Sequence[Group]) -> list[Data]:
-    """Return all lanes."""
-    return [lane for group in groups for lane in group["lanes"]]
+def records_of(groups: Sequence[Group]) -> list[Data]:
+    """Return the records of all contenders; their name in the JSON is ``lanes``."""
+    return [record for group in groups for record in group["lanes"]]
 
 
 def failures_of(groups: Sequence[Group]) -> list[Data]:
-    """Return what could not be measured, each with its reason."""
+    """Return the contenders that could not be measured, with reasons."""
     return [failure for group in groups for failure in group["failures"]]
 
 
-def best_at(lanes: Sequence[Data], level: float) -> dict[str, Data | None]:
-    """Return the fastest lane of ours, and of all peers, whose mean SSIM is at least ``level``.
+def best_at(records: Sequence[Data], level: float) -> dict[str, Data | None]:
+    """Return the fastest contender, ours and a peer's, with a mean SSIM of at least ``level``.
 
-    Nothing is interpolated; None where no measured lane is good enough.
+    Nothing is interpolated: None if no measured contender reaches the level.
     """
-    good = [lane for lane in lanes if lane["ssim"] >= level and lane["method"] != EAGER]
+    good = [record for record in records if record["ssim"] >= level and record["method"] != EAGER]
     return {
-        "ours": _fastest([lane for lane in good if lane["method"] == OURS]),
-        "peer": _fastest([lane for lane in good if lane["method"] != OURS]),
+        "ours": _fastest([record for record in good if record["method"] == OURS]),
+        "peer": _fastest([record for record in good if record["method"] != OURS]),
     }
 
 
-def _fastest(lanes: Sequence[Data]) -> Data | None:
-    if not lanes:
+def _fastest(records: Sequence[Data]) -> Data | None:
+    if not records:
         return None
-    best = max(lanes, key=lambda lane: float(lane["speedup"]["median"]))
+    best = max(records, key=lambda record: float(record["speedup"]["median"]))
     kept = {key: best[key] for key in ("method", "setting", "form", "ssim", "worst_ssim", "psnr")}
     return {**kept, "speedup": best["speedup"]["median"]}
 
 
 def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
-    """Return everything as JSON data."""
-    lanes, options = calls_of(groups), bench.options
+    """Return the record of a run as JSON data."""
+    records, setup = records_of(groups), bench.setup
     return {
-        "model": bench.model.name,
-        "weights": "trained" if bench.model.trained else "random: fidelity means nothing",
-        "steps": options.steps,
+        "model": setup.model.name,
+        "weights": "trained" if setup.model.trained else "random: fidelity means nothing",
+        "steps": setup.options.steps,
         "machine": machine(),
         "versions": versions(),
         "command": shlex.join(["ditfastattn", *sys.argv[1:]]),
-        "repetitions": options.repetitions,
-        "seeds": [prompt.seed for prompt in bench.prompts],
+        "repetitions": setup.options.repetitions,
+        "seeds": [prompt.seed for prompt in setup.prompts],
         "seconds": sum(group["seconds"] for group in groups),
-        "lowering": options.lowering,
+        "lowering": setup.options.lowering,
         "dense_compile_seconds": bench.dense_compile_seconds,
-        "best": [{"min_ssim": level, **best_at(lanes, level)} for level in SSIM_LEVELS]
-        if bench.model.trained
+        "best": [{"min_ssim": level, **best_at(records, level)} for level in SSIM_LEVELS]
+        if setup.model.trained
         else [],
-        "lanes": lanes,
+        "lanes": records,
         "forms": {group["method"]: group["forms"] for group in groups if "forms" in group},
         "failures": failures_of(groups),
     }
@@ -86,33 +87,33 @@ def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
 
 def show(console: Console, data: Data) -> None:
     """Print the tables."""
-    console.print(lane_table(data))
+    console.print(contender_table(data))
     for failure in data["failures"]:
         named = " ".join(part for part in (failure["method"], failure["setting"]) if part)
-        console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True, markup=False)
+        console.print(f"not measured: {named}: {failure['reason']}", soft_wrap=True)
     if data["best"]:
         console.print(best_table(data))
 
 
-def lane_table(data: Data) -> Table:
-    """Return a row per lane."""
+def contender_table(data: Data) -> Table:
+    """Return a row per contender."""
     table = Table(title=f"{data['model']}, {data['steps']} steps, against the compiled dense model")
     for heading in ("method", "setting", "form"):
         table.add_column(heading)
     for heading in ("speedup", "quartiles", "SSIM", "worst", "PSNR", "compile"):
         table.add_column(heading, justify="right")
-    for lane in data["lanes"]:
-        speedup = lane["speedup"]
+    for record in data["lanes"]:
+        speedup = record["speedup"]
         table.add_row(
-            lane["method"],
-            lane["setting"],
-            lane["form"],
+            record["method"],
+            record["setting"],
+            record["form"],
             f"{speedup['median']:.2f}x",
             f"{speedup['lower_quartile']:.2f}-{speedup['upper_quartile']:.2f}",
-            f"{lane['ssim']:.4f}",
-            f"{lane['worst_ssim']:.4f}",
-            f"{lane['psnr']:.1f} dB",
-            f"{lane['compile_seconds']:.0f} s",
+            f"{record['ssim']:.4f}",
+            f"{record['worst_ssim']:.4f}",
+            f"{record['psnr']:.1f} dB",
+            f"{record['compile_seconds']:.0f} s",
         )
     generations = f"medians of {data['repetitions']} generations, each of another prompt"
     table.caption = f"weights: {data['weights']}; {generations}"
@@ -120,7 +121,7 @@ def lane_table(data: Data) -> Table:
 
 
 def best_table(data: Data) -> Table:
-    """Return the fastest of ours and of the peers at each level of SSIM."""
+    """Return the fastest of ours and of the peers at each SSIM level."""
     table = Table(title="fastest measured point at a mean SSIM")
     table.add_column("SSIM at least", justify="right")
     table.add_column("ditfastattn", justify="right")
@@ -145,8 +146,8 @@ def draw(data: Data, ssim: Path, psnr: Path) -> None:
         ("psnr", psnr, f"PSNR to dense in dB, mean of {images}"),
     ):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for lane in data["lanes"]:
-            if lane["method"] != EAGER:
-                point = (float(lane["speedup"]["median"]), float(lane[quality]))
-                lines.setdefault(lane["method"], []).append(point)
+        for record in data["lanes"]:
+            if record["method"] != EAGER:
+                point = (float(record["speedup"]["median"]), float(record[quality]))
+                lines.setdefault(record["method"], []).append(point)
         curves(lines, path, "speedup over the compiled dense model (median of pairs)", label)

@@ -1,58 +1,94 @@
-"""Run the benchmark against the peers in the terminal, and write what it found."""
+"""``ditfastattn bench``: compare our plans with caching libraries."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from ditfastattn.core.files import write_text_atomically
-from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
-from ditfastattn.tools.bench.harness import Bench, BenchOptions
-from ditfastattn.tools.bench.models import BenchModel
-from ditfastattn.tools.bench.peers import PEERS
-from ditfastattn.tools.bench.report import as_json, draw, show, versions
-from ditfastattn.tools.measure import machine
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.options import (
+    CallArguments,
+    Classes,
+    Device,
+    Dtype,
+    Guidance,
+    MaxVariants,
+    Prompts,
+    Restart,
+    Steps,
+)
+from ditfastattn.tools.terminal import open_console
+
+ModelName = Annotated[str, typer.Option(help="demo, or the name of a model with random weights.")]
+PipelineInstead = Annotated[
+    str, typer.Option(help="A pipeline instead of the model: a folder or an id on the hub.")
+]
+PeerNames = Annotated[
+    str, typer.Option(help="Methods to compare with, separated by commas; or all, or none.")
+]
+Repetitions = Annotated[
+    int, typer.Option(min=10, help="Timed generations of each contender, each of another prompt.")
+]
+Budgets = Annotated[str, typer.Option(help="Drift budgets of our plans, separated by commas.")]
+Fractions = Annotated[
+    str,
+    typer.Option(
+        help="Further plans, by the fraction of attention FLOPs they keep, separated by commas."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")]
 
 
-def run_bench(
-    console: Console, model: BenchModel, options: BenchOptions, out: Path, restart: bool
-) -> dict[str, Any]:
-    """Measure, print tables, and write ``<model>-<steps>.json`` and two figures to ``out``.
+def bench(
+    model: ModelName = "demo",
+    pipeline: PipelineInstead = "",
+    classes: Classes = "0,3,5,8",
+    prompts: Prompts = None,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    call: CallArguments = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    peers: PeerNames = "all",
+    repetitions: Repetitions = 10,
+    budgets: Budgets = "0.06,0.09,0.13,0.16,0.2,0.3,0.37,0.45,0.6",
+    fractions: Fractions = "",
+    max_variants: MaxVariants = 0,
+    out: Out = Path("benchmarks/bench"),
+    restart: Restart = False,
+) -> None:
+    """Compare the speed and fidelity of our plans with those of caching libraries, in one run.
 
-    A run that was killed goes on with the methods that are left.
-
-    Raises:
-        ConfigError: an unfinished run with other arguments is in the way.
+    Every speedup is over the compiled dense model, timed in turns. An interrupted run resumes.
     """
-    name = f"{model.name}-{options.steps}"
-    path = out / f"{name}.json"
-    with open_checkpoint(path, restart) as checkpoint:
-        checkpoint.begin(_request(model, options))
-        bench = Bench(model, options, checkpoint, console.log)
-        data = as_json(bench, bench.run())
-        write_text_atomically(path, json.dumps(data, indent=1) + "\n")
-        if model.trained:
-            draw(data, out / f"{name}-ssim.png", out / f"{name}-psnr.png")
-        checkpoint.discard()
-    show(console, data)
-    console.print(f"wrote {path}")
-    return data
+    from ditfastattn.tools.bench import models, setup  # these load diffusers and matplotlib
+    from ditfastattn.tools.bench.peers import peers_named
+    from ditfastattn.tools.bench.run import run_bench
+
+    options = setup.BenchOptions(
+        steps,
+        peers_named(peers),
+        _numbers(budgets, "--budgets"),
+        repetitions,
+        max_variants,
+        fractions=_numbers(fractions, "--fractions"),
+    )
+    if pipeline:
+        opened = open_pipeline(pipeline, dtype, device)
+        arguments = Generation(None, guidance, call).arguments(opened, classes, prompts)
+        chosen = models.pipeline_model(Path(pipeline).name, opened, arguments)
+    else:
+        chosen = models.model_named(model)
+    run_bench(open_console(), chosen, options, out, restart)
 
 
-def _request(model: BenchModel, options: BenchOptions) -> dict[str, Any]:
-    """Return what two runs must share to be one; which peers is free."""
-    return {
-        "model": model.name,
-        "steps": options.steps,
-        "repetitions": options.repetitions,
-        "budgets": options.budgets,
-        "fractions": options.fractions,
-        "max_variants": options.max_variants,
-        "lowering": options.lowering,
-        "settings": {peer.name: [setting.label for setting in peer.settings] for peer in PEERS},
-        "machine": machine(),
-        "versions": versions(),
-    }
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if text)
+    except ValueError as error:
+        raise ConfigError(
+            "not a list of numbers", where=option, got=text, expected="for example 0.2,0.4"
+        ) from error

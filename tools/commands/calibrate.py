@@ -1,77 +1,178 @@
-"""Search with a progress bar, say beforehand what it will cost, and afterwards what came of it."""
+"""``ditfastattn calibrate``: search for a plan, or adapt one to other steps or another size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
 
-from ditfastattn.passes.plan.schema import Measured, Plan
-from ditfastattn.runtime.planned import summary
-from ditfastattn.runtime.search.record.work import SearchProgress
+import ditfastattn
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.site import CacheDtype
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET
+from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.window_choice import WindowForm
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.options import (
+    CallArguments,
+    Classes,
+    Compiler,
+    Device,
+    Dtype,
+    Guidance,
+    LowerBound,
+    MaxLatency,
+    MaxLpips,
+    MaxVariants,
+    MetricName,
+    MinClipScore,
+    MinPsnr,
+    MinSpeedup,
+    MinSsim,
+    PipelineName,
+    Prompts,
+    Restart,
+    Seed,
+    Steps,
+    Threshold,
+    UpperBound,
+)
+from ditfastattn.tools.commands.search_output import print_outcome, search_progress
+from ditfastattn.tools.commands.target import chosen_target
+from ditfastattn.tools.terminal import open_console
+
+Out = Annotated[Path, typer.Option(help="File to write the plan to.")]
+HeldOut = Annotated[str, typer.Option(help="Classes to validate the plan on.")]
+HeldOutPrompts = Annotated[
+    Path | None,
+    typer.Option(help="Prompts to validate the plan on. Default: --prompts with new seeds."),
+]
+HowToChoose = Annotated[Method, typer.Option(help="How strategies are chosen.")]
+WhatToSave = Annotated[Objective, typer.Option(help="What to save.")]
+MaxCacheMb = Annotated[
+    float, typer.Option(min=0.0, help="Most MiB of caches for one image. 0: no cap.")
+]
+StoredAs = Annotated[
+    CacheDtype | None, typer.Option(help="Dtype of the caches. Default: the model's.")
+]
+AttentionOnly = Annotated[bool, typer.Option(help="Leave the feed-forward layers unchanged.")]
+HeadGroups = Annotated[
+    int,
+    typer.Option(min=1, help="Groups of heads with strategies of their own. 1: no groups."),
+]
+Windows = Annotated[
+    WindowForm,
+    typer.Option(help="A band of the sequence, tiles of the grid, or per site the better."),
+]
+Retarget = Annotated[
+    Path | None,
+    typer.Option(help="Adapt this plan to the given steps or resolution, and validate it."),
+]
 
 
-@contextmanager
-def search_progress(console: Console) -> Generator[Callable[[SearchProgress], None]]:
-    """Show a search's progress; yield what to hand it as ``on_progress``.
+def calibrate(
+    out: Out = Path("plan.json"),
+    pipeline: PipelineName = "",
+    classes: Classes = "0,3,5,8",
+    held_out: HeldOut = "1,4,6,9",
+    prompts: Prompts = None,
+    held_out_prompts: HeldOutPrompts = None,
+    steps: Steps = 20,
+    guidance: Guidance = None,
+    call: CallArguments = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    min_ssim: MinSsim = None,
+    min_psnr: MinPsnr = None,
+    max_lpips: MaxLpips = None,
+    min_clip_score: MinClipScore = None,
+    min_speedup: MinSpeedup = None,
+    max_latency: MaxLatency = None,
+    threshold: Threshold = None,
+    metric: MetricName = "",
+    at_least: LowerBound = None,
+    at_most: UpperBound = None,
+    method: HowToChoose = Method.AUTO,
+    objective: WhatToSave = Objective.LATENCY,
+    max_variants: MaxVariants = 0,
+    max_cache_mb: MaxCacheMb = 0.0,
+    cache_dtype: StoredAs = None,
+    attention_only: AttentionOnly = False,
+    head_groups: HeadGroups = 1,
+    windows: Windows = WindowForm.AUTO,
+    lowering: Compiler = Lowering.INDUCTOR,
+    seed: Seed = 0,
+    restart: Restart = False,
+    retarget: Retarget = None,
+) -> None:
+    """Search for the fastest plan that meets a target, and write it as JSON.
 
-    The estimate printed first is an upper one: every round used.
+    An interrupted search resumes when the command is run again.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}% of the longest search"),
-        TimeElapsedColumn(),
+    target = chosen_target(
+        min_ssim,
+        min_psnr,
+        max_lpips,
+        min_clip_score,
+        min_speedup,
+        max_latency,
+        threshold,
+        metric,
+        at_least,
+        at_most,
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("searching", total=1.0)
-        announced: list[str] = []
-
-        def show(progress: SearchProgress) -> None:
-            if not announced:
-                bar.console.print(
-                    f"the search takes at most {progress.at_most:.0f} evaluations of the model, "
-                    f"about {progress.seconds_left / 60:.1f} minutes"
-                )
-                announced.append(progress.phase)
-            bar.update(
-                task,
-                completed=progress.done / max(progress.at_most, 1.0),
-                description=progress.phase,
+    loaded = open_pipeline(pipeline, dtype, device)
+    generation = Generation(steps, guidance, call)
+    seen = generation.arguments(loaded, classes, prompts)
+    again = prompts is not None and held_out_prompts is None
+    unseen = None if again else generation.arguments(loaded, held_out, held_out_prompts)
+    console = open_console()
+    with search_progress(console) as show:
+        if retarget is None:
+            plan = ditfastattn.calibrate(
+                loaded,
+                seen,
+                target=target or DEFAULT_TARGET,
+                held_out=unseen,
+                method=method,
+                objective=objective,
+                max_variants=max_variants,
+                max_cache_mb=max_cache_mb,
+                cache_dtype=cache_dtype,
+                attention_only=attention_only,
+                head_groups=head_groups,
+                windows=windows,
+                lowering=lowering,
+                seed=seed,
+                out=out,
+                restart=restart,
+                on_progress=show,
             )
+        else:
+            plan = ditfastattn.retarget(
+                loaded,
+                _plan_to_adapt(retarget, out),
+                seen,
+                target=target,
+                held_out=unseen,
+                seed=seed,
+                out=out,
+                on_progress=show,
+            )
+    print_outcome(console, plan)
+    console.print(f"wrote {out}")
 
-        yield show
-        bar.update(task, completed=1.0, description="done")
 
-
-def print_outcome(console: Console, plan: Plan) -> None:
-    """Print what a search found, and what it measured of it."""
-    found = plan.calibration
-    console.print(f"plan: {summary(plan)}", soft_wrap=True)
-    if found.target is not None:
-        sign = ">=" if found.target.at_least else "<="
-        console.print(f"target: {found.target.name} {sign} {found.target.bound:g}")
-    for label, measured in (("calibration", found.calibrated), ("held-out", found.held_out)):
-        if measured is not None:
-            console.print(f"{label} prompts: {_described(measured)}")
-    if found.measured_speedup is not None:
-        console.print(
-            f"speedup, both compiled: {found.measured_speedup:.2f}x, "
-            f"{found.measured_seconds:.3g} s per generation"
+def _plan_to_adapt(plan: Path, out: Path) -> Plan:
+    if plan.resolve() == out.resolve():
+        raise ConfigError(
+            "the plan to adapt would be overwritten",
+            where="--retarget and --out",
+            got=plan,
+            remedy="write the adapted plan to another file",
         )
-    elif found.predicted_speedup is not None:
-        console.print(
-            f"speedup predicted from the strategies' latencies: {found.predicted_speedup:.2f}x "
-            "(`ditfastattn validate` measures it)"
-        )
-    console.print(f"caches: at most {found.cache_bytes / 2**20:.1f} MiB for one image")
-    console.print(
-        f"search: {found.method}, {found.rounds} rounds, {found.forwards:.0f} evaluations of the "
-        f"model, {found.seconds:.0f} s"
-    )
-
-
-def _described(measured: Measured) -> str:
-    return f"worst of {measured.prompts} {measured.worst:.4g}, mean {measured.mean:.4g}"
+    return Plan.load(plan)

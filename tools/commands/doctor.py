@@ -1,11 +1,11 @@
-"""Say what is installed, which runtimes can build and run here, why not, and what to install."""
+"""``ditfastattn doctor``: show what is installed, what can run here, why not, and the remedy."""
 
 from __future__ import annotations
 
 import importlib
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,11 +16,17 @@ from rich.table import Table
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.tensorrt.library import CURRENT, find_library
+from ditfastattn.tools.terminal import open_console
+
+
+def doctor() -> None:
+    """Show what is installed, what can run here, why not, and what to install."""
+    show_findings(open_console(), examine())
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Hold what was found of one part: ``can`` is what it can do here, ``cannot`` why not more."""
+    """What was found of one part: ``can`` is what it can do here, ``cannot`` why not more."""
 
     name: str
     version: str
@@ -29,8 +35,21 @@ class Finding:
     remedy: str = ""
 
 
+def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """Print a table, then the remedies: commands to copy, which a table's columns would break."""
+    table = Table(title="what ditfastattn can use here")
+    for column in ("part", "version", "can", "cannot"):
+        table.add_column(column)
+    for found in findings:
+        table.add_row(found.name, found.version or "-", found.can or "-", found.cannot)
+    console.print(table)
+    for found in findings:
+        if found.remedy:
+            console.print(f"{found.name}: {found.remedy}", soft_wrap=True)
+
+
 def examine() -> list[Finding]:
-    """Look at every part that ditfastattn can use; nothing is loaded onto a device."""
+    """Examine every part that ditfastattn can use; nothing is loaded onto a device."""
     checks: tuple[Callable[[], Finding], ...] = (
         _torch,
         _compiler,
@@ -38,8 +57,8 @@ def examine() -> list[Finding]:
         lambda: _tensorrt("tensorrt_rtx", "tensorrt-rtx"),
         lambda: _tensorrt("tensorrt", "tensorrt"),
         lambda: _package("diffusers", "run and calibrate pipelines"),
-        lambda: _package("peft", "see LoRA adapters"),
-        lambda: _package("cache-dit", "be compared with by `ditfastattn bench`", "[bench]"),
+        lambda: _package("peft", "recognise LoRA adapters"),
+        lambda: _package("cache-dit", "be compared in `ditfastattn bench`", "[bench]"),
     )
     return [check() for check in checks]
 
@@ -72,7 +91,7 @@ def _compiler() -> Finding:
     if found:
         return Finding("C++ compiler", found, "compile for the CPU (Inductor)")
     return Finding(
-        "C++ compiler", "", "", "none is on the PATH", "install g++ or clang++ for torch.compile"
+        "C++ compiler", "", "", "not on the PATH", "install g++ or clang++ for torch.compile"
     )
 
 
@@ -87,7 +106,7 @@ def _onnxruntime() -> Finding:
             "onnxruntime",
             version,
             "",
-            "both packages are installed, and overwrite each other",
+            "both packages are installed and overwrite each other",
             "pip uninstall onnxruntime onnxruntime-gpu, then install one of them",
         )
     runtime, reason = _imported("onnxruntime")
@@ -116,18 +135,24 @@ def _tensorrt(module: str, distribution: str) -> Finding:
                 distribution,
                 version,
                 f"build engines for {', '.join(named)}",
-                f"this GPU, {own}, is none of them",
-                'pip install "ditfastattn[tensorrt]", which builds for every GPU that it runs on',
+                f"this GPU, {own}, is not among them",
+                'pip install "ditfastattn[tensorrt]", which builds for the GPU it runs on',
             )
         return Finding(distribution, version, f"build engines and run them on this GPU ({own})")
     if not named:
-        return Finding(distribution, version, "", "it builds on the GPU alone", "install a GPU")
+        return Finding(
+            distribution,
+            version,
+            "",
+            "it builds only on a machine with a GPU",
+            "use a machine with a GPU",
+        )
     return Finding(
         distribution,
         version,
         f"build engines for {', '.join(named)}",
-        "no CUDA device: none can run here",
-        "run them on a machine with a GPU",
+        "no CUDA device: engines cannot run here",
+        "run the engines on a machine with a GPU",
     )
 
 
@@ -135,16 +160,4 @@ def _imported(module: str) -> tuple[Any, str]:
     try:
         return importlib.import_module(module), ""
     except Exception as error:  # a broken library may raise anything
-        return None, f"it does not load: {error}"
-
-
-def run_doctor(console: Console) -> None:
-    """Print what was found."""
-    table = Table(title="what ditfastattn can use here")
-    for column in ("part", "version", "can", "cannot", "remedy"):
-        table.add_column(column)
-    for found in examine():
-        table.add_row(
-            found.name, found.version or "-", found.can or "-", found.cannot, found.remedy
-        )
-    console.print(table)
+        return None, f"it fails to load: {error}"

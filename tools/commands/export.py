@@ -1,25 +1,82 @@
-"""Export a bundle in the terminal, and verify one."""
+"""``ditfastattn export``: write a bundle of ONNX graphs, and build engines of it if asked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import ditfastattn
-from ditfastattn.core.errors import TargetMissedError
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.tensorrt.engines import Layout
+from ditfastattn.runtime.tensorrt.library import CURRENT
+from ditfastattn.tools.commands.build import build_engines
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.options import (
+    CallArguments,
+    Classes,
+    EngineLayout,
+    EngineTarget,
+    Guidance,
+    PipelineName,
+    Prompts,
+)
+from ditfastattn.tools.terminal import open_console, progress_bar
 
 _MEGABYTE = 2**20
 
+PlanToExport = Annotated[
+    Path | None, typer.Option(help="The plan. Default: none, export the dense model.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write the bundle to.")]
+CastTo = Annotated[
+    str, typer.Option(help="float32, float16 or bfloat16. Default: the model's dtype.")
+]
+FixedBatch = Annotated[bool, typer.Option(help="Fix the batch size.")]
+Loop = Annotated[bool, typer.Option(help="Also write a whole generation as one graph.")]
+Engines = Annotated[bool, typer.Option(help="Build TensorRT engines afterwards.")]
 
-def run_export(
+
+def export(
+    plan: PlanToExport = None,
+    out: Out = Path("bundle"),
+    pipeline: PipelineName = "",
+    classes: Classes = "3",
+    prompts: Prompts = None,
+    guidance: Guidance = None,
+    call: CallArguments = "",
+    dtype: CastTo = "",
+    fixed_batch: FixedBatch = False,
+    loop: Loop = False,
+    tensorrt: Engines = False,
+    target: EngineTarget = CURRENT,
+    layout: EngineLayout = Layout.AUTO,
+) -> None:
+    """Export the model, run by a plan, as a bundle of ONNX graphs that share one weights file."""
+    if layout is not Layout.AUTO and not tensorrt:
+        raise ConfigError(
+            "a layout was given, and no engines are built",
+            where="--layout",
+            got=layout.value,
+            remedy="add --tensorrt, or give the layout to `ditfastattn build`",
+        )
+    loaded = None if plan is None else Plan.load(plan)
+    opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
+    steps = 1 if loaded is None else loaded.sampler.steps
+    arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
+    console = open_console()
+    with_loop = loop or layout is Layout.LOOP
+    write_bundle(console, opened, arguments, loaded, out, dtype, not fixed_batch, with_loop)
+    if tensorrt:
+        build_engines(console, out, target, layout)
+
+
+def write_bundle(
     console: Console,
     pipeline: Any,
     call: Mapping[str, Any],
@@ -29,14 +86,8 @@ def run_export(
     dynamic_batch: bool,
     loop: bool,
 ) -> Manifest:
-    """Export with a progress bar, and say what was written."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("capturing", total=None)
-
-        def show(what: str, done: int, of: int) -> None:
-            progress.update(task, description=what, completed=done, total=of)
-
+    """Export with a progress bar, and print what was written."""
+    with progress_bar(console, "capturing", total=None) as advance:
         manifest = ditfastattn.export(
             pipeline,
             call,
@@ -45,49 +96,13 @@ def run_export(
             dtype=dtype,
             dynamic_batch=dynamic_batch,
             loop=loop,
-            on_progress=show,
+            on_progress=advance,
         )
     weights = manifest.files[manifest.weights].bytes / _MEGABYTE
     graphs = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".onnx"))
     console.print(
         f"wrote {out}: {len(manifest.variants)} step variants for {len(manifest.schedule)} steps, "
-        f"{weights:.1f} MiB of weights shared by all, {graphs / _MEGABYTE:.1f} MiB of graphs"
+        f"{weights:.1f} MiB of shared weights, {graphs / _MEGABYTE:.1f} MiB of graphs",
+        soft_wrap=True,
     )
     return manifest
-
-
-def run_verify(
-    console: Console,
-    folder: Path,
-    pipeline: Any,
-    call: Mapping[str, Any],
-    runtime: str = "onnx",
-) -> None:
-    """Compare a bundle with its model and print the differences.
-
-    Raises:
-        TargetMissedError: they differ by more than rounding explains.
-    """
-    if runtime == "tensorrt" and torch.cuda.is_available():
-        pipeline.to("cuda")
-    found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
-    table = Table(title="bundle and torch model, the same inputs")
-    for column in ("step variant", "largest error"):
-        table.add_column(column, justify="left" if column == "step variant" else "right")
-    for file, error in found.variant_errors.items():
-        table.add_row(file, f"{error:.1e}")
-    console.print(table)
-    error, psnr = found.bounds
-    console.print(f"a whole generation: PSNR {found.psnr:.1f} dB (at least {psnr:g})")
-    if found.loop_error:
-        console.print(
-            f"the unrolled loop: its latents' largest error {found.loop_error:.1e} of the largest"
-        )
-    if not found.passed:
-        raise TargetMissedError(
-            "the bundle does not compute what its model does",
-            where=str(folder),
-            got=f"error {max(found.step_errors):.1e}, PSNR {found.psnr:.1f} dB",
-            expected=f"at most {error:.0e}, at least {psnr:g} dB",
-            remedy="export it again; report it if that does not help",
-        )

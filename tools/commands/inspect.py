@@ -1,4 +1,4 @@
-"""Show a plan in the terminal."""
+"""``ditfastattn inspect``: show a plan in the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from rich.text import Text
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.tools.commands.options import PlanFile
+from ditfastattn.tools.terminal import open_console
+
+
+def inspect(plan: PlanFile) -> None:
+    """Show what a plan is for and what it does at each step."""
+    show_plan(open_console(), Plan.load(plan), str(plan))
 
 
 def show_plan(console: Console, plan: Plan, name: str) -> None:
@@ -24,7 +31,7 @@ def show_plan(console: Console, plan: Plan, name: str) -> None:
 
 
 def facts(plan: Plan, name: str) -> Table:
-    """Return what the plan holds for and how it was found."""
+    """Return what the plan is for and how it was found."""
     table = Table(title=name, show_header=False)
     table.add_column()
     table.add_column()

@@ -1,26 +1,111 @@
-"""Validate a plan in the terminal: a table of quality, of drift and of speed, and the verdict."""
+"""``ditfastattn validate``: measure a plan's quality, drift and speed on new prompts."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
-from rich.table import Table
 
+import ditfastattn
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.planned import summary
-from ditfastattn.runtime.search.judge.drift import decibels
 from ditfastattn.runtime.search.judge.targets import Target
-from ditfastattn.runtime.search.judge.validate import Validation, validate
-from ditfastattn.runtime.search.measure.timing import PairedTiming
-from ditfastattn.tools.measure import machine
+from ditfastattn.runtime.search.judge.validate import DEFAULT_REPETITIONS, DEFAULT_SEED
+from ditfastattn.runtime.search.record.planned_target import metric_bound
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.options import (
+    CallArguments,
+    Classes,
+    Compiler,
+    Device,
+    Dtype,
+    LowerBound,
+    MaxLatency,
+    MaxLpips,
+    MetricName,
+    MinClipScore,
+    MinPsnr,
+    MinSpeedup,
+    MinSsim,
+    PipelineName,
+    PlanFile,
+    Prompts,
+    UpperBound,
+)
+from ditfastattn.tools.commands.target import chosen_target
+from ditfastattn.tools.commands.validation_output import as_json, show_validation
+from ditfastattn.tools.terminal import open_console, spinner
+
+MeasureSpeed = Annotated[bool, typer.Option(help="Also compile and time generations.")]
+Repetitions = Annotated[
+    int, typer.Option(min=1, help="Timed generations of each model; every prompt is timed.")
+]
+NoiseSeed = Annotated[
+    int, typer.Option(help="First seed of the noise. Searches do not use the default.")
+]
+Out = Annotated[Path | None, typer.Option(help="JSON file to write the measurements to.")]
+
+
+def validate(
+    plan: PlanFile,
+    pipeline: PipelineName = "",
+    classes: Classes = "0,1,2,3,4,5,6,7,8,9",
+    prompts: Prompts = None,
+    call: CallArguments = "",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    min_ssim: MinSsim = None,
+    min_psnr: MinPsnr = None,
+    max_lpips: MaxLpips = None,
+    min_clip_score: MinClipScore = None,
+    min_speedup: MinSpeedup = None,
+    max_latency: MaxLatency = None,
+    metric: MetricName = "",
+    at_least: LowerBound = None,
+    at_most: UpperBound = None,
+    speed: MeasureSpeed = True,
+    lowering: Compiler = Lowering.INDUCTOR,
+    repetitions: Repetitions = DEFAULT_REPETITIONS,
+    seed: NoiseSeed = DEFAULT_SEED,
+    out: Out = None,
+) -> None:
+    """Measure a plan's quality and speed on new prompts. Exit with 1 if it misses its target.
+
+    The target is the one the plan was searched for, unless another is given.
+    """
+    loaded = Plan.load(plan)
+    if metric and at_least is None and at_most is None:
+        at_least, at_most = metric_bound(loaded)
+    target = chosen_target(
+        min_ssim,
+        min_psnr,
+        max_lpips,
+        min_clip_score,
+        min_speedup,
+        max_latency,
+        None,
+        metric,
+        at_least,
+        at_most,
+    )
+    opened = open_pipeline(pipeline, dtype, device)
+    validate_plan(
+        open_console(),
+        opened,
+        loaded,
+        Generation(call=call).arguments(opened, classes, prompts),
+        target=target,
+        speed=speed,
+        lowering=lowering,
+        repetitions=repetitions,
+        seed=seed,
+        out=out,
+    )
 
 
 def validate_plan(
@@ -36,13 +121,13 @@ def validate_plan(
     seed: int,
     out: Path | None,
 ) -> None:
-    """Measure ``plan`` anew, print and write what was found.
+    """Measure ``plan`` on the prompts of ``call``; print and write the measurements.
 
     Raises:
-        TargetMissedError: the target is missed.
+        TargetMissedError: the plan misses the target.
     """
-    with console.status("starting") as status:
-        found = validate(
+    with spinner(console, "starting") as show:
+        found = ditfastattn.validate(
             pipeline,
             plan,
             call,
@@ -51,124 +136,10 @@ def validate_plan(
             lowering=lowering,
             repetitions=repetitions,
             seed=seed,
-            on_progress=status.update,
+            on_progress=show,
         )
     show_validation(console, plan, found)
     if out is not None:
         write_text_atomically(out, json.dumps(as_json(plan, found), indent=1) + "\n")
-        console.print(f"wrote {out}")
+        console.print(f"wrote {out}", soft_wrap=True)
     found.require()
-
-
-def show_validation(console: Console, plan: Plan, found: Validation) -> None:
-    """Print what was measured of ``plan``."""
-    console.print(f"plan: {summary(plan)}", soft_wrap=True)
-    console.print(quality_table(found))
-    console.print(drift_table(found))
-    console.print(found.drift.describe(), soft_wrap=True)
-    if found.timing is None:
-        console.print("speed was not measured")
-    else:
-        console.print(speed_table(found.timing, found.lowering))
-    console.print(verdict(found), soft_wrap=True)
-
-
-def quality_table(found: Validation) -> Table:
-    """Return mean and worst of each metric, of the planned images against dense eager ones."""
-    ran = "eager" if found.lowering is Lowering.EAGER else "compiled"
-    table = Table(title=f"quality, {len(found.seeds)} prompts")
-    table.add_column(f"planned {ran} against dense eager")
-    table.add_column("mean", justify="right")
-    table.add_column("worst", justify="right")
-    for quality in found.qualities:
-        unit = quality.unit
-        table.add_row(quality.label, f"{quality.mean:.4g}{unit}", f"{quality.worst:.4g}{unit}")
-    return table
-
-
-def drift_table(found: Validation) -> Table:
-    """Return the mean squared error of each way to generate, to dense eager images."""
-    table = Table(title="drift to dense eager images, pixels in [0, 1]")
-    for heading in ("", "mean squared error", "PSNR"):
-        table.add_column(heading, justify="right" if heading else "left")
-    drift = found.drift
-    rows = {
-        "compilation alone (dense compiled)": drift.compilation,
-        "plan alone (planned eager)": drift.plan,
-        "both (planned compiled)": drift.both,
-    }
-    for label, error in rows.items():
-        if error is None:
-            table.add_row(label, "not measured", "")
-        else:
-            table.add_row(label, f"{error:.3g}", f"{decibels(error):.1f} dB")
-    return table
-
-
-def speed_table(timing: PairedTiming, lowering: Lowering) -> Table:
-    """Return seconds per generation and the speedup of each pair."""
-    compiled = lowering is Lowering.INDUCTOR
-    table = Table(title="speed, both compiled" if compiled else "speed, nothing compiled")
-    for heading in ("", "median", "quartiles"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = {
-        "dense, seconds per generation": (timing.baseline, "", 3),
-        "planned, seconds per generation": (timing.candidate, "", 3),
-        "speedup": (timing.speedup, "x", 2),
-    }
-    for label, (part, unit, places) in rows.items():
-        middle, low, high = (
-            f"{number:.{places}f}{unit}"
-            for number in (part.median, part.lower_quartile, part.upper_quartile)
-        )
-        table.add_row(label, middle, f"{low} to {high}")
-    table.caption = f"{len(timing.speedup.samples)} pairs"
-    return table
-
-
-def verdict(found: Validation) -> str:
-    """Return a sentence: which target, and whether it is met."""
-    if found.target is None:
-        return "target: the plan records none: nothing to check"
-    described = found.target.describe()
-    if found.met is None:
-        return f"target: {described}: nothing to check on images"
-    return f"target: {described}: {'met' if found.met else 'missed'} ({found.reached:.4g})"
-
-
-def as_json(plan: Plan, found: Validation) -> dict[str, Any]:
-    """Return the measurements as JSON data; an infinite number is its name."""
-    target = found.target
-    data = {
-        "machine": machine(),
-        "plan": summary(plan),
-        "sampler": plan.sampler.model_dump(include={"scheduler", "steps", "guidance_scale"}),
-        "target": target
-        and {"name": target.name, "bound": target.bound, "at_least": target.at_least},
-        "met": found.met,
-        "reached": found.reached,
-        "lowering": found.lowering,
-        "seeds": found.seeds,
-        "qualities": [
-            {**asdict(quality), "mean": quality.mean, "worst": quality.worst}
-            for quality in found.qualities
-        ],
-        "drift": {
-            **asdict(found.drift),
-            "plan_share": found.drift.plan_share,
-            "summary": found.drift.describe(),
-        },
-        "timing": found.timing and asdict(found.timing),
-    }
-    finite: dict[str, Any] = _finite(data)
-    return finite
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    if isinstance(data, Mapping):
-        return {key: _finite(item) for key, item in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(item) for item in data]
-    return data

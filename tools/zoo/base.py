@@ -1,4 +1,4 @@
-"""Describe one tiny model: a class of diffusers, a configuration, and a step's call."""
+"""Tiny models: a class of diffusers, a configuration, and the call of one step."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Call = Callable[
-    [int, float], dict[str, Any]
-]  # (batch, timestep) -> the forward's keyword arguments
+# (batch, timestep) -> the forward's keyword arguments
+Call = Callable[[int, float], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """Hold how to build and call one class of diffusers with few, random weights.
+    """How to build and call one class of diffusers with few, random weights.
 
-    ``call(batch, timestep)`` returns the keyword arguments of one denoising step, the same for the
-    same arguments: latents that both halves of the batch share, as batched guidance has them, and
-    conditions that differ between lanes. ``batch`` is even, or 1.
+    ``call(batch, timestep)`` returns the keyword arguments of one denoising step and is
+    deterministic. As in batched guidance, both halves of the batch have the same latents;
+    conditions differ between samples. ``batch`` is even, or 1.
     """
 
     name: str  # of the class, as diffusers exports it
     config: dict[str, Any]
     call: Call
     timesteps: tuple[float, ...] = field(default=(900.0, 700.0, 500.0, 300.0))
-    argument: str = "timestep"  # the forward's name of it
+    argument: str = "timestep"  # its name in the forward
 
     def build(self, seed: int = 0) -> torch.nn.Module:
-        """Return the model in eval mode, weights random, none of its gates zero."""
+        """Return the model in eval mode with random weights; no gate is zero."""
         import diffusers
 
         torch.manual_seed(seed)
@@ -42,8 +41,22 @@ class ZooModel:
         return model.eval()
 
 
+@dataclass(frozen=True)
+class UnfilledModel(ZooModel):
+    """Build a class that leaves some parameters as ``torch.empty`` made them."""
+
+    def build(self, seed: int = 0) -> torch.nn.Module:
+        """Return the model with those parameters random too."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)  # fills empty tensors with NaN
+        try:
+            return super().build(seed)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
 def noise(seed: int, *shape: int) -> Tensor:
-    """Return standard normal noise that ``seed`` fixes."""
+    """Return standard normal noise from ``seed``."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,4 +1,4 @@
-"""Try the compiler on one tiny model: sites, a mixed plan against the reference, export."""
+"""Try the compiler on one tiny model: its sites, a mixed plan against the reference, export."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _AFFINE = {
 
 @dataclass(frozen=True)
 class Trial:
-    """Hold what the compiler made of one model.
+    """What the compiler made of one model.
 
-    ``error`` is the largest difference of a mixed plan's outputs from the plan interpreter's,
-    relative to the largest output; ``program_error`` that of the same plan over what torch.export
-    makes of the model, ``onnx_error`` the exported bundle's, with ``no_program`` and ``no_onnx``
-    the reasons where there is none.
+    ``error`` is the largest difference between a mixed plan's outputs and the plan interpreter's,
+    relative to the largest output. ``program_error`` is the same for the plan over the graph of
+    torch.export, ``onnx_error`` for the exported bundle; ``no_program`` and ``no_onnx`` say why
+    there is none.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Trial:
 def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = False) -> Trial:
     """Compile ``zoo`` by a random plan of every legal strategy and compare with the reference.
 
-    With ``program`` it is captured by torch.export as well, with ``onnx`` exported to ONNX.
+    With ``program`` it is also captured by torch.export, with ``onnx`` also exported to ONNX.
 
     Raises:
-        Exception: whatever Dynamo, or a pass, makes of a model it does not take.
+        Exception: Dynamo, or a pass, does not support the model.
     """
     torch._dynamo.reset()
     model = zoo.build(seed)
@@ -112,10 +112,10 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
 
 
 def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
-    """Return how often Dynamo, where it may, breaks the graph of one call; -1 if it has none.
+    """Return the number of graph breaks of one call if Dynamo may break graphs; -1: no graph.
 
     Raises:
-        Exception: whatever stops Dynamo, or the model.
+        Exception: Dynamo, or the model, fails.
     """
     torch._dynamo.reset()
     model = zoo.build(seed)
@@ -127,7 +127,7 @@ def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
 def _by_torch_export(
     trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
 ) -> Trial:
-    """Run ``plan`` over what torch.export makes of the model: other sites would be refused."""
+    """Run ``plan`` over the graph of torch.export, which must have the same sites."""
     calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
     try:
         with torch.no_grad():
@@ -138,18 +138,18 @@ def _by_torch_export(
         with torch.no_grad():
             found = [_tensor(planned(**call)) for call in calls]
         return replace(trial, program_error=relative_error(found, expected))
-    except Exception as error:  # a survey reports whatever stands in the way
+    except Exception as error:  # a survey reports every failure
         return replace(trial, no_program=reason_of(error))
 
 
 def _differing(found: SiteReport, wanted: SiteReport) -> str:
-    """Name the sites that only one of two captures has, or has otherwise."""
+    """Name the sites that differ between two captures."""
     pairs = zip_longest(map(_seen, found.sites), map(_seen, wanted.sites))
     return "; ".join(f"{one} for {other}" for one, other in pairs if one != other)
 
 
 def _seen(site: Site) -> tuple[object, ...]:
-    """Return what must not depend on the door: all but the names of nodes."""
+    """Return what both captures must agree on: everything but the names of nodes."""
     return (
         *(planned_site(site), site.ordinal, len(site.exits), site.grid, site.windows, site.text),
         *(site.no_window, site.no_shared_guidance),
@@ -166,7 +166,7 @@ def _exported(
             export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle")
             bundle = load(Path(folder) / "bundle")
             error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
-        except Exception as found:  # a survey reports whatever stands in the way
+        except Exception as found:  # a survey reports every failure
             reason = reason_of(found)
     return replace(trial, onnx_error=error, no_onnx=reason)
 
@@ -180,7 +180,7 @@ def mixed_plan(
 ) -> Plan:
     """Return a plan over ``sites`` of ``every`` in which each legal strategy may occur."""
     static = static_tensors(captured.graph, captured.tensors)
-    rows = mixed_strategies(sites, seed, len(timesteps), _bent(captured, sites))
+    rows = mixed_strategies(sites, seed, len(timesteps), _not_affine(captured, sites))
     return Plan(
         model=fingerprint(captured.graph, every, static),
         inputs=input_shapes(captured.graph),
@@ -191,10 +191,10 @@ def mixed_plan(
     )
 
 
-def _bent(captured: CapturedCall, sites: Sequence[Site]) -> frozenset[str]:
-    """Return the sites behind which something that is not affine belongs to them, such as a norm.
+def _not_affine(captured: CapturedCall, sites: Sequence[Site]) -> frozenset[str]:
+    """Return the sites whose outputs pass something that is not affine, such as a norm.
 
-    There a curve through outputs is another one than the interpreter's, who extrapolates before it.
+    The graph extrapolates behind it and the interpreter before it, so they differ.
     """
     graph = captured.graph.module.graph
     positions = [i for i, entry in enumerate(captured.graph.inputs) if entry.static]
@@ -215,12 +215,12 @@ def mixed_strategies(
     sites: Sequence[Site],
     seed: int,
     steps: int,
-    bent: frozenset[str] = frozenset(),
+    not_affine: frozenset[str] = frozenset(),
     layout: CfgLayout = CfgLayout.COND_FIRST,
 ) -> list[tuple[Strategy, ...]]:
     """Return a random legal schedule in which every legal strategy of every site may occur.
 
-    The sites ``bent`` do not extrapolate.
+    The sites ``not_affine`` do not extrapolate.
     """
     generator = random.Random(seed)
     histories = [START.after(Strategy.FULL)] * len(sites)
@@ -231,7 +231,7 @@ def mixed_strategies(
             legal = [
                 strategy
                 for strategy in legal_strategies(site, layout, histories[index])
-                if not (strategy.extrapolates and site.name in bent)
+                if not (strategy.extrapolates and site.name in not_affine)
             ]
             row.append(generator.choice(legal))
             histories[index] = histories[index].after(row[-1])
@@ -245,7 +245,7 @@ def reference(
     sites: Sequence[Site],
     calls: Sequence[dict[str, Any]],
 ) -> list[Tensor]:
-    """Return the outputs that the plan interpreter gives."""
+    """Return the plan interpreter's outputs."""
     interpreter = PlanInterpreter(plan.strategies, sites, plan.sampler.cfg_layout)
     results: list[Tensor] = []
     for step, call in enumerate(calls):
@@ -262,7 +262,7 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an exception says, without the places in files that tell nothing here."""
+    """Return the message of an exception without the paths of files."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     got = next((line.removeprefix("  got:").strip() for line in lines if "  got:" in line), "")
     if isinstance(error, ConfigError):  # what went wrong ends the line before what was got

@@ -28,7 +28,7 @@ from ditfastattn.runtime.pipeline.prompts import (
 from ditfastattn.runtime.search.judge.drift import Drift, mean_squared_error
 from ditfastattn.runtime.search.judge.quality import Quality, compare
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.lane import dense_lane, planned_lane
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
 from ditfastattn.runtime.search.record.planned_target import target_of
 
@@ -173,8 +173,8 @@ class _Pair:
         lowering: Lowering,
         timestep: str,
     ) -> None:
-        self.dense = dense_lane(pipeline, prompts, lowering)
-        self.planned = planned_lane(pipeline, plan, prompts, lowering, timestep)
+        self.dense = dense_contender(pipeline, prompts, lowering)
+        self.planned = planned_contender(pipeline, plan, prompts, lowering, timestep)
         self._least, self._lowering = len(prompts), lowering
 
     def time(self, repetitions: int, tell: Callable[[str], None]) -> PairedTiming:

@@ -15,7 +15,7 @@ from ditfastattn import ConfigError, Plan, Target, TargetMissedError
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools import benchmark_search
 from ditfastattn.tools.commands import app as cli
-from ditfastattn.tools.commands.target_options import chosen_target
+from ditfastattn.tools.commands.target import chosen_target
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import tiny_digits_pipeline
 
@@ -74,7 +74,7 @@ def test_a_metric_is_imported_by_name() -> None:
     [
         ((0.9, 30.0, *NONE[2:], "", None, None), "one target"),
         ((0.9, *NONE[1:], "math:floor", 0.1, None), r"one target[\s\S]*--metric"),
-        ((*NONE, "", 0.1, None), "no metric for this bound"),
+        ((*NONE, "", 0.1, None), "this bound has no metric"),
         ((*NONE, "math:nothing", 0.1, None), "cannot import the metric"),
         ((*NONE, "nowhere.at.all:x", 0.1, None), "cannot import the metric"),
         ((*NONE, "math", 0.1, None), "cannot import the metric"),

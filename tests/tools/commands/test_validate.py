@@ -13,6 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
+import ditfastattn
 from ditfastattn import Plan, Strategy, Target, Validation
 from ditfastattn.passes.plan.schema import PlannedTarget
 from ditfastattn.runtime.lowering import Lowering
@@ -20,7 +21,6 @@ from ditfastattn.runtime.search.judge.drift import Drift
 from ditfastattn.runtime.search.judge.quality import Quality
 from ditfastattn.runtime.search.measure.timing import PairedTiming, Timing
 from ditfastattn.tools.commands import app as cli
-from ditfastattn.tools.commands import validate as validate_command
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 
@@ -177,7 +177,7 @@ def test_every_number_of_a_compiled_run_is_shown_and_written(
         timing=PairedTiming(slow, fast, ratio),
         lowering=Lowering.INDUCTOR,
     )
-    monkeypatch.setattr(validate_command, "validate", lambda *_args, **_options: made)
+    monkeypatch.setattr(ditfastattn, "validate", lambda *_args, **_options: made)
     assert run(monkeypatch, files) == 0
     shown = capsys.readouterr().out
     for part in (

@@ -1,93 +1,28 @@
-"""Apply the caching libraries that a user could pick instead, each with a sweep of settings.
-
-A peer's library is imported when the peer is applied, so that one that is absent costs that peer
-alone. Where a library does not know a model by itself, it is told what its documentation tells a
-user to tell it: which modules to cache, which timestep it is, which half is unconditional.
-"""
+"""Methods of diffusers' own caching hooks."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from ditfastattn.core.errors import ConfigError
-
-Options = Mapping[str, Any]
-Scope = Callable[[], AbstractContextManager[None]]  # entered around each generation
+from ditfastattn.tools.bench.peers.base import (
+    THRESHOLDS,
+    Options,
+    Peer,
+    Scope,
+    Setting,
+    Subject,
+    thresholds,
+)
 
 _WIDE = (-1, 1001)  # every timestep
 _BLOCKS = r"\w*blocks\.\d+"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Hold one point of a peer's sweep."""
-
-    label: str
-    options: Options
-
-
-@dataclass
-class Clock:
-    """Hold the timestep of the call under way."""
-
-    timestep: int = 0
-
-
-@dataclass
-class Subject:
-    """Hold what a peer is applied to: a copy of a transformer, which it changes in place.
-
-    Attributes:
-        transformer: the copy.
-        steps: sampler steps.
-        guided: whether guidance doubles the batch.
-        clock: tells the timestep.
-        calibration: what the peer's own calibration returned.
-    """
-
-    transformer: torch.nn.Module
-    steps: int
-    guided: bool = True
-    clock: Clock = field(default_factory=Clock)
-    calibration: Any = None
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Describe a caching library's method.
-
-    Attributes:
-        name: its name in options and records.
-        apply: changes a subject's transformer; returns what each generation runs in, which forgets
-            the one before.
-        settings: the sweep, gentle to strong.
-        dense: a setting at which the method computes everything.
-        library: what it is imported from.
-        inside: whether its hooks sit inside the blocks, not around them.
-        reads_timestep: whether it asks ``Subject.clock``.
-        unconditional_first: whether it takes guidance's halves in this order only.
-        calibrate: measures, given the scope of a calibrating generation and a function that runs
-            it, what the method needs to know of the model; JSON data.
-    """
-
-    name: str
-    apply: Callable[[Subject, Options], Scope]
-    settings: tuple[Setting, ...]
-    dense: Setting
-    library: str = "diffusers"
-    inside: bool = False
-    reads_timestep: bool = False
-    unconditional_first: bool = False
-    calibrate: Callable[[Subject, Callable[[Scope], None]], Any] | None = None
 
 
 def _hooks() -> Any:
@@ -95,14 +30,14 @@ def _hooks() -> Any:
 
 
 def _hooked(transformer: torch.nn.Module) -> Scope:
-    """Return the scope of a generation under diffusers' hooks: its state is new."""
+    """Return the context of a generation under diffusers' hooks: it resets their state."""
 
     @contextmanager
     def scope() -> Generator[None]:
         hooks: Any = importlib.import_module("diffusers.hooks.hooks")
         mixin: Any = importlib.import_module("diffusers.models.cache_utils").CacheMixin
         hooks.HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
-        # Any module will do, and one that guides in a batch has one context.
+        # Works on any module. With batched guidance there is one cache context.
         with mixin.cache_context(transformer, "generation"):
             yield
 
@@ -127,14 +62,14 @@ def _faster(subject: Subject, options: Options) -> Scope:
     batched = ("hidden_states", "encoder_hidden_states", "timestep", "class_labels")
     config = _hooks().FasterCacheConfig(
         current_timestep_callback=lambda: subject.clock.timestep,
-        # The paper's: from 0 to 1 over the generation.
+        # As in the paper: from 0 to 1 over the generation.
         attention_weight_callback=lambda _: 1.0 - subject.clock.timestep / 1000.0,
         tensor_format="BCHW",
         is_guidance_distilled=not subject.guided,
         _unconditional_conditional_input_kwargs_identifiers=batched,
         **options,
     )
-    # It warns that it is experimental, once per application.
+    # Each application warns that it is experimental.
     logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
     _hooks().apply_faster_cache(subject.transformer, config)
     return _hooked(subject.transformer)
@@ -160,8 +95,8 @@ def _mag(subject: Subject, options: Options) -> Scope:
 
 
 def _mag_ratios(subject: Subject, generate: Callable[[Scope], None]) -> list[float]:
-    """Return how the residual's magnitude changes from step to step, over a dense generation."""
-    # At the last step it would print the ratios and forget them: leave that step out.
+    """Return the ratios of the residual's magnitude between steps of a dense generation."""
+    # At the last step the hook prints the ratios and clears them: announce one more step.
     config = _hooks().MagCacheConfig(num_inference_steps=subject.steps + 1, calibrate=True)
     _hooks().apply_mag_cache(subject.transformer, config)
     hooked = _hooked(subject.transformer)
@@ -182,30 +117,6 @@ def _mag_state(transformer: torch.nn.Module) -> Any:
     registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
     hooks = (registry.get_hook(name) for registry in registries if registry is not None)
     return next(hook for hook in hooks if hook is not None).state_manager.get_state()
-
-
-def _cache_dit(subject: Subject, options: Options, taylor_order: int = 0) -> Scope:
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
-    library: Any = importlib.import_module("cache_dit")
-    transformer = subject.transformer
-    calibrator = (
-        library.TaylorSeerCalibratorConfig(taylorseer_order=taylor_order) if taylor_order else None
-    )
-    config = library.DBCacheConfig(
-        Bn_compute_blocks=0, num_inference_steps=subject.steps, **options
-    )
-    library.enable_cache(transformer, cache_config=config, calibrator_config=calibrator)
-
-    @contextmanager
-    def scope() -> Generator[None]:
-        library.refresh_context(transformer)
-        yield
-
-    return scope
-
-
-def _thresholds(name: str, *values: float, **others: Any) -> tuple[Setting, ...]:
-    return tuple(Setting(f"threshold {value:g}", {name: value, **others}) for value in values)
 
 
 def _pyramids(*pairs: tuple[int, tuple[int, int]]) -> tuple[Setting, ...]:
@@ -267,8 +178,6 @@ def _mags(*triples: tuple[float, int, float]) -> tuple[Setting, ...]:
     )
 
 
-_THRESHOLDS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.14, 0.2)
-_DB = partial(_thresholds, "residual_diff_threshold", Fn_compute_blocks=1, max_warmup_steps=3)
 _TAYLORS = (
     *((2, 8, 1), (2, 3, 1), (2, 1, 1), (3, 3, 1), (3, 3, 2)),
     *((4, 3, 1), (5, 3, 1), (6, 3, 1), (8, 3, 1)),
@@ -277,24 +186,10 @@ _DENSE_TAYLOR = _taylors((1, 0, 1))[0]
 
 PEERS: tuple[Peer, ...] = (
     Peer(
-        "cache-dit",
-        _cache_dit,
-        _DB(*_THRESHOLDS),
-        _DB(0.0)[0],
-        library="cache_dit",
-    ),
-    Peer(
-        "cache-dit-taylorseer",
-        partial(_cache_dit, taylor_order=1),
-        _DB(*_THRESHOLDS),
-        _DB(0.0)[0],
-        library="cache_dit",
-    ),
-    Peer(
         "first-block",
         _first_block,
-        _thresholds("threshold", *_THRESHOLDS),
-        _thresholds("threshold", 0.0)[0],
+        thresholds("threshold", *THRESHOLDS),
+        thresholds("threshold", 0.0)[0],
     ),
     Peer(
         "faster-cache",
@@ -328,7 +223,7 @@ PEERS: tuple[Peer, ...] = (
         inside=True,
     ),
     Peer(
-        "taylorseer-lite",  # the library's lite mode, which knows the last layer by one name alone
+        "taylorseer-lite",  # the library's lite mode recognises one name of the last layer only
         partial(_taylorseer, cached=r"proj_out(_2)?", skipped=_BLOCKS),
         _taylors(*_TAYLORS),
         _DENSE_TAYLOR,
@@ -350,24 +245,3 @@ PEERS: tuple[Peer, ...] = (
         calibrate=_mag_ratios,
     ),
 )
-
-
-def peers_named(names: str) -> tuple[Peer, ...]:
-    """Return the peers that ``names`` lists with commas; ``all`` and ``none`` are lists too.
-
-    Raises:
-        ConfigError: a peer is unknown.
-    """
-    if names in ("all", "none"):
-        return PEERS if names == "all" else ()
-    known = {peer.name: peer for peer in PEERS}
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in known:
-            raise ConfigError(
-                "there is no such peer",
-                where="--peers",
-                got=name,
-                expected=", ".join([*known, "all", "none"]),
-            )
-    return tuple(known[name] for name in wanted)

@@ -1,4 +1,4 @@
-"""Generate with one compiled form of a pipeline's transformer."""
+"""Contenders: a pipeline with its transformer compiled one way, to be timed against another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
 
 
-class Lane:
+class Contender:
     """Generate with ``transformer`` in the place of the pipeline's own; keep images by number."""
 
     def __init__(self, pipeline: Any, transformer: Any, prompts: Sequence[Prompt]) -> None:
@@ -52,27 +52,27 @@ class Lane:
         return torch.cat([self.images[key] for key in sorted(self.images)])
 
 
-def dense_lane(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Lane:
+def dense_contender(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Contender:
     """Return the baseline: the model compiled by Inductor, or plain where ``eager`` is asked."""
     model = pipeline.transformer
     if Lowering(lowering) is Lowering.INDUCTOR:  # a caller may have passed its name
         model = torch.compile(model, fullgraph=True, dynamic=False)
-    return Lane(pipeline, model, prompts)
+    return Contender(pipeline, model, prompts)
 
 
-def planned_lane(
+def planned_contender(
     pipeline: Any,
     plan: Plan,
     prompts: Sequence[Prompt],
     lowering: Lowering,
     timestep: str = "timestep",
-) -> Lane:
+) -> Contender:
     """Return the model run by ``plan``."""
     options: dict[str, Any] = {"plan": plan, "lowering": lowering, "timestep": timestep}
     model = torch.compile(
         pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
     )
-    return Lane(pipeline, model, prompts)
+    return Contender(pipeline, model, prompts)
 
 
 def measure_speed(
@@ -84,8 +84,8 @@ def measure_speed(
     timestep: str = "timestep",
 ) -> PairedTiming:
     """Time generations dense and planned, both compiled and warm, in turns."""
-    dense = dense_lane(pipeline, prompts, lowering)
-    planned = planned_lane(pipeline, plan, prompts, lowering, timestep)
+    dense = dense_contender(pipeline, prompts, lowering)
+    planned = planned_contender(pipeline, plan, prompts, lowering, timestep)
     with many_compilations():
         dense.warm_up()
         planned.warm_up()

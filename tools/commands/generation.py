@@ -1,4 +1,4 @@
-"""Open the pipeline that the command line names, and say what generations are called with."""
+"""Open the pipeline that the command line names, and make the arguments of its generations."""
 
 from __future__ import annotations
 
@@ -6,51 +6,14 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 
-_GROUP = "Pipeline"
-_EMBEDDED = "the embedded digits model"
 _INDEX = "model_index.json"
-
-PipelineOption = Annotated[
-    str,
-    typer.Option(
-        help=f"A diffusers pipeline: its folder, or its id on the hub. Without it {_EMBEDDED}.",
-        rich_help_panel=_GROUP,
-    ),
-]
-Classes = Annotated[
-    str,
-    typer.Option(help="Classes, with commas, of class-conditional models.", rich_help_panel=_GROUP),
-]
-Prompts = Annotated[
-    Path | None,
-    typer.Option(help="A text file with a prompt per line.", rich_help_panel=_GROUP),
-]
-Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.", rich_help_panel=_GROUP)]
-Guidance = Annotated[
-    float | None,
-    typer.Option(help="Guidance scale; without it the pipeline's own.", rich_help_panel=_GROUP),
-]
-CallOption = Annotated[
-    str,
-    typer.Option(
-        help="""Other arguments of a generation as JSON, such as '{"height": 512}'.""",
-        rich_help_panel=_GROUP,
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(help="Load weights as float32, float16 or bfloat16.", rich_help_panel=_GROUP),
-]
-Device = Annotated[str, typer.Option(help="Where to run, such as cuda; offload: weights in turns.")]
-
 _DTYPES = ("float32", "float16", "bfloat16")
 OFFLOAD = "offload"
 
@@ -58,11 +21,12 @@ OFFLOAD = "offload"
 def open_pipeline(name: str = "", dtype: str = "float32", device: str = "") -> Any:
     """Load the pipeline ``name``: a folder, an id on the hub, or "" for the embedded model.
 
-    ``device`` "" is the GPU where there is one; "offload" keeps on it what runs alone.
+    ``device`` "" is the GPU if there is one, else the CPU; with "offload" each of the pipeline's
+    models is on the GPU only while it runs.
 
     Raises:
-        ConfigError: there is no such pipeline, or it has no transformer; weights are to be
-            offloaded, and nothing is there to move them to.
+        ConfigError: there is no such pipeline, or it has no transformer; ``device`` is "offload"
+            and there is no GPU.
     """
     if dtype not in _DTYPES:
         raise ConfigError("unknown dtype", where="--dtype", got=dtype, expected=", ".join(_DTYPES))
@@ -82,10 +46,10 @@ def _offload(pipeline: Any) -> None:
         pipeline.enable_model_cpu_offload()
     except RuntimeError as error:
         raise ConfigError(
-            "weights cannot be moved in turns",
+            "weights cannot be offloaded",
             where=f"--device {OFFLOAD}",
             got=error,
-            remedy="run where there is a GPU, or on --device cpu",
+            remedy="use a machine with a GPU, or --device cpu",
         ) from error
 
 
@@ -122,17 +86,18 @@ def _class_name(index: Path) -> str:
 
 @dataclass(frozen=True)
 class Generation:
-    """Say what generations of a pipeline are called with."""
+    """Arguments of a pipeline's generations, as the command line gives them."""
 
     steps: int | None = None
     guidance: float | None = None
     call: str = ""
 
     def arguments(self, pipeline: Any, classes: str, prompts: Path | None) -> dict[str, Any]:
-        """Return keyword arguments, whose lists hold an entry per image.
+        """Return keyword arguments; lists hold one entry per image.
 
         Raises:
-            ConfigError: the pipeline takes other conditions, or an argument is none of its.
+            ConfigError: a condition that the pipeline needs is missing or malformed, or the
+                pipeline does not take an argument.
         """
         known = inspect.signature(pipeline.__call__).parameters
         arguments = _conditions(known, classes, prompts)
@@ -159,7 +124,7 @@ def _conditions(known: Any, classes: str, prompts: Path | None) -> dict[str, Any
         raise ConfigError(
             "the pipeline needs prompts",
             where="the command line",
-            expected="--prompts FILE, a text file with a prompt per line",
+            expected="--prompts FILE, a text file with one prompt per line",
         )
     try:
         lines = prompts.read_text(encoding="utf-8").splitlines()
@@ -167,21 +132,21 @@ def _conditions(known: Any, classes: str, prompts: Path | None) -> dict[str, Any
         raise ConfigError("cannot read the prompts", where=str(prompts), got=error) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise ConfigError("there is no prompt", where=str(prompts), expected="one per line")
+        raise ConfigError("the file holds no prompt", where=str(prompts), expected="one per line")
     return {"prompt": texts}
 
 
 def integers(text: str, option: str) -> list[int]:
-    """Read whole numbers with commas.
+    """Parse integers separated by commas.
 
     Raises:
-        ConfigError: they are something else.
+        ConfigError: ``text`` is something else.
     """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            "classes are whole numbers", where=option, got=text, expected="for example 0,3,5"
+            "classes are integers", where=option, got=text, expected="for example 0,3,5"
         ) from error
 
 
@@ -191,9 +156,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ConfigError("this is not JSON", where="--call", got=text) from error
+        raise ConfigError("not valid JSON", where="--call", got=text) from error
     if not isinstance(data, dict):
-        raise ConfigError(
-            "this is not a JSON object", where="--call", got=text, expected='{"height": 512}'
-        )
+        raise ConfigError("not a JSON object", where="--call", got=text, expected='{"height": 512}')
     return data

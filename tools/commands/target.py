@@ -1,52 +1,12 @@
-"""Turn the command line's target options into one target."""
+"""Make one target of the command line's target options."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.search.judge.targets import Target
-
-_GROUP = "Target: one of"
-
-MinSsim = Annotated[
-    float | None, typer.Option(help="SSIM to dense, worst prompt.", rich_help_panel=_GROUP)
-]
-MinPsnr = Annotated[
-    float | None, typer.Option(help="PSNR to dense in dB, worst prompt.", rich_help_panel=_GROUP)
-]
-MaxLpips = Annotated[
-    float | None, typer.Option(help="LPIPS to dense, worst prompt.", rich_help_panel=_GROUP)
-]
-MinClipScore = Annotated[
-    float | None, typer.Option(help="CLIP score, worst prompt.", rich_help_panel=_GROUP)
-]
-MinSpeedup = Annotated[
-    float | None, typer.Option(help="Speedup over dense, both compiled.", rich_help_panel=_GROUP)
-]
-MaxLatency = Annotated[
-    float | None, typer.Option(help="Seconds per generation, compiled.", rich_help_panel=_GROUP)
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        help="Error at the model's output (the paper's delta, 0.025 to 0.15).",
-        rich_help_panel=_GROUP,
-    ),
-]
-MetricOption = Annotated[
-    str,
-    typer.Option(help="A metric of your own, package.module:function.", rich_help_panel=_GROUP),
-]
-LowerBound = Annotated[
-    float | None, typer.Option(help="Bound of --metric, more is better.", rich_help_panel=_GROUP)
-]
-UpperBound = Annotated[
-    float | None, typer.Option(help="Bound of --metric, less is better.", rich_help_panel=_GROUP)
-]
 
 
 def chosen_target(
@@ -61,7 +21,7 @@ def chosen_target(
     at_least: float | None,
     at_most: float | None,
 ) -> Target | None:
-    """Return the one target that was given, or None.
+    """Return the target that was given, or None.
 
     Raises:
         ConfigError: more than one was given, or a bound is out of range.
@@ -89,7 +49,7 @@ def chosen_target(
         return Target.quality(load_metric(metric), at_least=at_least, at_most=at_most)
     if at_least is not None or at_most is not None:
         raise ConfigError(
-            "there is no metric for this bound",
+            "this bound has no metric",
             where="--at-least or --at-most",
             remedy="name one with --metric package.module:function",
         )
@@ -103,7 +63,7 @@ def load_metric(name: str) -> Any:
     """Import ``package.module:function``.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: it cannot be imported.
     """
     module, _, function = name.partition(":")
     try:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ditfastattn import ConfigError, Plan, accelerate
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.tools.commands import app as cli
-from ditfastattn.tools.commands.generation_options import Generation, open_pipeline
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
 from tests.plans import mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES
 
@@ -46,10 +46,10 @@ def test_conditions_are_those_that_the_pipeline_takes(tmp_path: Path) -> None:
     ("generation", "pipeline", "classes", "text", "message"),
     [
         (Generation(), ByPrompt(), "0", None, "needs prompts"),
-        (Generation(), ByPrompt(), "0", "\n", "there is no prompt"),
-        (Generation(), ByClass(), "one", None, "whole numbers"),
+        (Generation(), ByPrompt(), "0", "\n", "holds no prompt"),
+        (Generation(), ByClass(), "one", None, "classes are integers"),
         (Generation(guidance=2.0), ByPrompt(), "0", "a", "does not take this argument"),
-        (Generation(call="{"), ByPrompt(), "0", "a", "not JSON"),
+        (Generation(call="{"), ByPrompt(), "0", "a", "not valid JSON"),
         (Generation(call="[1]"), ByPrompt(), "0", "a", "not a JSON object"),
     ],
 )

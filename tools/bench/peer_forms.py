@@ -1,0 +1,93 @@
+"""Calibrate a peer, and find the form in which it is fastest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from ditfastattn.runtime.search.judge.metrics import image_psnr
+from ditfastattn.runtime.search.measure.contender import Contender
+from ditfastattn.runtime.search.measure.timing import measure_turns
+from ditfastattn.tools.bench.fidelity import MOST_PSNR
+from ditfastattn.tools.bench.forms import Form, PeerContender, forms_of, fresh_copy, peer_contender
+from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
+from ditfastattn.tools.bench.setup import Data, Setup, reason_of
+
+SAME_PSNR = 30.0  # dB to the eager form; a compiled form below it computes something else
+EQUALLY_FAST = 1.02
+_REPETITIONS = 3
+
+
+def compilations() -> int:
+    """Return how many frames Dynamo has compiled, or tried to compile, in this process."""
+    return int(counters["frames"]["total"])
+
+
+def calibrated(setup: Setup, peer: Peer) -> Any:
+    """Return what the peer's own calibration measures; None if it has none."""
+    if peer.calibrate is None:
+        return None
+    transformer = fresh_copy(setup.pipeline.transformer)
+    subject = Subject(transformer, setup.options.steps, setup.model.guided)
+    prompts = setup.model.calibration_prompts(setup.options.steps)[:1]
+
+    def generate(scope: Scope) -> None:
+        PeerContender(setup.pipeline, transformer, prompts, scope).generate(0)
+
+    setup.tell(f"calibrating {peer.name}")
+    return peer.calibrate(subject, generate)
+
+
+def contender_of(
+    setup: Setup, peer: Peer, setting: Setting, form: Form, calibration: Any
+) -> PeerContender:
+    """Return ``peer`` at ``setting``, in ``form``."""
+    return peer_contender(
+        setup.model,
+        setup.pipeline,
+        setup.prompts,
+        setup.options.steps,
+        peer,
+        setting,
+        form,
+        calibration,
+    )
+
+
+def best_form(setup: Setup, peer: Peer, calibration: Any) -> tuple[Form, dict[Form, Data]]:
+    """Return the form in which ``peer`` is fastest, at the middle of its sweep, and all forms.
+
+    Each form is timed in turns with the eager one. It counts if its image is the eager form's, up
+    to the error of compilation. Among equally fast forms, the one that compiles fastest wins.
+    """
+    setting = peer.settings[len(peer.settings) // 2]
+    found: dict[Form, Data] = {}
+    eager: PeerContender | None = None
+    for form in forms_of(peer) if setup.options.compiled else (Form.EAGER,):
+        setup.tell(f"{peer.name}: trying the form {form}")
+        torch._dynamo.reset()  # forms share nothing that was compiled, or that failed to
+        try:
+            contender = contender_of(setup, peer, setting, form, calibration)
+            seconds = contender.warm_up()
+            eager = eager or contender
+            found[form] = {"compile_seconds": seconds, **_against(eager, contender)}
+        except Exception as error:  # another library's code: anything may be raised
+            found[form] = {"failed": reason_of(error)}
+    torch._dynamo.reset()
+    sound = [form for form in found if found[form].get("psnr_to_eager", 0.0) >= SAME_PSNR]
+    if Form.EAGER not in sound:  # then no setting will run, and each records its reason
+        return Form.EAGER, found
+    best = max(found[form]["speedup_over_eager"] for form in sound)
+    tied = [f for f in sound if EQUALLY_FAST * found[f]["speedup_over_eager"] >= best]
+    return min(tied, key=lambda form: found[form]["compile_seconds"]), found
+
+
+def _against(eager: Contender, contender: Contender) -> Data:
+    """Return how a form compares with the eager one."""
+    psnr = min(float(image_psnr(eager.images[0], contender.images[0]).mean()), MOST_PSNR)
+    if contender is eager:
+        return {"psnr_to_eager": psnr, "speedup_over_eager": 1.0}
+    (timing,) = measure_turns(eager.generate, [contender.generate], _REPETITIONS, compilations)
+    return {"psnr_to_eager": psnr, "speedup_over_eager": timing.speedup.median}

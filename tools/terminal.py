@@ -1,0 +1,61 @@
+"""Write to the terminal, and show text as it is.
+
+Rich drops ``[onnx]`` from a string as a tag, raises an error at ``[/x]``, and replaces ``:smile:``
+by a picture. Names, paths and messages may hold all of these, so consoles, progress bars and
+spinners are made here and nowhere else, with those parsers off. For styled text, print a
+``rich.text.Text``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return a console that parses neither markup nor emoji codes."""
+    return Console(stderr=stderr, markup=False, emoji=False, log_path=False)
+
+
+class Advance(Protocol):
+    """Move a progress bar on; a new ``total`` may come with it."""
+
+    def __call__(self, description: str, done: float, total: float | None = None) -> None:
+        """Show ``description`` beside the bar at ``done``."""
+
+
+@contextmanager
+def progress_bar(
+    console: Console, description: str, total: float | None = 1.0, percentage_of: str = ""
+) -> Generator[Advance]:
+    """Show a progress bar, and yield what moves it on.
+
+    Args:
+        console: where to show it.
+        description: what is done first.
+        total: where the bar ends; None if that is not yet known.
+        percentage_of: what the bar measures, shown with a percentage; "" shows none.
+    """
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
+    if percentage_of:
+        shown = "{task.percentage:3.0f}% of {task.fields[whole]}"
+        columns.append(TextColumn(shown, markup=False))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task(description, total=total, whole=percentage_of)
+
+        def advance(description: str, done: float, total: float | None = None) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def spinner(console: Console, text: str) -> Generator[Callable[[str], None]]:
+    """Show that work goes on, and yield what changes the text."""
+    with console.status(Text(text)) as status:
+        yield lambda text: status.update(Text(text))
