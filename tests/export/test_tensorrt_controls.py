@@ -17,8 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from onnx import TensorProto, helper
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, VerifyError
-from ditfastattn.export.bundle import ExportOptions, export_model
-from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.bundle import ExportOptions
 from ditfastattn.export.lint import lint
 from ditfastattn.export.tensorrt.build import BuildOptions, build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
@@ -29,7 +28,7 @@ from ditfastattn.passes.plan.schema import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library
-from tests.export.helpers import export_tiny
+from tests.export.helpers import export_once, export_tiny
 from tests.export.test_tensorrt import (
     HEAD_DIM,
     TARGET,
@@ -99,9 +98,7 @@ def log_of_windows(tiny: TinyModel, sites: Sequence[Site], out: Path) -> BuildLo
     ]
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     plan = plan.model_copy(update={"sites": tuple(site.planned() for site in sites)})
-    torch._dynamo.reset()
-    options = ExportOptions(dtype="float16")
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
+    export_once(tiny, plan, out, ExportOptions(dtype="float16"))
     engines = build(out, BuildOptions(TARGET, Layout.VARIANTS))
     graph = read_manifest(out).variants[1].file
     spec = engines.of(graph)
