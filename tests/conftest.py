@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
 
+from ditfastattn.export import prepare
+from ditfastattn.export.tensorrt import build
 from ditfastattn.runtime.search.measure import latency
 from ditfastattn.runtime.search.measure.steppers import EagerVariant
+from tests import shared
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--all``."""
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 
 def pytest_configure() -> None:
-    """Give each of several test processes one thread: two that use both cores are slower."""
+    """Give each of several test processes one thread: two that use both cores are slower.
+
+    Torch writes its graphs out to a logger that does not propagate as soon as it has a handler,
+    and pytest gives such loggers one: unless it does propagate.
+    """
+    logging.getLogger("torch.__trace").propagate = True
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip slow tests unless all are asked for."""
+    if config.getoption("--all"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Share by content what is expensive to make: see ``tests/shared.py``."""
+    base = tmp_path_factory.getbasetemp()
+    distributed = "PYTEST_XDIST_WORKER" in os.environ
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "store", (base.parent if distributed else base) / "shared")
+        patch.setattr(prepare, "capture_call", shared.capture_once)
+        patch.setattr(build, "run_job", shared.run_job_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

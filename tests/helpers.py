@@ -130,14 +130,14 @@ def tiny_pixart(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_sd3(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
-    """Return an SD3 of three layers: joint attention over image tokens (16) and 5 of text."""
+def tiny_sd3(seed: int = 0, size: int = 8, head_dim: int = 8, layers: int = 3) -> TinyModel:
+    """Return an SD3, of three layers unless told: joint attention over 16 image and 5 text."""
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
         sample_size=size,
         patch_size=2,
         in_channels=4,
-        num_layers=3,
+        num_layers=layers,
         attention_head_dim=head_dim,
         num_attention_heads=2,
         joint_attention_dim=16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,29 @@ import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
 from torch import Tensor, nn
 
-from ditfastattn import CfgLayout, Strategy
+from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall, capture_call
+from ditfastattn.export.linear_scheduler import LinearSchedule
 from ditfastattn.export.lint import findings
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.step_graphs import Captures, used_inputs, variant_graph, write_graph
 from ditfastattn.export.weights import Weights
-from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.manifest import Manifest, read_manifest
 from tests.helpers import TinyModel, make_plan
+from tests.shared import digest, made_once
+
+
+def export_anew(
+    tiny: TinyModel,
+    rows: Sequence[Sequence[Strategy]] | None,
+    out: Path,
+    layout: CfgLayout = CfgLayout.COND_FIRST,
+    options: ExportOptions | None = None,
+) -> Manifest:
+    """Export ``tiny`` with a plan of ``rows`` over all its sites, or dense."""
+    plan = None if rows is None else make_plan(tiny, rows, layout, feed_forwards=True)
+    return export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
 
 
 def export_tiny(
@@ -28,10 +43,28 @@ def export_tiny(
     layout: CfgLayout = CfgLayout.COND_FIRST,
     options: ExportOptions | None = None,
 ) -> Manifest:
-    """Export ``tiny`` with a plan of ``rows`` over all its sites, or dense."""
+    """Put into ``out`` what ``export_anew`` makes, which is made once a run: tests own a copy."""
     plan = None if rows is None else make_plan(tiny, rows, layout, feed_forwards=True)
-    torch._dynamo.reset()
-    return export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
+    return export_once(tiny, plan, out, options)
+
+
+def export_once(
+    tiny: TinyModel,
+    plan: Plan | None,
+    out: Path,
+    options: ExportOptions | None = None,
+    schedule: LinearSchedule | None = None,
+) -> Manifest:
+    """Put into ``out`` the bundle of a call of ``tiny``, made once a run: tests own a copy."""
+    chosen, call = options or ExportOptions(), RecordedCall(tiny.call(0, 4))
+
+    def make(folder: Path) -> None:
+        export_model(tiny.model, call, plan, folder / "bundle", chosen, schedule)
+
+    asked = {**vars(chosen), "on_progress": None}
+    key = digest([tiny.model, call.arguments, plan, asked, schedule])
+    shutil.copytree(made_once("bundles", key, make) / "bundle", out, dirs_exist_ok=True)
+    return read_manifest(out)
 
 
 def write_module(

@@ -27,7 +27,7 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
-from tests.export.helpers import export_tiny
+from tests.export.helpers import export_anew, export_once, export_tiny
 from tests.helpers import (
     TIMESTEPS,
     TINY_MODELS,
@@ -166,8 +166,7 @@ def test_windows_by_tiles_equal_the_plan_interpreter(name: str, tmp_path: Path) 
     rows = mixed_strategies(tiled, seed=5)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     plan = plan.model_copy(update={"sites": tuple(planned_site(site) for site in tiled)})
-    torch._dynamo.reset()
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
+    export_once(tiny, plan, tmp_path / "bundle")
     expected = tiny.reference(rows, tiled, CfgLayout.COND_FIRST)
     assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
 
@@ -331,11 +330,11 @@ def test_an_export_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not a bundle"):
-        export_tiny(tiny, None, occupied)
+        export_anew(tiny, None, occupied)
     assert (occupied / "thesis.txt").read_text() == "mine"
-    export_tiny(tiny, None, tmp_path / "bundle")
+    export_anew(tiny, None, tmp_path / "bundle")
     first = read_manifest(tmp_path / "bundle")
-    export_tiny(tiny, None, tmp_path / "bundle", options=ExportOptions(dynamic_batch=False))
+    export_anew(tiny, None, tmp_path / "bundle", options=ExportOptions(dynamic_batch=False))
     assert read_manifest(tmp_path / "bundle").fixed_batch == 4 != first.fixed_batch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "folder"]
 
@@ -354,7 +353,7 @@ def test_a_failing_export_leaves_what_was_there(
 
     monkeypatch.setattr(module, "lint", refuse)
     with pytest.raises(ConfigError, match="no"):
-        export_tiny(tiny, None, tmp_path / "bundle")
+        export_anew(tiny, None, tmp_path / "bundle")
     assert (tmp_path / "bundle" / MANIFEST).read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -378,12 +377,12 @@ def test_a_killed_export_goes_on_with_the_next_variant(
 
     monkeypatch.setattr(module, "write_graph", noting)
     with pytest.raises(KeyboardInterrupt):
-        export_tiny(tiny, rows, tmp_path / "bundle")
+        export_anew(tiny, rows, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     written.append("killed")
     with (tmp_path / ".bundle.partial" / "weights.bin").open("ab") as file:
         file.write(b"half a tensor")
-    manifest = export_tiny(tiny, rows, tmp_path / "bundle")
+    manifest = export_anew(tiny, rows, tmp_path / "bundle")
     assert written[:4] == ["variant_00", "variant_01", "killed", "variant_02"]
     assert manifest.files == whole.files
     expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
@@ -402,11 +401,11 @@ def test_what_another_export_left_is_not_taken(
 
     monkeypatch.setattr(module, "describe", fail)
     with pytest.raises(OSError, match="no space"):
-        export_tiny(tiny_dit(1), None, tmp_path / "bundle")
+        export_anew(tiny_dit(1), None, tmp_path / "bundle")
     assert (tmp_path / ".bundle.partial").exists()
     monkeypatch.setattr(module, "describe", describe)
     tiny = tiny_dit()
-    export_tiny(tiny, None, tmp_path / "bundle")
+    export_anew(tiny, None, tmp_path / "bundle")
     bundle = load(tmp_path / "bundle")
     assert largest_difference(tiny.run(bundle), tiny.run(tiny.model)) < 1e-4
 
@@ -431,13 +430,13 @@ def test_a_machine_out_of_memory_loses_no_finished_variant(
 
     monkeypatch.setattr(module, "describe", fail)
     with pytest.raises(RuntimeError, match="memory"):
-        export_tiny(tiny_dit(), None, tmp_path / "bundle")
+        export_anew(tiny_dit(), None, tmp_path / "bundle")
     assert (tmp_path / ".bundle.partial" / "variant_00.onnx").is_file()
 
 
 def test_two_exports_do_not_write_one_bundle(tmp_path: Path) -> None:
     with partial_folder(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
-        export_tiny(tiny_dit(), None, tmp_path / "bundle")
+        export_anew(tiny_dit(), None, tmp_path / "bundle")
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -457,9 +456,9 @@ def test_the_manifest_tells_the_caches(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "bundle" / MANIFEST).read_text())
     names = {slot["name"]: slot for slot in data["slots"]}
     site = sites[0].name
-    assert names[f"{site}/previous.0"]["source"] == f"{site}/output.0"
+    assert names[f"{site}/output.0@1"]["source"] == f"{site}/output.0"
     assert names[f"{site}/output.0"]["shape"][0] == {"numerator": 1, "denominator": 1}
-    assert data["distances"][2][f"{site}/distance"] == 1.0
+    assert data["factors"][2][f"{site}/factor.0"] == 1.0
 
 
 def test_the_manifest_tells_the_caches_of_parabolas(tmp_path: Path) -> None:
@@ -470,7 +469,7 @@ def test_the_manifest_tells_the_caches_of_parabolas(tmp_path: Path) -> None:
     manifest = export_tiny(tiny, rows, tmp_path / "bundle")
     named, site = {slot.name: slot for slot in manifest.slots}, sites[0].name
     output, previous, earlier = (
-        named[f"{site}/{slot}.0"] for slot in ("output", "previous", "earlier")
+        named[f"{site}/{slot}"] for slot in ("output.0", "output.0@1", "output.0@2")
     )
     assert (output.source, previous.source, earlier.source) == ("", output.name, previous.name)
     assert output.lives == ((0, 1), (1, 3), (3, 5))

@@ -40,7 +40,7 @@ from ditfastattn.runtime.tensorrt.engines import (
 )
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
-from tests.export.helpers import export_tiny
+from tests.export.helpers import export_once, export_tiny
 from tests.helpers import (
     STEPS,
     TINY_MODELS,
@@ -48,6 +48,7 @@ from tests.helpers import (
     capture_every_site,
     make_plan,
     tiny_dit,
+    tiny_sd3,
 )
 from tests.plans import plan_for
 
@@ -70,6 +71,8 @@ FULL, SHARE, WINDOW, BOTH, CFG = (
 
 def wide(name: str) -> TinyModel:
     """Return a model of few layers whose attention is large enough to be fused."""
+    if name == "sd3":
+        return tiny_sd3(size=32, head_dim=HEAD_DIM, layers=2)  # of three a switch builds minutes
     return TINY_MODELS[name](size=32, head_dim=HEAD_DIM)
 
 
@@ -95,10 +98,8 @@ def half_bundle(tiny: TinyModel, out: Path, loop: bool = False) -> list[tuple[St
     _, sites = capture_every_site(tiny)
     rows = four_rows(sites)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    torch._dynamo.reset()
     schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS) if loop else None
-    options = ExportOptions(dtype="float16", loop=loop)
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options, schedule)
+    export_once(tiny, plan, out, ExportOptions(dtype="float16", loop=loop), schedule)
     return rows
 
 

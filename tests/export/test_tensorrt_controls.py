@@ -17,8 +17,6 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from onnx import TensorProto, helper
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, VerifyError
-from ditfastattn.export.bundle import export_model
-from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.lint import lint
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.tensorrt.build import build
@@ -31,7 +29,7 @@ from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines
 from ditfastattn.runtime.tensorrt.library import find_library
-from tests.export.helpers import export_tiny
+from tests.export.helpers import export_once, export_tiny
 from tests.export.test_tensorrt import (
     HEAD_DIM,
     TARGET,
@@ -101,9 +99,7 @@ def log_of_windows(tiny: TinyModel, sites: Sequence[Site], out: Path) -> BuildLo
     ]
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     plan = plan.model_copy(update={"sites": tuple(planned_site(site) for site in sites)})
-    torch._dynamo.reset()
-    options = ExportOptions(dtype="float16")
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, out, options)
+    export_once(tiny, plan, out, ExportOptions(dtype="float16"))
     engines = build(out, BuildOptions(TARGET, Layout.VARIANTS))
     graph = read_manifest(out).variants[1].file
     spec = engines.of(graph)

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, load
-from ditfastattn.export.bundle import export_model
-from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.reference import PlanInterpreter
+from tests.export.helpers import export_once
 from tests.heads import head_plan, split
 from tests.helpers import (
     STEPS,
@@ -142,8 +141,7 @@ def test_a_bundle_of_mixed_heads_equals_the_reference(name: str, tmp_path: Path)
     sites = split(tiny, 4).every
     rows = some_rows(sites, 3)
     plan = head_plan(tiny, 4, rows)
-    torch._dynamo.reset()
-    export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
+    export_once(tiny, plan, tmp_path / "bundle")
     expected = tiny.reference(rows, sites, LAYOUTS[0])
     assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
 

@@ -8,10 +8,15 @@ import pytest
 
 from ditfastattn import Strategy
 from ditfastattn.passes.plan.strategies import strategies
+from ditfastattn.runtime.search.solve import variants
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.paths import solve
-from ditfastattn.runtime.search.solve.problem import Row
-from ditfastattn.runtime.search.solve.variants import cap_variants, capped_within_budget
+from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.variants import (
+    cap_variants,
+    capped_within_budget,
+    merged_plans,
+)
 from tests.runtime.search.solve.test_budget import problem
 
 MULTIPLIER = 4.0
@@ -75,7 +80,16 @@ def test_a_capped_plan_uses_its_budget(most: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_looser_cap_is_never_slower(seed: int) -> None:
+def test_a_looser_cap_is_never_slower(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[float, dict[int, list[Row]]] = {}
+
+    def merged(case: Problem, rows: list[Row], multiplier: float) -> dict[int, list[Row]]:
+        """Merge once per multiplier: each cap asks for the same ones, and for some more."""
+        if multiplier not in known:
+            known[multiplier] = merged_plans(case, rows, multiplier)
+        return known[multiplier]
+
+    monkeypatch.setattr(variants, "merged_plans", merged)
     case = problem(seed, sites=4, steps=10)
     budget = 0.3 * case.drift(solve(case, 0.0))
     speedups = [

@@ -1,0 +1,119 @@
+"""What tests share by content: captured calls, exported bundles and engines, each made once a run.
+
+Bundles and engines lie in a folder that the processes of one run share; the process that needs one
+first makes it, the others wait for it. A capture is shared within a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
+from ditfastattn.runtime.bundle.manifest import file_hash
+
+store = Path()  # the processes' folder, which conftest names
+
+_SMALL: Final = 2_000_000  # parameters of a model whose captures are kept in memory
+
+Progress = Callable[[str, float], None]
+
+
+def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder of ``key``, which ``make`` fills where no process of this run has."""
+    folder = store / kind / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            growing = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(growing, ignore_errors=True)
+            growing.mkdir()
+            make(growing)
+            growing.rename(folder)
+    return folder
+
+
+def digest(item: Any) -> str:
+    """Return a hash of the content of tensors, modules and of what holds them."""
+    hashed = hashlib.sha256()
+    _feed(hashed, item)
+    return hashed.hexdigest()
+
+
+def _feed(hashed: Any, item: Any) -> None:
+    if isinstance(item, nn.Module):
+        hashed.update(repr([_attributes(module) for module in item.modules()]).encode())
+        item = {**dict(item.named_parameters()), **dict(item.named_buffers())}
+    if isinstance(item, Tensor):
+        hashed.update(f"{item.shape}{item.dtype}{item.stride()}".encode())
+        content = item.detach().cpu().contiguous().flatten()
+        hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+    elif isinstance(item, Mapping):
+        for name, part in item.items():
+            hashed.update(str(name).encode())
+            _feed(hashed, part)
+    elif isinstance(item, (tuple, list)):
+        hashed.update(str(len(item)).encode())
+        for part in item:
+            _feed(hashed, part)
+    else:
+        hashed.update(repr(item).encode())
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the plain attributes of ``module``, and the types of the others."""
+    found = [("", type(module).__qualname__)]
+    for name, item in sorted(vars(module).items()):
+        plain = isinstance(item, (bool, int, float, str, tuple, dict)) and name[0] != "_"
+        found.append((name, repr(item) if plain else type(item).__qualname__))
+    return found
+
+
+_captured: dict[str, CapturedCall] = {}
+
+
+def capture_once(model: nn.Module, call: RecordedCall) -> CapturedCall:
+    """Capture as an export does, each small model and call once: nobody changes a capture."""
+    if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
+        return capture_call(model, call)
+    key = digest([model, call.arguments])
+    if key not in _captured:
+        _captured[key] = capture_call(model, call)
+    return _captured[key]
+
+
+def run_job_once(job: Job, time_limit: float, on_progress: Progress) -> None:
+    """Build an engine, or take one of the same graph, weights, target and shapes with its log."""
+    graph = json.loads(job.request())
+    for path in ("onnx", "engine", "log"):
+        del graph[path]
+    weights = job.graph.with_name("weights.bin")
+    content = [file_hash(path) for path in (WORKER, job.graph, weights) if path.exists()]
+
+    def make(folder: Path) -> None:
+        told: list[tuple[str, float]] = []
+        made = Job(
+            job.library,
+            job.graph,
+            folder / "engine",
+            folder / "log",
+            job.target,
+            job.profiles,
+        )
+        run_job(made, time_limit, lambda phase, done: told.append((phase, done)))
+        (folder / "progress.json").write_text(json.dumps(told))
+
+    folder = made_once("engines", json.dumps([graph, content]), make)
+    for phase, done in json.loads((folder / "progress.json").read_text()):
+        on_progress(phase, done)
+    shutil.copy(folder / "log", job.log)
+    shutil.copy(folder / "engine", job.engine)
