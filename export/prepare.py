@@ -19,7 +19,7 @@ from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
 from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
 from ditfastattn.passes.plan.schedule import StepProgram, unroll
 from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
+from ditfastattn.passes.rewrites.hoist_invariants import find_hoisted
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -140,7 +140,7 @@ def prepare(
         identity=identity,
         captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
         program=program,
-        invariants=() if plan is None else find_invariants(first.graph, varying),
+        invariants=() if plan is None else find_hoisted(first.graph, varying),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )

@@ -21,7 +21,7 @@ from ditfastattn.passes.rewrites.base import Pass
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.extrapolate_steps import ExtrapolateSteps
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
-from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_TIMESTEP, HoistInvariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
 from ditfastattn.passes.rewrites.share_across_cfg import ShareAcrossCfg
@@ -73,7 +73,7 @@ def variant_passes(
         ),
         NarrowCaches(tuple(sites)),
         HoistInvariants(invariants),
-        HoistInvariants(folded, FOLD_TIMESTEPS),
+        HoistInvariants(folded, HOIST_PER_TIMESTEP),
         HoistBatchSlices(),
         EliminateDeadCode(),
     )

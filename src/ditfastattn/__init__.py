@@ -21,11 +21,11 @@ from ditfastattn.exporting import build, export, load, verify
 from ditfastattn.passes.plan.schema import CfgLayout, Plan, Strategy
 from ditfastattn.runtime.accelerate import accelerate, restore
 from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.planned import reports, reset
 from ditfastattn.runtime.search.calibrate import calibrate
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation, validate
 from ditfastattn.runtime.search.record.retarget import retarget
+from ditfastattn.runtime.specializations import reports, reset
 
 __version__ = "0.1.0"
 

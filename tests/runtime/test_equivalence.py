@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, Plan, Strategy
+from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.options import BackendOptions
-from ditfastattn.runtime.planned import PlannedFunction
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,

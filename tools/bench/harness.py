@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan, Strategy
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.planned import reports, summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.lane import Lane, dense_lane, planned_lane
@@ -30,6 +30,7 @@ from ditfastattn.runtime.search.methods import GlobalChooser, make_global
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.search import Found, Search, SearchOptions
+from ditfastattn.runtime.specializations import reports
 from ditfastattn.tools.bench.forms import Form, PeerLane, forms_of, fresh_copy, peer_lane
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import Peer, Scope, Setting, Subject

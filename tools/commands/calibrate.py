@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditfastattn.passes.plan.schema import Measured, Plan
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.record.work import SearchProgress
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.judge.drift import decibels
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation, validate

@@ -1,0 +1,250 @@
+"""Everything for one captured graph and one set of options; equal ones are shared.
+
+A ``Specialization`` holds the sites of its graph, the step programs of the plans in force and the
+compiled variants. What changes during a generation belongs to a thread and a model, and is kept
+apart, so that generations never share caches.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ditfastattn.core.env import read_knobs
+from ditfastattn.passes.analysis.fingerprint import fingerprint, hash_tensors
+from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position
+from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
+from ditfastattn.passes.graph.verify import verify
+from ditfastattn.passes.plan.schedule import NOTHING, StepProgram, lanes_of, unroll
+from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
+from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.hoisted import HoistedGraph
+from ditfastattn.runtime.matching import (
+    planned_sites,
+    split_as_planned,
+    static_tensors,
+    timestep_position,
+)
+from ditfastattn.runtime.model_state import ModelState, ModelStates
+from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.reports import RunReport, summary
+from ditfastattn.runtime.self_calibration import SelfCalibration
+from ditfastattn.runtime.variants import CompiledVariants
+
+log = logging.getLogger(__name__)
+
+_registry: weakref.WeakSet[Specialization] = weakref.WeakSet()
+_registry_lock = threading.Lock()
+
+
+class Specialization:
+    """Run one captured graph by plans, or calibrate them."""
+
+    def __init__(self, captured: CapturedGraph, options: BackendOptions, identity: str) -> None:
+        """Find the sites of ``captured``; programs and variants are made when first needed."""
+        self._results = len(outputs(captured.module.graph))
+        verify(captured.module, len(captured.inputs), self._results, "capture")
+        whole = find_sites(captured)
+        self._whole_sites = whole.sites  # of the model, whatever a plan splits
+        self.captured = captured
+        if options.plan is not None and not options.dense:
+            self.captured = split_as_planned(options.plan, captured, whole.sites)
+        self.identity = identity
+        split = self.captured is not captured
+        self.report: SiteReport = find_sites(self.captured) if split else whole
+        self.options = options
+        captured = self.captured
+        # A dense run needs no clock.
+        self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
+        self._latent = latent_position(captured)
+        arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, self._latent})
+        self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
+        self._variants = CompiledVariants(captured, self._once, self._each, options)
+        self._plans: dict[Fingerprint, Plan] = {}
+        self._programs: dict[Fingerprint, tuple[StepProgram, ...]] = {}
+        self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
+        self._lock = threading.RLock()
+        self.models = ModelStates()
+        _log_sites(self.report)
+
+    def _hoist(self, name: str, varying: Collection[int | None]) -> HoistedGraph:
+        """Return what the pass ``name`` hoists; nothing where it is disabled."""
+        runs_dense = self.options.dense or not self.report.sites
+        disabled = runs_dense or name in read_knobs().disabled
+        positions = {index for index in varying if index is not None}
+        return HoistedGraph(self.captured, positions, self.options, disabled)
+
+    def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run one step on the flat tensor inputs."""
+        if self.options.dense or not self.report.sites:
+            dense = self._variants.of(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
+            return tuple(dense.run(tensors))
+        owner = None if self._owner is None else tensors[self._owner]
+        model = self.models.of(owner, lambda: self._meet(tensors))
+        try:
+            if model.generation is None:
+                return self._calibrate(model, tensors)
+            return self._run_planned(model, model.generation, tensors)
+        except BaseException:
+            model.reset()
+            raise
+
+    def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
+        """Return a new state of the model whose parameters are in ``tensors``."""
+        static = static_tensors(self.captured, tensors)
+        model = ModelState(fingerprint(self.captured, self._whole_sites, static))
+        plan = self.options.plan or self._plans.get(model.identity)
+        if plan is not None:
+            self._begin_plan(model, plan)
+        return model
+
+    def reset(self) -> None:
+        """Forget the generations under way in this thread."""
+        for model in self.models.here():
+            model.reset()
+
+    def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        if model.calibration is None:
+            sites = attentions(self.report.sites)
+            model.calibration = SelfCalibration(self.captured, sites, self.options)
+        now = read_timestep(tensors[self._timestep]).value()
+        if not model.calibration.is_complete(now):
+            return model.calibration.step(now, tensors)
+        plan = model.calibration.plan(model.identity)
+        model.calibration = None
+        log.warning("ditfastattn: calibrated: %s", summary(plan))
+        return self._run_planned(model, self._begin_plan(model, plan), tensors)
+
+    def _begin_plan(self, model: ModelState, plan: Plan) -> Generation:
+        branches = lanes_of(plan.sampler.cfg_layout)
+        with self._lock:
+            programs = self._programs.get(model.identity)
+            if programs is None:
+                sites = planned_sites(plan, self.captured, self.report.sites, model.identity)
+                programs = tuple(
+                    unroll(plan.strategies, self.captured, sites, plan.merge_variants, branch)
+                    for branch in branches
+                )
+                self._programs[model.identity] = programs
+                self._log_program(plan, programs)
+            self._plans[model.identity] = plan
+        calls = [timestep for timestep in plan.sampler.timesteps for _ in branches]
+        clock = StepClock(calls, f"argument {self.options.timestep!r}")
+        model.generation = Generation(programs, clock)
+        return model.generation
+
+    def _run_planned(
+        self, model: ModelState, generation: Generation, tensors: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        timestep = tensors[self._timestep]
+        call = generation.advance(read_timestep(timestep))
+        branch = generation.branches[call.branch]
+        program = branch.program
+        self._check_latents(generation, call, tensors)
+        hoisted = {
+            **branch.hoisted.at(self._once, tensors),
+            **model.hoisted.at(self._each, call.step, timestep, tensors),
+        }
+
+        def read(slots: Sequence[str]) -> list[Tensor]:
+            return generation.read(call, slots, tensors[0].device, hoisted)
+
+        actions = program.variants[program.schedule[call.step]]
+        layout = self._plans[model.identity].sampler.cfg_layout
+        variant = self._variants.of(program, actions, layout, tensors, read)
+        returned = variant.run([*tensors, *read(variant.reads)])
+        generation.write(call, dict(zip(variant.writes, returned[self._results :], strict=True)))
+        return tuple(returned[: self._results])
+
+    def _check_latents(self, generation: Generation, call: Call, tensors: Sequence[Tensor]) -> None:
+        """Refuse to share guidance between different images; once a generation, as it may wait."""
+        shares = generation.branches[0].program.shares_cfg
+        if call.step == 0 and shares and self._latent is not None:
+            name = self.captured.inputs[self._latent].name
+            generation.check_latents(call, tensors[self._latent], name)
+
+    def reports(self) -> list[RunReport]:
+        """Report each plan in force."""
+        items = list(self._programs.items())
+        return [self._report(self._plans[model], programs) for model, programs in items]
+
+    def _report(self, plan: Plan, programs: Sequence[StepProgram]) -> RunReport:
+        calls = plan.sampler.steps * len(programs)
+        flops = self._variants.flops(programs, plan.sampler.cfg_layout)
+        once = self._once.flops.times(len(programs))
+        return RunReport(
+            plan=plan,
+            sites=self.report,
+            variants=len({row for program in programs for row in program.variants}),
+            peak_cache_bytes=sum(program.peak_cache_bytes for program in programs),
+            ahead_bytes=self._ahead_bytes(plan, programs),
+            dense=count_flops(self.captured.module.graph).times(calls),
+            planned=sum(flops, once) if len(flops) == calls else None,
+        )
+
+    def _ahead_bytes(self, plan: Plan, programs: Sequence[StepProgram]) -> int:
+        return len(programs) * self._once.bytes + plan.sampler.steps * self._each.bytes
+
+    def _log_program(self, plan: Plan, programs: Sequence[StepProgram]) -> None:
+        log.info(
+            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
+            "%.1f MiB computed ahead",
+            plan.sampler.steps,
+            sum(len(program.variants) for program in programs),
+            sum(len(program.slots) for program in programs),
+            sum(program.peak_cache_bytes for program in programs) / 2**20,
+            self._ahead_bytes(plan, programs) / 2**20,
+        )
+        log.info("plan: %s", summary(plan))
+        if plan.changed == 0:
+            log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
+
+
+def _log_sites(report: SiteReport) -> None:
+    log.info("find-sites: %d found, %d declined", len(report.sites), len(report.declined))
+    for declined in report.declined:
+        log.debug("find-sites: declined %s: %s", declined.name, declined.reason)
+    for site in report.sites:
+        for strategy, reason in site.declined.items():
+            log.debug("find-sites: %s: no %s: %s", site.name, strategy, reason)
+    if not report.sites:
+        log.warning("ditfastattn: no attention site was found: the model runs dense")
+
+
+def specialization_of(captured: CapturedGraph, options: BackendOptions) -> Specialization:
+    """Return the specialization of this very graph and options, if there is one already.
+
+    Dynamo makes another graph when a batch size changes; at equal shapes both are the same, and a
+    generation may be handed from one to the other.
+    """
+    constants = hash_tensors(constant_tensors(captured.module))
+    text = graph_text(captured.module.graph)
+    identity = f"{captured.inputs}\n{constants}\n{read_knobs()}\n{text}"
+    with _registry_lock:
+        for found in list(_registry):
+            if found.identity == identity and found.options == options:
+                return found
+        made = Specialization(captured, options, identity)
+        _registry.add(made)
+        return made
+
+
+def reports() -> list[RunReport]:
+    """Report every plan in force in this process, at each set of input shapes."""
+    return [report for found in list(_registry) for report in found.reports()]
+
+
+def reset() -> None:
+    """Forget the generations under way in this thread, for example after an interrupted one."""
+    for found in list(_registry):
+        found.reset()
