@@ -40,6 +40,9 @@ class Call:
     branch: int
 
 
+_FIRST = Call(0, 0)
+
+
 class Generation:
     """Follow one generation of one model in one thread.
 
@@ -59,13 +62,20 @@ class Generation:
             ConfigError: the timesteps are not those of the plan, in order.
         """
         call = Call(*divmod(self._clock.tick(timestep), len(self.branches)))
-        if call.step == 0:
-            self.branches[call.branch].clear()
+        if call == _FIRST:
+            self._begin()
         return call
 
     def reset(self) -> None:
-        """Forget the generation under way."""
+        """Forget the generation under way: the next call is the first of another."""
         self._clock.reset()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the generation before, in all branches at once.
+
+        The first call of a step may hand outputs to the second one, at the first step too.
+        """
         for branch in self.branches:
             branch.clear()
         self._latent = None
