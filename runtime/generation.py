@@ -49,9 +49,15 @@ class Generation:
     There is one guidance branch, or two where guidance calls the model twice a step.
     """
 
-    def __init__(self, programs: Sequence[StepProgram], clock: StepClock) -> None:
-        """Take one program per guidance branch; ``clock`` counts the calls of all branches."""
+    def __init__(
+        self, programs: Sequence[StepProgram], clock: StepClock, on_trial: bool = False
+    ) -> None:
+        """Take one program per guidance branch; ``clock`` counts the calls of all branches.
+
+        ``on_trial`` means that the plan has not served a whole generation yet.
+        """
         self.branches = tuple(map(GuidanceBranch, programs))
+        self.on_trial = on_trial
         self._clock = clock
         self._latent: Tensor | None = None  # of step 0's first call, until its second one
 
@@ -61,8 +67,11 @@ class Generation:
         Raises:
             ConfigError: the timesteps are not those of the plan, in order.
         """
-        call = Call(*divmod(self._clock.tick(timestep), len(self.branches)))
+        ended = self._clock.at_end
+        number = self._clock.tick(timestep, wait=self.on_trial)
+        call = Call(*divmod(number, len(self.branches)))
         if call == _FIRST:
+            self.on_trial = self.on_trial and not ended
             self._begin()
         return call
 

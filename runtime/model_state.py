@@ -13,16 +13,19 @@ from ditfastattn.passes.plan.schema import Fingerprint
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedPerTimestep
 from ditfastattn.runtime.self_calibration import SelfCalibration
+from ditfastattn.runtime.unrolled import UnrolledPlan
 
 
 @dataclass
 class ModelState:
     """One model's state in one thread.
 
-    There is a ``generation`` once there is a plan; before, a ``calibration`` may be under way.
+    Once there is a ``plan``, there is a ``generation`` that runs by it; before, a ``calibration``
+    may be under way.
     """
 
     identity: Fingerprint
+    plan: UnrolledPlan | None = None
     generation: Generation | None = None
     calibration: SelfCalibration | None = None
     hoisted: HoistedPerTimestep = field(default_factory=HoistedPerTimestep)

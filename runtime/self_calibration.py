@@ -20,6 +20,8 @@ from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator
 
 log = logging.getLogger(__name__)
 
+_MOST_ALIKE = 4  # calls with the first timestep: neighbouring timesteps may be rounded to one
+
 
 class SelfCalibration:
     """Follow one generation, and choose the strategies of each step by the greedy search."""
@@ -30,6 +32,7 @@ class SelfCalibration:
         """Begin with the first step of a generation; ``sites`` are the attentions."""
         self._captured, self._sites, self._options = captured, sites, options
         self._timesteps: list[float] = []
+        self._latent: Tensor | None = None  # of the last call, while timesteps are all alike
         self._calibrator = GreedyCalibrator(
             captured,
             sites,
@@ -41,27 +44,45 @@ class SelfCalibration:
         if options.on_progress is None:
             self._announce()
 
-    def is_complete(self, timestep: float) -> bool:
-        """Return whether a call with ``timestep`` begins the next generation.
+    def is_complete(self, timestep: float, latent: Tensor | None) -> bool:
+        """Return whether a call begins the next generation.
+
+        Timesteps fall or rise, as the first ones do; one against that direction is of the next
+        generation. Those that rounding has made equal belong to steps of their own.
 
         Raises:
             ConfigError: the generation has one step, or calls the model twice a step.
         """
-        if self._timesteps == [timestep]:
-            raise ConfigError(
-                "two calls in a row came with the first timestep",
-                where=f"argument {self._options.timestep!r}",
-                got=timestep,
-                expected="one call per step, and more than one step",
-                remedy="batch the guidance in one call; options={'dense': True} where there is "
-                "one step only",
-            )
-        earlier = self._timesteps
-        return bool(earlier) and (timestep == earlier[0] or timestep > earlier[-1])
+        if not self._timesteps:
+            return False
+        first, last = self._timesteps[0], self._timesteps[-1]
+        direction = next((known - first for known in self._timesteps if known != first), 0.0)
+        if direction == 0.0 and timestep == first:
+            self._check_progress(timestep, latent)
+        return (timestep - last) * direction < 0.0
 
-    def step(self, timestep: float, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _check_progress(self, timestep: float, latent: Tensor | None) -> None:
+        """Raise ``ConfigError`` if another call with the first timestep cannot be a step."""
+        before, calls = self._latent, len(self._timesteps) + 1
+        moved = before is not None and latent is not None and not torch.equal(before, latent)
+        if moved and calls <= _MOST_ALIKE:
+            return
+        raise ConfigError(
+            f"{calls} calls in a row came with the first timestep",
+            where=f"argument {self._options.timestep!r}",
+            got=timestep,
+            expected="one call per step, and more than one step",
+            remedy="batch the guidance in one call; options={'dense': True} where there is "
+            "one step only",
+        )
+
+    def step(
+        self, timestep: float, latent: Tensor | None, tensors: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
         """Run the next step on the flat ``tensors``, and choose its strategies."""
         self._timesteps.append(timestep)
+        first = timestep == self._timesteps[0]
+        self._latent = latent.clone() if first and latent is not None else None
         return self._calibrator.step(tensors)
 
     def plan(self, identity: Fingerprint) -> Plan:

@@ -16,28 +16,25 @@ from typing import Any
 from torch import Tensor
 
 from ditfastattn.core.env import read_knobs
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.schedule import NOTHING, StepProgram, lanes_of, unroll
+from ditfastattn.passes.plan.schedule import NOTHING
 from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
-from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
-from ditfastattn.runtime.matching import (
-    planned_sites,
-    split_as_planned,
-    static_tensors,
-    timestep_position,
-)
+from ditfastattn.runtime.matching import split_as_planned, static_tensors, timestep_position
 from ditfastattn.runtime.model_state import ModelState, ModelStates
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.reports import RunReport, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
+from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
 from ditfastattn.runtime.variants import CompiledVariants
 
 log = logging.getLogger(__name__)
@@ -70,8 +67,7 @@ class Specialization:
         self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, self._latent})
         self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
         self._variants = CompiledVariants(captured, self._once, self._each, options)
-        self._plans: dict[Fingerprint, Plan] = {}
-        self._programs: dict[Fingerprint, tuple[StepProgram, ...]] = {}
+        self._plans: dict[Fingerprint, UnrolledPlan] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
         self._lock = threading.RLock()
         self.models = ModelStates()
@@ -92,9 +88,9 @@ class Specialization:
         owner = None if self._owner is None else tensors[self._owner]
         model = self.models.of(owner, lambda: self._meet(tensors))
         try:
-            if model.generation is None:
+            if model.plan is None:
                 return self._calibrate(model, tensors)
-            return self._run_planned(model, model.generation, tensors)
+            return self._run_planned(model, model.plan, tensors)
         except BaseException:
             model.reset()
             raise
@@ -103,9 +99,10 @@ class Specialization:
         """Return a new state of the model whose parameters are in ``tensors``."""
         static = static_tensors(self.captured, tensors)
         model = ModelState(fingerprint(self.captured, self._whole_sites, static))
-        plan = self.options.plan or self._plans.get(model.identity)
+        known = self._plans.get(model.identity)
+        plan = known.plan if known is not None else self.options.plan
         if plan is not None:
-            self._begin_plan(model, plan)
+            self._take_plan(model, plan)
         return model
 
     def reset(self) -> None:
@@ -118,39 +115,56 @@ class Specialization:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
-        if not model.calibration.is_complete(now):
-            return model.calibration.step(now, tensors)
+        latent = None if self._latent is None else tensors[self._latent]
+        if not model.calibration.is_complete(now, latent):
+            return model.calibration.step(now, latent, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
         log.warning("ditfastattn: calibrated: %s", summary(plan))
-        return self._run_planned(model, self._begin_plan(model, plan), tensors)
+        return self._run_planned(model, self._take_plan(model, plan), tensors)
 
-    def _begin_plan(self, model: ModelState, plan: Plan) -> Generation:
-        branches = lanes_of(plan.sampler.cfg_layout)
+    def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
+        """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
         with self._lock:
-            programs = self._programs.get(model.identity)
-            if programs is None:
-                sites = planned_sites(plan, self.captured, self.report.sites, model.identity)
-                programs = tuple(
-                    unroll(plan.strategies, self.captured, sites, plan.merge_variants, branch)
-                    for branch in branches
-                )
-                self._programs[model.identity] = programs
-                self._log_program(plan, programs)
-            self._plans[model.identity] = plan
-        calls = [timestep for timestep in plan.sampler.timesteps for _ in branches]
-        clock = StepClock(calls, f"argument {self.options.timestep!r}")
-        model.generation = Generation(programs, clock)
-        return model.generation
+            unrolled = self._plans.get(model.identity)
+            if unrolled is None:
+                unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
+                self._plans[model.identity] = unrolled
+                self._log_plan(unrolled)
+        model.plan = unrolled
+        model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
+        return unrolled
+
+    @property
+    def _where(self) -> str:
+        return f"argument {self.options.timestep!r}"
+
+    def _advance(self, model: ModelState, generation: Generation, timestep: Tensor) -> Call:
+        try:
+            return generation.advance(read_timestep(timestep))
+        except ConfigError as error:
+            if not generation.on_trial:
+                raise
+            steps = len(generation.branches[0].program.schedule)
+            self._plans.pop(model.identity, None)
+            model.plan = model.generation = None
+            raise ConfigError(
+                "this generation has other steps than the first one, which calibrated the plan",
+                where=self._where,
+                expected=f"the {steps} steps of the first generation; was it interrupted?",
+                remedy="run the generation again: it calibrates again",
+            ) from error
 
     def _run_planned(
-        self, model: ModelState, generation: Generation, tensors: Sequence[Tensor]
+        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        timestep = tensors[self._timestep]
-        call = generation.advance(read_timestep(timestep))
+        generation, timestep = model.generation, tensors[self._timestep]
+        assert generation is not None
+        call = self._advance(model, generation, timestep)
+        if call.step == 0 and plan.shares_guidance:
+            self._check_latents(generation, call, tensors)
         branch = generation.branches[call.branch]
         program = branch.program
-        self._check_latents(generation, call, tensors)
         hoisted = {
             **branch.hoisted.at(self._once, tensors),
             **model.hoisted.at(self._each, call.step, timestep, tensors),
@@ -160,7 +174,7 @@ class Specialization:
             return generation.read(call, slots, tensors[0].device, hoisted)
 
         actions = program.variants[program.schedule[call.step]]
-        layout = self._plans[model.identity].sampler.cfg_layout
+        layout = plan.plan.sampler.cfg_layout
         variant = self._variants.of(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
         generation.write(call, dict(zip(variant.writes, returned[self._results :], strict=True)))
@@ -168,45 +182,41 @@ class Specialization:
 
     def _check_latents(self, generation: Generation, call: Call, tensors: Sequence[Tensor]) -> None:
         """Refuse to share guidance between different images; once a generation, as it may wait."""
-        shares = generation.branches[0].program.shares_cfg
-        if call.step == 0 and shares and self._latent is not None:
+        if self._latent is not None:
             name = self.captured.inputs[self._latent].name
             generation.check_latents(call, tensors[self._latent], name)
 
     def reports(self) -> list[RunReport]:
         """Report each plan in force."""
-        items = list(self._programs.items())
-        return [self._report(self._plans[model], programs) for model, programs in items]
+        return [self._report(plan) for plan in list(self._plans.values())]
 
-    def _report(self, plan: Plan, programs: Sequence[StepProgram]) -> RunReport:
+    def _report(self, unrolled: UnrolledPlan) -> RunReport:
+        plan, programs = unrolled.plan, unrolled.programs
         calls = plan.sampler.steps * len(programs)
-        flops = self._variants.flops(programs, plan.sampler.cfg_layout)
+        flops = self._variants.flops(unrolled)
         once = self._once.flops.times(len(programs))
         return RunReport(
             plan=plan,
             sites=self.report,
             variants=len({row for program in programs for row in program.variants}),
-            peak_cache_bytes=sum(program.peak_cache_bytes for program in programs),
-            ahead_bytes=self._ahead_bytes(plan, programs),
+            peak_cache_bytes=unrolled.peak_cache_bytes,
+            ahead_bytes=unrolled.hoisted_bytes(self._once.bytes, self._each.bytes),
             dense=count_flops(self.captured.module.graph).times(calls),
             planned=sum(flops, once) if len(flops) == calls else None,
         )
 
-    def _ahead_bytes(self, plan: Plan, programs: Sequence[StepProgram]) -> int:
-        return len(programs) * self._once.bytes + plan.sampler.steps * self._each.bytes
-
-    def _log_program(self, plan: Plan, programs: Sequence[StepProgram]) -> None:
+    def _log_plan(self, unrolled: UnrolledPlan) -> None:
         log.info(
             "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
-            "%.1f MiB computed ahead",
-            plan.sampler.steps,
-            sum(len(program.variants) for program in programs),
-            sum(len(program.slots) for program in programs),
-            sum(program.peak_cache_bytes for program in programs) / 2**20,
-            self._ahead_bytes(plan, programs) / 2**20,
+            "%.1f MiB of hoisted values",
+            unrolled.plan.sampler.steps,
+            sum(len(program.variants) for program in unrolled.programs),
+            sum(len(program.slots) for program in unrolled.programs),
+            unrolled.peak_cache_bytes / 2**20,
+            unrolled.hoisted_bytes(self._once.bytes, self._each.bytes) / 2**20,
         )
-        log.info("plan: %s", summary(plan))
-        if plan.changed == 0:
+        log.info("plan: %s", summary(unrolled.plan))
+        if unrolled.plan.changed == 0:
             log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
 
 

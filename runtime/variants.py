@@ -17,6 +17,7 @@ from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.unrolled import UnrolledPlan
 
 _Key = tuple[tuple[str, ...], tuple[SiteAction, ...], CfgLayout]
 
@@ -77,8 +78,9 @@ class CompiledVariants:
                 self._known[key] = CompiledVariant(run, reads, writes, flops)
             return self._known[key]
 
-    def flops(self, programs: Sequence[StepProgram], layout: CfgLayout) -> list[Flops]:
+    def flops(self, unrolled: UnrolledPlan) -> list[Flops]:
         """Return the FLOPs of each call of a generation whose variant has been compiled."""
+        programs, layout = unrolled.programs, unrolled.plan.sampler.cfg_layout
         keys = [(p.names, p.variants[v], layout) for p in programs for v in p.schedule]
         found = (self._known.get(key) for key in keys)
         return [variant.flops for variant in found if variant is not None]

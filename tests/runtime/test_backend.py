@@ -187,7 +187,7 @@ def test_two_calls_per_step_are_refused_with_the_remedy() -> None:
     compiled = planned(tiny)
     with torch.no_grad():
         compiled(**tiny.call(0, 4))
-        with pytest.raises(ConfigError, match=r"one call per step[\s\S]*batch the guidance"):
+        with pytest.raises(ConfigError, match=r"2 calls in a row[\s\S]*batch the guidance"):
             compiled(**tiny.call(0, 4))
 
 
