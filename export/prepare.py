@@ -20,7 +20,7 @@ from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput,
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram, unroll
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
+from ditfastattn.passes.rewrites.hoist_invariants import find_hoisted
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -129,7 +129,7 @@ def prepare(
         identity=identity,
         captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
         program=program,
-        invariants=() if plan is None else find_invariants(first.graph, varying),
+        invariants=() if plan is None else find_hoisted(first.graph, varying),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )

@@ -23,7 +23,7 @@ from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.rewrites.hoist_invariants import prologue
+from ditfastattn.passes.rewrites.hoist_invariants import hoisted_graph
 from ditfastattn.passes.rewrites.merge_linears import merge_linears
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.bundle.specs import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
@@ -79,8 +79,8 @@ def variant_graph(
 
 def prologue_graph(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
     """Return the graph of what is computed once per generation."""
-    first = prologue(captures.first.graph, nodes)
-    second = first if captures.fixed else prologue(captures.second.graph, nodes)
+    first = hoisted_graph(captures.first.graph, nodes)
+    second = first if captures.fixed else hoisted_graph(captures.second.graph, nodes)
     return _step_graph(captures, first, second)
 
 

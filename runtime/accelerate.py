@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.pipeline.denoiser import (
@@ -23,7 +24,6 @@ from ditfastattn.runtime.pipeline.denoiser import (
     transformer_of,
 )
 from ditfastattn.runtime.pipeline.prompts import current_guidance
-from ditfastattn.runtime.planned import PlannedFunction
 
 log = logging.getLogger(__name__)
 

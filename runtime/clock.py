@@ -72,15 +72,22 @@ class StepClock:
     step: int = -1
     _unchecked: list[tuple[int, TimestepReader]] = field(default_factory=list)
 
-    def tick(self, timestep: TimestepReader) -> int:
+    @property
+    def at_end(self) -> bool:
+        """Return whether the last call was the last one of its generation."""
+        return self.step == len(self.timesteps) - 1
+
+    def tick(self, timestep: TimestepReader, wait: bool = False) -> int:
         """Return the step of this call; 0 begins a new generation.
+
+        With ``wait`` the timestep itself decides on a device too.
 
         Raises:
             ConfigError: the timesteps are not those of the plan, in order.
         """
         self._check_arrived()
         following = (self.step + 1) % len(self.timesteps)
-        if timestep.ready():
+        if wait or timestep.ready():
             following = self._locate(timestep.value(), following)
         else:
             self._unchecked.append((following, timestep))

@@ -15,7 +15,7 @@ from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import check_shapes
 from ditfastattn.runtime.options import parse_options
-from ditfastattn.runtime.planned import specialization_of
+from ditfastattn.runtime.specializations import specialization_of
 
 
 class PlannedProgram:

@@ -76,7 +76,7 @@ def timestep_position(captured: CapturedGraph, name: str) -> int:
     )
 
 
-def check_lanes(first: Tensor, second: Tensor, where: str) -> None:
+def check_halves(first: Tensor, second: Tensor, where: str) -> None:
     """Raise ``ConfigError`` unless both halves of guidance hold the same latents.
 
     A plan that shares guidance copies one half over the other. Were the halves different images,
@@ -86,7 +86,7 @@ def check_lanes(first: Tensor, second: Tensor, where: str) -> None:
         raise ConfigError(
             "the plan shares guidance, but its halves hold different latents",
             where=where,
-            got=f"{len(first)} and {len(second)} different lanes",
+            got=f"{len(first)} and {len(second)} different latents",
             expected="the same latents twice, for the conditional and the unconditional half",
             remedy="run with the plan's guidance, or calibrate a plan without guidance",
         )

@@ -20,7 +20,10 @@ from ditfastattn.core.env import DISABLE
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Calibration
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
+from ditfastattn.passes.rewrites.hoist_invariants import (
+    HOIST_PER_GENERATION,
+    HOIST_PER_TIMESTEP,
+)
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import (
@@ -38,7 +41,7 @@ from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-PASSES = (HOIST_INVARIANTS, FOLD_TIMESTEPS)
+PASSES = (HOIST_PER_GENERATION, HOIST_PER_TIMESTEP)
 
 
 def _models() -> dict[str, tuple[Any, Any]]:
@@ -81,8 +84,8 @@ def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, A
         plan = session.plan(rows, session.timesteps, Calibration(method="manual"))
     left_out = {
         "neither": PASSES,
-        HOIST_INVARIANTS: (FOLD_TIMESTEPS,),
-        FOLD_TIMESTEPS: (HOIST_INVARIANTS,),
+        HOIST_PER_GENERATION: (HOIST_PER_TIMESTEP,),
+        HOIST_PER_TIMESTEP: (HOIST_PER_GENERATION,),
         "both": (),
     }
     with many_compilations():

@@ -18,7 +18,7 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.planned import RunReport, summary
+from ditfastattn.runtime.reports import RunReport, summary
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs

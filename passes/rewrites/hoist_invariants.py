@@ -1,7 +1,7 @@
 """Compute once per generation what no step changes (loop-invariant code motion; exact).
 
 The text's projections, and the keys and values that cross-attention makes of it, depend on neither
-latent nor timestep. A prologue computes them, and every step variant reads them.
+latent nor timestep. A graph of its own computes them, and every step variant reads them.
 
 Before::
 
@@ -34,16 +34,16 @@ from ditfastattn.passes.graph.slots import hoisted_slot, read_cache, write_cache
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 
-HOIST_INVARIANTS = "hoist-invariants"
-FOLD_TIMESTEPS = "fold-timesteps"
+HOIST_PER_GENERATION = "hoist-invariants"
+HOIST_PER_TIMESTEP = "fold-timesteps"
 
 
 @dataclass(frozen=True)
 class HoistInvariants:
-    """Read the nodes called ``nodes`` from a prologue."""
+    """Read the nodes called ``nodes`` as values that were hoisted out of the step."""
 
     nodes: tuple[str, ...]
-    name: str = HOIST_INVARIANTS
+    name: str = HOIST_PER_GENERATION
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace those that the graph still uses."""
@@ -55,7 +55,7 @@ class HoistInvariants:
         return PassResult(len(found))
 
 
-def find_invariants(captured: CapturedGraph, varying: Collection[int]) -> tuple[str, ...]:
+def find_hoisted(captured: CapturedGraph, varying: Collection[int]) -> tuple[str, ...]:
     """Return the nodes to hoist: the last ones that cost matrix products and never change.
 
     ``varying`` holds the flat positions of the inputs that may change: latent and timestep for what
@@ -82,7 +82,7 @@ def find_invariants(captured: CapturedGraph, varying: Collection[int]) -> tuple[
     return tuple(dict.fromkeys(found))
 
 
-def prologue(captured: CapturedGraph, nodes: tuple[str, ...]) -> GraphModule:
+def hoisted_graph(captured: CapturedGraph, nodes: tuple[str, ...]) -> GraphModule:
     """Return the graph that computes ``nodes`` from the inputs of ``captured``."""
     module = clone(captured.module)
     module.graph.output_node().args = ((),)

@@ -22,7 +22,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import Pass
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
-from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HoistInvariants
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_TIMESTEP, HoistInvariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
 from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
@@ -60,7 +60,7 @@ def variant_passes(
         ),
         NarrowCaches(tuple(sites)),
         HoistInvariants(invariants),
-        HoistInvariants(folded, FOLD_TIMESTEPS),
+        HoistInvariants(folded, HOIST_PER_TIMESTEP),
         HoistBatchSlices(),
         EliminateDeadCode(),
     )

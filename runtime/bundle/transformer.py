@@ -19,10 +19,10 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
-from ditfastattn.runtime.caches import Buffers, Caches
+from ditfastattn.runtime.caches import Buffers
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.invariants import Hoisted, Values
-from ditfastattn.runtime.matching import check_lanes
+from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.hoisted import NO_VALUES, Values
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
@@ -39,20 +39,12 @@ class Config(dict[str, Any]):
 
 
 @dataclass
-class _Generation:
-    """Hold what changes during a generation."""
+class _ThreadState:
+    """The generation under way in one thread, and the memory that its caches are written into."""
 
-    clock: StepClock
-    caches: Caches = field(default_factory=Caches)
+    generation: Generation
     buffers: Buffers = field(default_factory=Buffers)
-    hoisted: Hoisted = field(default_factory=Hoisted)
     batch: int = 0
-
-    def reset(self) -> None:
-        """Forget the generation under way."""
-        self.clock.reset()
-        self.caches.clear()
-        self.hoisted.clear()
 
 
 class BundleTransformer(nn.Module):
@@ -66,20 +58,21 @@ class BundleTransformer(nn.Module):
         self,
         manifest: Manifest,
         engines: Sequence[Engine],
-        prologue: Engine | None,
+        hoisted: Engine | None,
         device: torch.device,
         open_loop: Callable[[], Engine],
         providers: tuple[str, ...],
     ) -> None:
-        """Take one engine per variant, and what opens that of the loop when it is needed.
+        """Take one engine per variant, one for the hoisted values if there are any.
 
-        ``providers`` names the execution providers that have loaded.
+        ``open_loop`` opens the engine of the loop when it is needed; ``providers`` names the
+        execution providers that have loaded.
         """
         super().__init__()
         self.providers = providers
         self.manifest = manifest
         self.config = Config(manifest.model.config)
-        self._engines, self._prologue = tuple(engines), prologue
+        self._engines, self._hoisted_engine = tuple(engines), hoisted
         self._device = device
         self._open_loop = functools.cache(open_loop)
         self._schedule = slot_schedule(manifest)
@@ -101,12 +94,12 @@ class BundleTransformer(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str) -> Generator[None]:
-        """Accept diffusers' naming of guidance lanes; ours are batched."""
+        """Accept diffusers' naming of guidance branches; ours are batched."""
         yield
 
     def reset(self) -> None:
         """Forget the generation under way in this thread, for example after an interrupted one."""
-        self._generation().reset()
+        self._state().generation.reset()
 
     def generate(self, noise: Tensor, **conditions: Any) -> Tensor:
         """Return the latents of a whole generation, by the bundle's unrolled loop.
@@ -122,8 +115,8 @@ class BundleTransformer(nn.Module):
         engine = self._open_loop()
         loop = self.manifest.loop
         assert loop is not None  # it was opened
-        lanes = 1 if self.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
-        batch = lanes * len(noise)
+        branches = 1 if self.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+        batch = branches * len(noise)
         given = {**conditions, loop.noise.name: noise}
         specs = [loop.noise, *loop.conditions]
         tensors = [_argument(spec, given, batch, self._device) for spec in specs]
@@ -140,11 +133,11 @@ class BundleTransformer(nn.Module):
             EngineError: the runtime failed.
         """
         given = self.bind(args, kwargs)
-        generation = self._generation()
+        state = self._state()
         try:
-            results = self._step(generation, given)
+            results = self._step(state, given)
         except BaseException:
-            generation.reset()
+            state.generation.reset()
             raise
         return self.answer(results, given)
 
@@ -165,52 +158,57 @@ class BundleTransformer(nn.Module):
             )
         return {**given, **kwargs}
 
-    def _generation(self) -> _Generation:
-        if not hasattr(self._threads, "generation"):
+    def _state(self) -> _ThreadState:
+        if not hasattr(self._threads, "state"):
             clock = StepClock(
                 self.manifest.sampler.timesteps, f"argument {self.manifest.timestep!r}"
             )
-            self._threads.generation = _Generation(clock)
-        found: _Generation = self._threads.generation
+            self._threads.state = _ThreadState(Generation([self._schedule], clock))
+        found: _ThreadState = self._threads.state
         return found
 
-    def _step(self, generation: _Generation, given: Mapping[str, Any]) -> list[Tensor]:
-        manifest, schedule = self.manifest, self._schedule
+    def _step(self, state: _ThreadState, given: Mapping[str, Any]) -> list[Tensor]:
+        manifest, generation = self.manifest, state.generation
         batch = self._batch(given)
         inputs = {
             spec.name: _argument(spec, given, batch, self._device) for spec in manifest.inputs
         }
-        timestep = read_timestep(inputs[manifest.timestep])
-        step = generation.clock.tick(timestep) if manifest.plan_sha256 else 0
-        if step == 0:
-            generation.caches.clear()
-            generation.hoisted.clear()
-            if batch != generation.batch:
-                generation.buffers.clear()
-            generation.batch = batch
-            if manifest.shares_guidance and manifest.latent:
-                first, second = inputs[manifest.latent].tensor_split(2)
-                check_lanes(first, second, f"argument {manifest.latent!r}")
-        elif batch != generation.batch:
-            raise ConfigError(
-                "the batch has changed within a generation",
-                where=f"step {step}",
-                got=batch,
-                expected=generation.batch,
-            )
-        once = self._invariants(generation, inputs, batch)
-        index = manifest.schedule[step]
+        call = self._advance(generation, inputs[manifest.timestep])
+        self._check_batch(state, call, batch)
+        if call.step == 0 and manifest.shares_guidance and manifest.latent:
+            name = f"argument {manifest.latent!r}"
+            generation.check_latents(call, inputs[manifest.latent], name)
+        index = manifest.schedule[call.step]
         variant, written = manifest.variants[index], self._writes[index]
-        caches = generation.caches.read(schedule, step, self._reads[index], self._device, once)
+        hoisted = self._hoisted(generation, inputs, batch)
+        caches = generation.read(call, self._reads[index], self._device, hoisted)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
         specs = [self._slots[slot] for slot in written]
-        free = generation.buffers.take(
-            [(spec.sizes(batch), _dtype(spec)) for spec in specs], self._device, generation.caches
-        )
+        wanted = [(spec.sizes(batch), _dtype(spec)) for spec in specs]
+        free = state.buffers.take(wanted, self._device, generation.branches[0].caches)
         self._engines[index](tensors, [*results, *free])
-        generation.caches.write(schedule, step, dict(zip(written, free, strict=True)))
+        generation.write(call, dict(zip(written, free, strict=True)))
         return results
+
+    def _advance(self, generation: Generation, timestep: Tensor) -> Call:
+        if self.manifest.plan_sha256:
+            return generation.advance(read_timestep(timestep))
+        generation.reset()  # one dense step, at any timestep
+        return Call(0, 0)
+
+    def _check_batch(self, state: _ThreadState, call: Call, batch: int) -> None:
+        if call.step == 0:
+            if batch != state.batch:
+                state.buffers.clear()
+            state.batch = batch
+        elif batch != state.batch:
+            raise ConfigError(
+                "the batch has changed within a generation",
+                where=f"step {call.step}",
+                got=batch,
+                expected=state.batch,
+            )
 
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
         return torch.empty(spec.sizes(batch), dtype=_dtype(spec), device=self._device)
@@ -236,21 +234,19 @@ class BundleTransformer(nn.Module):
             )
         return batch
 
-    def _invariants(
-        self, generation: _Generation, inputs: Mapping[str, Tensor], batch: int
-    ) -> Values:
-        spec, prologue = self.manifest.prologue, self._prologue
-        if spec is None or prologue is None:
-            return {}
+    def _hoisted(self, generation: Generation, inputs: Mapping[str, Tensor], batch: int) -> Values:
+        spec, hoisted = self.manifest.prologue, self._hoisted_engine
+        if spec is None or hoisted is None:
+            return NO_VALUES
         tensors = [inputs[name] for name in spec.inputs]
 
         def compute() -> Values:
             written = slots_written(spec)
             results = [self._empty(self._slots[slot], batch) for slot in written]
-            prologue(tensors, results)
+            hoisted(tensors, results)
             return dict(zip(written, results, strict=True))
 
-        return generation.hoisted.of(tensors, compute)
+        return generation.branches[0].hoisted.of(tensors, compute)
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.options import parse_options
-from ditfastattn.runtime.planned import PlannedFunction
 
 
 def ditfastattn(

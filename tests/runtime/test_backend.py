@@ -15,7 +15,9 @@ import torch
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, reports, reset
 from ditfastattn.passes.graph.slots import Slot
-from ditfastattn.runtime.planned import Generation
+from ditfastattn.runtime import specializations
+from ditfastattn.runtime.generation import GuidanceBranch
+from ditfastattn.runtime.model_state import ModelState
 from tests.helpers import (
     STEPS,
     TIMESTEPS,
@@ -139,7 +141,8 @@ def test_images_without_guidance_are_refused_by_a_plan_that_shares_it() -> None:
     tiny = tiny_dit()
     plan = uniform_plan(tiny, Strategy.SHARE_CFG)
     call = tiny.call(0, 4) | {"hidden_states": noise(5, 4, 4, 8, 8)}
-    with torch.no_grad(), pytest.raises(ConfigError, match=r"hidden_states[\s\S]*different lanes"):
+    refused = r"hidden_states[\s\S]*different latents"
+    with torch.no_grad(), pytest.raises(ConfigError, match=refused):
         planned(tiny, plan=plan)(**call)
 
 
@@ -185,7 +188,7 @@ def test_two_calls_per_step_are_refused_with_the_remedy() -> None:
     compiled = planned(tiny)
     with torch.no_grad():
         compiled(**tiny.call(0, 4))
-        with pytest.raises(ConfigError, match=r"one call per step[\s\S]*batch the guidance"):
+        with pytest.raises(ConfigError, match=r"2 calls in a row[\s\S]*batch the guidance"):
             compiled(**tiny.call(0, 4))
 
 
@@ -274,7 +277,7 @@ def test_the_predicted_peak_of_the_caches_is_the_measured_one(seed: int) -> None
     torch._dynamo.reset()
     tiny.run(planned(tiny, plan=plan))
     (report,) = [r for r in reports() if r.plan == plan]
-    peaks = [lane.caches.peak for found in generations() for lane in found.lanes]
+    peaks = [branch.caches.peak for model in models() for branch in branches(model)]
     assert report.peak_cache_bytes > 0
     assert report.peak_cache_bytes in peaks
 
@@ -288,23 +291,25 @@ def test_what_is_computed_ahead_takes_the_memory_that_is_reported(name: str) -> 
         for step in range(STEPS):
             compiled(**tiny.call(step, 4))
     (report,) = [r for r in reports() if r.plan == plan]
-    (generation,) = [g for g in generations() if len(g.folded.steps) == STEPS]
-    held = [generation.lanes[0].hoisted.values, *(v for _, v in generation.folded.steps.values())]
+    (model,) = [m for m in models() if len(m.hoisted.steps) == STEPS]
+    held = [branches(model)[0].hoisted.values, *(v for _, v in model.hoisted.steps.values())]
     assert sum(item.nbytes for values in held for item in values.values()) == report.ahead_bytes
     assert report.ahead_bytes > 0
 
 
-def generations() -> list[Generation]:
-    from ditfastattn.runtime import planned as module
+def models() -> list[ModelState]:
+    return [model for found in specializations._registry for model in found.models.here()]
 
-    known = (specialization._generations().values() for specialization in module._registry)
-    return [generation for found in known for generation in found]
+
+def branches(model: ModelState) -> tuple[GuidanceBranch, ...]:
+    return () if model.generation is None else model.generation.branches
 
 
 def live_caches() -> dict[Slot, torch.Tensor]:
     found: dict[Slot, torch.Tensor] = {}
-    for generation in generations():
-        found |= generation.lanes[0].caches._held
+    for model in models():
+        for branch in branches(model):
+            found |= branch.caches._held
     return found
 
 

@@ -10,9 +10,9 @@ import torch
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.plan.strategies import strategies
+from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.options import BackendOptions
-from ditfastattn.runtime.planned import PlannedFunction
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,

@@ -15,7 +15,7 @@ import torch
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.measure.contender import (
     Contender,
     dense_contender,

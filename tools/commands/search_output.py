@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from ditfastattn.passes.plan.schema import Measured, Plan
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.tools.terminal import progress_bar
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.planned import summary
+from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.judge.drift import decibels
 from ditfastattn.runtime.search.judge.validate import Validation
 from ditfastattn.runtime.search.measure.timing import PairedTiming

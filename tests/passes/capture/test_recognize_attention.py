@@ -167,7 +167,7 @@ def of(attend: Attend, rotate: bool = False, key_heads: int = HEADS) -> Callable
 @pytest.fixture(autouse=True)
 def same_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lanes of these models differ by a constant, where a pipeline's differ by conditions."""
-    monkeypatch.setattr("ditfastattn.runtime.planned.check_lanes", lambda *_: None)
+    monkeypatch.setattr("ditfastattn.runtime.generation.check_halves", lambda *_: None)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {

@@ -16,9 +16,13 @@ from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.graph.slots import hoisted_slot, read_slots, written_slots
 from ditfastattn.passes.plan.actions import DENSE
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
+from ditfastattn.passes.rewrites.hoist_invariants import (
+    find_hoisted,
+    hoisted_graph,
+)
 from ditfastattn.passes.rewrites.pipeline import rewrite
-from ditfastattn.runtime import invariants, lowering
+from ditfastattn.runtime import hoisted as hoisted_module
+from ditfastattn.runtime import lowering
 from ditfastattn.runtime.matching import timestep_position
 from tests.helpers import (
     TINY_MODELS,
@@ -36,7 +40,7 @@ def found(tiny: TinyModel) -> tuple[str, ...]:
     graph = captured_once(tiny).graph
     latent = latent_position(graph)
     assert latent is not None
-    return find_invariants(graph, {latent, timestep_position(graph, "timestep")})
+    return find_hoisted(graph, {latent, timestep_position(graph, "timestep")})
 
 
 def test_cross_attention_keys_and_values_of_the_text_are_hoisted() -> None:
@@ -44,7 +48,7 @@ def test_cross_attention_keys_and_values_of_the_text_are_hoisted() -> None:
     captured, sites = capture_every_site(tiny)
     nodes = found(tiny)
     assert len(nodes) == 2 * 2  # keys and values of two blocks
-    once = prologue(captured, nodes)
+    once = hoisted_graph(captured, nodes)
     assert written_slots(once.graph) == tuple(map(hoisted_slot, nodes))
     actions = [DENSE] * len(sites)
     whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
@@ -62,13 +66,13 @@ def test_there_is_nothing_to_hoist_where_only_a_table_is_read() -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of the generation's prologues."""
+    """Count the runs of what is hoisted per generation."""
     monkeypatch.setenv("DITFASTATTN_DISABLE", "fold-timesteps")
-    return count_prologues(monkeypatch)
+    return count_hoisted_runs(monkeypatch)
 
 
-def count_prologues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of all prologues."""
+def count_hoisted_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the runs of all hoisted graphs."""
     counted: list[int] = []
     lower = lowering.lower
 
@@ -81,7 +85,7 @@ def count_prologues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return once
 
-    monkeypatch.setattr(invariants, "lower", counting)
+    monkeypatch.setattr(hoisted_module, "lower", counting)
     return counted
 
 
@@ -103,7 +107,7 @@ def steady(tiny: TinyModel) -> TinyModel:
     return TinyModel(tiny.model, call)
 
 
-def test_the_prologue_runs_once_per_generation(runs: list[int]) -> None:
+def test_what_is_hoisted_runs_once_per_generation(runs: list[int]) -> None:
     tiny = steady(TINY_MODELS["pixart"]())
     _, sites = capture_every_site(tiny)
     rows = mixed_strategies(sites, seed=4)
@@ -147,9 +151,9 @@ def test_changed_conditions_are_noticed(change: str, runs: list[int]) -> None:
 
 @pytest.fixture
 def timestep_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of the timesteps' prologues."""
+    """Count the runs of what is hoisted per timestep."""
     monkeypatch.setenv("DITFASTATTN_DISABLE", "hoist-invariants")
-    return count_prologues(monkeypatch)
+    return count_hoisted_runs(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
@@ -170,9 +174,9 @@ def test_the_timesteps_embedding_leaves_the_variants() -> None:
     captured, sites = capture_every_site(tiny)
     timestep = timestep_position(captured, "timestep")
     arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
-    nodes = find_invariants(captured, arguments - {timestep})
+    nodes = find_hoisted(captured, arguments - {timestep})
     assert nodes
-    once = prologue(captured, nodes)
+    once = hoisted_graph(captured, nodes)
     actions = [DENSE] * len(sites)
     whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
     folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, folded=nodes)

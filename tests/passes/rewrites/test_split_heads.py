@@ -23,7 +23,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
+from ditfastattn.passes.rewrites.hoist_invariants import find_hoisted
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.rewrites.split_heads import groups_of, split_heads
@@ -235,9 +235,9 @@ def test_the_keys_of_the_text_are_hoisted_for_all_heads_at_once() -> None:
     whole, divided = captured_once(tiny), split(tiny, 2)
     names = [entry.name for entry in whole.graph.inputs]
     varying = [names.index(name) for name in ("hidden_states", "timestep")]
-    found = find_invariants(whole.graph, varying)
+    found = find_hoisted(whole.graph, varying)
     assert len(found) >= 2 * len([site for site in whole.sites if site.kind is SiteKind.CROSS])
-    assert find_invariants(divided.graph, varying) == found
+    assert find_hoisted(divided.graph, varying) == found
 
 
 def test_a_cache_of_merged_heads_is_no_view_of_all() -> None:

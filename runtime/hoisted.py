@@ -1,9 +1,9 @@
-"""Compute ahead what a step need not: once per generation, or once per timestep and model.
+"""Hoist values out of the step loop: compute them once per generation, or once per timestep.
 
-The pipelines hand over the same prompt embeddings at every step. Should they not, or should they
-have been written to, what depends on them is computed anew. What depends on the timestep alone is
-the same in every generation of a schedule, until the weights it is computed from change. Either
-way the result is exact.
+Pipelines hand over the same prompt embeddings at every step. If they do not, or if an embedding was
+written to, the values that depend on it are computed again. Values that depend on the timestep
+alone are the same in every generation of a schedule, until the weights they are computed from
+change. Either way the result is exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.slots import Slot, written_slots
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants, prologue
+from ditfastattn.passes.rewrites.hoist_invariants import (
+    find_hoisted,
+    hoisted_graph,
+)
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
 
@@ -28,7 +31,7 @@ Values = Mapping[Slot, Tensor]
 NO_VALUES: Values = MappingProxyType({})
 
 
-class Prologue:
+class HoistedGraph:
     """Compute the values of one captured graph that do not depend on the ``varying`` inputs."""
 
     def __init__(
@@ -38,14 +41,14 @@ class Prologue:
         options: BackendOptions,
         disabled: bool = False,
     ) -> None:
-        """Find what to compute ahead; it is lowered when first needed."""
-        self.nodes = () if disabled else find_invariants(captured, varying)
+        """Find the values to hoist; the graph is lowered when first needed."""
+        self.nodes = () if disabled else find_hoisted(captured, varying)
         self._options = options
-        self._module = prologue(captured, self.nodes)
+        self._module = hoisted_graph(captured, self.nodes)
         self._slots = written_slots(self._module.graph)
         self._run: RunnableGraph | None = None
         self.flops: Flops = count_flops(self._module.graph)
-        #: how much memory the values take
+        #: the memory that the values take
         self.bytes = sum(value(node).nbytes for node in outputs(self._module.graph))
         used = [bool(node.users) for node in self._module.graph.find_nodes(op="placeholder")]
         entries = list(enumerate(captured.inputs))
@@ -57,7 +60,7 @@ class Prologue:
     def __call__(self, tensors: Sequence[Tensor]) -> Values:
         """Return the value of each slot for a step on the flat ``tensors``."""
         if self._run is None:
-            # A CUDA graph would write over what its last run has returned, and that is kept.
+            # A CUDA graph would overwrite what its last run has returned, and that is kept.
             options = self._options
             inductor = {k: v for k, v in options.inductor.items() if k != "triton.cudagraphs"}
             self._run = lower(self._module, tensors, options.lowering, inductor, options.outline)
@@ -65,8 +68,8 @@ class Prologue:
 
 
 @dataclass
-class Hoisted:
-    """Hold a generation's step-invariant values, and the inputs that they were computed from."""
+class HoistedPerGeneration:
+    """Values hoisted for one generation, and the inputs that they were computed from."""
 
     values: Values = field(default_factory=dict)
     sources: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -75,14 +78,14 @@ class Hoisted:
         """Forget them."""
         self.values, self.sources = NO_VALUES, []
 
-    def at(self, prologue: Prologue, tensors: Sequence[Tensor]) -> Values:
+    def at(self, graph: HoistedGraph, tensors: Sequence[Tensor]) -> Values:
         """Return the values for a step on ``tensors``, computed unless they are known."""
-        if not prologue.nodes:
+        if not graph.nodes:
             return NO_VALUES
-        return self.of([tensors[i] for i in prologue.arguments], lambda: prologue(tensors))
+        return self.of([tensors[i] for i in graph.arguments], lambda: graph(tensors))
 
     def of(self, arguments: Sequence[Tensor], compute: Callable[[], Values]) -> Values:
-        """Return what was computed of ``arguments``, anew where they are others or changed."""
+        """Return the values for ``arguments``; compute them where those are new or changed."""
         now = [(tensor, _version(tensor)) for tensor in arguments]
         unchanged = len(self.sources) == len(now) > 0 and all(
             before is after and version == was and was >= 0
@@ -94,29 +97,29 @@ class Hoisted:
 
 
 @dataclass
-class FoldedTimesteps:
-    """Hold what each timestep alone decides, for all generations of one model."""
+class HoistedPerTimestep:
+    """Values hoisted for each timestep of a schedule, for all generations of one model."""
 
     steps: dict[int, tuple[Tensor, Values]] = field(default_factory=dict)
     weights: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
 
     def at(
-        self, prologue: Prologue, step: int, timestep: Tensor, tensors: Sequence[Tensor]
+        self, graph: HoistedGraph, step: int, timestep: Tensor, tensors: Sequence[Tensor]
     ) -> Values:
         """Return the values of ``step``, computed unless they are known for ``timestep``."""
-        if not prologue.nodes:
+        if not graph.nodes:
             return NO_VALUES
-        if step == 0 and not self._same_weights(prologue, tensors):
+        if step == 0 and not self._same_weights(graph, tensors):
             self.steps.clear()
-            weights = (tensors[index] for index in prologue.weights)
+            weights = (tensors[index] for index in graph.weights)
             self.weights = [(weakref.ref(weight), _version(weight)) for weight in weights]
         known = self.steps.get(step)
         if known is None or not _same_timestep(known[0], timestep):
-            known = self.steps[step] = timestep.clone(), prologue(tensors)
+            known = self.steps[step] = timestep.clone(), graph(tensors)
         return known[1]
 
-    def _same_weights(self, prologue: Prologue, tensors: Sequence[Tensor]) -> bool:
-        weights = [tensors[index] for index in prologue.weights]
+    def _same_weights(self, graph: HoistedGraph, tensors: Sequence[Tensor]) -> bool:
+        weights = [tensors[index] for index in graph.weights]
         return len(weights) == len(self.weights) and all(
             reference() is weight and was == _version(weight) >= 0
             for (reference, was), weight in zip(self.weights, weights, strict=True)

@@ -1,0 +1,263 @@
+"""Everything for one captured graph and one set of options; equal ones are shared.
+
+A ``Specialization`` holds the sites of its graph, the step programs of the plans in force and the
+compiled variants. What changes during a generation belongs to a thread and a model, and is kept
+apart, so that generations never share caches.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ditfastattn.core.env import read_knobs
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
+from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
+from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
+from ditfastattn.passes.graph.slots import Slot
+from ditfastattn.passes.graph.verify import verify
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.legality import declined_strategies
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.step_program import NOTHING
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
+from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.hoisted import HoistedGraph
+from ditfastattn.runtime.matching import split_as_planned, static_tensors, timestep_position
+from ditfastattn.runtime.model_state import ModelState, ModelStates
+from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.reports import RunReport, summary
+from ditfastattn.runtime.self_calibration import SelfCalibration
+from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
+from ditfastattn.runtime.variants import CompiledVariants
+
+log = logging.getLogger(__name__)
+
+_registry: weakref.WeakSet[Specialization] = weakref.WeakSet()
+_registry_lock = threading.Lock()
+
+
+class Specialization:
+    """Run one captured graph by plans, or calibrate them."""
+
+    def __init__(self, captured: CapturedGraph, options: BackendOptions, identity: str) -> None:
+        """Find the sites of ``captured``; programs and variants are made when first needed."""
+        self._results = len(outputs(captured.module.graph))
+        verify(captured.module, len(captured.inputs), self._results, "capture")
+        whole = find_sites(captured)
+        self._whole_sites = whole.sites  # of the model, whatever a plan splits
+        self.captured = captured
+        if options.plan is not None and not options.dense:
+            self.captured = split_as_planned(options.plan, captured, whole.sites)
+        self.identity = identity
+        split = self.captured is not captured
+        self.report: SiteReport = find_sites(self.captured) if split else whole
+        self.options = options
+        captured = self.captured
+        # A dense run needs no clock.
+        self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
+        self._latent = latent_position(captured)
+        arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, self._latent})
+        self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
+        self._variants = CompiledVariants(captured, self._once, self._each, options)
+        self._plans: dict[Fingerprint, UnrolledPlan] = {}
+        self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
+        self._lock = threading.RLock()
+        self.models = ModelStates()
+        _log_sites(self.report)
+
+    def _hoist(self, name: str, varying: Collection[int | None]) -> HoistedGraph:
+        """Return what the pass ``name`` hoists; nothing where it is disabled."""
+        runs_dense = self.options.dense or not self.report.sites
+        disabled = runs_dense or name in read_knobs().disabled
+        positions = {index for index in varying if index is not None}
+        return HoistedGraph(self.captured, positions, self.options, disabled)
+
+    def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run one step on the flat tensor inputs."""
+        if self.options.dense or not self.report.sites:
+            dense = self._variants.of(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
+            return tuple(dense.run(tensors))
+        owner = None if self._owner is None else tensors[self._owner]
+        model = self.models.of(owner, lambda: self._meet(tensors))
+        try:
+            if model.plan is None:
+                return self._calibrate(model, tensors)
+            return self._run_planned(model, model.plan, tensors)
+        except BaseException:
+            model.reset()
+            raise
+
+    def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
+        """Return a new state of the model whose parameters are in ``tensors``."""
+        static = static_tensors(self.captured, tensors)
+        model = ModelState(fingerprint(self.captured, self._whole_sites, static))
+        known = self._plans.get(model.identity)
+        plan = known.plan if known is not None else self.options.plan
+        if plan is not None:
+            self._take_plan(model, plan)
+        return model
+
+    def reset(self) -> None:
+        """Forget the generations under way in this thread."""
+        for model in self.models.here():
+            model.reset()
+
+    def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        if model.calibration is None:
+            sites = attentions(self.report.sites)
+            model.calibration = SelfCalibration(self.captured, sites, self.options)
+        now = read_timestep(tensors[self._timestep]).value()
+        latent = None if self._latent is None else tensors[self._latent]
+        if not model.calibration.is_complete(now, latent):
+            return model.calibration.step(now, latent, tensors)
+        plan = model.calibration.plan(model.identity)
+        model.calibration = None
+        log.warning("ditfastattn: calibrated: %s", summary(plan))
+        return self._run_planned(model, self._take_plan(model, plan), tensors)
+
+    def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
+        """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
+        with self._lock:
+            unrolled = self._plans.get(model.identity)
+            if unrolled is None:
+                unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
+                self._plans[model.identity] = unrolled
+                self._log_plan(unrolled)
+        model.plan = unrolled
+        model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
+        return unrolled
+
+    @property
+    def _where(self) -> str:
+        return f"argument {self.options.timestep!r}"
+
+    def _advance(self, model: ModelState, generation: Generation, timestep: Tensor) -> Call:
+        try:
+            return generation.advance(read_timestep(timestep))
+        except ConfigError as error:
+            if not generation.on_trial:
+                raise
+            steps = generation.branches[0].slots.steps
+            self._plans.pop(model.identity, None)
+            model.plan = model.generation = None
+            raise ConfigError(
+                "this generation has other steps than the first one, which calibrated the plan",
+                where=self._where,
+                expected=f"the {steps} steps of the first generation; was it interrupted?",
+                remedy="run the generation again: it calibrates again",
+            ) from error
+
+    def _run_planned(
+        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        generation, timestep = model.generation, tensors[self._timestep]
+        assert generation is not None
+        call = self._advance(model, generation, timestep)
+        if call.step == 0 and plan.shares_guidance:
+            self._check_latents(generation, call, tensors)
+        branch = generation.branches[call.branch]
+        program = plan.programs[call.branch]
+        hoisted = {
+            **branch.hoisted.at(self._once, tensors),
+            **model.hoisted.at(self._each, call.step, timestep, tensors),
+        }
+
+        def read(slots: Sequence[Slot]) -> list[Tensor]:
+            return generation.read(call, slots, tensors[0].device, hoisted)
+
+        actions = program.variants[program.schedule[call.step]]
+        layout = plan.plan.sampler.cfg_layout
+        variant = self._variants.of(program, actions, layout, tensors, read)
+        returned = variant.run([*tensors, *read(variant.reads)])
+        generation.write(call, dict(zip(variant.writes, returned[self._results :], strict=True)))
+        return tuple(returned[: self._results])
+
+    def _check_latents(self, generation: Generation, call: Call, tensors: Sequence[Tensor]) -> None:
+        """Refuse to share guidance between different images; once a generation, as it may wait."""
+        if self._latent is not None:
+            name = self.captured.inputs[self._latent].name
+            generation.check_latents(call, tensors[self._latent], name)
+
+    def reports(self) -> list[RunReport]:
+        """Report each plan in force."""
+        return [self._report(plan) for plan in list(self._plans.values())]
+
+    def _report(self, unrolled: UnrolledPlan) -> RunReport:
+        plan, programs = unrolled.plan, unrolled.programs
+        calls = plan.sampler.steps * len(programs)
+        flops = self._variants.flops(unrolled)
+        once = self._once.flops.times(len(programs))
+        return RunReport(
+            plan=plan,
+            sites=self.report,
+            variants=len({row for program in programs for row in program.variants}),
+            peak_cache_bytes=unrolled.peak_cache_bytes,
+            ahead_bytes=unrolled.hoisted_bytes(self._once.bytes, self._each.bytes),
+            dense=count_flops(self.captured.module.graph).times(calls),
+            planned=sum(flops, once) if len(flops) == calls else None,
+        )
+
+    def _log_plan(self, unrolled: UnrolledPlan) -> None:
+        log.info(
+            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
+            "%.1f MiB of hoisted values",
+            unrolled.plan.sampler.steps,
+            sum(len(program.variants) for program in unrolled.programs),
+            sum(len(program.slots.slots) for program in unrolled.programs),
+            unrolled.peak_cache_bytes / 2**20,
+            unrolled.hoisted_bytes(self._once.bytes, self._each.bytes) / 2**20,
+        )
+        log.info("plan: %s", summary(unrolled.plan))
+        if unrolled.plan.changed == 0:
+            log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
+
+
+def _log_sites(report: SiteReport) -> None:
+    log.info("find-sites: %d found, %d declined", len(report.sites), len(report.declined))
+    for declined in report.declined:
+        log.debug("find-sites: declined %s: %s", declined.name, declined.reason)
+    for site in report.sites:
+        for strategy, reason in declined_strategies(site).items():
+            log.debug("find-sites: %s: no %s: %s", site.name, strategy, reason)
+    if not report.sites:
+        log.warning("ditfastattn: no attention site was found: the model runs dense")
+
+
+def specialization_of(captured: CapturedGraph, options: BackendOptions) -> Specialization:
+    """Return the specialization of this very graph and options, if there is one already.
+
+    Dynamo makes another graph when a batch size changes; at equal shapes both are the same, and a
+    generation may be handed from one to the other.
+    """
+    constants = hash_tensors(constant_tensors(captured.module))
+    text = graph_text(captured.module.graph)
+    identity = f"{captured.inputs}\n{constants}\n{read_knobs()}\n{text}"
+    with _registry_lock:
+        for found in list(_registry):
+            if found.identity == identity and found.options == options:
+                return found
+        made = Specialization(captured, options, identity)
+        _registry.add(made)
+        return made
+
+
+def reports() -> list[RunReport]:
+    """Report every plan in force in this process, at each set of input shapes."""
+    return [report for found in list(_registry) for report in found.reports()]
+
+
+def reset() -> None:
+    """Forget the generations under way in this thread, for example after an interrupted one."""
+    for found in list(_registry):
+        found.reset()

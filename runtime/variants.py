@@ -1,0 +1,87 @@
+"""The compiled step variants of one captured graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ditfastattn.passes.analysis.flops import Flops, count_flops
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
+from ditfastattn.passes.plan.actions import SiteAction
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.passes.rewrites.pipeline import rewrite
+from ditfastattn.runtime.hoisted import HoistedGraph
+from ditfastattn.runtime.lowering import RunnableGraph, lower
+from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.unrolled import UnrolledPlan
+
+_Key = tuple[tuple[str, ...], tuple[SiteAction, ...], CfgLayout]
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """One lowered step variant, and the cache slots it reads and writes, in order."""
+
+    run: RunnableGraph
+    reads: tuple[Slot, ...]
+    writes: tuple[Slot, ...]
+    flops: Flops
+
+
+class CompiledVariants:
+    """Rewrite and lower each distinct step of a graph once, when it is first run."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        per_generation: HoistedGraph,
+        per_timestep: HoistedGraph,
+        options: BackendOptions,
+    ) -> None:
+        """Take the graph, and the graphs of the values that are hoisted out of it."""
+        self._captured, self._options = captured, options
+        self._hoisted = per_generation.nodes, per_timestep.nodes
+        self._lock = threading.RLock()
+        self._known: dict[_Key, CompiledVariant] = {}
+
+    def of(
+        self,
+        program: StepProgram,
+        actions: tuple[SiteAction, ...],
+        layout: CfgLayout,
+        tensors: Sequence[Tensor],
+        read: Callable[[Sequence[Slot]], list[Tensor]],
+    ) -> CompiledVariant:
+        """Return the variant of ``actions``; an example of its inputs is ``tensors``, then caches.
+
+        ``read`` returns what cache slots hold.
+        """
+        key = (program.names, actions, layout)
+        found = self._known.get(key)
+        if found is not None:
+            return found
+        with self._lock:
+            if key not in self._known:
+                label = f"variant-{len(self._known):02d}"
+                module = rewrite(
+                    self._captured, program.sites, actions, layout, label, *self._hoisted
+                )
+                reads, writes = read_slots(module.graph), written_slots(module.graph)
+                example = [*tensors, *read(reads)]
+                flops = count_flops(module.graph)
+                options = self._options
+                run = lower(module, example, options.lowering, options.inductor, options.outline)
+                self._known[key] = CompiledVariant(run, reads, writes, flops)
+            return self._known[key]
+
+    def flops(self, unrolled: UnrolledPlan) -> list[Flops]:
+        """Return the FLOPs of each call of a generation whose variant has been compiled."""
+        programs, layout = unrolled.programs, unrolled.plan.sampler.cfg_layout
+        keys = [(p.names, p.variants[v], layout) for p in programs for v in p.schedule]
+        found = (self._known.get(key) for key in keys)
+        return [variant.flops for variant in found if variant is not None]
