@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.partial import growing
+from ditfastattn.export.partial import partial_folder
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
@@ -413,7 +413,7 @@ def test_a_bundle_is_back_after_an_export_was_killed_between_renames(tmp_path: P
     export_tiny(tiny, None, tmp_path / "bundle")
     before = (tmp_path / "bundle" / MANIFEST).read_text()
     (tmp_path / "bundle").rename(tmp_path / ".bundle.old")
-    with suppress(ConfigError), growing(tmp_path / "bundle"):
+    with suppress(ConfigError), partial_folder(tmp_path / "bundle"):
         raise ConfigError("refused")
     assert (tmp_path / "bundle" / MANIFEST).read_text() == before
 
@@ -433,7 +433,7 @@ def test_a_machine_out_of_memory_loses_no_finished_variant(
 
 
 def test_two_exports_do_not_write_one_bundle(tmp_path: Path) -> None:
-    with growing(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
+    with partial_folder(tmp_path / "bundle"), pytest.raises(ConfigError, match="another export"):
         export_tiny(tiny_dit(), None, tmp_path / "bundle")
 
 

@@ -18,12 +18,18 @@ from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
 from ditfastattn.export.bundle import ExportOptions, export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
-from ditfastattn.export.tensorrt.switch import SWITCH_FILE, make_switch
+from ditfastattn.export.tensorrt.switch import make_switch
 from ditfastattn.runtime.bundle.manifest import MANIFEST, Manifest, check_files, file_hash
 from ditfastattn.runtime.bundle.specs import FileSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.tensorrt import load as loading
-from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Engines, EngineSpec, Layout
+from ditfastattn.runtime.tensorrt.engines import (
+    ENGINES_FOLDER,
+    SWITCH_FILE,
+    Engines,
+    EngineSpec,
+    Layout,
+)
 from ditfastattn.runtime.tensorrt.library import Library, find_library
 from tests.export.helpers import export_tiny
 from tests.helpers import (
