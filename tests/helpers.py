@@ -28,12 +28,12 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter
-from ditfastattn.tools import train_digits
+from ditfastattn.tools import digits_recipe
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.zoo import trial
 
 STEPS = 6
-TINY_DIGITS: dict[str, Any] = train_digits.MODEL_CONFIG | {
+TINY_DIGITS: dict[str, Any] = digits_recipe.MODEL_CONFIG | {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
     "num_layers": 2,

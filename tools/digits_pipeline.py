@@ -1,7 +1,7 @@
-"""Define the pipeline of the embedded digits DiT: class labels in, 64x64 pixels out, no download.
+"""The pipeline of the embedded digits DiT: class labels in, 64x64 pixels out, no download.
 
-The halves of a guided call lie along the batch as in diffusers' ``DiTPipeline``: conditional
-first, one transformer call per step.
+A guided step is one transformer call, with the conditional half of the batch first as in diffusers'
+``DiTPipeline``.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class DigitsPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]  # the base says None
     transformer: DiTTransformer2DModel
-    scheduler: Any  # diffusers' schedulers share a protocol, not a typed base class
+    scheduler: Any  # diffusers' schedulers have no common typed base class
 
     def __init__(
         self, transformer: DiTTransformer2DModel, scheduler: KarrasDiffusionSchedulers
     ) -> None:
-        """Hold the two modules."""
+        """Register the two modules."""
         super().__init__()
         self.register_modules(  # type: ignore[no-untyped-call]  # diffusers has no annotation
             transformer=transformer, scheduler=scheduler
@@ -73,9 +73,14 @@ class DigitsPipeline(DiffusionPipeline):
         ``[B, H, W, 1]`` fp32, "pil" a list of greyscale images.
 
         Raises:
-            ConfigError: an argument is not one the model or the scheduler can serve.
+            ConfigError: an argument does not suit the model or the scheduler.
         """
-        self._check(class_labels, guidance_scale, num_inference_steps, generator, output_type)
+        config: Any = self.transformer.config  # diffusers declares a plain dict
+        _check_labels(class_labels, config.num_embeds_ada_norm)
+        _check_guidance(guidance_scale)
+        _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        _check_generator(generator, len(class_labels))
+        _check_output_type(output_type)
         self._guidance_scale = guidance_scale
         latents = self._sample(class_labels, guidance_scale, num_inference_steps, generator)
         images = self._finish((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
@@ -85,7 +90,7 @@ class DigitsPipeline(DiffusionPipeline):
     def _sample(
         self, class_labels: Sequence[int], guidance_scale: float, steps: int, generator: Generators
     ) -> Tensor:
-        config: Any = self.transformer.config  # diffusers declares a plain dict
+        config: Any = self.transformer.config
         device = self._execution_device
         batch, guided = len(class_labels), guidance_scale != 1.0
         labels = torch.tensor(class_labels, device=device)
@@ -97,7 +102,7 @@ class DigitsPipeline(DiffusionPipeline):
             shape, generator, device=device, dtype=self.transformer.dtype
         )
         latents = latents * self.scheduler.init_noise_sigma
-        # A stochastic scheduler must draw its noise from the caller's generator to be repeatable.
+        # For reproducible results, a stochastic scheduler must use the caller's generator.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         progress: Any = self.progress_bar  # a method that diffusers does not annotate
@@ -121,73 +126,73 @@ class DigitsPipeline(DiffusionPipeline):
             return pixels
         return self.numpy_to_pil(pixels)  # type: ignore[no-untyped-call]  # as above
 
-    def _check(
-        self,
-        class_labels: Sequence[int],
-        guidance_scale: float,
-        steps: int,
-        generator: Generators,
-        output_type: str,
-    ) -> None:
-        self._check_labels(class_labels)
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 1.0):
-            raise ConfigError(
-                "the guidance scale is out of range",
-                where="guidance_scale",
-                got=guidance_scale,
-                expected="a finite number from 1.0 (no guidance) up",
-                remedy="pass 1.0 to switch guidance off",
-            )
-        most = self.scheduler.config.num_train_timesteps
-        if not _is_whole(steps) or not 1 <= steps <= most:
-            raise ConfigError(
-                "the number of steps is out of range",
-                where="num_inference_steps",
-                got=repr(steps),
-                expected=f"a whole number from 1 to {most}",
-                remedy="20 steps are enough for the embedded model",
-            )
-        if isinstance(generator, list) and len(generator) != len(class_labels):
-            raise ConfigError(
-                "the list of generators does not match the batch",
-                where="generator",
-                got=f"{len(generator)} generators",
-                expected=f"{len(class_labels)}, one per class label",
-                remedy="pass one generator per label, or a single one",
-            )
-        if output_type not in get_args(OutputType):
-            raise ConfigError(
-                "the output type is unknown",
-                where="output_type",
-                got=repr(output_type),
-                expected=", ".join(get_args(OutputType)),
-                remedy="choose one of those",
-            )
 
-    def _check_labels(self, class_labels: Sequence[int]) -> None:
-        config: Any = self.transformer.config
-        classes = config.num_embeds_ada_norm
-        expected = f"a list of whole numbers from 0 to {classes - 1}"
-        if not isinstance(class_labels, list) or not class_labels:
+def _check_labels(class_labels: Sequence[int], classes: int) -> None:
+    expected = f"a list of integers from 0 to {classes - 1}"
+    if not isinstance(class_labels, list) or not class_labels:
+        raise ConfigError(
+            "the class labels are not a list with at least one label",
+            where="class_labels",
+            got=repr(class_labels),
+            expected=expected,
+            remedy="pass one label per image, such as [3, 7]",
+        )
+    for index, label in enumerate(class_labels):
+        if not _is_integer(label) or not 0 <= label < classes:
             raise ConfigError(
-                "the class labels are not a list with at least one label",
-                where="class_labels",
-                got=repr(class_labels),
+                "the model has no such class",
+                where=f"class_labels[{index}]",
+                got=repr(label),
                 expected=expected,
-                remedy="pass one label per image, e.g. [3, 7]",
+                remedy="pass the digits to draw; the pipeline adds the null class",
             )
-        for index, label in enumerate(class_labels):
-            if not _is_whole(label) or not 0 <= label < classes:
-                raise ConfigError(
-                    "the model has no such class",
-                    where=f"class_labels[{index}]",
-                    got=repr(label),
-                    expected=expected,
-                    remedy="pass the digits to draw; the null class is added by the pipeline",
-                )
 
 
-def _is_whole(value: object) -> bool:
+def _check_guidance(guidance_scale: float) -> None:
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 1.0):
+        raise ConfigError(
+            "the guidance scale is out of range",
+            where="guidance_scale",
+            got=guidance_scale,
+            expected="a finite number, at least 1.0 (no guidance)",
+            remedy="pass 1.0 to switch guidance off",
+        )
+
+
+def _check_steps(steps: int, most: int) -> None:
+    if not _is_integer(steps) or not 1 <= steps <= most:
+        raise ConfigError(
+            "the number of steps is out of range",
+            where="num_inference_steps",
+            got=repr(steps),
+            expected=f"an integer from 1 to {most}",
+            remedy="20 steps are enough for the embedded model",
+        )
+
+
+def _check_generator(generator: Generators, images: int) -> None:
+    if isinstance(generator, list) and len(generator) != images:
+        raise ConfigError(
+            "the list of generators does not match the batch",
+            where="generator",
+            got=f"{len(generator)} generators",
+            expected=f"{images}, one per class label",
+            remedy="pass one generator per label, or a single one",
+        )
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in get_args(OutputType):
+        raise ConfigError(
+            "the output type is unknown",
+            where="output_type",
+            got=repr(output_type),
+            expected=", ".join(get_args(OutputType)),
+            remedy="choose one of those",
+        )
+
+
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -206,8 +211,8 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
             remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
         )
     with _silent_loading():
-        # Weights load as fp32 unless told otherwise; the option's name differs between versions.
-        # Without accelerate diffusers would warn that it cannot save memory: there is none to save.
+        # Weights load as fp32 by default; the option's name differs between versions of diffusers.
+        # Without the accelerate package, diffusers would warn about its low-memory loading.
         return DigitsPipeline.from_pretrained(
             folder, local_files_only=True, low_cpu_mem_usage=False
         )
@@ -215,7 +220,7 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
 
 @contextmanager
 def _silent_loading() -> Generator[None]:
-    """Keep diffusers' loading bar off the terminal; two small files need none."""
+    """Keep diffusers' progress bar for loading off the terminal."""
     enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
@@ -226,5 +231,5 @@ def _silent_loading() -> Generator[None]:
 
 
 def embedded_pipeline() -> DigitsPipeline:
-    """Load the model that comes with the package; errors as in ``load_pipeline``."""
+    """Load the model that comes with the package; raises what ``load_pipeline`` raises."""
     return load_pipeline(EMBEDDED_FOLDER)

@@ -15,7 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.tools import digits_pipeline, evaluate_digits, train_digits
+from ditfastattn.tools import digits_pipeline, digits_recipe, evaluate_digits, train_digits
+from ditfastattn.tools.digits_card import model_card
 from ditfastattn.tools.digits_data import class_accuracy, digit_images
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline
 from ditfastattn.tools.evaluate_digits import classifier_accuracy, evaluate
@@ -28,7 +29,7 @@ NULL_CLASS = 10
 @pytest.fixture
 def pipeline() -> DigitsPipeline:
     """Return an untrained 16x16 pipeline, the same one each time."""
-    return tiny_digits_pipeline(DPMSolverMultistepScheduler(**train_digits.SAMPLER))
+    return tiny_digits_pipeline(DPMSolverMultistepScheduler(**digits_recipe.SAMPLER))
 
 
 def draw(pipeline: DigitsPipeline, labels: list[int], seed: int = 0, **arguments: Any) -> Tensor:
@@ -103,7 +104,7 @@ def test_a_seed_repeats_its_images(pipeline: DigitsPipeline) -> None:
 
 
 def test_a_seed_repeats_the_noise_of_a_stochastic_scheduler(pipeline: DigitsPipeline) -> None:
-    pipeline.scheduler = DDPMScheduler(**train_digits.SCHEDULE)
+    pipeline.scheduler = DDPMScheduler(**digits_recipe.SCHEDULE)
     assert torch.equal(draw(pipeline, [3], seed=5), draw(pipeline, [3], seed=5))
 
 
@@ -236,7 +237,7 @@ def test_finished_training_only_exports_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = tuple(
-        train_digits.Stage(size, steps=2, batch=2, learning_rate=1e-3) for size in (8, 16)
+        digits_recipe.Stage(size, steps=2, batch=2, learning_rate=1e-3) for size in (8, 16)
     )
     out = tmp_path / "model"
     monkeypatch.setattr(train_digits, "TARGET_SIZE", SIZE)
@@ -260,11 +261,11 @@ def _must_not_train(*arguments: object) -> Tensor:
 
 
 def test_model_card_names_data_training_and_use() -> None:
-    card = train_digits.model_card(parameters=4_605_508, loss=0.0123)
+    card = model_card(parameters=4_605_508, loss=0.0123)
     assert card.startswith("---\nlicense: apache-2.0\n")
     for text in ("4.6 million", "1797", "1024 tokens", "0.0123", digits_pipeline.TRAIN_COMMAND):
         assert text in card
-    for stage in train_digits.STAGES:
+    for stage in digits_recipe.STAGES:
         assert f"| {stage.size}x{stage.size} | {stage.steps} | {stage.batch} |" in card
 
 
