@@ -70,15 +70,17 @@ class TinyModel:
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_dit(seed: int = 0, size: int = 8, head_dim: int = 8, heads: int = 2) -> TinyModel:
-    """Return a class-conditional DiT of three layers, 16 tokens unless told."""
+def tiny_dit(
+    seed: int = 0, size: int = 8, head_dim: int = 8, heads: int = 2, layers: int = 3
+) -> TinyModel:
+    """Return a class-conditional DiT of three layers and 16 tokens unless told."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=4,
         out_channels=4,
-        num_layers=3,
+        num_layers=layers,
         sample_size=size,
         patch_size=2,
         num_embeds_ada_norm=10,
@@ -99,15 +101,15 @@ def tiny_dit(seed: int = 0, size: int = 8, head_dim: int = 8, heads: int = 2) ->
 
 
 @functools.cache  # models are only read: tests share them
-def tiny_pixart(seed: int = 0, size: int = 8, head_dim: int = 8) -> TinyModel:
-    """Return a PixArt of two layers: self- and masked cross-attention, 16 tokens unless told."""
+def tiny_pixart(seed: int = 0, size: int = 8, head_dim: int = 8, layers: int = 2) -> TinyModel:
+    """Return a PixArt: two layers of self- and masked cross-attention, 16 tokens unless told."""
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=head_dim,
         in_channels=4,
         out_channels=8,
-        num_layers=2,
+        num_layers=layers,
         cross_attention_dim=2 * head_dim,
         sample_size=size,
         caption_channels=12,
