@@ -116,7 +116,7 @@ class Calibration(Record, frozen=True):
 
     ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
     delta), the budget of relative squared error per step of ``per-step``, the budget of drift of
-    the final image of ``global``. ``batch`` counts the lanes of a call, ``forwards`` whole
+    the final image of ``global``. ``batch`` is the size of a call's batch, ``forwards`` whole
     evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
     alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
     compiled plan, paired with the compiled dense model, where a speed was the target.

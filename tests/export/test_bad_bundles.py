@@ -73,9 +73,11 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         load(bundle)
 
 
-def test_a_newer_manifest_is_refused(bundle: Path) -> None:
-    edit(bundle, lambda data: data.update(schema_version=2))
-    with pytest.raises(ConfigError, match=r"another schema version(.|\n)*got: +2"):
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_manifest_of_another_version_is_refused(bundle: Path, version: int) -> None:
+    edit(bundle, lambda data: data.update(schema_version=version))
+    message = rf"another schema version(.|\n)*got: +{version}(.|\n)*expected: +2"
+    with pytest.raises(ConfigError, match=message):
         load(bundle)
 
 
