@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class SiteKind(StrEnum):
-    """Name what an attention site attends to, or a site that is no attention."""
+    """Name what an attention site attends to, or a site that is not an attention."""
 
     SELF = "self"
     CROSS = "cross"

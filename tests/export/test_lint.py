@@ -43,10 +43,10 @@ def test_a_sound_graph_passes(tmp_path: Path) -> None:
 
 
 def test_opset_25_attention_is_caught(tmp_path: Path) -> None:
-    """The negative control: its window would be dropped in silence."""
+    """The negative control: its window would be silently dropped."""
     node = helper.make_node("Attention", ["x", "x", "x"], ["y"], name="windowed")
     found = findings(write(tmp_path, [node], opset=25))
-    assert any("TensorRT drops its window" in line for line in found)
+    assert any("TensorRT silently drops its window" in line for line in found)
     assert any("opset 25" in line for line in found)
     with pytest.raises(VerifyError, match="windowed"):
         lint(tmp_path / "graph.onnx")
@@ -81,7 +81,7 @@ def scores(widened: bool) -> list[NodeProto]:
 
 def test_widened_scores_are_caught(tmp_path: Path) -> None:
     found = findings(write(tmp_path, scores(True), HALF, result=FLOAT))
-    assert {*found} == {"scores: scores of halves in fp32: TensorRT does not fuse them"}
+    assert {*found} == {"scores: scores of half precision in fp32: TensorRT does not fuse them"}
     assert findings(write(tmp_path, scores(False), HALF)) == []
 
 
