@@ -25,7 +25,7 @@ def main(
     call: str = "{}",
     out: Path = Path("text-to-image"),
 ) -> None:
-    """Find a plan on four prompts, accelerate, and draw them; CALL holds more as JSON."""
+    """Find a plan on four prompts, accelerate, and draw them; ``call`` adds arguments, as JSON."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     pipe: Any = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtype)

@@ -25,7 +25,7 @@ def main(
     call: str = "{}",
     out: Path = Path("text-to-video"),
 ) -> None:
-    """Find a plan on two prompts, accelerate, and save the frames; CALL holds more as JSON."""
+    """Find a plan on two prompts, accelerate, and save frames; ``call`` adds arguments, as JSON."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     pipe: Any = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtype)

@@ -1,1 +1,1 @@
-"""Provide the command line, the demo and its model."""
+"""The command line, the demo and its model, benchmarks and the survey of models."""

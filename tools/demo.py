@@ -1,4 +1,4 @@
-"""Do the main job on the embedded model: calibrate, compile dense and planned, compare."""
+"""The main job on the embedded model: calibrate, compile dense and planned, compare."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ditfastattn.tools.terminal import open_console, spinner
 
 CALIBRATION_CLASSES = (0, 3, 5, 8)
 HELD_OUT_CLASSES = (1, 4, 6, 9)
-FIRST_TEST_SEED = 1000  # the search uses seeds from 0 and 500: no image is judged that it has seen
+FIRST_TEST_SEED = 1000  # the search uses seeds from 0 and 500: it has seen no test image
 GRID_IMAGES = 10
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Compare planned images with dense ones; PSNR in dB."""
+    """How close planned images are to dense ones; PSNR in dB."""
 
     images: int
     psnr: float
@@ -49,7 +49,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Hold everything that the demo's table shows."""
+    """Everything that the demo's table shows."""
 
     plan: Plan
     report: RunReport
@@ -59,13 +59,13 @@ class DemoResult:
 
     @property
     def attention_kept(self) -> float:
-        """Return the fraction of the attention FLOPs that the plan runs."""
+        """Return the fraction of attention FLOPs that the plan keeps."""
         planned = self.report.planned
         return 1.0 if planned is None else planned.attention / self.report.dense.attention
 
     @property
     def flops_kept(self) -> float:
-        """Return the fraction of all matrix-product FLOPs that the plan runs."""
+        """Return the fraction of all matrix-product FLOPs that the plan keeps."""
         planned = self.report.planned
         return 1.0 if planned is None else planned.total / self.report.dense.total
 
@@ -73,7 +73,7 @@ class DemoResult:
 def run_demo(
     out: Path, steps: int, guidance_scale: float, min_ssim: float, repetitions: int, seed: int
 ) -> DemoResult:
-    """Run the demo, print its table, and write plan, pictures and figures to ``out``."""
+    """Run the demo, print its table, and write plan, images and measurements to ``out``."""
     console = open_console()
     out.mkdir(parents=True, exist_ok=True)
     call = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
@@ -103,7 +103,7 @@ def run_demo(
 def _compare(
     console: Console, pipeline: DigitsPipeline, plan: Plan, call: dict[str, Any], repetitions: int
 ) -> tuple[DemoResult, Tensor, Tensor]:
-    """Generate the same seeds dense and planned, both compiled, while timing them in pairs."""
+    """Generate the same seeds dense and planned, both compiled, timed in pairs."""
     ditfastattn.check_sampler(plan, pipeline.scheduler, call["guidance_scale"])
     labels = torch.arange(repetitions) % NUM_CLASSES
     prompts = [
@@ -167,7 +167,7 @@ def result_table(result: DemoResult) -> Table:
     table.add_row("SSIM to dense", "", Text(f"{quality.ssim:.3f}", "bold"))
     table.add_row("  worst image", "", f"{quality.worst_ssim:.3f}")
     table.add_row(
-        "read as the digit asked for",
+        "classified as the requested digit",
         f"{quality.dense_accuracy:.0%}",
         f"{quality.planned_accuracy:.0%}",
     )

@@ -104,7 +104,7 @@ python -m ditfastattn.tools.evaluate_digits --out digits.json
 ```
 
 It draws 100 digits and counts those that a support vector machine, fitted on the real digits,
-reads as the digit asked for; the classifier's own held-out accuracy is reported beside it.
+assigns to the requested class; the classifier's own held-out accuracy is reported beside it.
 
 ## Intended use and limits
 

@@ -1,4 +1,4 @@
-"""Provide scikit-learn's bundled digits as images, and a classifier that judges generated ones."""
+"""scikit-learn's bundled digits as images, and a classifier to judge generated ones."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def classify(images: Tensor) -> np.ndarray:
 
 
 def class_accuracy(images: Tensor, labels: Tensor) -> float:
-    """Return the fraction of ``images`` that the classifier reads as the digit asked for."""
+    """Return the fraction of ``images`` that the classifier assigns to their label."""
     return float(np.mean(classify(images) == labels.cpu().numpy()))

@@ -1,9 +1,8 @@
-"""Judge a digits pipeline: how many of its images does a classifier read as the digit asked for.
+"""Judge a digits pipeline: the fraction of its images classified as the requested digit.
 
     python -m ditfastattn.tools.evaluate_digits --out digits.json
 
-The classifier's own accuracy on held-out real digits stands beside it, as the number to compare
-with.
+The classifier's own accuracy on held-out real digits is reported for comparison.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _HELD_OUT = 450  # a quarter of the 1797 real digits
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Hold the fraction of images read as asked for, and what it was measured with.
+    """The fraction of images classified as requested, and what it was measured with.
 
     ``class_accuracy[digit]`` is the accuracy over the images of one digit;
-    ``classifier_accuracy`` the classifier's own on real digits it was not fitted on.
+    ``classifier_accuracy`` is the classifier's own on real digits it was not fitted on.
     """
 
     accuracy: float
@@ -50,7 +49,7 @@ class EvaluationResult:
 
 
 def classifier_accuracy() -> float:
-    """Return the accuracy of the classifier on 450 real digits after a fit on the other 1347."""
+    """Return the accuracy of the classifier on 450 real digits, fitted on the other 1347."""
     images, labels = digit_images(8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     pixels = ((images + 1.0) / 2.0 * 16.0).flatten(1)[order].numpy()
@@ -87,18 +86,18 @@ def evaluate(
     steps: int = 20,
     guidance_scale: float = 2.0,
 ) -> EvaluationResult:
-    """Draw ``images_per_class`` images of each digit and let the classifier read them.
+    """Draw ``images_per_class`` images of each digit and classify them.
 
     Raises:
-        ConfigError: ``images_per_class`` is below 1, or the pipeline refuses an argument.
+        ConfigError: ``images_per_class`` is below 1, or an argument does not suit the pipeline.
     """
     if images_per_class < 1:
         raise ConfigError(
-            "there is nothing to judge",
+            "there are no images to judge",
             where="images_per_class",
             got=images_per_class,
             expected="1 or more",
-            remedy="10 images per class give an accuracy to one percent",
+            remedy="10 images per class resolve the accuracy to one percent",
         )
     began = time.perf_counter()
     images, labels = draw_digits(pipeline, images_per_class, seed, steps, guidance_scale)
@@ -124,7 +123,7 @@ def result_table(result: EvaluationResult) -> Table:
     table = Table(title=f"{result.images} images, {result.steps} steps of {result.scheduler}")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("read as the digit asked for", f"{result.accuracy:.1%}")
+    table.add_row("classified as the requested digit", f"{result.accuracy:.1%}")
     for digit, accuracy in enumerate(result.class_accuracy):
         table.add_row(f"  digit {digit}", f"{accuracy:.1%}")
     table.add_row("classifier on held-out real digits", f"{result.classifier_accuracy:.1%}")
@@ -135,13 +134,13 @@ def result_table(result: EvaluationResult) -> Table:
 
 def run(
     model: Annotated[
-        Path, typer.Option(help="Folder of a pipeline; the embedded one if left out.")
+        Path, typer.Option(help="Folder of a pipeline. Default: the embedded one.")
     ] = EMBEDDED_FOLDER,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     images_per_class: Annotated[int, typer.Option(help="Images of each digit.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="1.0 switches guidance off.")] = 2.0,
+    guidance_scale: Annotated[float, typer.Option(help="Guidance scale; 1.0: no guidance.")] = 2.0,
 ) -> None:
     """Judge the digits that a pipeline draws."""
     console = open_console()

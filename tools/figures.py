@@ -1,7 +1,7 @@
-"""Draw the figures of a report: dense and planned images side by side, and the map of a plan.
+"""Draw a report's figures: dense and planned images, the map of a plan, and curves.
 
-Figures are built without pyplot, so no global figure list or backend is touched, and appear at
-their path whole or not at all.
+Figures are built without pyplot, which would touch its global figure list and backend, and are
+written atomically.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _DOTS_PER_INCH = 150
 def image_grid(
     dense: Tensor, planned: Tensor, path: str | os.PathLike[str], amplification: float = 4.0
 ) -> None:
-    """Draw up to ten samples across; dense, planned and amplified difference below each other.
+    """Draw a column per sample, up to ten: dense, planned, amplified difference.
 
     ``dense`` and ``planned`` are ``[B, 1 or 3, H, W]`` in [0, 1]. The colour scale of the mean
     absolute difference over channels ends at ``1 / amplification``.
 
     Raises:
-        ConfigError: the shapes differ or are not those of 1 to 10 images; no amplification.
+        ConfigError: the shapes differ or are not those of 1 to 10 images, or ``amplification`` is
+            not positive.
     """
     _check_images(dense, planned, amplification)
     difference = (dense.float() - planned.float()).abs().mean(1).cpu().numpy()
@@ -66,14 +67,14 @@ def image_grid(
 def plan_map(plan: Plan, path: str | os.PathLike[str], attention_kept: float) -> None:
     """Draw which strategy each attention site (down) takes at each step (across).
 
-    ``attention_kept`` is the fraction of the attention FLOPs that the plan still runs.
+    ``attention_kept`` is the fraction of attention FLOPs that the plan keeps.
 
     Raises:
         ConfigError: ``attention_kept`` is not a fraction.
     """
     if not 0.0 <= attention_kept <= 1.0:
         raise ConfigError(
-            "this is not a fraction",
+            "not a fraction",
             where="attention_kept",
             got=attention_kept,
             expected="0.0 to 1.0",
@@ -173,7 +174,7 @@ def _check_images(dense: Tensor, planned: Tensor, amplification: float) -> None:
         )
     if dense.ndim != 4 or dense.shape[1] not in (1, 3) or not 1 <= len(dense) <= MOST_SAMPLES:
         raise ConfigError(
-            "these are not images to lay out",
+            "the shape is not one of images to lay out",
             where="dense",
             got=tuple(dense.shape),
             expected=f"[B, 1 or 3, H, W] with B from 1 to {MOST_SAMPLES}",
@@ -181,16 +182,16 @@ def _check_images(dense: Tensor, planned: Tensor, amplification: float) -> None:
         )
     if not amplification > 0.0:
         raise ConfigError(
-            "the difference cannot be amplified by this",
+            "the amplification is out of range",
             where="amplification",
             got=amplification,
             expected="a number above 0",
-            remedy="leave it out for 4",
+            remedy="leave it out: the default is 4",
         )
 
 
 def _pixels(images: Tensor) -> NDArray[np.float32]:
-    """Return ``[B, H, W, C]`` fp32 pixels; imshow takes one channel or three."""
+    """Return ``[B, H, W, C]`` fp32 pixels, with one channel or three."""
     pixels: NDArray[np.float32] = images.detach().float().clamp(0.0, 1.0).cpu().numpy()
     return pixels.transpose(0, 2, 3, 1)
 
@@ -198,7 +199,7 @@ def _pixels(images: Tensor) -> NDArray[np.float32]:
 def _tiles(samples: int, aspect: float) -> tuple[Figure, list[list[Axes]], Axes]:
     """Return a figure, its three rows of axes and the axes of a colour bar beside the last row.
 
-    The places are fixed in inches: automatic layout shrinks the row that has the bar.
+    Positions are fixed in inches, because automatic layout shrinks the row with the bar.
     """
     tile, gap, left, right, border = 0.86, 0.05, 1.05, 0.65, 0.06
     height = tile * aspect

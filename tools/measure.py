@@ -1,4 +1,4 @@
-"""Describe the machine that a measurement was taken on, and weigh this process."""
+"""Describe the machine of a measurement, and measure this process's memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditfastattn.runtime.search.measure.timing import device_name
 
 
 def machine() -> dict[str, str]:
-    """Describe the hardware and software that a measurement was taken on."""
+    """Return the hardware and software of a measurement."""
     return {
         "device": device_name(),
         "cores": str(os.cpu_count()),
@@ -25,13 +25,13 @@ def machine() -> dict[str, str]:
 
 
 def process_memory(field: str = "VmRSS") -> int:
-    """Return one of the sizes that Linux counts for this process, in bytes."""
+    """Return a field of this process's ``/proc/self/status``, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])
 
 
 def trim_memory() -> None:
-    """Give back to Linux what is free: it must not hide what is allocated next."""
+    """Return free memory to the system, so that new allocations are visible."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

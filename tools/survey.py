@@ -3,8 +3,8 @@
     python -m ditfastattn.tools.survey --out docs/compatibility.md
 
 Every class is tried at a tiny size with random weights: its sites, a plan that mixes all strategies
-against the plan interpreter, the same plan over what torch.export makes of the model, and the
-exported bundle in ONNX Runtime. With ``--only`` the rows of the other classes stay as they are.
+against the plan interpreter, the same plan over the graph of torch.export, and the exported bundle
+in ONNX Runtime. With ``--only`` the rows of other classes are kept.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ of `torch.export`, which must have the same sites, and the bundle exported to ON
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* are those that Dynamo makes where it may; a model with any is refused, as is one of
-which it makes no graph (-). *Error*, *torch.export* and *ONNX* are the largest differences,
-relative to the largest output (at most {tolerance:g}). What is declined is named with the reason
-below.
+*Graph breaks* counts the breaks of Dynamo without `fullgraph`; a model with any is refused, as is
+one without a graph (-). *Error*, *torch.export* and *ONNX* are the largest differences, relative to
+the largest output (at most {tolerance:g}). The reasons for what is declined are listed below the
+table.
 
 | class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
 |---|---|---|---|---|---|---|---|
@@ -63,9 +63,9 @@ _LETTERS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold what came of one class: a trial, or why there is none.
+    """The result for one class: a trial, or why there is none.
 
-    ``breaks`` counts its graph breaks, -1 where Dynamo has no graph at all.
+    ``breaks`` counts its graph breaks; -1: Dynamo makes no graph.
     """
 
     name: str
@@ -76,20 +76,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold what the page says of one class: its row of the table, and what the table leaves out."""
+    """What the page says about one class: its row of the table, and notes."""
 
     row: str
     notes: tuple[str, ...] = ()
 
     @property
     def works(self) -> bool:
-        """Tell whether it has sites, and a plan computes what it should."""
+        """Tell whether the class has sites and runs a plan correctly."""
         error = self.row.split(" | ")[5]
         return error != "-" and float(error) <= TOLERANCE
 
 
 def entry(outcome: Outcome) -> Entry:
-    """Return what the page says of ``outcome``."""
+    """Return what the page says about ``outcome``."""
     return Entry(row(outcome), tuple(notes(outcome)))
 
 
@@ -100,7 +100,7 @@ def exported_classes() -> list[str]:
 
 
 def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
-    """Try every class; one that has no tiny configuration is reported as such."""
+    """Try every class; report those without a tiny configuration as such."""
     known = {model.name: model for model in ZOO}
     outcomes: list[Outcome] = []
     for name in exported_classes():
@@ -112,11 +112,11 @@ def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
 
 def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
     if model is None:
-        return Outcome(name, None, "there is no tiny configuration of it yet")
+        return Outcome(name, None, "it has no tiny configuration yet")
     breaks = _breaks(model)
     try:
         return Outcome(name, try_model(model, onnx=onnx, program=True), breaks=breaks)
-    except Exception as error:  # a survey reports whatever stands in the way
+    except Exception as error:  # a survey reports every failure
         logging.getLogger(__name__).debug("%s", name, exc_info=True)
         reason = f"{type(error).__name__}: {reason_of(error)}"
         return Outcome(name, None, reason, breaks)
@@ -125,7 +125,7 @@ def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
 def _breaks(model: ZooModel) -> int:
     try:
         return count_graph_breaks(model)
-    except Exception:  # of Dynamo, whose reason the trial meets again
+    except Exception:  # of Dynamo; the trial fails for the same reason
         logging.getLogger(__name__).debug("%s", model.name, exc_info=True)
         return -1
 
@@ -157,7 +157,7 @@ def _rounded(error: float | None) -> str:
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """Return what the table leaves out, each reason once."""
+    """Return what the table omits, each reason once."""
     if outcome.trial is None:
         return [outcome.reason]
     found = [f"declined: {reason}" for reason in _reasons(outcome.trial)]
@@ -182,13 +182,13 @@ def _reasons(trial: Trial) -> list[str]:
 
 
 def _bands_only(trial: Trial) -> list[str]:
-    """Return why windows are no tiles, each reason once."""
+    """Return why windows are not tiles, each reason once."""
     sites = [site for site in trial.report.sites if site.windows and site.no_grid]
     return list(dict.fromkeys(f"{site.kind}: {site.no_grid}" for site in sites))
 
 
 def as_markdown(entries: Mapping[str, Entry]) -> str:
-    """Return the whole page of the classes in ``entries``, by name."""
+    """Return the whole page for the classes in ``entries``, by name."""
     works = sum(found.works for found in entries.values())
     lines = [entries[name].row for name in sorted(entries)]
     lines += [f"\n{works} of {len(entries)} classes run a plan.\n\n## Reasons\n"]
@@ -199,7 +199,7 @@ def as_markdown(entries: Mapping[str, Entry]) -> str:
 
 
 def head() -> str:
-    """Return how the page begins: what it says, and the releases that it holds for."""
+    """Return the head of the page: how to read it, and the releases it is valid for."""
     return _LEGEND.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
@@ -208,15 +208,15 @@ def head() -> str:
 
 
 def read_page(path: Path) -> dict[str, Entry]:
-    """Return what the page in ``path`` says of each class.
+    """Return what the page in ``path`` says about each class.
 
     Raises:
-        ConfigError: the page was written with other releases, or in another form.
+        ConfigError: the page was written with other releases, or in another format.
     """
     page = path.read_text()
     if not page.startswith(head()):
         raise ConfigError(
-            "the page is of other releases, or of another form",
+            "the page was written with other releases, or in another format",
             where=str(path),
             expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
             remedy="survey all classes: leave out --only",
@@ -230,8 +230,10 @@ def read_page(path: Path) -> dict[str, Entry]:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
-    onnx: Annotated[bool, typer.Option(help="Export each, and run it by ONNX Runtime.")] = True,
-    only: Annotated[str, typer.Option(help="A regular expression: classes to try.")] = "",
+    onnx: Annotated[
+        bool, typer.Option(help="Also export each, and run it in ONNX Runtime.")
+    ] = True,
+    only: Annotated[str, typer.Option(help="Regular expression for the classes to try.")] = "",
 ) -> None:
     """Try every transformer that diffusers exports."""
     console = open_console()

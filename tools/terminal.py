@@ -23,7 +23,7 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 class Advance(Protocol):
-    """Move a progress bar on; a new ``total`` may come with it."""
+    """Advance a progress bar, and set its ``total`` if one is given."""
 
     def __call__(self, description: str, done: float, total: float | None = None) -> None:
         """Show ``description`` beside the bar at ``done``."""
@@ -33,7 +33,7 @@ class Advance(Protocol):
 def progress_bar(
     console: Console, description: str, total: float | None = 1.0, percentage_of: str = ""
 ) -> Generator[Advance]:
-    """Show a progress bar, and yield what moves it on.
+    """Show a progress bar, and yield a function that advances it.
 
     Args:
         console: where to show it.
@@ -56,6 +56,6 @@ def progress_bar(
 
 @contextmanager
 def spinner(console: Console, text: str) -> Generator[Callable[[str], None]]:
-    """Show that work goes on, and yield what changes the text."""
+    """Show a spinner, and yield a function that changes its text."""
     with console.status(Text(text)) as status:
         yield lambda text: status.update(Text(text))

@@ -15,7 +15,7 @@ The main names::
 
 from __future__ import annotations
 
-import ditfastattn.export  # noqa: F401  # the package first: the function of that name is to stay
+import ditfastattn.export  # noqa: F401  # before the function of that name, which replaces it
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.core.version import __version__
 from ditfastattn.exporting import build, export, verify

@@ -1,4 +1,4 @@
-"""Register with ``torch.compile`` as ``backend="ditfastattn"``, by an entry point."""
+"""The backend ``"ditfastattn"`` of ``torch.compile``, registered via an entry point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ditfastattn(
         module: the graph as Dynamo captured it.
         example_inputs: unused; shapes are taken from the first call.
         options: see ``ditfastattn.runtime.options.BackendOptions``.
-        mode: a mode of ``torch.compile``, handed on to Inductor.
+        mode: a mode of ``torch.compile``, passed on to Inductor.
 
     Raises:
         ConfigError: an option is wrong, or the plan cannot be read.

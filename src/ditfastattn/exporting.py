@@ -1,4 +1,4 @@
-"""Offer export without importing onnx before it is used."""
+"""The public API of export. Imports onnx only when a function is called."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def export(
     """Write the transformer of ``pipeline``, run by ``plan``, as a bundle of ONNX graphs.
 
     Args:
-        pipeline: a diffusers pipeline, or one like it.
-        call: what it is called with; its resolution and text length are the bundle's.
+        pipeline: a diffusers pipeline, or an object with the same interface.
+        call: the arguments of a generation; they fix the bundle's resolution and text length.
         plan: the plan, or its path; None exports the dense model.
         out: the bundle's folder. An existing bundle is replaced once the new one is complete.
-        dtype: of weights and activations, as torch names it; "" keeps the model's.
-        dynamic_batch: whether the bundle takes any batch.
-        loop: whether the whole generation is written as one graph too, scheduler and guidance
-            inside.
+        dtype: torch's name of the dtype of weights and activations; "" keeps the model's.
+        dynamic_batch: whether the bundle accepts any batch size.
+        loop: whether to also write the whole generation as one graph, with scheduler and guidance.
         timestep: the name of the model's timestep argument.
-        on_progress: called with the file just written, how many are done, and of how many.
+        on_progress: called with the file that was written, the number of files written so far, and
+            the number of all files.
 
     Raises:
-        ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
-            what is at ``out`` is not a bundle.
+        ConfigError: the plan does not match the model or the sampler; an operator has no ONNX
+            form; ``out`` exists and is not a bundle.
     """
     from ditfastattn.export import bundle
 
@@ -60,24 +60,25 @@ def build(
     library: str = "",
     on_progress: Callable[[str, str, float], None] = lambda graph, phase, done: None,
 ) -> Engines:
-    """Build TensorRT engines from the bundle in ``folder``, into its folder ``engines/<target>``.
+    """Build TensorRT engines from the bundle in ``folder``, in its subfolder ``engines/<target>``.
 
     Args:
         folder: the bundle.
         target: a compute capability such as ``sm89``, for which TensorRT-RTX needs no GPU, or
             ``current``, this machine's GPU.
-        layout: ``variants`` (an engine per distinct step), ``switch`` (one that holds all),
-            ``loop`` (one for the whole generation) or ``auto``.
+        layout: ``variants`` (an engine per distinct step), ``switch`` (one engine with all of
+            them), ``loop`` (one for the whole generation) or ``auto``.
         images: the least, usual and most images of a call.
-        max_engine_mb: the MiB that the engines of all variants may take, each with weights of its
-            own, before ``auto`` takes the switch.
-        time_limit: of each build, in seconds; each runs in its own process.
-        library: ``tensorrt`` or ``tensorrt_rtx``; "" takes what suits this machine.
-        on_progress: called with the graph, its builder's phase, and how much is done (0 to 1).
+        max_engine_mb: the size in MiB of the engines of all variants, each with its own weights,
+            above which ``auto`` chooses ``switch``.
+        time_limit: the seconds that each build may take; each runs in its own process.
+        library: ``tensorrt`` or ``tensorrt_rtx``; "" chooses the one that suits this machine.
+        on_progress: called with the graph, the builder's current phase, and the fraction done.
 
     Raises:
-        ConfigError: the bundle is incomplete; TensorRT is absent, or cannot build for the target.
-        EngineError: a build failed; engines built before are kept.
+        ConfigError: the bundle is incomplete; TensorRT is not installed, or cannot build for the
+            target.
+        EngineError: a build failed; engines that were built before it are kept.
     """
     from ditfastattn.export.tensorrt import build as building
     from ditfastattn.runtime.tensorrt.engines import layout_named
@@ -101,7 +102,7 @@ def verify(
 ) -> Verification:
     """Compare the bundle in ``folder`` with the torch model of ``pipeline``.
 
-    ``runtime``, ``target`` and ``cuda_graphs`` are ``load``'s.
+    ``runtime``, ``target`` and ``cuda_graphs`` are as for ``load``.
     """
     from ditfastattn.export import verify as verifying
 

@@ -206,7 +206,7 @@ def test_evaluation_of_an_untrained_model_is_a_number(pipeline: DigitsPipeline) 
 
 
 def test_evaluation_of_nothing_is_refused(pipeline: DigitsPipeline) -> None:
-    with pytest.raises(ConfigError, match="images_per_class: there is nothing to judge"):
+    with pytest.raises(ConfigError, match="images_per_class: there are no images to judge"):
         evaluate(pipeline, images_per_class=0)
 
 

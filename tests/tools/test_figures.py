@@ -104,8 +104,8 @@ def test_amplification_is_the_end_of_the_colour_scale(tmp_path: Path) -> None:
     ("dense", "planned", "amplification", "message"),
     [
         ((2, 1, 8, 8), (1, 1, 8, 8), 4.0, "planned: .*differ in shape"),
-        ((2, 2, 8, 8), (2, 2, 8, 8), 4.0, "dense: these are not images"),
-        ((1, 8, 8), (1, 8, 8), 4.0, "dense: these are not images"),
+        ((2, 2, 8, 8), (2, 2, 8, 8), 4.0, "dense: the shape is not one of images"),
+        ((1, 8, 8), (1, 8, 8), 4.0, "dense: the shape is not one of images"),
         ((11, 1, 8, 8), (11, 1, 8, 8), 4.0, "B from 1 to 10"),
         ((0, 1, 8, 8), (0, 1, 8, 8), 4.0, "B from 1 to 10"),
         ((1, 1, 8, 8), (1, 1, 8, 8), 0.0, "amplification: "),
@@ -156,7 +156,7 @@ def test_each_strategy_has_a_colour_and_a_label() -> None:
 
 @pytest.mark.parametrize("kept", [-0.1, 1.1, float("nan")])
 def test_plan_map_refuses_what_is_no_fraction(tmp_path: Path, kept: float) -> None:
-    with pytest.raises(ConfigError, match="attention_kept: this is not a fraction"):
+    with pytest.raises(ConfigError, match="attention_kept: not a fraction"):
         plan_map(make_plan(2, 3), tmp_path / "plan.png", attention_kept=kept)
 
 

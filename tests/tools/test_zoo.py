@@ -203,5 +203,5 @@ def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:
     assert survey.read_page(page) == entries
     assert "1 of 3 classes run a plan" in page.read_text()
     page.write_text(page.read_text().replace(diffusers.__version__, "0.0.1"))
-    with pytest.raises(ConfigError, match="the page is of other releases"):
+    with pytest.raises(ConfigError, match="the page was written with other releases"):
         survey.read_page(page)

@@ -70,9 +70,9 @@ def make_rows(sites: Sequence[Site], steps: int, variants: int) -> list[tuple[St
         return random_.choices(legal, [WEIGHTS[strategy] for strategy in legal])[0]
 
     of_step = [step * (variants - 1) // (steps - 1) for step in range(steps - 1)]
-    for _, alike in groupby(of_step):
+    for _, repeated in groupby(of_step):
         row = tuple(map(draw, range(len(sites))))
-        for _ in alike:
+        for _ in repeated:
             rows.append(row)
             computed = [n + s.computes for n, s in zip(computed, row, strict=True)]
     return rows

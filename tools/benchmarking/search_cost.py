@@ -30,14 +30,14 @@ class AsPrinted(GreedyCalibrator):
         evaluator = self._evaluator
         chosen = Strategy.FULL
         for strategy in greedy_candidates(self.sites[index], self.layout):
-            anew = evaluator.begin(self._args)
+            whole = evaluator.begin(self._args)
             for earlier, decided in enumerate(self._row):
-                evaluator.advance(anew, earlier)
-                evaluator.put(anew, earlier, evaluator.attend(anew, earlier, decided))
-            evaluator.advance(anew, index)
-            attended = evaluator.attend(anew, index, strategy)
-            evaluator.put(anew, index, attended)
-            output = evaluator.finish(anew, index)[0]
+                evaluator.advance(whole, earlier)
+                evaluator.put(whole, earlier, evaluator.attend(whole, earlier, decided))
+            evaluator.advance(whole, index)
+            attended = evaluator.attend(whole, index, strategy)
+            evaluator.put(whole, index, attended)
+            output = evaluator.finish(whole, index)[0]
             self.literal_forwards += 1
             if relative_error(reference, output) < (index + 1) / len(self.sites) * self.threshold:
                 chosen = strategy

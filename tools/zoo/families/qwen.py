@@ -30,7 +30,7 @@ def _qwen(batch: int, timestep: float) -> dict[str, Any]:
 
 
 def _qwen21(batch: int, timestep: float) -> dict[str, Any]:
-    """Return a call of Qwen-Image 2.1 without its cache; each slot stands for 4 image tokens."""
+    """Return a call of Qwen-Image 2.1 without its cache; each image slot is 4 tokens."""
     slots = torch.arange(TEXT + SIDE) >= TEXT
     return _qwen(batch, timestep) | {"img_mask": slots.repeat(batch, 1)}
 
