@@ -36,7 +36,6 @@ from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import (
     check_shapes,
     input_shapes,
-    scheduler_config,
     static_tensors,
     timestep_position,
 )
@@ -47,8 +46,8 @@ from ditfastattn.runtime.pipeline.denoiser import (
     replace_forward,
     transformer_of,
 )
-from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
-from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate, guidance_argument
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
 from ditfastattn.runtime.search.measure.timing import device_name
 
 log = logging.getLogger(__name__)
