@@ -1,4 +1,4 @@
-"""Describe the sampler of a pipeline: its scheduler, steps and guidance; compare it with a plan's."""
+"""Describe a pipeline's sampler (scheduler, steps, guidance), and compare it with a plan's."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from ditfastattn.passes.plan.strategies import Strategy, names_of, strategies, strategy_named
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.error_table import ErrorTable, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
-from ditfastattn.runtime.search.measure.profile import ErrorTable, Profiler, Sketch, error_table
+from ditfastattn.runtime.search.measure.profile import Profiler, Sketch
 from ditfastattn.runtime.search.measure.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import PlanStepper

@@ -48,6 +48,7 @@ from ditfastattn.runtime.pipeline.denoiser import (
 )
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
+from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.timing import device_name
 
 log = logging.getLogger(__name__)
@@ -160,14 +161,8 @@ class Session:
 
     def sampler(self, timesteps: Sequence[float]) -> Sampler:
         """Describe the sampler, whose generations have ``timesteps``."""
-        scheduler = self.pipeline.scheduler
-        return Sampler(
-            scheduler=type(scheduler).__name__,
-            config=scheduler_config(scheduler),
-            steps=len(timesteps),
-            timesteps=tuple(timesteps),
-            guidance_scale=self.guidance_scale,
-            cfg_layout=self.layout,
+        return describe_sampler(
+            self.pipeline.scheduler, timesteps, self.guidance_scale, self.layout
         )
 
     def plan(

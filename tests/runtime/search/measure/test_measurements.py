@@ -18,8 +18,9 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure import profile as profile_module
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
-from ditfastattn.runtime.search.measure.profile import MAX_GAP, Profiler, error_table
+from ditfastattn.runtime.search.measure.profile import Profiler
 from ditfastattn.runtime.search.measure.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates

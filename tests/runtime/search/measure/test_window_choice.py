@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow, Window
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import MAX_GAP
 from ditfastattn.runtime.search.measure.window_choice import (
     WindowForm,
     allowed_windows,
