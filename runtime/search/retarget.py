@@ -30,7 +30,7 @@ from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values, target_of
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 
 log = logging.getLogger(__name__)
 
