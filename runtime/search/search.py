@@ -14,6 +14,7 @@ from ditfastattn.runtime.search.methods import Chooser
 from ditfastattn.runtime.search.options import SearchOptions
 from ditfastattn.runtime.search.quality_search import QualitySearch
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.speed_search import SpeedSearch
 
@@ -80,7 +81,7 @@ class Search:
             seconds=round(seconds, 1),
         )
         timesteps, capped = self._work.timesteps, options.max_variants > 0
-        return self._work.session.plan(found.rows, timesteps, calibration, capped)
+        return record_plan(self._work.session, found.rows, timesteps, calibration, capped)
 
     def _recorded(self, values: Sequence[float]) -> Measured | None:
         return record_values(self._target, values) if values else None
