@@ -34,8 +34,9 @@ from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
-from ditfastattn.runtime.matching import check_sampler
-from ditfastattn.runtime.pipeline.prompts import argument_of, guidance_argument, split_prompts
+from ditfastattn.runtime.pipeline.guidance import guidance_argument
+from ditfastattn.runtime.pipeline.prompts import argument_of, split_prompts
+from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 __all__ = ["ExportOptions", "export", "export_model"]
 

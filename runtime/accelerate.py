@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
-from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.pipeline.denoiser import (
     accelerated,
@@ -23,7 +22,8 @@ from ditfastattn.runtime.pipeline.denoiser import (
     replace_forward,
     transformer_of,
 )
-from ditfastattn.runtime.pipeline.prompts import current_guidance
+from ditfastattn.runtime.pipeline.guidance import current_guidance
+from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,10 @@
-"""Refuse a plan that is not for this model or sampler, naming the field, got and expected."""
+"""Refuse a plan that does not match the model, naming the field, got and expected."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +14,6 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Plan, PlannedSite
 from ditfastattn.passes.rewrites.split_heads import split_heads
@@ -120,14 +116,14 @@ def planned_sites(
     recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
     found = [(site.name, site.kind, site.tokens) for site in chosen]
     if recorded != found:
-        raise _mismatch("sites", _names(found), _names(recorded))
+        raise mismatch("sites", _names(found), _names(recorded))
     check_fingerprint(fingerprint, plan.model)
     chosen = tuple(map(_as_planned, chosen, plan.sites))
     for row in plan.strategies:
         for site, strategy in zip(chosen, row, strict=True):
             reason = why_not(strategy, site, plan.sampler.cfg_layout)
             if reason:
-                raise _mismatch(f"strategies ({site.name})", strategy, reason)
+                raise mismatch(f"strategies ({site.name})", strategy, reason)
     return chosen
 
 
@@ -136,21 +132,21 @@ def _as_planned(site: Site, planned: PlannedSite) -> Site:
     window, tokens = planned.window, site.tokens - sum(site.text)
     if isinstance(window, TileWindow) and window.tokens != tokens:
         grid = " x ".join(map(str, window.grid))
-        raise _mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)
+        raise mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)
     return replace(site, window=window).with_caches_in(planned.cache_dtype)
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:
     """Raise ``ConfigError`` unless both are of the same model, dtype, weights and adapters."""
     if got.structure != expected.structure:
-        raise _mismatch("model.structure", got.structure, expected.structure)
+        raise mismatch("model.structure", got.structure, expected.structure)
     if got.dtype != expected.dtype:
-        raise _mismatch("model.dtype", got.dtype, expected.dtype)
+        raise mismatch("model.dtype", got.dtype, expected.dtype)
     if got.lora != expected.lora:
         raise _other_lora(got.lora, expected.lora)
     if got.weights != expected.weights:
         remedy = f"{_RECALIBRATE}; LoRA adapters fused into the weights make new weights"
-        raise _mismatch("model.weights", got.weights, expected.weights, remedy)
+        raise mismatch("model.weights", got.weights, expected.weights, remedy=remedy)
 
 
 def _other_lora(got: str, expected: str) -> ConfigError:
@@ -176,50 +172,7 @@ def _check_inputs(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(set(plan.inputs) | set(found)):
         got, expected = found.get(name, "absent"), plan.inputs.get(name, "absent")
         if got != expected:
-            raise _mismatch(f"inputs.{name} (shape without batch)", got, expected)
-
-
-def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = None) -> None:
-    """Raise ``ConfigError`` unless ``scheduler``, its config and the guidance are the plan's.
-
-    Args:
-        plan: the plan.
-        scheduler: a diffusers scheduler.
-        guidance_scale: the guidance of the generation; not checked where None.
-    """
-    sampler = plan.sampler
-    if not sampler.scheduler:
-        return
-    if type(scheduler).__name__ != sampler.scheduler:
-        raise _mismatch("sampler.scheduler", type(scheduler).__name__, sampler.scheduler)
-    config = scheduler_config(scheduler)
-    for name in sorted(set(config) | set(sampler.config)):
-        got, expected = config.get(name), sampler.config.get(name)
-        if got != expected:
-            raise _mismatch(f"sampler.config.{name}", got, expected)
-    if guidance_scale is not None and guidance_scale != sampler.guidance_scale:
-        raise _mismatch("sampler.guidance_scale", guidance_scale, sampler.guidance_scale)
-
-
-def check_layout(plan: Plan, found: CfgLayout) -> None:
-    """Raise ``ConfigError`` unless the guidance halves come in the order of ``plan``.
-
-    The model cannot see which half of a batch is the conditional one: a plan of the other order
-    would copy the unconditional half over it.
-    """
-    if found is not plan.sampler.cfg_layout:
-        raise _mismatch("sampler.cfg_layout", found, plan.sampler.cfg_layout)
-
-
-def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's configuration as JSON would read it back, private entries left out."""
-    public = {
-        key: str(item) if isinstance(item, float) and not math.isfinite(item) else item
-        for key, item in dict(scheduler.config).items()
-        if not key.startswith("_")
-    }
-    config: dict[str, Any] = json.loads(json.dumps(public, default=str))
-    return config
+            raise mismatch(f"inputs.{name} (shape without batch)", got, expected)
 
 
 def static_tensors(captured: CapturedGraph, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -232,9 +185,17 @@ def _names(sites: Sequence[tuple[str, str, int]]) -> str:
     return "; ".join(f"{name} ({kind}, {tokens} tokens)" for name, kind, tokens in sites)
 
 
-def _mismatch(field: str, got: object, expected: object, remedy: str = _RECALIBRATE) -> ConfigError:
+def mismatch(
+    field: str,
+    got: object,
+    expected: object,
+    *,
+    what: str = "model",
+    remedy: str = _RECALIBRATE,
+) -> ConfigError:
+    """Return the error for a model, or other ``what``, that differs from a ``field`` of a plan."""
     return ConfigError(
-        "the plan is for something else",
+        f"the plan does not match this {what}",
         where=f"plan.{field}",
         got=got,
         expected=expected,

@@ -1,9 +1,9 @@
 """Interpret a plan eagerly, one call at a time: slow, obvious, and the oracle.
 
-Nothing here knows of graphs or exits. While the mode is active every call of
-``scaled_dot_product_attention``, and every call of ``linear``, is counted, and the plan's strategy
-for that site decides what it returns. Sharing a step *before* the output projection gives the same
-result as after it, since the projection sees nothing else; so this checks the exits analysis
+It uses neither graphs nor exit nodes. While the mode is active, every call of
+``scaled_dot_product_attention`` and of ``linear`` is counted, and the plan's strategy for that site
+decides what it returns. Sharing a step *before* the output projection gives the same result as
+sharing it after, since the projection sees nothing else; so this checks the analysis of exit nodes
 too.
 """
 
@@ -33,8 +33,8 @@ _ATTENTION = scaled_dot_product_attention
 
 
 @dataclass
-class _Lane:
-    """Hold what a lane's earlier calls have left: outputs with their steps, and residuals."""
+class _Branch:
+    """Hold what earlier calls of a guidance branch have left: outputs by step, and residuals."""
 
     history: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
@@ -43,12 +43,13 @@ class _Lane:
 class PlanInterpreter(TorchFunctionMode):
     """Run a model's attention, and its feed-forwards, by a plan.
 
-    Use it like this::
+    For example::
 
-    reference = PlanInterpreter(strategies, sites, layout)
-    for step in range(steps):
-        with reference.step(step):
-            output = model(...)
+        reference = PlanInterpreter(strategies, sites, layout)
+        for step in range(steps):
+            with reference.step(step):
+                output = model(...)
+
     """
 
     def __init__(
@@ -59,19 +60,19 @@ class PlanInterpreter(TorchFunctionMode):
     ) -> None:
         """Take ``strategies[step][site]``.
 
-        Of ``sites`` it needs their windows and where they stand: an attention among all attention
-        calls of the model, a feed-forward's last linear among all linear calls.
+        Of ``sites`` it needs their windows and their positions: an attention's among all attention
+        calls of the model, that of a feed-forward's last linear among all linear calls.
 
         Raises:
-            ValueError: if a site is no such call, as where attention is spelled by products.
+            ValueError: a site is not such a call, as where attention is written as products.
 
         """
         super().__init__()
         unseen = [site.name for site in sites if site.ordinal < 0]
         if unseen:
             raise ValueError(
-                f"the interpreter sees calls of scaled_dot_product_attention only; these sites are "
-                f"spelled otherwise: {', '.join(unseen)}; interpret a twin that calls it"
+                f"the interpreter sees only calls of scaled_dot_product_attention; these sites are "
+                f"written otherwise: {', '.join(unseen)}; interpret a twin that calls it"
             )
         self._strategies = strategies
         self._described = sites
@@ -80,18 +81,18 @@ class PlanInterpreter(TorchFunctionMode):
         for index, site in enumerate(sites):
             func = linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION
             self._sites.setdefault((func, site.ordinal), []).append(index)
-        self._lanes = [_Lane(), _Lane()]
-        self._lane = self._lanes[0]
+        self._branches = [_Branch(), _Branch()]
+        self._branch = self._branches[0]
         self._step = 0
         self._calls: Counter[Any] = Counter()
 
     def step(self, step: int, call: int = 0) -> PlanInterpreter:
-        """Make ``step`` current; enter the result around the model's call.
+        """Make ``step`` current; use the result as a context around the model's call.
 
-        ``call`` is 1 for the second one of a step whose guidance takes two.
+        ``call`` is 1 for the second call of a step, where guidance takes two.
         """
         self._step = step
-        self._lane = self._lanes[call]
+        self._branch = self._branches[call]
         self._calls.clear()
         return self
 
@@ -105,7 +106,7 @@ class PlanInterpreter(TorchFunctionMode):
         """Intercept the sites; let everything else through."""
         keywords = dict(kwargs or {})
         if func is functional.multi_head_attention_forward:
-            # Were it left to dispatch by itself, what it calls would not be seen.
+            # If it dispatched by itself, the calls that it makes would not be seen.
             with self, patch.object(functional, "has_torch_function", lambda _: False):
                 return func(*args, **keywords)
         sites = self._sites.get((func, self._calls[func]), [])
@@ -128,16 +129,16 @@ class PlanInterpreter(TorchFunctionMode):
         return torch.cat(outputs, dim=-3)
 
     def _run(self, site: int, compute: Callable[[Strategy], Tensor]) -> Tensor:
-        """Return the output of ``site``, reused or by ``compute``, and note it down."""
+        """Return the output of ``site``, reused or from ``compute``, and record it."""
         strategy = self._strategies[self._step][site]
         if not strategy.computes:
             return self._reuse(site, strategy)
-        if strategy.shares_guidance and self._lane is self._lanes[1]:
-            copied = self._lanes[0].history[site][-1]
-            self._lane.history.setdefault(site, []).append(copied)
+        if strategy.shares_guidance and self._branch is self._branches[1]:
+            copied = self._branches[0].history[site][-1]
+            self._branch.history.setdefault(site, []).append(copied)
             return copied[1]
         output = compute(strategy)
-        self._lane.history.setdefault(site, []).append((self._step, output))
+        self._branch.history.setdefault(site, []).append((self._step, output))
         return output
 
     def _feed_forward(
@@ -164,16 +165,16 @@ class PlanInterpreter(TorchFunctionMode):
 
     def _reuse(self, site: int, strategy: Strategy) -> Tensor:
         assert strategy.reference is not None
-        reused: Tensor = strategy.reference(self._lane.history[site], self._step)
+        reused: Tensor = strategy.reference(self._branch.history[site], self._step)
         return reused
 
     def _attend(self, site: int, call: dict[str, Any], strategy: Strategy) -> Tensor:
         if self._halves(strategy):
             half = {name: self._conditional(item, call["query"]) for name, item in call.items()}
-            residual = self._conditional(self._lane.residuals.get(site), call["query"])
+            residual = self._conditional(self._branch.residuals.get(site), call["query"])
             output = self._compute(site, strategy, half, residual)
             return torch.cat([output, output])
-        return self._compute(site, strategy, call, self._lane.residuals.get(site))
+        return self._compute(site, strategy, call, self._branch.residuals.get(site))
 
     def _compute(
         self, site: int, strategy: Strategy, call: dict[str, Any], residual: Tensor | None
@@ -184,7 +185,7 @@ class PlanInterpreter(TorchFunctionMode):
             return self._window(site, call) + residual
         output: Tensor = scaled_dot_product_attention(**call)
         if strategy.refreshes_residual and self._described[site].window:
-            self._lane.residuals[site] = output - self._window(site, call)
+            self._branch.residuals[site] = output - self._window(site, call)
         return output
 
     def _window(self, site: int, call: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditfastattn import Strategy
-from ditfastattn.runtime.search.measure.profile import ErrorTable, gap_choices
+from ditfastattn.runtime.search.measure.error_table import ErrorTable, gap_choices
 
 Array = NDArray[np.float64]
 LINE_GAPS, GAP_PAIRS = gap_choices(2), gap_choices(3)

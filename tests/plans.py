@@ -20,6 +20,7 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.record.planned_target import record_target
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.tools.zoo.trial import mixed_strategies
 
 
@@ -38,7 +39,9 @@ def plan_for(
             for wanted in strategies
         ]
         recorded = None if target is None else record_target(target)
-        return session.plan(rows, session.timesteps, Calibration(method="manual", target=recorded))
+        return record_plan(
+            session, rows, session.timesteps, Calibration(method="manual", target=recorded)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,5 +78,5 @@ def mixed_plan_for(pipeline: Any, call: Mapping[str, Any], seed: int = 0) -> Mix
     with open_session(pipeline, prompt) as session:
         rows = mixed_strategies(session.sites, seed, session.steps, layout=session.layout)
         session.run(DenseStepper(session), prompt)
-        plan = session.plan(rows, session.timesteps, Calibration(method="manual"))
+        plan = record_plan(session, rows, session.timesteps, Calibration(method="manual"))
         return MixedPlan(plan, session.sites)

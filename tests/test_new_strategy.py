@@ -13,7 +13,7 @@ from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan import strategies as table
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.runtime.bundle.load import load
-from ditfastattn.runtime.search.measure.profile import Array
+from ditfastattn.runtime.search.measure.error_table import Array
 from ditfastattn.runtime.search.solve.memory import needs_caches
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.tools.commands.inspect import show_plan

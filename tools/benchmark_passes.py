@@ -34,6 +34,7 @@ from ditfastattn.runtime.search.measure.contender import (
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import measure_turns
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.bench.random_models import pixart, random_pipeline
 from ditfastattn.tools.measure import machine
@@ -81,7 +82,7 @@ def _gains(pipeline: Any, call: dict[str, Any], repetitions: int) -> dict[str, A
     with open_session(pipeline, prompt) as session:
         session.run(DenseStepper(session), prompt)
         rows = [(Strategy.FULL,) * len(session.sites)] * session.steps
-        plan = session.plan(rows, session.timesteps, Calibration(method="manual"))
+        plan = record_plan(session, rows, session.timesteps, Calibration(method="manual"))
     left_out = {
         "neither": PASSES,
         HOIST_PER_GENERATION: (HOIST_PER_TIMESTEP,),

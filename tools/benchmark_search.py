@@ -21,12 +21,15 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.plan.schema import Calibration, Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.global_chooser import PROFILED, GlobalChooser
 from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.timing import measure_turns
-from ditfastattn.runtime.search.methods import PROFILED, GlobalChooser, Method, PassChooser
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.pass_chooser import PassChooser
 from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator
 from ditfastattn.tools.benchmarking.plan_points import (
     CALIBRATION_CLASSES,
@@ -132,7 +135,7 @@ def variants(
             predicted = problem.speedup(rows, capped)
             label = f"at most {most}" if capped else "no cap"
             points.append(judge.point(label, strength, rows, predicted, capped))
-            plans.append(session.plan(rows, judge.work.timesteps, record, capped))
+            plans.append(record_plan(session, rows, judge.work.timesteps, record, capped))
         test = judge.test
         session.release()
         points = _timed(pipeline, plans, points, test)

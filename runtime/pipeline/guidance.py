@@ -1,4 +1,4 @@
-"""Find out how a pipeline batches guidance, by looking at what it gives its transformer."""
+"""Describe a pipeline's guidance: its scale, and how its branches reach the transformer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,42 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.runtime.pipeline.prompts import guidance_argument
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.matching import mismatch
+from ditfastattn.runtime.pipeline.prompts import argument_of
 
 log = logging.getLogger(__name__)
+
+
+def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """Return what the pipeline calls the scale of classifier-free guidance.
+
+    Models that take a scale as an input (FLUX, QwenImage) call that ``guidance_scale``, and the
+    other one ``true_cfg_scale``.
+    """
+    true = argument_of(pipeline, call, "true_cfg_scale")
+    return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
+
+
+def current_guidance(pipeline: Any) -> float | None:
+    """Return the scale of the generation under way, where the pipeline tells; else None.
+
+    One that takes two scales tells but one, and not which of them guides.
+    """
+    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
+        return None
+    scale: Any = getattr(pipeline, "guidance_scale", None)
+    return scale if isinstance(scale, (int, float)) else None
+
+
+def check_layout(plan: Plan, found: CfgLayout) -> None:
+    """Raise ``ConfigError`` unless guidance reaches the model as in ``plan``.
+
+    The model cannot see which half of a batch is the conditional one: a plan of the other order
+    would copy the unconditional half over it.
+    """
+    if found is not plan.sampler.cfg_layout:
+        raise mismatch("sampler.cfg_layout", found, plan.sampler.cfg_layout, what="pipeline")
 
 
 class _Seen(Exception):  # noqa: N818  # it ends a generation and reports no error

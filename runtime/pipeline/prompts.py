@@ -1,4 +1,4 @@
-"""Say what generations are called with, and take their images."""
+"""Describe what generations are called with, run them, and return their images."""
 
 from __future__ import annotations
 
@@ -51,27 +51,6 @@ def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
         return call[name]
     parameter = inspect.signature(pipeline.__call__).parameters.get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
-    """Return what the pipeline calls the scale of classifier-free guidance.
-
-    Models that take a scale as an input (FLUX, QwenImage) call that ``guidance_scale``, and the
-    other one ``true_cfg_scale``.
-    """
-    true = argument_of(pipeline, call, "true_cfg_scale")
-    return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
-
-
-def current_guidance(pipeline: Any) -> float | None:
-    """Return the scale of the generation under way, where the pipeline tells; else None.
-
-    One that takes two scales tells but one, and not which of them guides.
-    """
-    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
-        return None
-    scale: Any = getattr(pipeline, "guidance_scale", None)
-    return scale if isinstance(scale, (int, float)) else None
 
 
 def generate(pipeline: Any, prompt: Prompt) -> Any:

@@ -10,8 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.analysis.sites import Site
@@ -20,27 +18,25 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.search.estimate import most_forwards
+from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.contender import measure_speed
 from ditfastattn.runtime.search.measure.latency import Objective
-from ditfastattn.runtime.search.measure.sensitivity import probe_steps
 from ditfastattn.runtime.search.measure.session import Session, open_session
-from ditfastattn.runtime.search.measure.window_choice import WindowForm, allowed_windows
-from ditfastattn.runtime.search.methods import (
-    Chooser,
-    Method,
-    PassChooser,
-    make_global,
-    measured_costs,
-)
+from ditfastattn.runtime.search.methods import Chooser, Method, measured_costs
+from ditfastattn.runtime.search.options import SearchOptions
+from ditfastattn.runtime.search.pass_chooser import PassChooser
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.request import search_request
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.search import Search, SearchOptions
+from ditfastattn.runtime.search.search import Search
+from ditfastattn.runtime.search.solve.window_choice import WindowForm, allowed_windows
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TARGET = Target.min_ssim(0.9)
-NOTHING_GAINED = 1.02  # a speedup below this is none
+NOTHING_GAINED = 1.02  # a speedup below this counts as none
 _FIRST_BUDGET = {Method.GREEDY: 0.05, Method.PER_STEP: 0.05}
 _REPETITIONS = 10
 
@@ -73,7 +69,7 @@ def calibrate(
         pipeline: a diffusers pipeline whose denoiser is ``pipeline.transformer``.
         call: the keyword arguments of a generation. Lists (prompts, classes) hold one entry per
             image: each is a calibration prompt. Steps, guidance and sizes fix what the plan is for.
-        target: what to reach, on the worst prompt.
+        target: what the worst prompt must reach.
         held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
         method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
             program), ``greedy`` (DiTFastAttn, Algorithm 1); ``auto`` is greedy for a threshold,
@@ -86,23 +82,23 @@ def calibrate(
             fp32; what they hold is rounded. In the model's own dtype where None.
         attention_only: leave feed-forwards as they are, as the ``greedy`` and ``per-step`` methods
             always do.
-        head_groups: how many groups of heads each attention forms, which take strategies of their
-            own (DiTFastAttnV2's head-wise attention); as many as there are heads at most, 1 leaves
-            attentions whole.
+        head_groups: how many groups to split the heads of each attention into; each group takes
+            its own strategies (DiTFastAttnV2's head-wise attention). At most the number of heads;
+            1 leaves attentions whole.
         windows: a ``band`` of the flattened sequence (the paper's), ``tiles`` of the token grid,
-            or of the sequence where no grid is known, or ``auto``: per site what measures better,
-            for the ``global`` method, else bands.
-        cfg_layout: the order of the guidance halves; found by observation where None.
+            or of the sequence where no grid is known, or ``auto``: whatever measures better at
+            each site for the ``global`` method, bands for the others.
+        cfg_layout: how guidance branches reach the transformer; observed where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
         lowering: what runs the plan when a speed is measured.
-        out: the plan's file. Given, the search keeps its state beside it, goes on where a killed
-            one stopped, and writes the plan at the end.
+        out: the plan's file, written at the end. The search keeps its state beside it, and resumes
+            if it was interrupted.
         restart: forget an unfinished search.
-        on_progress: told what the search does and how long it may take.
+        on_progress: called with what the search does and how long it may take.
 
     Raises:
-        ConfigError: the pipeline, the call or the target are not ones that a plan can serve.
+        ConfigError: the pipeline, the call or an option is not supported.
         TargetMissedError: no plan reaches the target.
     """
     prompts = split_prompts(call, seed)
@@ -131,15 +127,15 @@ def calibrate(
         sites = allowed_windows(session.sites, forms, device)
         session.take_sites(_with_caches_in(cache_dtype, session, sites))
         work = Work(session, checkpoint, 0.0, on_progress)
-        resumed = checkpoint.begin(_request(session, call, prompts, unseen, options))
+        resumed = checkpoint.begin(search_request(session, call, prompts, unseen, options))
         if resumed:
-            log.warning("ditfastattn: going on with the unfinished search beside %s", path)
-        work.at_most = _estimate(session, options, len(prompts), len(unseen))
+            log.warning("ditfastattn: resuming the unfinished search beside %s", path)
+        work.at_most = most_forwards(session, options, len(prompts), len(unseen))
         plan = _search(work, options, Prompt(call, seed), prompts, unseen)
         if path is not None:
             plan.save(path)
         checkpoint.discard()
-    _say_gain(plan)
+    _warn_if_nothing_gained(plan)
     return plan
 
 
@@ -183,16 +179,16 @@ def _chooser(
     if options.method is Method.GLOBAL:
         judge = options.target
         if judge.kind is not TargetKind.QUALITY:
-            judge = DEFAULT_TARGET  # a speed says nothing of what damage is
+            judge = DEFAULT_TARGET  # a speed does not define damage
         most, most_bytes = options.max_variants, options.max_cache_bytes
         return make_global(work, prompts, judge, options.objective, most, most_bytes)
     if work.session.layout.calls == 2:
         raise ConfigError(
-            "this search needs guidance in one call of the transformer",
+            "this method needs guidance in one call of the transformer",
             where="calibrate(method)",
-            got=f"{options.method}, and two calls a step",
+            got=f"{options.method}, with two calls per step",
             expected=Method.GLOBAL,
-            remedy="give a target of quality or speed and the method `global`",
+            remedy="set a quality or a speed as the target, and the method to `global`",
         )
     (costs,) = measured_costs(work, options.objective)
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
@@ -221,10 +217,10 @@ def _window_form(windows: WindowForm, method: Method) -> WindowForm:
 def _check_cap(name: str, most: float, method: Method) -> None:
     if most < 0 or (most and method is not Method.GLOBAL):
         raise ConfigError(
-            "a plan cannot be capped like this",
+            "the plan cannot be capped like this",
             where=f"calibrate({name})",
             got=f"{most} with method {method}",
-            expected="a number above 0 with the global method, or 0 for no cap",
+            expected="a positive number with the global method, or 0 for no cap",
         )
 
 
@@ -240,7 +236,7 @@ def _with_caches_in(
         raise ConfigError(
             "caches would take as much memory as in the model's own dtype",
             where="calibrate(cache_dtype)",
-            got=f"{dtype}, and a model that computes in "
+            got=f"{dtype}, for a model that computes in "
             + ", ".join(str(item).removeprefix("torch.") for item in own),
             remedy="leave cache_dtype out",
         )
@@ -250,61 +246,14 @@ def _with_caches_in(
 def _check_head_groups(count: int) -> None:
     if count < 1:
         raise ConfigError(
-            "heads cannot be grouped like this",
+            "the heads cannot be grouped like this",
             where="calibrate(head_groups)",
             got=count,
             expected="the number of groups per attention; 1 leaves attentions whole",
         )
 
 
-def _request(
-    session: Session,
-    call: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-    options: SearchOptions,
-) -> dict[str, Any]:
-    """Describe a search, for another process to tell whether it is the same."""
-    target = options.target
-    return {
-        "model": session.identity.model_dump(),
-        "layout": session.layout,
-        "sites": [
-            [site.name, *map(str, site.windows), str(site.cache_dtype)] for site in session.sites
-        ],
-        "call": {name: repr(item) for name, item in sorted(call.items())},
-        "held_out": [{**prompt.call, "seed": prompt.seed} for prompt in held_out],
-        "scheduler": session.sampler(session.timesteps).model_dump(include={"scheduler", "config"}),
-        "target": f"{target.name} {'>=' if target.at_least else '<='} {target.bound:.12g}",
-        "method": options.method,
-        "objective": options.objective,
-        "max_variants": options.max_variants,
-        "max_cache_bytes": options.max_cache_bytes,
-        "seed": options.seed,
-        "torch": torch.__version__,
-    }
-
-
-def _estimate(session: Session, options: SearchOptions, prompts: int, held_out: int) -> float:
-    """Return the most dense forward passes, of one image, that the search can take."""
-    steps, sites = session.steps, len(session.sites)
-    costs = 30.0
-    evaluation = float(prompts * steps)
-    validation = 3.0 * held_out * steps
-    if options.method is Method.GLOBAL:
-        probes = probe_steps(steps)
-        profiling = 1.25 * prompts * steps + len(probes) * sites / 2
-        probing = sum(steps - step + 1 for step in probes)
-        fixed, passes = profiling + probing, 0.0
-    else:
-        per_site = 2.0 if options.method is Method.GREEDY else 0.0
-        fixed, passes = evaluation, prompts * steps * (2.0 + per_site * sites)
-    if options.target.kind is TargetKind.QUALITY:
-        return fixed + costs + options.max_rounds * (passes + evaluation) + validation
-    return fixed + costs + passes
-
-
-def _say_gain(plan: Plan) -> None:
+def _warn_if_nothing_gained(plan: Plan) -> None:
     speedup = plan.calibration.measured_speedup or plan.calibration.predicted_speedup or 1.0
     if speedup >= NOTHING_GAINED:
         return

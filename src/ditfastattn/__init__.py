@@ -24,11 +24,11 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.accelerate import accelerate, restore
 from ditfastattn.runtime.load import load
-from ditfastattn.runtime.matching import check_sampler
+from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.search.calibrate import calibrate
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation, validate
-from ditfastattn.runtime.search.record.retarget import retarget
+from ditfastattn.runtime.search.retarget import retarget
 from ditfastattn.runtime.specializations import reports, reset
 
 __all__ = [

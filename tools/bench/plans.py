@@ -7,12 +7,14 @@ import json
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.search.candidates import Found
+from ditfastattn.runtime.search.global_chooser import GlobalChooser, make_global
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import open_session
-from ditfastattn.runtime.search.methods import GlobalChooser, make_global
+from ditfastattn.runtime.search.options import SearchOptions
 from ditfastattn.runtime.search.record.work import Work
-from ditfastattn.runtime.search.search import Found, Search, SearchOptions
+from ditfastattn.runtime.search.search import Search
 from ditfastattn.runtime.specializations import reports
 from ditfastattn.tools.bench.setup import Data, Setup
 

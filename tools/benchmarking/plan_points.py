@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.global_chooser import GlobalChooser, make_global
 from ditfastattn.runtime.search.judge.metrics import image_psnr, image_ssim
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.steppers import PlanStepper
 from ditfastattn.runtime.search.measure.timing import Timing
-from ditfastattn.runtime.search.methods import GlobalChooser, make_global
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.tools.terminal import open_console
 
 CALIBRATION_CLASSES = (0, 3, 5, 8)

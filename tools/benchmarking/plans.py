@@ -19,6 +19,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 
 FOUR = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG)
@@ -92,7 +93,7 @@ def make_plan(pipeline: DigitsPipeline, prompt: Prompt, variants: int) -> Plan:
         session.take_sites(turns)
         rows = make_rows(session.sites, session.steps, variants)
         calibration = Calibration(method="manual")
-        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
+        return record_plan(session, rows, session.timesteps, calibration, merge_variants=True)
 
 
 def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
@@ -108,4 +109,4 @@ def four_variants(pipeline: Any, call: Mapping[str, Any]) -> Plan:
             for step in range(session.steps)
         ]
         calibration = Calibration(method="manual")
-        return session.plan(rows, session.timesteps, calibration, merge_variants=True)
+        return record_plan(session, rows, session.timesteps, calibration, merge_variants=True)

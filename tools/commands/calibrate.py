@@ -14,8 +14,8 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET
 from ditfastattn.runtime.search.measure.latency import Objective
-from ditfastattn.runtime.search.measure.window_choice import WindowForm
 from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.tools.commands.generation import Generation, open_pipeline
 from ditfastattn.tools.commands.options import (
     CallArguments,

@@ -16,15 +16,14 @@ from typing import Any
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.matching import check_layout, check_sampler
 from ditfastattn.runtime.pipeline.denoiser import check_not_accelerated, transformer_of
-from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
-from ditfastattn.runtime.pipeline.prompts import (
-    Prompt,
-    argument_of,
+from ditfastattn.runtime.pipeline.guidance import (
+    check_layout,
+    detect_cfg_layout,
     guidance_argument,
-    split_prompts,
 )
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, split_prompts
+from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.search.judge.drift import Drift, mean_squared_error
 from ditfastattn.runtime.search.judge.quality import Quality, compare
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind

@@ -162,7 +162,7 @@ def _group_rows(
 ) -> dict[_Row, _Acting]:
     """Return the rows in which one group takes a strategy and the others are computed."""
     site, first = every[members[0]], str(members[0])
-    apart = layout is CfgLayout.SEPARATE  # a call computes a lane, or takes it from another
+    apart = layout is CfgLayout.SEPARATE  # a call computes its branch, or takes the other's output
     actions: dict[str, SiteAction] = {
         strategy.name: SiteAction(strategy)
         for strategy in _shortcuts(site, layout)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.search.measure.profile import ErrorTable
+from ditfastattn.runtime.search.measure.error_table import ErrorTable
 from ditfastattn.runtime.search.measure.session import Session
 
 Array = NDArray[np.float64]

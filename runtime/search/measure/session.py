@@ -6,12 +6,11 @@ is exchanged, so schedulers, guidance and decoding are the user's own.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,27 +18,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
-from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
+from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
-from ditfastattn.passes.capture.dynamo import capture, describe_inputs
-from ditfastattn.passes.graph.ir import outputs, value
-from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.guidance import CfgLayout, calls_of
-from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
-from ditfastattn.passes.plan.step_program import unroll
-from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads
+from ditfastattn.passes.capture.dynamo import describe_inputs
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.matching import (
-    check_shapes,
-    input_shapes,
-    scheduler_config,
-    static_tensors,
-    timestep_position,
-)
+from ditfastattn.runtime.matching import check_shapes
 from ditfastattn.runtime.pipeline.denoiser import (
     Forward,
     check_not_accelerated,
@@ -47,11 +35,14 @@ from ditfastattn.runtime.pipeline.denoiser import (
     replace_forward,
     transformer_of,
 )
-from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
-from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate, guidance_argument
-from ditfastattn.runtime.search.measure.timing import device_name
-
-log = logging.getLogger(__name__)
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
+from ditfastattn.runtime.pipeline.sampler import describe_sampler
+from ditfastattn.runtime.search.measure.captured_model import (
+    CapturedModel,
+    ModelOptions,
+    capture_model,
+)
 
 Outputs = tuple[Any, ...]
 
@@ -62,15 +53,6 @@ class Stepper(Protocol):
     def step(self, args: Sequence[Tensor]) -> Outputs:
         """Take the graph's flat inputs, return its outputs."""
         ...
-
-
-@dataclass(frozen=True)
-class _Model:
-    captured: CapturedGraph
-    sites: tuple[Site, ...]
-    identity: Fingerprint
-    timestep: int
-    example: tuple[Tensor, ...]
 
 
 _active: ContextVar[Session] = ContextVar("ditfastattn_search_session")
@@ -100,7 +82,7 @@ class Session:
         """Prepare; use ``open_session``."""
         self.pipeline = pipeline
         self.head_groups = head_groups
-        self._attention_only = attention_only
+        self._options = ModelOptions(timestep, attention_only, head_groups)
         self._original = pipeline.transformer
         self._undo: Callable[[], None] | None = None
         self.layout = layout
@@ -109,7 +91,7 @@ class Session:
         self.steps = 0
         self.forward_seconds = 0.0
         self.timestep = timestep
-        self._model: _Model | None = None
+        self._model: CapturedModel | None = None
         self._stepper: Stepper | None = None
         self._seen: list[float] = []
 
@@ -138,7 +120,7 @@ class Session:
         return self._known.example
 
     @property
-    def _known(self) -> _Model:
+    def _known(self) -> CapturedModel:
         if self._model is None:
             raise LookupError("the session has not captured its model")
         return self._model
@@ -161,45 +143,8 @@ class Session:
 
     def sampler(self, timesteps: Sequence[float]) -> Sampler:
         """Describe the sampler, whose generations have ``timesteps``."""
-        scheduler = self.pipeline.scheduler
-        return Sampler(
-            scheduler=type(scheduler).__name__,
-            config=scheduler_config(scheduler),
-            steps=len(timesteps),
-            timesteps=tuple(timesteps),
-            guidance_scale=self.guidance_scale,
-            cfg_layout=self.layout,
-        )
-
-    def plan(
-        self,
-        rows: Sequence[Sequence[Strategy]],
-        timesteps: Sequence[float],
-        calibration: Calibration,
-        merge_variants: bool = False,
-    ) -> Plan:
-        """Return the plan of ``rows`` for this model and sampler.
-
-        ``calibration`` says how they were found; where and on what batch is added.
-        """
-        peaks = [
-            unroll(rows, self.captured, self.sites, merge_variants, lane).slots.peak_bytes
-            for lane in calls_of(self.layout)
-        ]
-        where = {
-            "cache_bytes": sum(peaks),
-            "batch": value(outputs(self.captured.module.graph)[0]).shape[0],
-            "device": device_name(),
-            "versions": {"torch": torch.__version__},
-        }
-        return Plan(
-            model=self.identity,
-            inputs=input_shapes(self.captured),
-            sampler=self.sampler(timesteps),
-            sites=tuple(planned_site(site) for site in self.sites),
-            strategies=tuple(map(tuple, rows)),
-            merge_variants=merge_variants,
-            calibration=calibration.model_copy(update=where),
+        return describe_sampler(
+            self.pipeline.scheduler, timesteps, self.guidance_scale, self.layout
         )
 
     def capture(self, prompt: Prompt) -> None:
@@ -252,55 +197,8 @@ class Session:
     def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
         """Run one call of the transformer, which Dynamo hands over."""
         if self._model is None:
-            self._model = self._capture(module, inputs, args)
+            self._model = capture_model(module, inputs, args, self._options)
         tensors = [item for item in args if isinstance(item, Tensor)]
-        self._check_shapes(tensors)
-        self._seen.append(read_timestep(tensors[self._known.timestep]).value())
-        assert self._stepper is not None
-        return self._stepper.step(tensors)
-
-    def _capture(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> _Model:
-        captured = capture(module, inputs, args)
-        verify(
-            captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture"
-        )
-        report = find_sites(captured)
-        if not (attentions(report.sites) if self._attention_only else report.sites):
-            raise ConfigError(
-                "there is no attention to plan",
-                where="the transformer's graph",
-                got=f"{len(report.declined)} attention nodes, each declined",
-                remedy="; ".join(f"{item.name}: {item.reason}" for item in report.declined)
-                or "the model must call scaled_dot_product_attention",
-            )
-        tensors = tuple(item for item in args if isinstance(item, Tensor))
-        identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
-        position = timestep_position(captured, self.timestep)
-        split = self._split(captured, report.sites)
-        found = report.sites if split is captured else find_sites(split).sites
-        sites = attentions(found) if self._attention_only else found
-        return _Model(split, sites, identity, position, tensors)
-
-    def _split(self, captured: CapturedGraph, sites: Sequence[Site]) -> CapturedGraph:
-        """Split the heads of ``captured`` as was asked for; say what cannot be."""
-        wanted = self.head_groups
-        groups = groups_of(sites, wanted) if isinstance(wanted, int) else wanted
-        split = split_heads(captured, sites, groups)
-        reasons = [f"{name}: {reason}" for name, reason in split.declined.items()]
-        if reasons and isinstance(wanted, int) and split.captured is captured:
-            raise ConfigError(
-                "no attention can be split by heads",
-                where="calibrate(head_groups)",
-                got=wanted,
-                remedy=f"leave head_groups at 1: {'; '.join(reasons)}",
-            )
-        if reasons:
-            log.warning(
-                "ditfastattn: the heads of some sites stay together: %s", "; ".join(reasons)
-            )
-        return split.captured
-
-    def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
         check_shapes(
             self._known.captured,
             self._known.example,
@@ -308,6 +206,9 @@ class Session:
             "a search must call one graph of the transformer, at one shape",
             "give every prompt the same number of images, resolution and length",
         )
+        self._seen.append(read_timestep(tensors[self._known.timestep]).value())
+        assert self._stepper is not None
+        return self._stepper.step(tensors)
 
 
 class _CountingStepper:

@@ -68,8 +68,8 @@ class Variants:
         """Unroll the plan ``rows``, for each of a step's calls."""
         captured, sites = self.session.captured, self.session.sites
         return tuple(
-            unroll(rows, captured, sites, merge_variants, lane)
-            for lane in calls_of(self.session.layout)
+            unroll(rows, captured, sites, merge_variants, call)
+            for call in calls_of(self.session.layout)
         )
 
     def flops(self, rows: Rows, merge_variants: bool = False) -> Flops:
@@ -115,17 +115,17 @@ class PlanStepper:
     def step(self, args: Sequence[Tensor]) -> Outputs:
         """Run one call of a step."""
         call, self._call = self._call, self._call + 1
-        at, lane = divmod(call, len(self._programs))
-        program, following = self._programs[lane], self._programs[lane + 1 :]
+        at, branch = divmod(call, len(self._programs))
+        program, following = self._programs[branch], self._programs[branch + 1 :]
         adopted = [other.slots.adopted_at(at) for other in following]
         if call < len(self._known) and not program.slots.live_after(at) and not any(adopted):
             return (self._known[call],)
         results = self._variants.results
         variant = self._variants.get(program.variants[program.schedule[at]], program.sites)
-        caches = self._caches[lane].read(program.slots, at, variant.reads, args[0].device, {})
+        caches = self._caches[branch].read(program.slots, at, variant.reads, args[0].device, {})
         returned = variant.module(*args, *caches)
         written = dict(zip(variant.writes, returned[results:], strict=True))
-        self._caches[lane].write(program.slots, at, written)
-        for other, state, slots in zip(following, self._caches[lane + 1 :], adopted, strict=True):
+        self._caches[branch].write(program.slots, at, written)
+        for other, state, slots in zip(following, self._caches[branch + 1 :], adopted, strict=True):
             state.adopt(other.slots, at, {slot: written[slot] for slot in slots})
         return tuple(returned[:results])

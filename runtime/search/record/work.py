@@ -14,7 +14,7 @@ from ditfastattn.runtime.search.judge.targets import Judgement, Target
 from ditfastattn.runtime.search.measure.session import Session, Stepper
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.solve.paths import solve
-from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.problem import Problem
+from ditfastattn.runtime.search.solve.rows import Row
 
 _MOST_RATES = 60  # tried; about ten are enough
 _ON_HULL = 1e-9  # of a plan's price and drift, what rounding may make of equal ones

@@ -25,11 +25,10 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
+from ditfastattn.runtime.search.solve.rows import Row
 
 _ERROR_CLIP = 10.0
 _EPSILON = 1e-6
-
-Row = tuple[Strategy, ...]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.search.solve.problem import Array, Problem, Row
+from ditfastattn.runtime.search.solve.problem import Array, Problem
+from ditfastattn.runtime.search.solve.rows import Row
 
 Choose = Callable[[Problem], list[Row]]
 

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditfastattn.passes.plan.strategies import Strategy, strategies
-from ditfastattn.runtime.search.measure.profile import MAX_GAP, gap_choices
-from ditfastattn.runtime.search.solve.problem import Array, Problem, Row, carried
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP, gap_choices
+from ditfastattn.runtime.search.solve.problem import Array, Problem, carried
+from ditfastattn.runtime.search.solve.rows import Row
 
 _FULL = 0  # the first kind of ``_kinds``
 _LINE, _PARABOLA = 2, 3  # outputs read

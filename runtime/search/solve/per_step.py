@@ -20,7 +20,7 @@ from ditfastattn.runtime.search.measure.graph_runner import Environment
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.session import Outputs, Session
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 
 
 class PerStepCalibrator:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.runtime.search.measure.error_table import ErrorTable
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import ErrorTable
+from ditfastattn.runtime.search.solve.rows import Row
 
 Array = NDArray[np.float64]
-Row = tuple[Strategy, ...]
 
 
 @dataclass(frozen=True)

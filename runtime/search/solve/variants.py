@@ -15,7 +15,8 @@ import numpy as np
 
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.search.solve.paths import solve
-from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.problem import Problem
+from ditfastattn.runtime.search.solve.rows import Row
 
 _PAIRS = 64  # merges tried at once: the pairs of rows that differ least
 _SWEEPS = 3

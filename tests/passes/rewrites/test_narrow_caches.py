@@ -24,7 +24,7 @@ from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
 from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
 from ditfastattn.passes.rewrites.store_caches import StoreCaches
 from ditfastattn.runtime.caches import Caches
-from ditfastattn.runtime.search.record.retarget import retarget
+from ditfastattn.runtime.search.retarget import retarget
 from tests.heads import head_plan, split
 from tests.helpers import (
     TINY_MODELS,

@@ -24,9 +24,10 @@ from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.measure.timing import PairedTiming, summarize
+from ditfastattn.runtime.search.options import SearchOptions
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.search import Search, SearchOptions
+from ditfastattn.runtime.search.search import Search
 from tests.helpers import attentive_pipeline
 
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "guidance_scale": 2.0}

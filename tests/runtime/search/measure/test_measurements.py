@@ -18,17 +18,19 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure import profile as profile_module
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
-from ditfastattn.runtime.search.measure.profile import MAX_GAP, Profiler, error_table
+from ditfastattn.runtime.search.measure.profile import Profiler
 from ditfastattn.runtime.search.measure.sensitivity import probe_rows, probe_steps, site_weights
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator, greedy_candidates
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
-from ditfastattn.runtime.search.methods import Method, PassChooser
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.pass_chooser import PassChooser
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.per_step import PerStepCalibrator, choose_row
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 from tests.error_tables import GAP_PAIRS, LINE_GAPS, of, table_of
 from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 

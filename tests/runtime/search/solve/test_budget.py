@@ -10,8 +10,8 @@ import pytest
 
 from ditfastattn import Strategy
 from ditfastattn.passes.plan.strategies import STRATEGIES, strategies
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import MAX_GAP
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem

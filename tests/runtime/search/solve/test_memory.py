@@ -13,7 +13,8 @@ from ditfastattn.runtime.search.solve.memory import (
     needs_caches,
     within_memory,
 )
-from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.problem import Problem
+from ditfastattn.runtime.search.solve.rows import Row
 from tests.error_tables import of
 from tests.runtime.search.solve.test_budget import problem
 

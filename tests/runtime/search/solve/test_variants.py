@@ -11,7 +11,8 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.search.solve import variants
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.paths import solve
-from ditfastattn.runtime.search.solve.problem import Problem, Row
+from ditfastattn.runtime.search.solve.problem import Problem
+from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.runtime.search.solve.variants import (
     cap_variants,
     capped_within_budget,

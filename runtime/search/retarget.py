@@ -29,8 +29,9 @@ from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values, target_of
+from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.solve.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _validated(
         forwards=round(work.forwards, 1),
         seconds=round(time.monotonic() - began, 1),
     )
-    return session.plan(rows, work.timesteps, calibration, plan.merge_variants)
+    return record_plan(session, rows, work.timesteps, calibration, plan.merge_variants)
 
 
 def _measured(

@@ -12,17 +12,17 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from ditfastattn import CfgLayout, Plan, Strategy, Target, calibrate
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow, Window
+from ditfastattn.runtime.search.measure.error_table import MAX_GAP
 from ditfastattn.runtime.search.measure.latency import CostTable
-from ditfastattn.runtime.search.measure.profile import MAX_GAP
-from ditfastattn.runtime.search.measure.window_choice import (
+from ditfastattn.runtime.search.retarget import retarget
+from ditfastattn.runtime.search.solve.budget import within_budget
+from ditfastattn.runtime.search.solve.problem import Problem
+from ditfastattn.runtime.search.solve.window_choice import (
     WindowForm,
     allowed_windows,
     choose_windows,
     with_chosen,
 )
-from ditfastattn.runtime.search.record.retarget import retarget
-from ditfastattn.runtime.search.solve.budget import within_budget
-from ditfastattn.runtime.search.solve.problem import Problem
 from tests.error_tables import GAP_PAIRS, of, table_of
 from tests.helpers import capture_every_site, randomize, tiny_digits_pipeline, tiny_dit
 

@@ -26,8 +26,8 @@ from ditfastattn import (
     validate,
 )
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.runtime.search.record.retarget import retarget_rows
-from ditfastattn.runtime.search.solve.problem import Row
+from ditfastattn.runtime.search.retarget import retarget_rows
+from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import (
     TINY_DIGITS,

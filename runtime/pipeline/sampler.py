@@ -1,0 +1,66 @@
+"""Describe a pipeline's sampler (scheduler, steps, guidance), and compare it with a plan's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan, Sampler
+from ditfastattn.runtime.matching import mismatch
+
+
+def describe_sampler(
+    scheduler: Any,
+    timesteps: Sequence[float],
+    guidance_scale: float | None,
+    cfg_layout: CfgLayout,
+) -> Sampler:
+    """Return what a plan records of a sampler whose generations have ``timesteps``."""
+    return Sampler(
+        scheduler=type(scheduler).__name__,
+        config=scheduler_config(scheduler),
+        steps=len(timesteps),
+        timesteps=tuple(timesteps),
+        guidance_scale=guidance_scale,
+        cfg_layout=cfg_layout,
+    )
+
+
+def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = None) -> None:
+    """Raise ``ConfigError`` unless ``scheduler``, its config and the guidance are the plan's.
+
+    Args:
+        plan: the plan.
+        scheduler: a diffusers scheduler.
+        guidance_scale: the guidance of the generation; not checked where None.
+    """
+    sampler = plan.sampler
+    if not sampler.scheduler:
+        return
+    if type(scheduler).__name__ != sampler.scheduler:
+        raise mismatch(
+            "sampler.scheduler", type(scheduler).__name__, sampler.scheduler, what="sampler"
+        )
+    config = scheduler_config(scheduler)
+    for name in sorted(set(config) | set(sampler.config)):
+        got, expected = config.get(name), sampler.config.get(name)
+        if got != expected:
+            raise mismatch(f"sampler.config.{name}", got, expected, what="sampler")
+    if guidance_scale is not None and guidance_scale != sampler.guidance_scale:
+        raise mismatch(
+            "sampler.guidance_scale", guidance_scale, sampler.guidance_scale, what="sampler"
+        )
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's configuration as JSON would read it back, private entries left out."""
+    public = {
+        key: str(item) if isinstance(item, float) and not math.isfinite(item) else item
+        for key, item in dict(scheduler.config).items()
+        if not key.startswith("_")
+    }
+    config: dict[str, Any] = json.loads(json.dumps(public, default=str))
+    return config

@@ -1,0 +1,50 @@
+"""Write down, as a plan, what a search found for the model and sampler of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ditfastattn.passes.graph.ir import outputs, value
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import calls_of
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.search.measure.session import Session
+from ditfastattn.runtime.search.measure.timing import device_name
+from ditfastattn.runtime.search.solve.rows import Row
+
+
+def record_plan(
+    session: Session,
+    rows: Sequence[Row],
+    timesteps: Sequence[float],
+    calibration: Calibration,
+    merge_variants: bool = False,
+) -> Plan:
+    """Return the plan of ``rows``.
+
+    ``calibration`` says how they were found; device, versions, batch and bytes are added to it.
+    """
+    captured, sites = session.captured, session.sites
+    peaks = [
+        unroll(rows, captured, sites, merge_variants, call).slots.peak_bytes
+        for call in calls_of(session.layout)
+    ]
+    added = {
+        "cache_bytes": sum(peaks),
+        "batch": value(outputs(captured.module.graph)[0]).shape[0],
+        "device": device_name(),
+        "versions": {"torch": torch.__version__},
+    }
+    return Plan(
+        model=session.identity,
+        inputs=input_shapes(captured),
+        sampler=session.sampler(timesteps),
+        sites=tuple(planned_site(site) for site in sites),
+        strategies=tuple(map(tuple, rows)),
+        merge_variants=merge_variants,
+        calibration=calibration.model_copy(update=added),
+    )

@@ -1,0 +1,88 @@
+"""Search the gentlest plan that reaches a speed: choose by predictions, compile, and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ditfastattn.core.errors import TargetMissedError
+from ditfastattn.runtime.search.bracket import LARGEST_MOVE, Bracket
+from ditfastattn.runtime.search.candidates import Candidates, Found
+from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.timing import PairedTiming
+from ditfastattn.runtime.search.record.work import Work
+from ditfastattn.runtime.search.solve.rows import dense_rows
+
+_MAX_ROUNDS = 3  # each compiles a plan
+
+
+class SpeedSearch:
+    """Find the gentlest plan that is measured fast enough."""
+
+    def __init__(
+        self,
+        work: Work,
+        candidates: Candidates,
+        target: Target,
+        measure: Callable[[Found], PairedTiming],
+    ) -> None:
+        """Take what the search works with; ``measure`` compiles and times a plan."""
+        self._work = work
+        self._candidates = candidates
+        self._target = target
+        self._measure = measure
+
+    def run(self) -> tuple[Found, PairedTiming]:
+        """Return the plan, and its timing.
+
+        Raises:
+            TargetMissedError: the fastest plan is not fast enough.
+        """
+        wanted = self._target.bound if self._target.kind is TargetKind.SPEEDUP else 1.0
+        correction, rounds = 1.0, 0
+        while True:
+            rounds += 1
+            found = self._gentlest(wanted * correction, rounds)
+            self._work.begin(f"round {rounds}: compiling and timing the plan")
+            timing = self._measure(found)
+            if self._is_fast(timing):
+                return found, timing
+            predicted = self._candidates.speedup(found.rows)
+            if rounds == _MAX_ROUNDS or predicted < wanted * correction:
+                raise self._too_slow(timing)
+            if self._target.kind is TargetKind.LATENCY:
+                wanted = timing.baseline.median / self._target.bound
+            correction = max(1.0, 1.01 * predicted / timing.speedup.median)
+
+    def _gentlest(self, speedup: float, rounds: int) -> Found:
+        """Return the gentlest plan of a predicted ``speedup``, or the fastest there is."""
+        session, chooser = self._work.session, self._candidates.chooser
+        rows = dense_rows(session.steps, len(session.sites))
+        if speedup <= 1.0:
+            return Found(rows, 0.0, rounds=rounds)
+        bracket = Bracket(chooser.first)
+        best: Found | None = None
+        for _ in range(chooser.tries):
+            self._work.begin(f"choosing a plan of {speedup:.2f}x")
+            rows = self._candidates.rows(bracket.strength)
+            fast = self._candidates.speedup(rows) >= speedup
+            if fast and (best is None or bracket.strength < best.strength):
+                best = Found(rows, bracket.strength, rounds=rounds)
+            bracket.record(not fast)
+            if bracket.closed:
+                break
+            bracket.move(LARGEST_MOVE if fast else 1.0 / LARGEST_MOVE)
+        return best or Found(rows, bracket.strength, rounds=rounds)
+
+    def _is_fast(self, timing: PairedTiming) -> bool:
+        speedup = self._target.kind is TargetKind.SPEEDUP
+        return self._target.met_by(timing.speedup.median if speedup else timing.candidate.median)
+
+    def _too_slow(self, timing: PairedTiming) -> TargetMissedError:
+        speedup, seconds = timing.speedup.median, timing.candidate.median
+        return TargetMissedError(
+            "no plan is fast enough",
+            where=self._target.describe(),
+            got=f"{speedup:.2f}x, {seconds:.3g} s per generation",
+            expected=self._target.bound,
+            remedy="ask for less, or for fewer sampler steps",
+        )
