@@ -18,6 +18,8 @@ from ditfastattn.runtime.pipeline.prompts import argument_of
 
 log = logging.getLogger(__name__)
 
+Arguments = Mapping[str, Tensor]  # of one call of the transformer
+
 
 def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
     """Return what the pipeline calls the scale of classifier-free guidance.
@@ -59,10 +61,10 @@ def detect_cfg_layout(
 ) -> CfgLayout:
     """Begin a generation without guidance and one with it, and compare the transformer's inputs.
 
-    Without guidance (scale 1) only the conditional lane runs. The half of the guided batch that
+    Without guidance (scale 1) only the conditional branch runs. The half of the guided batch that
     holds the same conditions is the conditional one; where no half does, and a second call of the
-    same timestep follows, guidance takes two calls: the one with the same conditions is the
-    conditional one. Else there is no layout.
+    same step follows, guidance takes two calls: the one with the same conditions is the
+    conditional one. Otherwise there is no layout.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer`` and an argument for guidance.
@@ -77,22 +79,38 @@ def detect_cfg_layout(
         log.info("guidance: the pipeline has no %s: share-cfg is not considered", name)
         return CfgLayout.NONE
     guided = _observe(pipeline, {**call})
-    plain = _observe(pipeline, {**call, name: 1.0})[0]
-    for argument, conditions in plain.items():
+    plain = _observe(pipeline, {**call, name: 1.0})
+    for argument, conditions in plain[0].items():
         layout = _compare(conditions, guided[0].get(argument))
         if layout is not CfgLayout.NONE:
             log.info("guidance: batched, %s (seen at the argument %s)", layout, argument)
             return layout
-    if len(guided) == 2 and _same(guided[0], guided[1], timestep):
-        return _separate(plain, guided, timestep)
+    if _of_one_step(plain, guided, timestep):
+        return _separate(plain[0], guided, timestep)
     log.info("guidance: none, or an input of the model: share-cfg is not considered")
     return CfgLayout.NONE
 
 
-def _separate(
-    plain: Mapping[str, Tensor], guided: Sequence[Mapping[str, Tensor]], timestep: str
-) -> CfgLayout:
-    names = [name for name in plain if name != timestep and not _same(guided[0], guided[1], name)]
+def _of_one_step(plain: Sequence[Arguments], guided: Sequence[Arguments], timestep: str) -> bool:
+    """Return whether the first two calls with guidance are of one step.
+
+    They have the same timestep then. Where rounding gives two steps the same one too, as the plain
+    calls show, they must also agree in all else that changes from step to step.
+    """
+    if not _agree(guided, timestep):
+        return False
+    if not _agree(plain, timestep):
+        return True
+    moving = [name for name in plain[0] if name in plain[1] and not _agree(plain, name)]
+    return all(_agree(guided, name) for name in moving)
+
+
+def _agree(calls: Sequence[Arguments], name: str) -> bool:
+    return len(calls) == 2 and _same(calls[0], calls[1], name)
+
+
+def _separate(plain: Arguments, guided: Sequence[Arguments], timestep: str) -> CfgLayout:
+    names = [name for name in plain if name != timestep and not _agree(guided, name)]
     if any(_same(plain, guided[0], name) for name in names):
         log.info("guidance: in two calls, the conditional one first")
         return CfgLayout.SEPARATE
@@ -108,24 +126,24 @@ def _separate(
     )
 
 
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> bool:
+def _same(one: Arguments, other: Arguments, name: str) -> bool:
     first, second = one.get(name), other.get(name)
     return first is not None and second is not None and torch.equal(first, second)
 
 
 def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
-    lanes = len(conditions)
-    if guided is None or len(guided) != 2 * lanes or conditions.shape[1:] != guided.shape[1:]:
+    batch = len(conditions)
+    if guided is None or len(guided) != 2 * batch or conditions.shape[1:] != guided.shape[1:]:
         return CfgLayout.NONE
-    first, second = (torch.equal(half, conditions) for half in torch.split(guided, lanes))
-    if first == second:  # the same in both lanes, like the latents: says nothing
+    first, second = (torch.equal(half, conditions) for half in torch.split(guided, batch))
+    if first == second:  # the same in both halves, like the latents: shows nothing
         return CfgLayout.NONE
     return CfgLayout.COND_FIRST if first else CfgLayout.UNCOND_FIRST
 
 
-def _observe(pipeline: Any, call: dict[str, Any]) -> list[dict[str, Tensor]]:
+def _observe(pipeline: Any, call: dict[str, Any]) -> list[Arguments]:
     """Return the tensors of a generation's first two calls of the transformer; end it there."""
-    seen: list[dict[str, Tensor]] = []
+    seen: list[Arguments] = []
     names = list(inspect.signature(pipeline.transformer.forward).parameters)
 
     def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

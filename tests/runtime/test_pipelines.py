@@ -23,6 +23,7 @@ from ditfastattn import (
 )
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn.runtime.search.measure.session import open_session
 from tests.helpers import tiny_dit
 from tests.plans import mixed_plan_for
 
@@ -69,10 +70,31 @@ class Pipeline:
         return latents
 
     def _predict(self, latents: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        lanes = latents.repeat(len(classes) // len(latents), 1, 1, 1)
-        times = timestep.expand(len(lanes))
-        found: Tensor = self.transformer(lanes, timestep=times, class_labels=classes).sample
+        halves = latents.repeat(len(classes) // len(latents), 1, 1, 1)
+        times = self._given(timestep).expand(len(halves))
+        found: Tensor = self.transformer(halves, timestep=times, class_labels=classes).sample
         return found
+
+    def _given(self, timestep: Tensor) -> Tensor:
+        """Return what the transformer is given for ``timestep``."""
+        return timestep
+
+
+class Rounded(Pipeline):
+    """Give the transformer rounded timesteps, so that two steps at a time have equal ones.
+
+    So does half precision: from 512 to 1024, bfloat16 has every fourth number.
+    """
+
+    def _given(self, timestep: Tensor) -> Tensor:
+        return timestep // 400 * 400  # of 750, 500, 250 and 0
+
+
+class Unguided(Rounded):
+    """Take a guidance scale, and do nothing with it."""
+
+    def __call__(self, labels: list[int], guidance_scale: float = 2.0, **options: Any) -> Tensor:
+        return super().__call__(labels, guidance_scale=1.0, **options)
 
 
 ORDERS = ["cond-first", "uncond-first", "separate", "separate-uncond-first"]
@@ -81,6 +103,35 @@ ORDERS = ["cond-first", "uncond-first", "separate", "separate-uncond-first"]
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_guidance_is_observed(order: str) -> None:
     assert detect_cfg_layout(Pipeline(order), {"labels": [1, 2]}) == CfgLayout(order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_order_of_guidance_is_observed_where_timesteps_are_rounded(order: str) -> None:
+    assert detect_cfg_layout(Rounded(order), {"labels": [1, 2]}) == CfgLayout(order)
+
+
+def test_two_steps_of_one_rounded_timestep_are_not_guidance_in_two_calls() -> None:
+    assert detect_cfg_layout(Unguided("cond-first"), {"labels": [1, 2]}) is CfgLayout.NONE
+
+
+@pytest.mark.parametrize("order", ["cond-first", "separate"])
+def test_steps_of_rounded_timesteps_are_counted_by_calls(order: str) -> None:
+    pipeline: Any = Rounded(order)
+    call: dict[str, Any] = {"labels": [1]}
+    mixed = mixed_plan_for(pipeline, call, seed=1)
+    assert mixed.plan.sampler.timesteps == (400.0, 400.0, 0.0, 0.0)
+    expected = mixed.interpret(pipeline, Prompt(call, 5))
+    accelerate(pipeline, mixed.plan, lowering="eager")
+    got = [generate(pipeline, Prompt(call, 5)) for _ in range(2)]
+    restore(pipeline)
+    assert max(float((one - expected).abs().max()) for one in got) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [Pipeline, Rounded])
+def test_two_calls_a_step_are_refused_by_a_layout_of_one(kind: type[Pipeline]) -> None:
+    opening = open_session(kind("separate"), Prompt({"labels": [1]}, 0), CfgLayout.NONE)
+    with pytest.raises(ConfigError, match="once a step"), opening:
+        pass
 
 
 def test_without_guidance_there_is_no_layout() -> None:

@@ -21,9 +21,18 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
-from ditfastattn.passes.capture.dynamo import describe_inputs
+from ditfastattn.passes.capture.dynamo import (
+    CapturedGraph,
+    GraphInput,
+    describe_inputs,
+    latent_position,
+)
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.passes.plan.schema import (
+    CfgLayout,
+    Fingerprint,
+    Sampler,
+)
 from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
@@ -120,6 +129,12 @@ class Session:
         return self._known.example
 
     @property
+    def moving(self) -> tuple[int, ...]:
+        """Return which flat inputs change from step to step: the timestep, the latent if known."""
+        latent = latent_position(self.captured)
+        return (self._known.timestep, *(() if latent is None else (latent,)))
+
+    @property
     def _known(self) -> CapturedModel:
         if self._model is None:
             raise LookupError("the session has not captured its model")
@@ -158,13 +173,18 @@ class Session:
         stepper = _CountingStepper(self)
         self._generate(stepper, prompt)
         self.forward_seconds = stepper.seconds
-        self.steps = len(set(self._seen))
-        if len(self._seen) != self.steps * self.layout.calls:
+        # Rounding may give several steps the same timestep, so calls are counted, not timesteps.
+        calls = self.layout.calls
+        self.steps = len(self._seen) // calls
+        if (
+            max(stepper.calls, default=0) > calls
+            or self._seen[::calls] != self._seen[calls - 1 :: calls]
+        ):
             raise ConfigError(
                 "a generation must call the transformer once a step",
                 where="the timesteps of one generation",
                 got=", ".join(f"{item:g}" for item in self._seen[:6]) + ", ...",
-                expected="each once, or twice where guidance takes two calls",
+                expected="one call per step, or two where guidance takes two calls",
                 remedy="use a scheduler of one call per step",
             )
 
@@ -212,14 +232,23 @@ class Session:
 
 
 class _CountingStepper:
-    """Run the first step alone, twice, the second time a warm one; return it at every step."""
+    """Run the first step alone, twice, the second time a warm one; return it at every step.
+
+    ``calls`` counts runs of calls that are of one step for sure, with equal timesteps and latents.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._results: Outputs = ()
+        self._last: tuple[Tensor, ...] = ()
         self.seconds = 0.0
+        self.calls: list[int] = []
 
     def step(self, args: Sequence[Tensor]) -> Outputs:
+        own = tuple(args[index].clone() for index in self._session.moving)
+        same = bool(self._last) and all(map(torch.equal, own, self._last))
+        self._last = own
+        self.calls = [*self.calls[:-1], self.calls[-1] + 1] if same else [*self.calls, 1]
         if not self._results:
             module = self._session.captured.module
             module(*args)
