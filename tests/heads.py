@@ -18,7 +18,7 @@ def split(tiny: TinyModel, count: int, batch: int = 4) -> Capture:
     found = captured_once(tiny, batch)
     divided = split_heads(found.graph, found.every, groups_of(found.every, count))
     assert not divided.declined
-    return Capture(divided.captured, find_sites(divided.captured).sites, found.static)
+    return Capture(divided.captured, find_sites(divided.captured).sites, found.static, found.traced)
 
 
 def head_plan(

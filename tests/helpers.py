@@ -14,8 +14,9 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
+from ditfastattn.backend import ditfastattn as backend
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
@@ -133,7 +134,7 @@ def tiny_pixart(seed: int = 0, size: int = 8, head_dim: int = 8, layers: int = 2
 
 @functools.cache  # models are only read: tests share them
 def tiny_sd3(seed: int = 0, size: int = 8, head_dim: int = 8, layers: int = 3) -> TinyModel:
-    """Return an SD3, of three layers unless told: joint attention over 16 image and 5 text."""
+    """Return an SD3: joint attention over image tokens (16, unless told) and 5 of text."""
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
         sample_size=size,
@@ -194,12 +195,14 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 class Capture:
     """Hold a captured graph, its sites and the parameters and buffers it was given.
 
-    ``sites`` are the attentions, ``every`` has the feed-forwards too.
+    ``sites`` are the attentions, ``every`` has the feed-forwards too. ``traced`` is the graph as
+    Dynamo hands it to a backend.
     """
 
     graph: CapturedGraph
     every: tuple[Site, ...]
     static: list[Tensor]
+    traced: GraphModule
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -212,12 +215,13 @@ def capture_call(model: torch.nn.Module, call: dict[str, Any]) -> Capture:
 
     def backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
         inputs = describe_inputs(module)
+        traced = _copied(module)
 
         def run(*args: Any) -> Any:
             graph = capture(module, inputs, args)
             pairs = zip(inputs, args, strict=True)
             static = [item for entry, item in pairs if entry.static]
-            found.append(Capture(graph, find_sites(graph).sites, static))
+            found.append(Capture(graph, find_sites(graph).sites, static, traced))
             return module(*args)
 
         return run
@@ -226,6 +230,13 @@ def capture_call(model: torch.nn.Module, call: dict[str, Any]) -> Capture:
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**call)
     return found[0]
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """Return ``module`` as it is now: Dynamo forgets where its inputs came from."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
 
 
 def capture_model(model: torch.nn.Module, call: dict[str, Any]) -> CapturedGraph:
@@ -276,17 +287,24 @@ def make_plan(
     )
 
 
-def run_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -> list[Tensor]:
-    """Compile ``tiny`` by ``plan``; return its outputs."""
+def compile_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -> Any:
+    """Compile ``tiny`` by ``plan`` as users do, anew."""
     torch._dynamo.reset()
     options: dict[str, Any] = {"plan": plan, "lowering": lowering}
-    model = torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
-    return tiny.run(model)
+    return torch.compile(tiny.model, backend="ditfastattn", fullgraph=True, options=options)
 
 
-def flat_inputs(tiny: TinyModel, step: int) -> list[Tensor]:
+def run_plan(tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER) -> list[Tensor]:
+    """Compile what Dynamo makes of ``tiny``, once per test run, by ``plan``; return its outputs."""
+    options = {"plan": plan, "lowering": lowering}
+    run = backend(captured_once(tiny).traced, (), options=options)
+    with torch.no_grad():
+        return [run(*flat_inputs(tiny, step))[0] for step in range(STEPS)]
+
+
+def flat_inputs(tiny: TinyModel, step: int, batch: int = 4) -> list[Tensor]:
     """Return the graph's inputs at ``step``, in its order, as the backend sees them."""
-    found, call = captured_once(tiny), tiny.call(step, 4)
+    found, call = captured_once(tiny, batch), tiny.call(step, batch)
     static = iter(found.static)
     return [next(static) if entry.static else call[entry.name] for entry in found.graph.inputs]
 

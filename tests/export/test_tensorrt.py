@@ -54,6 +54,8 @@ from tests.plans import plan_for
 
 TARGET = "sm89"
 TOKENS, HEAD_DIM = 256, 32
+# One engine of each layout by default, those of the other models too with --all.
+FIRST_OF_ALL = ["dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pixart", "sd3"))]
 
 needs_builder = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None,
@@ -198,7 +200,7 @@ def test_a_window_is_attended_in_blocks(tmp_path: Path) -> None:
 
 
 @needs_builder
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_one_switch_holds_all_variants_and_the_weights_once(name: str, tmp_path: Path) -> None:
     half_bundle(wide(name), tmp_path)
     engines = build(tmp_path, BuildOptions(TARGET, Layout.SWITCH))
@@ -213,7 +215,7 @@ def test_one_switch_holds_all_variants_and_the_weights_once(name: str, tmp_path:
 
 
 @needs_builder
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_the_loop_is_one_engine(name: str, tmp_path: Path) -> None:
     half_bundle(wide(name), tmp_path, loop=True)
     engines = build(tmp_path, BuildOptions(TARGET, Layout.LOOP))
@@ -285,12 +287,15 @@ def test_a_fused_lora_is_exported_and_built_anew(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fused into the weights make new weights"):
         export_model(adapted.model, call, plan, tmp_path / "styled", options)
     half_bundle(adapted, tmp_path / "styled")
-    built = [
-        build(tmp_path / name, BuildOptions(TARGET, Layout.SWITCH)).engines[0]
+    plain, styled = (
+        build(tmp_path / name, BuildOptions(TARGET, Layout.VARIANTS)).engines
         for name in ("plain", "styled")
-    ]
-    assert built[0].key != built[1].key  # an engine of the plain model is not taken for the other
-    assert built[0].fused == built[1].fused == built[1].attentions > 0
+    )
+    # An engine of the plain model is not taken for the other.
+    assert not {engine.key for engine in plain} & {engine.key for engine in styled}
+    for one, other in zip(plain, styled, strict=True):
+        assert one.fused == other.fused == other.attentions
+    assert plain[0].fused > 0
 
 
 @needs_builder

@@ -8,34 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from ditfastattn import CfgLayout, Plan, Strategy
+from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.plan.strategies import strategies
-from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.options import BackendOptions
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,
     capture_every_site,
     capture_sites,
+    compile_plan,
     largest_difference,
     make_plan,
     mixed_strategies,
+    run_plan,
     uniform_strategies,
 )
 
 LAYOUTS = (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
-
-
-def run_plan(
-    tiny: TinyModel, plan: Plan, lowering: Lowering = Lowering.EAGER
-) -> list[torch.Tensor]:
-    torch._dynamo.reset()
-    options = BackendOptions(plan=plan, lowering=lowering)
-    compiled = torch.compile(
-        tiny.model, backend=lambda graph, _: PlannedFunction(graph, options), fullgraph=True
-    )
-    return tiny.run(compiled)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,7 +52,7 @@ def test_mixed_plans_equal_the_reference(name: str, seed: int, layout: CfgLayout
     _, sites = capture_every_site(tiny)
     strategies = mixed_strategies(sites, seed)
     expected = tiny.reference(strategies, sites, layout)
-    got = run_plan(tiny, make_plan(tiny, strategies, layout, feed_forwards=True))
+    got = tiny.run(compile_plan(tiny, make_plan(tiny, strategies, layout, feed_forwards=True)))
     assert largest_difference(got, expected) < 1e-5
 
 
