@@ -20,19 +20,10 @@ from torch.fx import GraphModule
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
-from ditfastattn.passes.capture.dynamo import (
-    CapturedGraph,
-    GraphInput,
-    describe_inputs,
-    latent_position,
-)
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
+from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import (
-    CfgLayout,
-    Fingerprint,
-    Sampler,
-)
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
