@@ -53,6 +53,12 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _dynamo_starts_anew() -> None:
+    """Let no test module run into the recompilations of the one before it."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def counted_prices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let searches price strategies by counted operations: a tiny model's latencies are noise.

@@ -93,8 +93,14 @@ class Rounded(Pipeline):
 class Unguided(Rounded):
     """Take a guidance scale, and do nothing with it."""
 
-    def __call__(self, labels: list[int], guidance_scale: float = 2.0, **options: Any) -> Tensor:
-        return super().__call__(labels, guidance_scale=1.0, **options)
+    def __call__(
+        self,
+        labels: list[int],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return super().__call__(labels, num_inference_steps, 1.0, generator)
 
 
 ORDERS = ["cond-first", "uncond-first", "separate", "separate-uncond-first"]
@@ -176,7 +182,8 @@ def test_the_first_of_two_calls_cannot_take_the_second_ones() -> None:
     mixed = mixed_plan_for(Pipeline("separate-uncond-first"), {"labels": [1]})
     rows = [list(row) for row in mixed.plan.strategies]
     rows[1][0] = Strategy.SHARE_CFG
-    text = mixed.plan.model_copy(update={"strategies": rows}).model_dump_json(warnings=False)
+    strategies = tuple(map(tuple, rows))
+    text = mixed.plan.model_copy(update={"strategies": strategies}).model_dump_json()
     with pytest.raises(ConfigError, match="the unconditional call comes first"):
         Plan.parse(text)
 

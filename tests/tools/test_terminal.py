@@ -72,7 +72,9 @@ def named_plan() -> Plan:
     return plan.model_copy(
         update={
             "sampler": plan.sampler.model_copy(update={"scheduler": NAME}),
-            "sites": tuple(site.model_copy(update={"name": NAME}) for site in plan.sites),
+            "sites": tuple(
+                site.model_copy(update={"name": f"{site.name} {NAME}"}) for site in plan.sites
+            ),
             "calibration": calibration,
         }
     )

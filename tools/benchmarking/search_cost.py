@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.plan.strategies import Strategy, names_of
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET, calibrate
 from ditfastattn.runtime.search.measure.session import open_session
@@ -88,5 +88,5 @@ def greedy_pass(
             "forwards": greedy.forwards,
             "as_printed": greedy.literal_forwards + session.steps,
             "forward_seconds": session.forward_seconds,
-            "rows": [list(row) for row in greedy.strategies],
+            "rows": names_of(greedy.strategies),
         }

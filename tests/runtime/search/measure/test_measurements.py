@@ -17,6 +17,7 @@ from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
+from ditfastattn.runtime.search.measure import error_table as error_table_module
 from ditfastattn.runtime.search.measure import profile as profile_module
 from ditfastattn.runtime.search.measure.error_table import MAX_GAP, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
@@ -131,7 +132,7 @@ def test_a_sample_is_close_to_the_whole(session: Session) -> None:
 
 def test_the_error_of_a_line_through_any_two_outputs() -> None:
     rows = np.random.default_rng(0).random((9, 5))
-    found = profile_module._missed(rows, Strategy.EXTRAPOLATE, LINE_GAPS)
+    found = error_table_module._missed(rows, Strategy.EXTRAPOLATE, LINE_GAPS)
     assert np.isinf(found[:, :, 0]).all()
     for step, last, gap in itertools.product(range(9), range(9), range(1, MAX_GAP + 1)):
         if last < gap:
@@ -145,7 +146,7 @@ def test_the_error_of_a_line_through_any_two_outputs() -> None:
 @pytest.mark.parametrize("gaps", [*GAP_PAIRS, (1, 3), (4, 2)])
 def test_the_error_of_a_parabola_through_any_three_outputs(gaps: tuple[int, int]) -> None:
     rows = np.random.default_rng(0).random((16, 5))
-    found = profile_module._missed(rows, Strategy.EXTRAPOLATE_QUADRATIC, [gaps])[:, :, 0]
+    found = error_table_module._missed(rows, Strategy.EXTRAPOLATE_QUADRATIC, [gaps])[:, :, 0]
     for step, last in itertools.product(range(16), range(16)):
         if last < sum(gaps):
             assert np.isinf(found[step, last])
