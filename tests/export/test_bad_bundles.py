@@ -139,9 +139,9 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
         (lambda d: d.update(plan_sha256="0" * 64), "plan_sha256"),
         (lambda d: d.update(latent="picture"), "latent: 'picture' is not an input"),
         (lambda d: d["inputs"][0].update(dtype="float8"), "'float32'"),
-        (lambda d: d["inputs"][0].update(dtype="int64"), "other inputs than the manifest"),
-        (lambda d: d["slots"][0]["shape"].append(2**40), "other outputs than the manifest"),
-        (lambda d: d["outputs"][0].update(name="image"), "other outputs than the manifest"),
+        (lambda d: d["inputs"][0].update(dtype="int64"), "the inputs of the graph differ"),
+        (lambda d: d["slots"][0]["shape"].append(2**40), "the outputs of the graph differ"),
+        (lambda d: d["outputs"][0].update(name="image"), "the outputs of the graph differ"),
         (lambda d: d["model"].update(dtype="__class__"), "'float32'"),
     ],
 )

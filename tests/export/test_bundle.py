@@ -480,8 +480,8 @@ def test_the_manifest_tells_the_caches_of_parabolas(tmp_path: Path) -> None:
     for step, elapsed in ((4, 1), (5, 2)):
         bend = elapsed * (elapsed + 2) / 3
         numbers = manifest.factors[step]
-        assert numbers[f"{site}/distance"] == pytest.approx((elapsed + bend) / 2)
-        assert numbers[f"{site}/curvature"] == pytest.approx(-bend)
+        assert numbers[f"{site}/factor.0"] == pytest.approx((elapsed + bend) / 2)
+        assert numbers[f"{site}/factor.1"] == pytest.approx(-bend)
     assert manifest.schedule[4] == manifest.schedule[5]
     expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
     assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
