@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
-HELD_OUT_SEED = 500  # added to the seed, where held-out prompts are the same calls anew
+HELD_OUT_SEED = 500  # added to the seed, where held-out prompts repeat the same calls
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
 def generate(pipeline: Any, prompt: Prompt) -> Any:
     """Run one generation without gradients; return what the pipeline returns first: the images.
 
-    They are asked for as tensors in a tuple, as diffusers names it.
+    Images are requested as tensors in a tuple, where the pipeline has diffusers' arguments for it.
     """
     known = inspect.signature(pipeline.__call__).parameters
     wanted = {"output_type": "pt", "return_dict": False}

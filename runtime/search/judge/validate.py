@@ -1,4 +1,4 @@
-"""Measure a plan anew, on prompts its search has not seen: quality, drift and speed.
+"""Measure a plan again, on prompts that its search has not seen: quality, drift and speed.
 
 Each prompt is generated from the same noise up to four ways: dense and planned, eager and compiled.
 Every image is compared with the dense eager one, and the target is judged on the planned images as
@@ -11,7 +11,10 @@ import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
@@ -41,7 +44,7 @@ class Validation:
     """Hold what was measured of a plan.
 
     Attributes:
-        target: what the plan is held to; None where nothing is.
+        target: the target that the plan must meet, if any.
         seeds: the seeds of the prompts, in order.
         qualities: the target's metric first, where it has one; SSIM where the images are large
             enough; PSNR.
@@ -70,15 +73,15 @@ class Validation:
 
     @property
     def met(self) -> bool | None:
-        """Tell whether the target is met, by the worst image; None where there is none to check."""
+        """Return whether the worst image meets the target; None where there is none to check."""
         reached = self.reached
         return None if self.target is None or reached is None else self.target.met_by(reached)
 
     def require(self) -> None:
-        """Do nothing unless the target is missed.
+        """Raise an error if the target is missed.
 
         Raises:
-            TargetMissedError: it is.
+            TargetMissedError: it is missed.
         """
         if self.target is None or self.met is not False:
             return
@@ -87,7 +90,7 @@ class Validation:
             where=self.target.describe(),
             got=f"{self.reached:.4g}, on {len(self.seeds)} prompts",
             expected=f"{self.target.bound:g}",
-            remedy="calibrate anew for this target, on prompts like these",
+            remedy="calibrate a new plan for this target, on prompts like these",
         )
 
 
@@ -106,57 +109,44 @@ def validate(
 ) -> Validation:
     """Measure ``plan`` on the prompts of ``call``, and return what was found.
 
-    A missed target is not raised here, but by ``Validation.require``.
+    A missed target is not an error here: see ``Validation.require``.
 
     Args:
         pipeline: the diffusers pipeline that the plan is for.
         plan: the plan.
         call: the keyword arguments of a generation, with a list entry per image. Steps and
             guidance are the plan's.
-        target: what the plan is held to; its own target where None.
-        speed: compile, and time, generations too.
-        lowering: what runs them. With ``eager`` nothing is compiled, and the speed says little.
+        target: what the plan must meet; its own target where None.
+        speed: also compile and time generations.
+        lowering: what runs them. With ``eager`` nothing is compiled, and the speed means little.
         repetitions: the least number of pairs to time; each prompt is timed.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
-        on_progress: told what is done next.
+        on_progress: called with what is done next.
 
     Raises:
-        ConfigError: the plan is for another model, sampler or call; the target cannot be measured.
+        ConfigError: the plan does not match the model, sampler or call, or the target cannot be
+            measured.
     """
     lowering = Lowering(lowering)
     check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
-    held_to = target_of(plan) if target is None else target
+    wanted = target_of(plan) if target is None else target
     prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
-    _check_request(held_to, speed, repetitions)
-    if held_to is not None:
-        held_to.prepare(prompts[0].call)
-    tell = on_progress or _ignore
+    _check_request(wanted, speed, repetitions)
+    if wanted is not None:
+        wanted.prepare(prompts[0].call)
+    report = on_progress or _ignore
     with _running_plain(pipeline), many_compilations():
         if any(strategy.shares_guidance for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
-        eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
-        tell("generating eager, planned and dense")
-        shortcuts = eager.planned.by_prompt()  # first: another model is refused at its first call
-        reference = eager.dense.by_prompt()
-        drift, timing = Drift(mean_squared_error(reference, shortcuts)), None
-        if speed and lowering is Lowering.INDUCTOR:
-            compiled = _Pair(pipeline, plan, prompts, lowering, timestep)
-            timing = compiled.time(repetitions, tell)
-            shortcuts = compiled.planned.by_prompt()
-            drift = Drift(
-                drift.plan,
-                mean_squared_error(reference, compiled.dense.by_prompt()),
-                mean_squared_error(reference, shortcuts),
-            )
-        elif speed:
-            timing = eager.time(repetitions, tell)
+        pair = partial(_Pair, pipeline, plan, prompts, timestep)
+        measured = _measure(pair, lowering if speed else None, repetitions, report)
     return Validation(
-        target=held_to,
+        target=wanted,
         seeds=tuple(prompt.seed for prompt in prompts),
-        qualities=compare(held_to, prompts, reference, shortcuts),
-        drift=drift,
-        timing=timing,
+        qualities=compare(wanted, prompts, measured.reference, measured.planned),
+        drift=measured.drift,
+        timing=measured.timing,
         lowering=lowering if speed else Lowering.EAGER,
     )
 
@@ -169,23 +159,59 @@ class _Pair:
         pipeline: Any,
         plan: Plan,
         prompts: Sequence[Prompt],
-        lowering: Lowering,
         timestep: str,
+        lowering: Lowering,
     ) -> None:
         self.dense = dense_contender(pipeline, prompts, lowering)
         self.planned = planned_contender(pipeline, plan, prompts, lowering, timestep)
         self._least, self._lowering = len(prompts), lowering
 
-    def time(self, repetitions: int, tell: Callable[[str], None]) -> PairedTiming:
-        """Warm both up, and time them in turns, each prompt once at least."""
+    def time(self, repetitions: int, report: Callable[[str], None]) -> PairedTiming:
+        """Warm both up, and time them in turns, each prompt at least once."""
         doing = "compiling" if self._lowering is Lowering.INDUCTOR else "warming up"
-        tell(f"{doing} the dense model")
+        report(f"{doing} the dense model")
         self.dense.warm_up()
-        tell(f"{doing} the plan")
+        report(f"{doing} the plan")
         self.planned.warm_up()
         pairs = max(repetitions, self._least)
-        tell(f"timing {pairs} pairs of generations")
+        report(f"timing {pairs} pairs of generations")
         return measure_pairs(self.dense.generate, self.planned.generate, pairs)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Hold images by prompt, dense eager ones and planned ones, and what was measured of them."""
+
+    reference: list[Tensor]
+    planned: list[Tensor]
+    drift: Drift
+    timing: PairedTiming | None
+
+
+def _measure(
+    pair: Callable[[Lowering], _Pair],
+    timed: Lowering | None,
+    repetitions: int,
+    report: Callable[[str], None],
+) -> _Measured:
+    """Generate and compare; time generations run by ``timed``, unless None."""
+    eager = pair(Lowering.EAGER)
+    report("generating eager, planned and dense")
+    planned = eager.planned.by_prompt()  # first, as it refuses a wrong model
+    reference = eager.dense.by_prompt()
+    drift = Drift(mean_squared_error(reference, planned))
+    if timed is not Lowering.INDUCTOR:
+        timing = None if timed is None else eager.time(repetitions, report)
+        return _Measured(reference, planned, drift, timing)
+    compiled = pair(timed)
+    timing = compiled.time(repetitions, report)
+    planned = compiled.planned.by_prompt()
+    drift = Drift(
+        drift.plan,
+        mean_squared_error(reference, compiled.dense.by_prompt()),
+        mean_squared_error(reference, planned),
+    )
+    return _Measured(reference, planned, drift, timing)
 
 
 def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +247,7 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
         )
     if target is not None and target.kind in _SPEEDS and not speed:
         raise ConfigError(
-            "the target is a speed, and speed is not to be measured",
+            "the target is a speed, but speed is not measured",
             where=target.describe(),
             remedy="measure the speed too, or choose a quality as the target",
         )
@@ -229,7 +255,7 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
 
 @contextmanager
 def _running_plain(pipeline: Any) -> Generator[None]:
-    """Give the pipeline its transformer as it was before it was compiled, for a while."""
+    """Run the pipeline with its transformer as it was before it was compiled."""
     transformer = pipeline.transformer
     pipeline.transformer = transformer_of(pipeline, "validate(pipeline)")
     try:
