@@ -44,21 +44,21 @@ def layout_named(name: str) -> Layout:
     return Layout(name)
 
 
-class PortSpec(Record):
+class PortSpec(Record, frozen=True):
     """Describe an input or output of a switch that cache slots go through."""
 
     name: str
     like: TensorSpec
 
 
-class SwitchVariant(Record):
+class SwitchVariant(Record, frozen=True):
     """List the ports that a variant uses, in the order of its reads and writes."""
 
     reads: tuple[Natural, ...]
     writes: tuple[Natural, ...]
 
 
-class SwitchSpec(Record):
+class SwitchSpec(Record, frozen=True):
     """Describe the graph that holds all variants.
 
     Attributes:
@@ -76,7 +76,7 @@ class SwitchSpec(Record):
     variants: tuple[SwitchVariant, ...]
 
 
-class EngineSpec(Record):
+class EngineSpec(Record, frozen=True):
     """Describe one engine.
 
     Attributes:
@@ -100,7 +100,7 @@ class EngineSpec(Record):
     findings: tuple[str, ...] = ()
 
 
-class Engines(Record):
+class Engines(Record, frozen=True):
     """Describe the engines of one target.
 
     Attributes:
