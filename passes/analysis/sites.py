@@ -3,7 +3,7 @@
 An attention site is an attention node with its *exit nodes*: the last nodes that depend on nothing
 but this attention's output and parameters (the output projection, a rescaling; two of them where
 joint attention splits into image and text). Caches are taken there, so that norm, projections and
-attention are all dead code at a step that reuses them. A feed-forward branch is a site too, with one
+attention are dead code at a step that reuses them. A feed-forward branch is a site too, with one
 exit node and no window.
 """
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ditfastattn import ConfigError, EngineError, Strategy, load
-from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
+from ditfastattn.runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, file_hash
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, import_onnxruntime
 from tests.export.helpers import export_tiny
 from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
@@ -74,8 +74,9 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
 
 
 def test_a_newer_manifest_is_refused(bundle: Path) -> None:
-    edit(bundle, lambda data: data.update(schema_version=2))
-    with pytest.raises(ConfigError, match=r"another schema version(.|\n)*got: +2"):
+    newer = SCHEMA_VERSION + 1
+    edit(bundle, lambda data: data.update(schema_version=newer))
+    with pytest.raises(ConfigError, match=rf"another schema version(.|\n)*got: +{newer}"):
         load(bundle)
 
 
