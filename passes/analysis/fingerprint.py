@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ditfastattn.core.records import Record
+from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
-
-if TYPE_CHECKING:  # what describes a site's place in a plan is in ``plan`` still
-    from ditfastattn.passes.analysis.sites import Site
 
 _SAMPLES = 4096
 _ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector

@@ -1,10 +1,10 @@
 """Find a model's sites by data flow, never by class name.
 
-An attention site is an attention node with its *exits*: the last nodes that depend on nothing
+An attention site is an attention node with its *exit nodes*: the last nodes that depend on nothing
 but this attention's output and parameters (the output projection, a rescaling; two of them where
-joint attention splits into image and text). What is cached for a later step is cached there, so
-that norm, projections and attention all die when the step shares it. A feed-forward branch is a
-site too, whose exits is where it leaves: it can be shared, and has no window.
+joint attention splits into image and text). Caches are taken there, so that norm, projections and
+attention are dead code at a step that reuses them. A feed-forward branch is a site too, with one
+exit node and no window.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ import torch
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
+from ditfastattn.passes.analysis.attention import kind_of, why_no_window
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
-from ditfastattn.passes.analysis.token_grid import GridFinder
+from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
 from ditfastattn.passes.graph.origin import module_path
 from ditfastattn.passes.windows.forms import window_forms
-from ditfastattn.passes.windows.key_masks import hides_keys_alone
 from ditfastattn.passes.windows.window import Window
-
-_SHORTEST_WINDOWED_SEQUENCE = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def attentions(sites: Sequence[Site]) -> tuple[Site, ...]:
 class DeclinedAttention:
     """Name an attention that is not a site, and why.
 
-    ``ordinal`` is as a site's; -1 where the attention is no node of its own.
+    ``ordinal`` is as a site's; -1 where the attention is not a single node.
     """
 
     name: str
@@ -193,14 +191,14 @@ def _describe(
     streams: Streams | None,
 ) -> Site:
     _, heads, tokens, head_dim = value(node.args[0]).shape
-    kind = _kind(node, ancestry)
+    kind = kind_of(node, ancestry)
     joined = streams is not None and kind is not SiteKind.CROSS and tokens == streams.tokens
     kind = SiteKind.JOINT if joined else kind
     text = streams.text if streams is not None and joined else (0, 0)
     image = tokens - sum(text)
-    no_window = _why_no_window(node, kind, image, text)
+    no_window = why_no_window(node, kind, image, text)
     ends = exits_of(node, ancestry.is_static)
-    grid = _embedded(node, image, value(node).shape[0] // ancestry.batch)
+    grid = embedded_grid(node, image, value(node).shape[0] // ancestry.batch)
     query: Any = node.args[0]
     grid = grid or grids.find(query, image)
     windows = window_forms(image, grid) if not no_window else ()
@@ -292,87 +290,6 @@ def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
         return "it does not depend on the latent: it is computed once per generation, or timestep"
     dropout = argument(node, 4, "dropout_p", 0.0)
     return "attention dropout is active: call model.eval()" if dropout else ""
-
-
-def _kind(node: Node, ancestry: Ancestry) -> SiteKind:
-    query, key = argument(node, 0, "query"), argument(node, 1, "key")
-    if ancestry.roots(key) != ancestry.roots(query):
-        return SiteKind.CROSS
-    return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
-
-
-def _joins_streams(key: Node) -> bool:
-    """Tell whether the keys are concatenated, along the tokens, from several projections."""
-    tokens = value(key).shape[-2]
-    seen, pending = set(), [key]
-    while pending:
-        node = pending.pop()
-        if node in seen or node.target is aten.linear.default:
-            continue
-        seen.add(node)
-        if node.target is aten.cat.default and _concatenates(node, tokens):
-            return True
-        pending.extend(node.all_input_nodes)
-    return False
-
-
-def _concatenates(node: Node, tokens: int) -> bool:
-    joined = value(node)
-    dim = int(argument(node, 1, "dim", 0)) % joined.dim()
-    return dim > 0 and bool(joined.shape[dim] == tokens) and joined.dim() >= 3
-
-
-def _why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]) -> str:
-    if kind is SiteKind.CROSS:
-        return f"a band window is defined for self-attention, this is {kind}-attention"
-    if kind is SiteKind.JOINT and not any(text):
-        return "text and image tokens of this joint attention were not told apart"
-    mask = attention_mask(node)
-    if mask is not None and not hides_keys_alone(mask, value(node.args[1]).shape[-2]):
-        return "the attention has a mask that depends on the query"
-    if argument(node, 5, "is_causal", False):
-        return "the attention is causal"
-    if value(node.args[0]).shape != value(node.args[1]).shape:
-        return "queries and keys differ in shape"
-    if tokens < _SHORTEST_WINDOWED_SEQUENCE:
-        return f"only {tokens} tokens: a window would save nothing"
-    return ""
-
-
-def attention_mask(node: Node) -> Node | None:
-    """Return the mask of an attention node, or None."""
-    mask: Node | None = argument(node, 3, "attn_mask")
-    return mask
-
-
-def attention_scale(node: Node) -> float:
-    """Return the factor on QK^T of an attention node."""
-    scale: float | None = argument(node, 6, "scale")
-    return 1.0 / math.sqrt(value(node.args[0]).shape[-1]) if scale is None else scale
-
-
-def _embedded(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
-    """Return the size of the patch embedding that made these tokens, or ().
-
-    Where it embeds frame by frame, and the tokens are those of all frames, time comes first. Where
-    every place of a frame is ``folded`` into the batch, the tokens are frames.
-    """
-    seen, pending = {node}, [node]
-    while pending:
-        current = pending.pop(0)
-        if current.target in (aten.conv2d.default, aten.conv3d.default):
-            size = tuple(value(current).shape[2:])
-            frames, rest = divmod(tokens, math.prod(size))
-            whole = rest == 0 and frames > 0 and math.prod(size) > 1
-            if whole and (frames == 1 or len(size) == 2):
-                return size if frames == 1 else (frames, *size)
-            if math.prod(size) == folded > 1:
-                return (tokens,)
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return ()
 
 
 def _common_path(paths: Sequence[str]) -> str:

@@ -191,3 +191,27 @@ def _factors(node: Node) -> tuple[Node, Node]:
     left: Any = node.args[0]
     right: Any = node.args[1]
     return left, right
+
+
+def embedded_grid(node: Node, tokens: int, folded: int) -> tuple[int, ...]:
+    """Return the size of the patch embedding that made these tokens, or ().
+
+    Time comes first if each frame is embedded on its own and the tokens are those of all frames. If
+    each position of a frame is ``folded`` into the batch, the tokens are frames.
+    """
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop(0)
+        if current.target in (aten.conv2d.default, aten.conv3d.default):
+            size = tuple(value(current).shape[2:])
+            frames, rest = divmod(tokens, math.prod(size))
+            whole = rest == 0 and frames > 0 and math.prod(size) > 1
+            if whole and (frames == 1 or len(size) == 2):
+                return size if frames == 1 else (frames, *size)
+            if math.prod(size) == folded > 1:
+                return (tokens,)
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return ()

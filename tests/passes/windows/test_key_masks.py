@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import ConfigError
+from ditfastattn.passes.analysis.attention import attention_mask
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.analysis.sites import attention_mask
 from ditfastattn.passes.graph.ir import calls, value
 from ditfastattn.passes.windows import tile_attention, window_attention
 from ditfastattn.passes.windows.band import Band, seen_tokens
