@@ -13,7 +13,7 @@ from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 
 
 class Caches:
-    """Hand each step the slots it reads, keep what it writes, and drop what nobody reads again."""
+    """Give each step the slots it reads, keep what it writes, and drop what no later step reads."""
 
     def __init__(self) -> None:
         """Begin with nothing; ``peak`` is the most bytes held at any time so far."""
@@ -70,7 +70,7 @@ class Caches:
 
 
 class Buffers:
-    """Hand out the memory that caches are written into, that of dropped caches first.
+    """Provide the memory that caches are written into, that of dropped caches first.
 
     So a slot that every step writes has two tensors in turn, and no step allocates any.
     """
@@ -85,7 +85,7 @@ class Buffers:
         return sum(map(len, self._made.values()))
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._made.clear()
 
     def take(

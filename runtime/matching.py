@@ -105,10 +105,10 @@ def planned_sites(
     sites: Sequence[Site],
     fingerprint: Fingerprint,
 ) -> tuple[Site, ...]:
-    """Return those of ``sites`` that ``plan`` speaks of, in its order.
+    """Return those of ``sites`` that ``plan`` lists, in its order.
 
     Raises:
-        ConfigError: the plan is for another model, or for other shapes.
+        ConfigError: the plan does not match the model, or the shapes of its inputs.
     """
     _check_inputs(plan, input_shapes(captured))
     wanted = {site.name for site in plan.sites}
@@ -128,7 +128,7 @@ def planned_sites(
 
 
 def _as_planned(site: Site, planned: PlannedSite) -> Site:
-    """Give ``site`` window and caches of the plan; a grid must be of the site's tokens."""
+    """Give ``site`` the window and cache dtype of the plan; a grid must cover the site's tokens."""
     window, tokens = planned.window, site.tokens - sum(site.text)
     if isinstance(window, TileWindow) and window.tokens != tokens:
         grid = " x ".join(map(str, window.grid))
@@ -145,7 +145,7 @@ def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:
     if got.lora != expected.lora:
         raise _other_lora(got.lora, expected.lora)
     if got.weights != expected.weights:
-        remedy = f"{_RECALIBRATE}; LoRA adapters fused into the weights make new weights"
+        remedy = f"{_RECALIBRATE}; fusing LoRA adapters changes the weights"
         raise mismatch("model.weights", got.weights, expected.weights, remedy=remedy)
 
 
@@ -155,9 +155,9 @@ def _other_lora(got: str, expected: str) -> ConfigError:
         remedy = "unload the adapters, or calibrate a plan with them"
     elif not got:
         what = "the plan was calibrated with LoRA adapters; the model has none"
-        remedy = "load, or unfuse, the plan's adapters, or calibrate a plan without them"
+        remedy = "load (or unfuse) the plan's adapters, or calibrate a plan without them"
     else:
-        what = "the model has other LoRA adapters, or another scale, than the plan's"
+        what = "the model's LoRA adapters, or their scale, differ from the plan's"
         remedy = "load the plan's adapters at the plan's scale, or calibrate a plan with these"
     return ConfigError(
         what,

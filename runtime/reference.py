@@ -216,7 +216,7 @@ class PlanInterpreter(TorchFunctionMode):
         return near
 
     def _halves(self, strategy: Strategy) -> bool:
-        """Tell whether half of this call's batch serves both."""
+        """Return whether half of this call's batch serves both."""
         return strategy.shares_guidance and self._layout.batched
 
     def _conditional(self, item: Any, query: Tensor) -> Any:

@@ -29,7 +29,7 @@ def site_actions(
 ) -> list[SiteAction]:
     """Return the actions of one site: what later steps, or its second call, will read is written.
 
-    At the steps ``idle`` nobody reads what the site would reuse.
+    What the site would reuse at the steps ``idle`` is never read.
     """
     actions: list[SiteAction] = []
     outputs_wanted, residual_wanted = 0, False  # how many of the outputs computed last
@@ -71,7 +71,7 @@ def merge_writes(rows: Sequence[ActionRow]) -> list[ActionRow]:
 
 
 def leave_copying_to_wholes(sites: Sequence[Site], row: ActionRow) -> ActionRow:
-    """Let groups of heads leave it to the whole attention to copy one guidance branch."""
+    """Let the whole attention copy one guidance branch, instead of its groups of heads."""
     pairs = list(zip(sites, row, strict=True))
     copying = {
         site.name

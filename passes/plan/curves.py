@@ -22,7 +22,7 @@ def output_weights(elapsed: int, gaps: Sequence[int]) -> tuple[float, ...]:
 
 
 def change_factors(elapsed: int, gaps: Sequence[int]) -> tuple[float, ...]:
-    """Return how often each change between outputs is added to the last one: the same curve."""
+    """Return the same curve as factors of the changes between outputs, added to the last one."""
     weights = output_weights(elapsed, gaps)
     return tuple(-sum(weights[index:]) for index in range(1, len(weights)))
 

@@ -1,4 +1,4 @@
-"""Say how the two guidance branches, conditional and unconditional, reach the model."""
+"""How the two guidance branches, conditional and unconditional, reach the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class CfgLayout(StrEnum):
     NONE = "none"  # one branch only: sharing guidance is not legal
     COND_FIRST = "cond-first"
     UNCOND_FIRST = "uncond-first"
-    SEPARATE = "separate"  # two calls a step, the conditional one first
-    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # what comes second cannot serve the first
+    SEPARATE = "separate"  # two calls per step, the conditional one first
+    SEPARATE_UNCOND_FIRST = "separate-uncond-first"  # the second call cannot serve the first
 
     @property
     def calls(self) -> int:
-        """Return how often a step calls the model."""
+        """Return how many times a step calls the model."""
         return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
 
     @property
     def batched(self) -> bool:
-        """Tell whether the halves of a call's batch are the guidance branches."""
+        """Return whether the halves of a call's batch are the guidance branches."""
         return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 
 

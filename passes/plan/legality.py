@@ -11,7 +11,7 @@ from ditfastattn.passes.plan.strategies import Strategy, strategies
 
 
 class SiteLimits(Protocol):
-    """Say what is not possible at a site, each with its reason, or ""."""
+    """The limits of a site, each a reason or ""."""
 
     @property
     def no_window(self) -> str:
@@ -26,7 +26,7 @@ class SiteLimits(Protocol):
 
 @dataclass(frozen=True)
 class History:
-    """Say what a site has to reuse: how many outputs it has computed, and whether a residual."""
+    """Hold what a site can reuse: how many outputs it has computed, and whether a residual."""
 
     outputs: int = 0
     residual: bool = False
@@ -66,7 +66,7 @@ def _why_not_shared(site: SiteLimits, layout: CfgLayout) -> str:
     if layout is CfgLayout.NONE:
         return "guidance is not batched (cfg_layout is none)"
     if layout is CfgLayout.SEPARATE_UNCOND_FIRST:
-        return "the unconditional call comes first, with nothing to take yet"
+        return "the unconditional call comes first, when there is no output to share yet"
     # Between calls of their own the guidance branches need not be halves of a batch.
     return "" if layout is CfgLayout.SEPARATE else site.no_shared_guidance
 

@@ -1,4 +1,4 @@
-"""Define the plan: which shortcut each site takes at each step, and for what it holds.
+"""Define the plan: which strategy each site takes at each step, and what the plan is valid for.
 
 A plan is data. It is written as JSON, read back strictly (an unknown field, an unknown version or
 an impossible schedule is a ``ConfigError``), and refuses a model or sampler other than its own.
@@ -65,7 +65,7 @@ class PlannedSite(Record, frozen=True):
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what there is none of: such a plan is as it was before it could be."""
+        """Leave out absent fields, so that older plans are written as they were."""
         fields: dict[str, Any] = write(self)
         return {name: item for name, item in fields.items() if item is not None}
 
@@ -81,7 +81,7 @@ class PlannedSite(Record, frozen=True):
 
 
 class Sampler(Record, frozen=True):
-    """Hold the sampler a plan was calibrated on; strangers' fields are empty, never guessed."""
+    """Hold the sampler that a plan was calibrated on; unknown fields are empty, never guessed."""
 
     scheduler: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -114,9 +114,9 @@ SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
 class Calibration(Record, frozen=True):
     """Record how a plan came to be.
 
-    ``strength`` is what the method's search turned on: the threshold of ``greedy`` (the paper's
+    ``strength`` is what the method's search varied: the threshold of ``greedy`` (the paper's
     delta), the budget of relative squared error per step of ``per-step``, the budget of drift of
-    the final image of ``global``. ``batch`` is the size of a call's batch, ``forwards`` whole
+    the final image of ``global``. ``batch`` is the batch size of a call; ``forwards`` counts whole
     evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
     alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
     compiled plan, paired with the compiled dense model, where a speed was the target.
@@ -144,7 +144,7 @@ class Calibration(Record, frozen=True):
 class Plan(Record, frozen=True):
     """Say, per step and site, which strategy runs: ``strategies[step][site]``.
 
-    ``sites`` may be some of the model's only: the others run as they are. ``inputs`` holds the
+    ``sites`` may be only some of the model's: the others run unchanged. ``inputs`` holds the
     shape of each tensor input of the model without its batch dimension; the latent is among them.
     The batch size itself is free. With ``merge_variants`` steps of the same strategies are one
     compiled variant, even where they differ in the caches they must store.
@@ -254,7 +254,7 @@ class Plan(Record, frozen=True):
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise ConfigError(
-                "the plan is of another schema version",
+                "the plan has another schema version",
                 where=f"{where}: schema_version",
                 got=version,
                 expected=SCHEMA_VERSION,

@@ -112,7 +112,7 @@ NO_SLOTS = SlotSchedule(steps=0, slots=(), factors=(), adopted=(), bytes_written
 def lives(written: Sequence[int], read: Sequence[int]) -> Lives:
     """Return the lives of a slot that the steps ``written`` fill and the steps ``read`` read.
 
-    A step reads before it writes. What nobody reads does not live.
+    A step reads before it writes. A value that no step reads has no life.
     """
     found: list[tuple[int, int]] = []
     for start, end in zip(written, [*written, math.inf][1:], strict=True):

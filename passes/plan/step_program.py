@@ -50,7 +50,7 @@ class StepProgram:
 
     @property
     def shares_guidance(self) -> bool:
-        """Tell whether some site, at some step, computes the conditional branch alone."""
+        """Return whether some site, at some step, computes the conditional branch alone."""
         return any(action.strategy.shares_guidance for row in self.variants for action in row)
 
 
@@ -68,7 +68,7 @@ def unroll(
 
     Steps alike in strategies may still differ in what they must store for later steps. With
     ``merge_variants`` they become one variant that stores what any of them must: fewer variants,
-    at the price of some caches that nobody reads.
+    at the price of some caches that no step reads.
 
     Where heads are split, the program's sites hold the whole attentions too, after ``sites``.
 

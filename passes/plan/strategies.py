@@ -3,8 +3,8 @@
 A strategy says what a site does at one step. It either *computes* an output, within a window or
 for one guidance branch only if it says so, or it *reuses* the outputs of earlier steps. Plans,
 legality, unrolling, rewriting, the plan interpreter, the searches and the figures read these
-records. They name none but the two primitives, ``FULL`` (compute everything) and ``SHARE_STEP``
-(repeat the last output). To add a strategy, add its record to ``STRATEGIES``.
+records. They name only the two primitives, ``FULL`` (compute everything) and ``SHARE_STEP`` (repeat
+the last output). To add a strategy, add its record to ``STRATEGIES``.
 
 What a strategy costs is not stated: operations are counted in the rewritten graph, seconds are
 measured, and the bytes of its caches follow from ``outputs_read`` and ``windowed``.
@@ -49,7 +49,7 @@ class Strategy:
         outputs_read: how many of the outputs computed last it is made of; 0 where it computes.
         weights: from the steps since the last output and the gaps between outputs (the latest
             first) to the weight of each output, the last one first. They sum to 1, so that it is
-            the same to combine outputs before or behind an affine output projection.
+            the same to combine outputs before or after an affine output projection.
         factors: from the same to the fp32 numbers that ``combine`` takes; they are inputs of the
             graph, so that steps which differ in them alone are one variant.
         combine: from the outputs, the last one first, and the factors to what the site returns.
@@ -87,12 +87,12 @@ class Strategy:
 
     @property
     def computes(self) -> bool:
-        """Tell whether the site computes an output, rather than reuse earlier ones."""
+        """Return whether the site computes an output, rather than reuse earlier ones."""
         return self.outputs_read == 0
 
     @property
     def extrapolates(self) -> bool:
-        """Tell whether the output is made of several earlier ones."""
+        """Return whether the output is made of several earlier ones."""
         return self.outputs_read > 1
 
     @property
@@ -102,7 +102,7 @@ class Strategy:
 
     @property
     def repeats(self) -> bool:
-        """Tell whether the output is the last one as it is."""
+        """Return whether the output is the last one as it is."""
         return self.outputs_read == 1 and self.weights(1, ()) == (1.0,)
 
     @property

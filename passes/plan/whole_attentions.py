@@ -1,7 +1,8 @@
-"""Where heads are split into groups: what the whole attention does, and when its groups rest.
+"""Where heads are split into groups: what the whole attention does, and when its groups are idle.
 
-What all groups of an attention do at a step, the whole one does at its own exit nodes, behind the
-output projection. So a step program's sites hold the whole attentions too, after their groups.
+If all groups of an attention share at a step, the whole attention shares instead, at its own exit
+nodes after the output projection. So the sites of a step program include the whole attentions,
+after their groups.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _together(
 def columns_of_actions(
     sites: Sequence[Site], columns: Sequence[Column], call: GuidanceCall
 ) -> list[list[SiteAction]]:
-    """Return the actions of each site; a group rests while the whole attention repeats."""
+    """Return the actions of each site; a group is idle while the whole attention repeats."""
     repeating = {
         site.name: {step for step, strategy in enumerate(column) if not strategy.computes}
         for site, column in zip(sites, columns, strict=True)

@@ -1,8 +1,8 @@
-"""Put another forward in a transformer's place, beneath what libraries have wrapped around it.
+"""Replace a transformer's forward, beneath what libraries have wrapped around it.
 
-The module itself stays in its pipeline: saving, LoRA loading and ``isinstance`` see what they did.
-Accelerate's offloading hooks keep the forward they wrap as ``_old_forward``; what is replaced is
-that one, so that moving weights is no part of what is compiled.
+The module itself stays in its pipeline, so saving, LoRA loading and ``isinstance`` work as before.
+Accelerate's offloading hooks keep the forward that they wrap as ``_old_forward``; that one is
+replaced, so that moving weights is not compiled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ditfastattn.core.errors import ConfigError
 Forward = Callable[..., Any]
 _HOOKED = "_old_forward"
 _own: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
-accelerated: WeakSet[nn.Module] = WeakSet()  # those that run by a plan
+accelerated: WeakSet[nn.Module] = WeakSet()  # modules that run by a plan
 
 
 def transformer_of(pipeline: Any, where: str) -> nn.Module:
-    """Return the denoiser of ``pipeline``, without a ``torch.compile`` around it.
+    """Return the transformer of ``pipeline``, without a ``torch.compile`` around it.
 
     Raises:
         ConfigError: the pipeline has none.
@@ -40,7 +40,7 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
 
 
 def check_not_accelerated(module: nn.Module) -> None:
-    """Raise ``ConfigError`` if ``module`` runs by a plan: what is to be measured is the model."""
+    """Raise ``ConfigError`` if ``module`` runs by a plan: the model itself is to be measured."""
     if module in accelerated:
         raise ConfigError(
             "the transformer is accelerated already",
@@ -52,7 +52,7 @@ def check_not_accelerated(module: nn.Module) -> None:
 def check_not_hooked(module: nn.Module) -> None:
     """Raise ``ConfigError`` if parts of ``module`` are cached, or moved, while it runs.
 
-    A plan would not know of what diffusers caches, and no graph can hold what moves weights.
+    A plan cannot account for what diffusers caches, and a graph cannot hold such hooks.
     """
     if getattr(module, "is_cache_enabled", False):
         raise ConfigError(
@@ -73,7 +73,7 @@ def check_not_hooked(module: nn.Module) -> None:
 
 
 def replace_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
-    """Replace the forward of ``module`` by ``make(forward)``; return what undoes it.
+    """Replace the forward of ``module`` by ``make(forward)``; return a function that undoes it.
 
     Replacements may nest: each is made of the model's own forward, and undone in turn.
     """

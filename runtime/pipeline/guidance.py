@@ -22,19 +22,19 @@ Arguments = Mapping[str, Tensor]  # of one call of the transformer
 
 
 def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
-    """Return what the pipeline calls the scale of classifier-free guidance.
+    """Return the name of the pipeline's argument for the scale of classifier-free guidance.
 
-    Models that take a scale as an input (FLUX, QwenImage) call that ``guidance_scale``, and the
-    other one ``true_cfg_scale``.
+    Pipelines of models that take a scale as an input (FLUX, QwenImage) call that input
+    ``guidance_scale``, and the scale of guidance ``true_cfg_scale``.
     """
     true = argument_of(pipeline, call, "true_cfg_scale")
     return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
 
 
 def current_guidance(pipeline: Any) -> float | None:
-    """Return the scale of the generation under way, where the pipeline tells; else None.
+    """Return the scale of the generation under way; None if the pipeline does not report it.
 
-    One that takes two scales tells but one, and not which of them guides.
+    A pipeline that takes two scales reports only one, and not which.
     """
     if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
         return None

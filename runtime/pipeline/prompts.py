@@ -56,7 +56,7 @@ def argument_of(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
 def generate(pipeline: Any, prompt: Prompt) -> Any:
     """Run one generation without gradients; return what the pipeline returns first: the images.
 
-    They are asked for as tensors in a tuple, as diffusers names it.
+    Images are requested as tensors in a tuple, where the pipeline has diffusers' arguments for it.
     """
     known = inspect.signature(pipeline.__call__).parameters
     wanted = {"output_type": "pt", "return_dict": False}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 AIM = 0.9
 LARGEST_MOVE = 16.0
-_NARROW = 1.1  # a bracket this tight holds nothing worth a round
+_NARROW = 1.1  # no round is worth it within a bracket this narrow
 
 
 @dataclass
@@ -15,12 +15,12 @@ class Bracket:
     """Close in on the strength at which a ratio, growing with it, reaches 1."""
 
     strength: float
-    order: float = 1.0  # the power of the strength that the ratio goes with, roughly
+    order: float = 1.0  # the ratio grows roughly with this power of the strength
     low: float = 0.0  # the strongest that met the goal
     high: float = math.inf  # the weakest that missed it
 
     def record(self, met: bool) -> None:
-        """Take the outcome at the current strength."""
+        """Record whether the current strength met the goal."""
         if met:
             self.low = max(self.low, self.strength)
         else:
@@ -33,7 +33,7 @@ class Bracket:
     def after(self, ratio: float) -> float:
         """Return the strength that ``move`` would choose."""
         if self.closed:
-            return self.low  # nothing is left but to take it
+            return self.low  # the only one left
         factor: float = (AIM / max(ratio, 1e-12)) ** (1.0 / self.order)
         aimed = self.strength * min(LARGEST_MOVE, max(1.0 / LARGEST_MOVE, factor))
         if self.low and math.isfinite(self.high):
@@ -43,9 +43,9 @@ class Bracket:
 
     @property
     def closed(self) -> bool:
-        """Tell whether nothing worth a round is left between."""
+        """Return whether the bracket is too narrow for another round."""
         return bool(self.low) and self.high / self.low < _NARROW
 
     def closing(self, met: bool) -> bool:
-        """Tell whether the outcome ``met`` at the current strength would leave nothing between."""
+        """Return whether the outcome ``met`` at the current strength would close the bracket."""
         return met and self.high / self.strength < _NARROW

@@ -1,7 +1,7 @@
 """Adapt a plan to other steps, timesteps or a resolution, and measure whether it still holds.
 
 What is redundant at a relative position of the trajectory is mostly redundant there at another
-step count or size as well; but only measuring tells, so a retargeted plan is never unmeasured.
+step count or size as well; but not always, so a retargeted plan is always measured.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def retarget(
             and sizes are those to adapt to.
         target: the quality to keep on the worst prompt; the plan's own where None.
         held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
-        cfg_layout: the order of the guidance halves; found by observation where None.
+        cfg_layout: how guidance branches reach the transformer; observed where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
         out: the new plan's file, written only where the target is met.
-        on_progress: told what is done, and how long it may take.
+        on_progress: called with what is done, and how long it may take.
 
     Raises:
-        ConfigError: the model is not the plan's, or the target is no quality.
+        ConfigError: the model is not the plan's, or the target is not a quality.
         TargetMissedError: the worst prompt misses the target.
     """
     kept = _quality(target_of(plan) if target is None else target)
@@ -90,7 +90,7 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
     """Return ``plan``'s strategies for the steps and sites of ``session``; a legal schedule.
 
     A step takes the row of the plan's step nearest to its relative position, the earlier of two;
-    the first step is full. A site that the plan does not know is full, and so is one where its
+    the first step is full. A site that the plan does not list is full, and so is one where its
     strategy is not legal here, or extrapolates before enough steps have computed an output; these
     are reported in the log.
     """
@@ -100,7 +100,7 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
 
     def choose(old: Row, site: Site) -> Strategy:
         if site.name not in known:
-            reasons[site.name] = "the plan does not know this site"
+            reasons[site.name] = "the plan does not list this site"
             return Strategy.FULL
         wanted = old[known[site.name]]
         reason = why_not(wanted, site, session.layout, histories[site.name])
@@ -121,8 +121,8 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
 def _as_planned(plan: Plan, session: Session) -> list[Site]:
     """Return the session's sites with caches kept as in the plan, and windows of its form.
 
-    These are its own where the tokens agree; elsewhere they are the same fraction of the sequence,
-    or of the grid, as any plan's.
+    Windows are the plan's own if the number of tokens is the same; otherwise they cover the same
+    fraction of the sequence, or of the grid, as in any plan.
     """
     known = {site.name: site for site in plan.sites}
     sites: list[Site] = []
@@ -219,7 +219,7 @@ def _measured(
         got=f"{measured.worst:.4g} on the worst {group} prompt, "
         f"{abs(measured.worst - target.bound):.3g} {side} the bound",
         expected=f"{target.bound:g}",
-        remedy="calibrate a plan anew for these steps and this resolution",
+        remedy="calibrate a new plan for these steps and this resolution",
     )
 
 

@@ -24,7 +24,7 @@ from tests.helpers import (
 
 UNKNOWN = r"plan.model.lora: the model has LoRA adapters that the plan was not calibrated with"
 ABSENT = r"plan.model.lora: the plan was calibrated with LoRA adapters; the model has none"
-OTHER = r"plan.model.lora: the model has other LoRA adapters, or another scale"
+OTHER = r"plan.model.lora: the model's LoRA adapters, or their scale, differ"
 
 
 @pytest.fixture(autouse=True)

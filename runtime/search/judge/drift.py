@@ -28,7 +28,7 @@ class Drift:
 
     @property
     def plan_share(self) -> float | None:
-        """Return the plan's part of the two errors taken alone; None where there is no telling."""
+        """Return the plan's part of the two errors taken alone; None if unknown."""
         if self.compilation is None or self.plan + self.compilation == 0.0:
             return None
         return self.plan / (self.plan + self.compilation)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
-# What a user may hand in: (dense, planned) -> one value per image, or one for all of them.
+# What a user may pass: (dense, planned) -> one value per image, or one for all of them.
 Metric = Callable[[Tensor, Tensor], Tensor | float]
 
 SSIM_WINDOW = 11
@@ -63,7 +63,7 @@ class QualityMetric(ABC):
     perfect: float | None = None
 
     def prepare(self, call: Mapping[str, Any]) -> None:  # noqa: B027  # most need nothing
-        """Load what the metric needs, so that what is missing shows before a generation."""
+        """Load what the metric needs, so that missing parts are reported before a generation."""
 
     @abstractmethod
     def measure(self, dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> Any:
@@ -107,7 +107,7 @@ class Psnr(QualityMetric):
 
 @dataclass(frozen=True, kw_only=True)
 class UserMetric(QualityMetric):
-    """Compare by a function that the user wrote."""
+    """Compare by a user's function."""
 
     function: Metric = field(repr=False)
 
@@ -139,7 +139,7 @@ def measured(
     """Return the metric's value for each image; a single value stands for every image.
 
     Raises:
-        ConfigError: the images cannot be compared, or the metric's result is not one of values.
+        ConfigError: the images cannot be compared, or the metric does not return numbers.
     """
     _check_images(dense, planned)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Metrics of pretrained networks; their weights must be at hand, for nothing is downloaded here."""
+"""Metrics of pretrained networks; their weights must be installed: nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _lpips_network() -> Any:
     if not weights.is_file():
         fetch = "from torchvision.models import alexnet; alexnet(weights='DEFAULT')"
         raise ConfigError(
-            "the weights of AlexNet, which LPIPS needs, are not at hand",
+            "the weights of AlexNet, which LPIPS needs, are missing",
             where=str(weights),
             got="no such file",
             expected="the weights that torchvision keeps there",
@@ -125,7 +125,7 @@ def _clip(name: str) -> tuple[Any, Any]:
         folder = Path(name).is_dir()
         fetch = "save both there" if folder else f"fetch it once (hf download {name})"
         raise ConfigError(
-            f"the CLIP model {name!r} is not at hand",
+            f"the CLIP model {name!r} is not available locally",
             where=name if folder else cache,
             got=str(error).strip().partition("\n")[0],
             expected="a CLIPModel and its CLIPProcessor",

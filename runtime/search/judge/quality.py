@@ -1,4 +1,4 @@
-"""Say by several metrics how close planned images are to dense ones."""
+"""Compare planned images with dense ones by several metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ditfastattn.runtime.search.judge.targets import Target
 
 @dataclass(frozen=True)
 class Quality:
-    """Hold what one metric says of the planned images, one value per image."""
+    """Hold the values of one metric, one per planned image."""
 
     name: str
     label: str
@@ -45,13 +45,13 @@ def compare(
     reference: Sequence[Tensor],
     planned: Sequence[Tensor],
 ) -> tuple[Quality, ...]:
-    """Return what the metrics say of ``planned``, both lists ``[B, C, H, W]`` by prompt.
+    """Compare ``planned`` with ``reference``, both lists ``[B, C, H, W]`` by prompt.
 
     The target's metric comes first, where it has one; then SSIM, where the images are large
     enough, and PSNR.
 
     Raises:
-        ConfigError: the images or the metric are at fault.
+        ConfigError: the images cannot be compared, or the metric fails.
     """
     wanted: dict[str, tuple[QualityMetric, bool]] = {}
     if target is not None and target.metric is not None:

@@ -25,7 +25,7 @@ from ditfastattn.runtime.search.judge.pretrained import DEFAULT_CLIP_MODEL, Clip
 
 
 class TargetKind(StrEnum):
-    """Say what a target is about."""
+    """Name what a target bounds."""
 
     QUALITY = "quality"
     SPEEDUP = "speedup"
@@ -35,13 +35,13 @@ class TargetKind(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Hold what a target says of one image.
+    """Hold how one image compares with a target.
 
     Attributes:
         value: the metric's value.
         damage: how far the image is from the dense one: 0 is equal, and it grows as quality falls.
         allowed: the damage at the target's bound, on the same scale; negative where even the dense
-            image misses the bound, None where nothing tells.
+            image misses the bound, None if unknown.
     """
 
     value: float
@@ -51,13 +51,13 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Target:
-    """Ask for a bound; made by ``min_ssim`` and its like.
+    """Ask for a bound; use a constructor such as ``min_ssim``.
 
     Attributes:
         name: what is bounded: "ssim", "psnr", "lpips", "clip-score", "speedup", "latency",
             "threshold", or the name of a user's metric.
         bound: the least or greatest value that will do.
-        kind: what the target is about.
+        kind: what the target bounds.
         at_least: whether more is better.
         metric: how images are compared, for a quality.
     """
@@ -133,7 +133,7 @@ class Target:
             name: what to call the metric; its own name where empty.
 
         Raises:
-            ConfigError: not exactly one of the bounds is given, or it is no number.
+            ConfigError: not exactly one of the bounds is given, or it is not a number.
         """
         where = "Target.quality(metric)"
         if not callable(metric):
@@ -157,10 +157,10 @@ class Target:
         return cls(metric.name, bound, TargetKind.QUALITY, at_least, metric)
 
     def prepare(self, call: Mapping[str, Any]) -> None:
-        """Load what the target needs, so that what is missing shows before a generation.
+        """Load what the target needs, so that missing parts are reported before a generation.
 
         Raises:
-            ConfigError: a package, weights or the prompt are missing.
+            ConfigError: a package, weights or the prompt is missing.
         """
         if self.metric is not None:
             self.metric.prepare(call)
@@ -169,7 +169,8 @@ class Target:
         """Return the metric's value for each image; ``call`` is what the pipeline was called with.
 
         Raises:
-            ConfigError: the target is not a quality, or the images or the metric are at fault.
+            ConfigError: the target is not a quality, the images cannot be compared, or the
+                metric fails.
         """
         return measured(self._metric(), dense, planned, call)
 
@@ -200,7 +201,7 @@ class Target:
         return [self._allowed(perfect) for perfect in self._perfect(dense, call)]
 
     def met_by(self, value: float) -> bool:
-        """Tell whether ``value`` keeps the bound."""
+        """Return whether ``value`` meets the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 
     def worst(self, values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Measure a plan anew, on prompts its search has not seen: quality, drift and speed.
+"""Measure a plan again, on prompts that its search has not seen: quality, drift and speed.
 
 Each prompt is generated from the same noise up to four ways: dense and planned, eager and compiled.
 Every image is compared with the dense eager one, and the target is judged on the planned images as
@@ -41,7 +41,7 @@ class Validation:
     """Hold what was measured of a plan.
 
     Attributes:
-        target: what the plan is held to; None where nothing is.
+        target: the target that the plan must meet, if any.
         seeds: the seeds of the prompts, in order.
         qualities: the target's metric first, where it has one; SSIM where the images are large
             enough; PSNR.
@@ -70,15 +70,15 @@ class Validation:
 
     @property
     def met(self) -> bool | None:
-        """Tell whether the target is met, by the worst image; None where there is none to check."""
+        """Return whether the worst image meets the target; None where there is none to check."""
         reached = self.reached
         return None if self.target is None or reached is None else self.target.met_by(reached)
 
     def require(self) -> None:
-        """Do nothing unless the target is missed.
+        """Raise an error if the target is missed.
 
         Raises:
-            TargetMissedError: it is.
+            TargetMissedError: it is missed.
         """
         if self.target is None or self.met is not False:
             return
@@ -87,7 +87,7 @@ class Validation:
             where=self.target.describe(),
             got=f"{self.reached:.4g}, on {len(self.seeds)} prompts",
             expected=f"{self.target.bound:g}",
-            remedy="calibrate anew for this target, on prompts like these",
+            remedy="calibrate a new plan for this target, on prompts like these",
         )
 
 
@@ -106,43 +106,44 @@ def validate(
 ) -> Validation:
     """Measure ``plan`` on the prompts of ``call``, and return what was found.
 
-    A missed target is not raised here, but by ``Validation.require``.
+    A missed target is not an error here: see ``Validation.require``.
 
     Args:
         pipeline: the diffusers pipeline that the plan is for.
         plan: the plan.
         call: the keyword arguments of a generation, with a list entry per image. Steps and
             guidance are the plan's.
-        target: what the plan is held to; its own target where None.
-        speed: compile, and time, generations too.
-        lowering: what runs them. With ``eager`` nothing is compiled, and the speed says little.
+        target: what the plan must meet; its own target where None.
+        speed: also compile and time generations.
+        lowering: what runs them. With ``eager`` nothing is compiled, and the speed means little.
         repetitions: the least number of pairs to time; each prompt is timed.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
-        on_progress: told what is done next.
+        on_progress: called with what is done next.
 
     Raises:
-        ConfigError: the plan is for another model, sampler or call; the target cannot be measured.
+        ConfigError: the plan does not match the model, sampler or call, or the target cannot be
+            measured.
     """
     lowering = Lowering(lowering)
     check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
-    held_to = target_of(plan) if target is None else target
+    wanted = target_of(plan) if target is None else target
     prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
-    _check_request(held_to, speed, repetitions)
-    if held_to is not None:
-        held_to.prepare(prompts[0].call)
-    tell = on_progress or _ignore
+    _check_request(wanted, speed, repetitions)
+    if wanted is not None:
+        wanted.prepare(prompts[0].call)
+    report = on_progress or _ignore
     with _running_plain(pipeline), many_compilations():
         if any(strategy.shares_guidance for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
         eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
-        tell("generating eager, planned and dense")
-        shortcuts = eager.planned.by_prompt()  # first: another model is refused at its first call
+        report("generating eager, planned and dense")
+        shortcuts = eager.planned.by_prompt()  # first, as it refuses a wrong model
         reference = eager.dense.by_prompt()
         drift, timing = Drift(mean_squared_error(reference, shortcuts)), None
         if speed and lowering is Lowering.INDUCTOR:
             compiled = _Pair(pipeline, plan, prompts, lowering, timestep)
-            timing = compiled.time(repetitions, tell)
+            timing = compiled.time(repetitions, report)
             shortcuts = compiled.planned.by_prompt()
             drift = Drift(
                 drift.plan,
@@ -150,11 +151,11 @@ def validate(
                 mean_squared_error(reference, shortcuts),
             )
         elif speed:
-            timing = eager.time(repetitions, tell)
+            timing = eager.time(repetitions, report)
     return Validation(
-        target=held_to,
+        target=wanted,
         seeds=tuple(prompt.seed for prompt in prompts),
-        qualities=compare(held_to, prompts, reference, shortcuts),
+        qualities=compare(wanted, prompts, reference, shortcuts),
         drift=drift,
         timing=timing,
         lowering=lowering if speed else Lowering.EAGER,
@@ -176,15 +177,15 @@ class _Pair:
         self.planned = planned_contender(pipeline, plan, prompts, lowering, timestep)
         self._least, self._lowering = len(prompts), lowering
 
-    def time(self, repetitions: int, tell: Callable[[str], None]) -> PairedTiming:
-        """Warm both up, and time them in turns, each prompt once at least."""
+    def time(self, repetitions: int, report: Callable[[str], None]) -> PairedTiming:
+        """Warm both up, and time them in turns, each prompt at least once."""
         doing = "compiling" if self._lowering is Lowering.INDUCTOR else "warming up"
-        tell(f"{doing} the dense model")
+        report(f"{doing} the dense model")
         self.dense.warm_up()
-        tell(f"{doing} the plan")
+        report(f"{doing} the plan")
         self.planned.warm_up()
         pairs = max(repetitions, self._least)
-        tell(f"timing {pairs} pairs of generations")
+        report(f"timing {pairs} pairs of generations")
         return measure_pairs(self.dense.generate, self.planned.generate, pairs)
 
 
@@ -221,7 +222,7 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
         )
     if target is not None and target.kind in _SPEEDS and not speed:
         raise ConfigError(
-            "the target is a speed, and speed is not to be measured",
+            "the target is a speed, but speed is not measured",
             where=target.describe(),
             remedy="measure the speed too, or choose a quality as the target",
         )
@@ -229,7 +230,7 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
 
 @contextmanager
 def _running_plain(pipeline: Any) -> Generator[None]:
-    """Give the pipeline its transformer as it was before it was compiled, for a while."""
+    """Run the pipeline with its transformer as it was before it was compiled."""
     transformer = pipeline.transformer
     pipeline.transformer = transformer_of(pipeline, "validate(pipeline)")
     try:

@@ -16,7 +16,7 @@ from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pair
 
 
 class Contender:
-    """Generate with ``transformer`` in the place of the pipeline's own; keep images by number."""
+    """Generate with ``transformer`` in place of the pipeline's own; keep images by number."""
 
     def __init__(self, pipeline: Any, transformer: Any, prompts: Sequence[Prompt]) -> None:
         """Take the prompts; generation ``k`` is of prompt ``k`` modulo their number."""
@@ -53,7 +53,7 @@ class Contender:
 
 
 def dense_contender(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Contender:
-    """Return the baseline: the model compiled by Inductor, or plain where ``eager`` is asked."""
+    """Return the baseline: the model compiled by Inductor, or not compiled for ``eager``."""
     model = pipeline.transformer
     if Lowering(lowering) is Lowering.INDUCTOR:  # a caller may have passed its name
         model = torch.compile(model, fullgraph=True, dynamic=False)

@@ -1,10 +1,11 @@
 """Measure what each strategy costs at each kind of site, on this device.
 
 The unit is the whole step: all sites of a kind take the strategy at once and the step's time is
-compared with the dense one's, so that what dies with an attention (norms, projections) and what a
-shortcut adds (residual bookkeeping) are in the price. Each kind is priced with the others computed;
-what all of them save together, which is less than the sum, is measured too and shared out. Of heads
-that are split the first group is a kind of its own: what feeds all groups dies with the last.
+compared with the dense one's. So the price includes what is eliminated along with an attention
+(norms, projections) and what a shortcut adds (storing residuals). Each kind is priced with the
+others computed. All kinds together save less than the sum; that is measured too, and prices are
+scaled to match. Where heads are split, the first group is a kind of its own: what feeds all groups
+is eliminated only if all of them are shared.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from ditfastattn.runtime.search.measure.profile import window_forms
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
 
-_REPETITIONS = 3  # the first, which warms up, is seldom the least
+_REPETITIONS = 3  # the first warms up, and is seldom the fastest
 _STORING = "storing a residual"
-_Row = tuple[str, str]  # what it is of, and the strategy's name, or ``_STORING``
+_Row = tuple[str, str]  # a group, and a strategy's name or ``_STORING``
 _Acting = tuple[tuple[SiteAction, ...], tuple[Site, ...]]
 
 
 class Objective(StrEnum):
-    """Name what a search saves."""
+    """Name what a search reduces."""
 
     LATENCY = "latency"  # measured seconds
     FLOPS = "flops"  # of matrix products; counted, the same on every machine
@@ -56,7 +57,7 @@ class CostTable:
     residual: tuple[float, ...]
 
     def row(self, strategies: Sequence[Strategy], stores: Sequence[bool]) -> float:
-        """Return the price of one step; ``stores`` tells which sites store a residual."""
+        """Return the price of one step; ``stores`` says which sites store a residual."""
         total = self.step
         for index, strategy in enumerate(strategies):
             prices = self.sites[index]
@@ -86,7 +87,7 @@ class CostTable:
 
 
 def _stores(column: Sequence[Strategy]) -> list[bool]:
-    """Tell at which steps a site must store the residual that later windows read."""
+    """Return at which steps a site must store the residual that later windows read."""
     stores: list[bool] = []
     wanted = False
     for strategy in reversed(column):
@@ -100,8 +101,8 @@ def measure_costs(
 ) -> tuple[CostTable, ...]:
     """Price each strategy, for each form of window; sites of equal shape share their prices.
 
-    Caches are kept in the model's own dtype here: what converts them is compiled into other loops,
-    and would be passes over memory of its own where nothing is compiled.
+    Caches keep the model's own dtype here: compiled, a conversion is fused into other loops, but
+    the uncompiled graphs that are timed would pass over memory once more.
     """
     session = variants.session
     every = tuple(site.with_caches_in(None) for site in session.sites)
@@ -211,8 +212,9 @@ def _group_prices(
 ) -> dict[str, float]:
     """Return the prices per site of one group: what each strategy costs above the cheapest.
 
-    ``halves`` are strategies of two calls, of which the first does another and the second shares.
-    Windows are those of ``form``, the first where the group has no such.
+    ``halves`` maps a strategy that shares guidance between two calls to what the first call does;
+    the second one shares its output. Windows have the form ``form``, or the first one if the group
+    lacks it.
     """
     every = {name: price for (first, name), price in whole.items() if first == str(members[0])}
     cheapest = min(price for name, price in every.items() if not name.startswith(_STORING))
@@ -245,9 +247,9 @@ def _count(built: dict[_Row, EagerVariant], objective: Objective) -> dict[_Row, 
 def _time(
     built: dict[_Row, EagerVariant], example: Sequence[Tensor], results: int, repetitions: int
 ) -> dict[_Row, float]:
-    """Return the least seconds of each variant, which others disturb least; they take turns.
+    """Return the least seconds of each variant, the sample least disturbed; variants take turns.
 
-    Rows that come to the same variant are timed once.
+    Rows that make the same variant are timed once.
     """
     caches: dict[Slot, Tensor] = {}
     unit = torch.ones((), device=example[0].device)  # any factor

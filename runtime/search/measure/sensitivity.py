@@ -9,7 +9,7 @@ Two measurements at a few probe steps, in the target's own terms:
 
 The weight of a site at a step is the root of the damage per relative error. Between probe steps it
 is interpolated in the logarithm, over the logarithm of the distance to the end: the last steps
-matter far more than the middle ones, so the probes stand at distances 1, 3, 9, 27, ... and at step
+matter far more than the middle ones, so the probes are at distances 1, 3, 9, 27, ... and at step
 1. What precedes a probe is dense and known, so it is replayed, not computed.
 """
 
@@ -41,7 +41,7 @@ def probe_steps(steps: int) -> tuple[int, ...]:
 
 
 def probe_rows(session: Session, steps: int, step: int) -> list[tuple[Strategy, ...]]:
-    """Return the plan that shares every site that may, at ``step`` alone."""
+    """Return the plan that shares every site that can be shared, at ``step`` alone."""
     full = (Strategy.FULL,) * len(session.sites)
     shared = tuple(
         Strategy.FULL if why_not(Strategy.SHARE_STEP, site, session.layout) else Strategy.SHARE_STEP

@@ -1,7 +1,7 @@
-"""Hold a pipeline's transformer as one captured graph, and step it as a search pleases.
+"""Run generations of a pipeline whose transformer is one captured graph, stepped by a search.
 
-A generation is an ordinary call of the pipeline; only what happens inside a call of its transformer
-is exchanged, so schedulers, guidance and decoding are the user's own.
+A generation is an ordinary call of the pipeline; only the calls of its transformer are replaced, so
+schedulers, guidance and decoding are the user's own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _active: ContextVar[Session] = ContextVar("ditfastattn_search_session")
 
 
 def _backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Outputs]:
-    """Hand the graph's calls to the session under way: one backend, whatever the session."""
+    """Pass the graph's calls to the active session; all sessions share this backend."""
     inputs = describe_inputs(module)
 
     def run(*args: Any) -> Outputs:
@@ -102,11 +102,11 @@ class Session:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Return its sites: those that a plan will speak of."""
+        """Return the sites that a plan may change."""
         return self._known.sites
 
     def take_sites(self, sites: Sequence[Site]) -> None:
-        """Give the sites, which are these, other windows."""
+        """Replace the sites by the same ones with other windows or caches."""
         self._model = replace(self._known, sites=tuple(sites))
 
     @property
@@ -206,7 +206,7 @@ class Session:
             self.timesteps = tuple(self._seen[:: self.layout.calls])
 
     def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
-        """Run one call of the transformer, which Dynamo hands over."""
+        """Run one call of the transformer: ``module`` on the arguments ``args``."""
         if self._model is None:
             self._model = capture_model(module, inputs, args, self._options)
         tensors = [item for item in args if isinstance(item, Tensor)]
@@ -260,11 +260,11 @@ def open_session(
     attention_only: bool = False,
     head_groups: int | Groups = 1,
 ) -> Generator[Session]:
-    """Capture the transformer of ``pipeline`` while ``prompt`` runs; give it back at the end.
+    """Capture the transformer of ``pipeline`` while ``prompt`` runs; restore it at the end.
 
-    ``cfg_layout`` is found by observation where None. With ``attention_only`` feed-forwards are
-    no sites. ``head_groups`` are how many groups the heads of each attention form, each a site of
-    its own, or the sizes of the groups by the attention's name.
+    ``cfg_layout`` is observed where None. With ``attention_only``, feed-forwards are not sites.
+    ``head_groups`` is the number of groups to split the heads of each attention into, each a site
+    of its own; or the sizes of the groups, by the attention's name.
 
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.

@@ -1,6 +1,6 @@
-"""Run a captured step with its sites in hand: any strategy, tried at any site.
+"""Run a captured step, and try any strategy at any of its sites.
 
-The searches share this. What precedes a site is the same for all its candidates, so a caller
+All searches share this. What precedes a site is the same for all its candidates, so a caller
 advances to the site once and tries each candidate on the rest of the graph alone.
 """
 
@@ -44,7 +44,7 @@ def greedy_candidates(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
 class SiteMemory:
     """Hold a site's caches: of an attention ``[B, H, N, D]``, before the output projection.
 
-    Of a feed-forward, whose output is ``[B, ..., C]``, there is no residual.
+    A feed-forward, whose output is ``[B, ..., C]``, has no residual.
     """
 
     output: Tensor | None = None
@@ -149,7 +149,7 @@ class SiteEvaluator:
         return compute_window(q, k, v, window, scale, self.sites[index].text, mask)
 
     def _half(self, item: Any, batch: int) -> Any:
-        """Return the conditional half of what has the batch."""
+        """Return the conditional half of ``item`` if it has the batch dimension, else ``item``."""
         if not isinstance(item, Tensor) or item.shape[0] != batch:
             return item
         middle = batch // 2

@@ -1,4 +1,4 @@
-"""Step a generation dense, or by a plan, with graphs run as they are: nothing to compile."""
+"""Step a generation dense, or by a plan, with graphs run uncompiled."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Variants:
     def get(
         self, actions: tuple[SiteAction, ...], sites: Sequence[Site] | None = None
     ) -> EagerVariant:
-        """Return the variant that does ``actions``, one per site; ``sites`` say how.
+        """Return the variant that does ``actions``, one per site of ``sites``.
 
-        They are the session's where None.
+        The sites are the session's where None.
         """
         sites = self.session.sites if sites is None else sites
         key = (actions, tuple((site.window, site.cache_dtype) for site in sites))
@@ -100,8 +100,8 @@ class DenseStepper:
 class PlanStepper:
     """Run a plan.
 
-    ``known`` holds the model's outputs of first calls that are the dense ones: they are returned,
-    not computed, except what later steps' caches need.
+    ``known`` holds the model's outputs at the first calls, where the plan is dense: they are
+    returned instead of computed, unless later steps read what such a call caches.
     """
 
     def __init__(self, variants: Variants, rows: Rows, known: Sequence[Tensor] = ()) -> None:

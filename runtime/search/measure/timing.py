@@ -1,4 +1,4 @@
-"""Time two ways of doing the same thing, paired, so that drift hits both alike."""
+"""Time two ways of doing the same thing, paired, so that drift affects both alike."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure_pairs(
 ) -> PairedTiming:
     """Call both ``repetitions`` times with the repetition's number, taking turns at going first.
 
-    Both must be warm. GPU work is waited for.
+    Both must be warm. Pending GPU work is included.
     """
     return measure_turns(baseline, [candidate], repetitions)[0]
 
@@ -101,7 +101,7 @@ def _seconds(work: Callable[[int], None], repetition: int) -> float:
 
 
 def device_name() -> str:
-    """Name the device that times are taken on."""
+    """Return the name of the device that is timed."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
 
 

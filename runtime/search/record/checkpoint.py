@@ -1,4 +1,4 @@
-"""Keep what a search has measured, so that a killed one goes on where it was.
+"""Keep what a search has measured, so that it resumes if interrupted.
 
 A checkpoint is a folder of small files, each written whole or not at all: what the search is for
 (``request.json``) and one file per finished piece of work. A search replays its steps in order; a
@@ -30,10 +30,10 @@ class Checkpoint:
         self._folder = folder
 
     def begin(self, request: Mapping[str, Any]) -> bool:
-        """Say what the search is for; return whether an earlier one for the same is there.
+        """Record what the search is for; return whether there is an unfinished one to resume.
 
         Raises:
-            ConfigError: the folder holds a search for something else.
+            ConfigError: the folder holds a different search.
         """
         if self._folder is None:
             return False
@@ -48,12 +48,12 @@ class Checkpoint:
         if differing:
             key = differing[0]
             raise ConfigError(
-                "an unfinished search for something else is in the way",
+                "an unfinished search with other arguments is in the way",
                 where=f"{path}: {key}",
                 got=found.get(key),
                 expected=wanted.get(key),
                 remedy="finish it with its own arguments, write to another plan file, "
-                "or start afresh with --restart",
+                "or discard it with --restart",
             )
         return True
 

@@ -19,7 +19,7 @@ from ditfastattn.runtime.search.solve.rows import Row
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """Report a search: what it does, and its cost so far in dense forward passes.
+    """Report the progress of a search: its phase, and its cost so far in dense forward passes.
 
     ``at_most`` counts every round; ``seconds_left`` is an upper estimate.
     """
@@ -54,11 +54,11 @@ class Work:
         return self._variants
 
     def __post_init__(self) -> None:
-        """Take what an earlier part of the search has noted."""
+        """Read the timesteps that an interrupted search has kept."""
         self.timesteps = tuple(self.checkpoint.peek("timesteps") or ())
 
     def begin(self, phase: str) -> None:
-        """Name what comes next."""
+        """Begin a phase of the search, and report it."""
         self.phase = phase
         self.spend(0.0)
 

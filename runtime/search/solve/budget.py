@@ -13,24 +13,24 @@ from ditfastattn.runtime.search.solve.problem import Problem
 from ditfastattn.runtime.search.solve.rows import Row
 
 _MOST_RATES = 60  # tried; about ten are enough
-_ON_HULL = 1e-9  # of a plan's price and drift, what rounding may make of equal ones
+_ON_HULL = 1e-9  # relative difference that rounding may make between equal plans
 
 
 def within_budget(problem: Problem, budget: float) -> list[Row]:
     """Return a cheap plan whose drift is at most ``budget``.
 
-    It is no dearer than the one without parabolas, though the hulls' plans may leave more unused.
+    It never costs more than the plan without parabolas.
     """
     plans = [_on_hull(each, budget) for each in (problem, problem.reading_at_most(2))]
     return min(plans, key=problem.costs.plan)
 
 
 def _on_hull(problem: Problem, budget: float) -> list[Row]:
-    """Return the cheapest plan on the hull that fits, with more of the budget used.
+    """Return the cheapest plan on the hull that fits, with what it leaves of the budget spent.
 
-    What it leaves of the budget goes to the sites whose column of the next plan on the hull fits
-    still, in the order of what a unit of drift saves there. The two are neighbours where no plan is
-    better at the rate at which they are equally good.
+    That goes to the sites whose column in the next plan on the hull still fits, those that save
+    most per unit of drift first. Two plans are neighbours on the hull if no plan is better at the
+    rate at which both are equally good.
     """
     best: list[Row] = [(Strategy.FULL,) * problem.errors.sites] * problem.errors.steps
     if budget <= 0.0:

@@ -6,7 +6,7 @@ sites from 1 to ``M``. Step 0 is full. The step then returns the output with all
 so that later steps are calibrated on the compressed trajectory.
 
 What precedes a site is the same for all its candidates, so it is computed once: the search is exact
-and costs about half of the forward passes that the algorithm names.
+and costs about half of the forward passes of the algorithm as printed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class GreedyCalibrator:
         self.on_progress(Progress(step, self.steps, self.forwards, at_most, left))
 
     def at_most(self) -> float:
-        """Return how many forward passes the whole search can take, every candidate refused."""
+        """Return how many forward passes the search takes if every candidate is refused."""
         suffixes = sum(
             len(greedy_candidates(site, self.layout)) * self._evaluator.left_after(index)
             for index, site in enumerate(self.sites)

@@ -1,9 +1,9 @@
 """Keep the caches of a plan within a bound of bytes.
 
-Sites are forbidden what needs caches, rung by rung: first extrapolation, which keeps several
-outputs of a site in place of one, then every cache. On each rung those sites come first that save
-least time per byte, until the rest fits; the plan is chosen anew for what they may still do, so
-that the budget of drift is spent elsewhere.
+Strategies that need caches are forbidden in two stages: first extrapolation, which keeps several
+outputs of a site instead of one, then all of them. In each stage the sites that save least time per
+byte come first, until the rest fits. The plan is chosen again under these restrictions, so that the
+budget of drift is spent elsewhere.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Choose = Callable[[Problem], list[Row]]
 
 
 def extrapolates(strategy: Strategy) -> bool:
-    """Tell whether ``strategy`` keeps several outputs of a site in place of one."""
+    """Return whether ``strategy`` keeps several outputs of a site instead of one."""
     return strategy.extrapolates
 
 
 def needs_caches(strategy: Strategy) -> bool:
-    """Tell whether ``strategy`` reads a cache of any kind."""
+    """Return whether ``strategy`` reads a cache of any kind."""
     return strategy.windowed or not strategy.computes
 
 
 def within_memory(
     problem: Problem, choose: Choose, cache_bytes: Callable[[Sequence[Row]], int], most: int
 ) -> list[Row]:
-    """Return what ``choose`` chooses, with at most ``most`` bytes of caches.
+    """Return the plan that ``choose`` makes, with at most ``most`` bytes of caches.
 
     How much is forbidden is found by bisection.
     """
@@ -74,7 +74,7 @@ def forbid(problem: Problem, which: Callable[[Strategy], bool], sites: Sequence[
 def _by_worth(
     problem: Problem, rows: Sequence[Row], cache_bytes: Callable[[Sequence[Row]], int]
 ) -> list[int]:
-    """Return the sites in the order of what they save per byte, the least first."""
+    """Return the sites ordered by what they save per byte, the least first."""
     columns = list(zip(*rows, strict=True))
     full = (Strategy.FULL,) * len(rows)
     worth: list[float] = []

@@ -34,7 +34,7 @@ class _Kind:
 
 
 def _kinds() -> tuple[_Kind, ...]:
-    """Return what a step can compute, where nothing is stored first, and ``FULL`` before all."""
+    """Return what a step can compute: ``FULL``, then kinds without and with a stored residual."""
     shortcuts = [s for s in strategies() if s.computes and s != Strategy.FULL]
     plain = [strategy for strategy in shortcuts if not strategy.windowed]
     windowed = [strategy for strategy in shortcuts if strategy.windowed]

@@ -38,7 +38,7 @@ class Problem:
         return sum(self.column_drift(index, column) for index, column in enumerate(columns))
 
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
-        """Return one site's share; infinite where a cache is read that nobody wrote."""
+        """Return one site's share; infinite if it reads a cache that no step wrote."""
         output = residual = 0
         gaps: tuple[int, ...] = (0,) * most_outputs_read()  # between the outputs computed last
         inherited = total = 0.0  # a reused output carries the error of the step that computed it
@@ -47,7 +47,7 @@ class Problem:
             error = self.errors.of(strategy, step, source, site, gaps)
             if strategy.computes:
                 gaps, output, inherited = (step - output, *gaps[:-1]), step, error
-            else:  # a curve carries it further
+            else:  # extrapolation amplifies it
                 used = gaps[: strategy.outputs_read - 1]
                 error += inherited * carried(strategy, step - output, used)
             if strategy.refreshes_residual:

@@ -1,9 +1,9 @@
 """Cap the number of distinct step variants of a plan, choosing strategies and variants together.
 
-Each variant is a compiled graph, or an engine, and costs memory and compile time. From the
-unconstrained plan the two kinds of step whose union costs least are merged, again and again; each
-time every entry of every kind of step is reconsidered for all its steps at once. Everything is
-judged by ``price + multiplier * drift``, as in ``solve``.
+Each variant is a compiled graph, or an engine, and costs memory and compile time. Starting from the
+unconstrained plan, the two kinds of step whose union costs least are merged, repeatedly. After each
+merge every entry of every kind of step is reconsidered for all its steps at once. Plans are valued
+by ``price + multiplier * drift``, as in ``solve``.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _merges(
 
 
 def _improve(judge: _Judge, kinds: list[Row], clusters: Sequence[Sequence[int]]) -> None:
-    """Change single entries of the kinds, in place, as long as that pays."""
+    """Change single entries of the kinds, in place, as long as that improves the plan."""
     best = judge.value(_spread(kinds, clusters))
     for _ in range(_SWEEPS):
         before = best

@@ -23,7 +23,13 @@ from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem
 
 log = logging.getLogger(__name__)
-_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the rate at which dense and the first drift cost as much
+_RATES = (
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+)  # times the rate at which the dense price equals that of the first drift
 
 
 class WindowForm(StrEnum):
@@ -37,9 +43,9 @@ class WindowForm(StrEnum):
 def allowed_windows(sites: Sequence[Site], form: WindowForm, device: str) -> tuple[Site, ...]:
     """Return ``sites`` with the windows that ``form`` leaves, the first one chosen.
 
-    ``device`` is the type of that which runs them. Of the two windows of a sequence each kind of
-    device has one that is measured only there: a CPU its tiles, whose kernels read slices and no
-    bias, a GPU the band, which FlexAttention computes.
+    ``device`` is the type of the device that runs them. It decides which of the two windows of a
+    sequence is measured: tiles on a CPU, where kernels read slices and need no bias; the band on a
+    GPU, where FlexAttention computes it.
     """
     return tuple(_allowed(site, form, device) for site in sites)
 
@@ -98,7 +104,7 @@ def with_chosen(problems: Sequence[Problem], chosen: Sequence[int]) -> Problem:
 
 
 def chosen_sites(sites: Sequence[Site], chosen: Sequence[int]) -> tuple[Site, ...]:
-    """Return ``sites`` with the windows chosen; say in the log how many are of which form."""
+    """Return ``sites`` with the windows chosen; log how many have each form."""
     made = tuple(
         replace(site, window=site.windows[form]) if site.windows else site
         for site, form in zip(sites, chosen, strict=True)

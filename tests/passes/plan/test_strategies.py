@@ -32,7 +32,7 @@ def test_three_formulas_of_a_reused_output_agree(
     torch.testing.assert_close(strategy.reference(history, elapsed), weighted)
 
 
-def test_what_is_shown_tells_strategies_apart() -> None:
+def test_labels_symbols_and_colours_distinguish_strategies() -> None:
     for shown in ("name", "label", "symbol", "colour"):
         assert len({getattr(strategy, shown) for strategy in strategies()}) == len(strategies())
 

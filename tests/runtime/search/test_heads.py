@@ -69,7 +69,7 @@ def test_the_head_that_never_changes_is_computed_once(plan: Plan) -> None:
         assert sum(strategy == Strategy.FULL for strategy in other) > 1
 
 
-def test_the_target_is_met_when_run_anew(plan: Plan) -> None:
+def test_the_target_is_met_when_run_again(plan: Plan) -> None:
     values = [TARGET.values(d, p, CALL)[0] for d, p in images_of(plan)]
     assert plan.calibration.calibrated is not None
     assert min(values) == pytest.approx(plan.calibration.calibrated.worst, abs=1e-4)

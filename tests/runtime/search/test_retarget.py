@@ -137,7 +137,7 @@ def test_what_is_not_legal_here_becomes_full_and_is_reported(
     assert [row[0] for row in rows] == [F] * 6
     assert [row[1] for row in rows] == [F, F, S, F, C, S]
     assert [row[2] for row in rows] == [F, W, S, W, C, S]
-    assert "another.attn: the plan does not know this site" in caplog.text
+    assert "another.attn: the plan does not list this site" in caplog.text
     assert f"{second.name}, window: only 4 tokens" in caplog.text
     assert "2 shortcuts are not legal here" in caplog.text
 
@@ -202,7 +202,7 @@ def test_another_resolution_takes_the_windows_of_its_own(
 def test_a_missed_target_says_by_how_much_and_writes_nothing(plan: Plan, tmp_path: Path) -> None:
     out, target = tmp_path / "plan.json", Target.min_psnr(300.0)
     with pytest.raises(
-        TargetMissedError, match=r"worst calibration prompt, \d+ below the bound[\s\S]*anew"
+        TargetMissedError, match=r"worst calibration prompt, \d+ below the bound[\s\S]*a new plan"
     ):
         retarget(tiny_pipeline(), plan, steps(7), target=target, out=out)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []

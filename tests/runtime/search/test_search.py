@@ -44,7 +44,7 @@ def search(target: Target, **options: Any) -> Plan:
 
 
 def images(plan: Plan, call: dict[str, Any], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return dense and planned images of the prompts of ``call``, run anew."""
+    """Return dense and planned images of the prompts of ``call``, run again."""
     prompts = split_prompts(call, seed)
     with open_session(attentive_pipeline(), prompts[0]) as session:
         variants = Variants(session)
@@ -62,7 +62,7 @@ def by_ssim() -> Plan:
     return search(Target.min_ssim(0.99))
 
 
-def test_the_worst_prompt_meets_the_target_when_run_anew(by_ssim: Plan) -> None:
+def test_the_worst_prompt_meets_the_target_when_run_again(by_ssim: Plan) -> None:
     target = Target.min_ssim(0.99)
     found = by_ssim.calibration
     assert by_ssim.changed > 0
@@ -237,7 +237,7 @@ def test_feed_forwards_are_shared_too_and_memory_is_bounded() -> None:
 
 
 class Attention:
-    """Attend uniformly, or sharply by scores that any change of the input throws over."""
+    """Attend uniformly, or sharply by scores that any change of the input upsets."""
 
     def __init__(self, random: bool) -> None:
         self.sharpness = 3.0 if random else 0.0
@@ -256,7 +256,7 @@ class Attention:
 
 
 @pytest.mark.parametrize("random", [True, False])
-def test_non_redundant_attention_stays_full_and_that_is_said(
+def test_non_redundant_attention_stays_full_and_is_reported(
     random: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = attentive_pipeline()
@@ -292,7 +292,7 @@ FOUR: dict[str, Any] = {**CALL, "class_labels": [1, 2, 6, 7]}
 
 
 def all_or_nothing(dense: Tensor, planned: Tensor) -> Tensor:
-    """Tell nothing of how far a plan is from the bound."""
+    """Hide how far a plan is from the bound."""
     return (mean_difference(dense, planned) < 0.004).float()
 
 
@@ -398,7 +398,7 @@ class Sites:
     [
         (True, 100.0, False),  # sites are little of a step: stronger plans are hardly faster
         (True, 10.0, True),  # sites are all of a step
-        (False, 100.0, True),  # how fast a stronger plan is, only a pass would tell
+        (False, 100.0, True),  # only a pass would show how fast a stronger plan is
     ],
 )
 def test_a_round_is_spent_where_a_faster_plan_is_in_sight(
@@ -451,7 +451,7 @@ def interrupt_in_round_1(out: Path) -> None:
         search(Target.min_ssim(0.99), out=out, on_progress=stop)
 
 
-def test_an_unfinished_search_for_something_else_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_unfinished_search_with_other_arguments_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     interrupt_in_round_1(out)
     kept = sorted(path.name for path in (tmp_path / "plan.json.search").iterdir())
@@ -475,7 +475,7 @@ def test_a_resumed_search_reads_what_was_done(tmp_path: Path, by_ssim: Plan) -> 
     assert plan.calibration.forwards < by_ssim.calibration.forwards
 
 
-def test_a_dense_model_below_the_bound_is_said() -> None:
+def test_a_dense_model_below_the_bound_is_reported() -> None:
     def brightness(_dense: Tensor, planned: Tensor) -> Tensor:
         return planned.flatten(1).mean(1)
 

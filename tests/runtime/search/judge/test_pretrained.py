@@ -277,7 +277,7 @@ def test_the_clip_score_needs_a_prompt(call: dict[str, Any]) -> None:
             use(Target.min_clip_score(30.0), call)
 
 
-def test_a_clip_model_that_is_not_at_hand_is_not_fetched() -> None:
+def test_a_clip_model_that_is_missing_is_not_downloaded() -> None:
     pytest.importorskip("transformers")
     target = Target.min_clip_score(30.0, clip_model="nobody/no-such-clip")
     with pytest.raises(ConfigError, match=r"hub: [\s\S]*hf download nobody/no-such-clip"):

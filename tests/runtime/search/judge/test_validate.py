@@ -1,4 +1,4 @@
-"""Validating a plan: what it is held to, on which images, and where the drift is from."""
+"""Validating a plan: the target it must meet, on which images, and where drift comes from."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_metric_without_a_bound_is_refused(plan: Plan) -> None:
         metric_bound(plan)
 
 
-def test_generations_are_timed_in_pairs_each_prompt_once_at_least(plan: Plan) -> None:
+def test_generations_are_timed_in_pairs_each_prompt_at_least_once(plan: Plan) -> None:
     target = Target.max_latency(1000.0)
     found = validate(
         tiny_pipeline(),
@@ -172,7 +172,7 @@ def test_generations_are_timed_in_pairs_each_prompt_once_at_least(plan: Plan) ->
 
 
 def test_a_speed_cannot_be_checked_without_measuring_it(plan: Plan) -> None:
-    with pytest.raises(ConfigError, match="speed is not to be measured"):
+    with pytest.raises(ConfigError, match="speed is not measured"):
         validate(tiny_pipeline(), plan, CLASSES, target=Target.min_speedup(1.1), speed=False)
 
 
@@ -240,7 +240,7 @@ def test_drift_without_compilation_is_the_plans(found: Validation) -> None:
         (Drift(0.0, 0.0, 0.0), None, "no drift"),
     ],
 )
-def test_drift_is_shared_out(drift: Drift, share: float | None, sentence: str) -> None:
+def test_drift_is_attributed(drift: Drift, share: float | None, sentence: str) -> None:
     assert drift.plan_share == (None if share is None else pytest.approx(share, abs=1e-6))
     assert drift.describe().startswith(sentence)
 
@@ -252,7 +252,7 @@ def test_decibels_are_of_images_from_0_to_1() -> None:
 
 
 @pytest.mark.slow
-def test_compilation_and_plan_are_told_apart(plan: Plan) -> None:
+def test_drift_of_compilation_and_plan_are_separate(plan: Plan) -> None:
     told: list[str] = []
     pipeline = tiny_pipeline()
     found = validate(pipeline, plan, CLASSES, repetitions=1, on_progress=told.append)
@@ -269,7 +269,7 @@ def test_compilation_and_plan_are_told_apart(plan: Plan) -> None:
 
 @pytest.mark.slow
 def test_the_drift_of_bfloat16_is_precisions_too() -> None:
-    """Other roundings of the dense model weigh something beside a plan in bf16."""
+    """In bf16 the rounding of a compiled dense model counts next to the plan's drift."""
 
     def narrow() -> DigitsPipeline:
         pipeline = tiny_pipeline()

@@ -222,7 +222,7 @@ def test_what_precedes_a_probe_is_replayed(session: Session) -> None:
     assert torch.equal(whole, replayed)
 
 
-def test_probes_stand_close_at_the_end_and_at_the_start() -> None:
+def test_probes_cluster_at_the_end_and_at_the_start() -> None:
     assert probe_steps(20) == (1, 11, 17, 19)
     assert probe_steps(50) == (1, 23, 41, 47, 49)
     assert probe_steps(2) == (1,)
@@ -323,7 +323,7 @@ def test_a_pass_follows_its_own_choices(attention_session: Session) -> None:
 
 
 @pytest.mark.parametrize("method", [Method.GREEDY, Method.PER_STEP])
-def test_an_interrupted_pass_goes_on(
+def test_an_interrupted_pass_resumes(
     session: Session, method: Method, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = Prompt({**CALL, "class_labels": [1, 2]}, 0)

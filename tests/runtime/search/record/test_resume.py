@@ -1,4 +1,4 @@
-"""A search that is killed at any moment goes on where it was, and finds the same plan."""
+"""A search that is killed at any moment resumes, and finds the same plan."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kept(out: Path) -> int:
 
 
 def kill_once_there_are(count: int, out: Path, method: str, delay: float) -> bool:
-    """Kill a search some time after it has kept ``count`` pieces; tell whether it was killed."""
+    """Kill a search some time after it has kept ``count`` pieces; return whether it was killed."""
     process = start(out, method)
     while process.poll() is None and kept(out) < count:
         time.sleep(0.005)
@@ -61,7 +61,7 @@ def kill_once_there_are(count: int, out: Path, method: str, delay: float) -> boo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "most_kills"), [("global", 3), ("greedy", 1)])
-def test_a_killed_search_goes_on_and_finds_the_same_plan(
+def test_a_killed_search_resumes_and_finds_the_same_plan(
     method: str, most_kills: int, tmp_path: Path
 ) -> None:
     moments = random.Random()

@@ -102,7 +102,7 @@ def test_search_is_reproducible_bit_for_bit() -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_progress_tells_the_cost_before_the_search_and_never_exceeds_it() -> None:
+def test_progress_bounds_the_cost_before_the_search() -> None:
     tiny = TINY_MODELS["dit"]()
     captured, sites = capture_sites(tiny)
     seen: list[Progress] = []
