@@ -182,38 +182,11 @@ class PlanInterpreter(TorchFunctionMode):
         if strategy.windowed:
             if residual is None:
                 raise LookupError(f"site {site} has no residual at step {self._step}")
-            return self._window(site, call) + residual
+            return _window(self._described[site], call) + residual
         output: Tensor = scaled_dot_product_attention(**call)
         if strategy.refreshes_residual and self._described[site].window:
-            self._branch.residuals[site] = output - self._window(site, call)
+            self._branch.residuals[site] = output - _window(self._described[site], call)
         return output
-
-    def _window(self, site: int, call: dict[str, Any]) -> Tensor:
-        tokens, here = call["query"].shape[-2], self._described[site]
-        position = torch.arange(tokens, device=call["query"].device)
-        text = (position < here.text[0]) | (position >= tokens - here.text[1])
-        if isinstance(here.window, TileWindow):
-            near = self._near_tiles(here.window, position - here.text[0])
-        else:
-            near = (position[:, None] - position[None, :]).abs() <= here.window
-        seen = near | text[:, None] | text[None, :]
-        mask = call.get("attn_mask")
-        if mask is not None:
-            seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
-        masked: dict[str, Any] = {**call, "attn_mask": seen}
-        windowed: Tensor = scaled_dot_product_attention(**masked)
-        return windowed
-
-    def _near_tiles(self, window: TileWindow, position: Tensor) -> Tensor:
-        """Return which pairs of tokens are in tiles near each other, ``[N, N]``, axis by axis."""
-        near = torch.ones(len(position), len(position), dtype=torch.bool, device=position.device)
-        for axis, count in enumerate(window.counts):
-            behind = math.prod(window.grid[axis + 1 :])
-            tile = position // behind % window.grid[axis] // window.tile[axis]
-            first = (tile - window.reach[axis]).clamp(0, count - window.spans[axis])
-            last = first + window.spans[axis] - 1
-            near &= (first[:, None] <= tile[None, :]) & (tile[None, :] <= last[:, None])
-        return near
 
     def _halves(self, strategy: Strategy) -> bool:
         """Return whether half of this call's batch serves both."""
@@ -225,3 +198,33 @@ class PlanInterpreter(TorchFunctionMode):
             return item
         half = item.shape[0] // 2
         return item[half:] if self._layout is CfgLayout.UNCOND_FIRST else item[:half]
+
+
+def _window(site: Site, call: Mapping[str, Any]) -> Tensor:
+    """Return the attention ``call`` within the window of ``site``, by a mask."""
+    tokens = call["query"].shape[-2]
+    position = torch.arange(tokens, device=call["query"].device)
+    text = (position < site.text[0]) | (position >= tokens - site.text[1])
+    if isinstance(site.window, TileWindow):
+        near = _near_tiles(site.window, position - site.text[0])
+    else:
+        near = (position[:, None] - position[None, :]).abs() <= site.window
+    seen = near | text[:, None] | text[None, :]
+    mask = call.get("attn_mask")
+    if mask is not None:
+        seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+    masked: dict[str, Any] = {**call, "attn_mask": seen}
+    windowed: Tensor = scaled_dot_product_attention(**masked)
+    return windowed
+
+
+def _near_tiles(window: TileWindow, position: Tensor) -> Tensor:
+    """Return which pairs of tokens are in tiles near each other, ``[N, N]``, axis by axis."""
+    near = torch.ones(len(position), len(position), dtype=torch.bool, device=position.device)
+    for axis, count in enumerate(window.counts):
+        behind = math.prod(window.grid[axis + 1 :])
+        tile = position // behind % window.grid[axis] // window.tile[axis]
+        first = (tile - window.reach[axis]).clamp(0, count - window.spans[axis])
+        last = first + window.spans[axis] - 1
+        near &= (first[:, None] <= tile[None, :]) & (tile[None, :] <= last[:, None])
+    return near

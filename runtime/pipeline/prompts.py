@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
-HELD_OUT_SEED = 500  # added to the seed, where held-out prompts are the same calls anew
+HELD_OUT_SEED = 500  # added to the seed, where held-out prompts repeat the same calls
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
@@ -136,28 +139,14 @@ def validate(
     with _running_plain(pipeline), many_compilations():
         if any(strategy.shares_guidance for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
-        eager = _Pair(pipeline, plan, prompts, Lowering.EAGER, timestep)
-        report("generating eager, planned and dense")
-        shortcuts = eager.planned.by_prompt()  # first, as it refuses a wrong model
-        reference = eager.dense.by_prompt()
-        drift, timing = Drift(mean_squared_error(reference, shortcuts)), None
-        if speed and lowering is Lowering.INDUCTOR:
-            compiled = _Pair(pipeline, plan, prompts, lowering, timestep)
-            timing = compiled.time(repetitions, report)
-            shortcuts = compiled.planned.by_prompt()
-            drift = Drift(
-                drift.plan,
-                mean_squared_error(reference, compiled.dense.by_prompt()),
-                mean_squared_error(reference, shortcuts),
-            )
-        elif speed:
-            timing = eager.time(repetitions, report)
+        pair = partial(_Pair, pipeline, plan, prompts, timestep)
+        measured = _measure(pair, lowering if speed else None, repetitions, report)
     return Validation(
         target=wanted,
         seeds=tuple(prompt.seed for prompt in prompts),
-        qualities=compare(wanted, prompts, reference, shortcuts),
-        drift=drift,
-        timing=timing,
+        qualities=compare(wanted, prompts, measured.reference, measured.planned),
+        drift=measured.drift,
+        timing=measured.timing,
         lowering=lowering if speed else Lowering.EAGER,
     )
 
@@ -170,8 +159,8 @@ class _Pair:
         pipeline: Any,
         plan: Plan,
         prompts: Sequence[Prompt],
-        lowering: Lowering,
         timestep: str,
+        lowering: Lowering,
     ) -> None:
         self.dense = dense_contender(pipeline, prompts, lowering)
         self.planned = planned_contender(pipeline, plan, prompts, lowering, timestep)
@@ -187,6 +176,42 @@ class _Pair:
         pairs = max(repetitions, self._least)
         report(f"timing {pairs} pairs of generations")
         return measure_pairs(self.dense.generate, self.planned.generate, pairs)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Hold images by prompt, dense eager ones and planned ones, and what was measured of them."""
+
+    reference: list[Tensor]
+    planned: list[Tensor]
+    drift: Drift
+    timing: PairedTiming | None
+
+
+def _measure(
+    pair: Callable[[Lowering], _Pair],
+    timed: Lowering | None,
+    repetitions: int,
+    report: Callable[[str], None],
+) -> _Measured:
+    """Generate and compare; time generations run by ``timed``, unless None."""
+    eager = pair(Lowering.EAGER)
+    report("generating eager, planned and dense")
+    planned = eager.planned.by_prompt()  # first, as it refuses a wrong model
+    reference = eager.dense.by_prompt()
+    drift = Drift(mean_squared_error(reference, planned))
+    if timed is not Lowering.INDUCTOR:
+        timing = None if timed is None else eager.time(repetitions, report)
+        return _Measured(reference, planned, drift, timing)
+    compiled = pair(timed)
+    timing = compiled.time(repetitions, report)
+    planned = compiled.planned.by_prompt()
+    drift = Drift(
+        drift.plan,
+        mean_squared_error(reference, compiled.dense.by_prompt()),
+        mean_squared_error(reference, planned),
+    )
+    return _Measured(reference, planned, drift, timing)
 
 
 def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def capture_model(
     args: Sequence[Any],
     options: ModelOptions,
 ) -> CapturedModel:
-    """Capture what Dynamo hands over at a call with ``args``.
+    """Capture the graph ``module`` of a call with ``args``, as Dynamo found it.
 
     Raises:
         ConfigError: the model has no attention to plan, or none that can be split as asked.

@@ -118,7 +118,7 @@ def error_table(
 ) -> ErrorTable:
     """Return the errors; their energies are averaged over the prompts' sketches.
 
-    ``form`` says which of each site's windows is meant, the first where it has no such.
+    ``form`` selects one of each site's windows; the first one where a site lacks it.
     """
     columns: dict[Strategy, list[Array]] = {}
     for index, site in enumerate(sites):

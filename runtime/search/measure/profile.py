@@ -24,7 +24,7 @@ class Sketch:
     """Hold sampled elements of outputs ``[T, M, L, samples]``, and of residuals.
 
     ``L`` counts guidance branches, the conditional one first; it is 1 without guidance. Residuals
-    are of each form of window, ``[T, M, F, L, samples]``, and zero where a site has no such form.
+    are of each form of window, ``[T, M, F, L, samples]``, and zero where a site lacks it.
     """
 
     outputs: Tensor
@@ -68,7 +68,7 @@ class Profiler:
             residuals.append(torch.stack([*found, *[torch.zeros_like(outputs[-1])] * missing]))
             if at in self._probes:
                 shared = evaluator.memory[index].output
-                assert shared is not None  # step 0 is no probe
+                assert shared is not None  # step 0 is never a probe
                 trials.append(evaluator.trial(environment, index, shared)[0])
             evaluator.memory[index].output = output
             evaluator.put(environment, index, output)

@@ -3,9 +3,9 @@
 Two measurements at a few probe steps, in the target's own terms:
 
 - *at the model*: share one site's last output, let everything else run, and compare the model's
-  output (guidance applied): this tells sites apart;
+  output (guidance applied): this distinguishes sites;
 - *at the image*: share all sites at that step alone, finish the generation dense, and measure the
-  damage to the image: this tells steps apart.
+  damage to the image: this distinguishes steps.
 
 The weight of a site at a step is the root of the damage per relative error. Between probe steps it
 is interpolated in the logarithm, over the logarithm of the distance to the end: the last steps

@@ -1,7 +1,7 @@
 """Search step by step with an integer program, in the manner of DiTFastAttnV2 (section 3.3).
 
 One progressive pass on the compressed trajectory: a step runs dense, which gives the relative
-squared error of every candidate against the caches at hand; an integer program saves the most
+squared error of every candidate against the present caches; an integer program saves the most
 latency within a budget of summed error per step; the step runs again as chosen, and later steps go
 on from there. V2 does this per head; here the unit is the site.
 """

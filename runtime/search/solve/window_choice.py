@@ -23,13 +23,8 @@ from ditfastattn.runtime.search.solve.paths import solve
 from ditfastattn.runtime.search.solve.problem import Problem
 
 log = logging.getLogger(__name__)
-_RATES = (
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-)  # times the rate at which the dense price equals that of the first drift
+# Times the rate at which the dense price equals that of the drift expected.
+_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class WindowForm(StrEnum):

@@ -115,7 +115,7 @@ def test_merged_variants_store_what_any_of_their_steps_must() -> None:
     (full,) = {merged.variants[merged.schedule[step]][0] for step in (0, 2, 4, 5)}
     assert full.writes_output
     assert full.writes_residual
-    site = sites[0].name  # nobody reads the other writes
+    site = sites[0].name  # no step reads the other writes
     assert lives_of(merged) == {output_slot(site, 0): ((0, 1),), residual_slot(site): ((2, 3),)}
 
 

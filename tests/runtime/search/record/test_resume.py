@@ -79,7 +79,7 @@ def test_a_killed_search_resumes_and_finds_the_same_plan(
         if not kill_once_there_are(count, out, method, delay):
             break
         kills += 1
-        if out.exists():  # killed on its way out: what it wrote is whole
+        if out.exists():  # killed as it ended: the plan is complete
             assert Plan.load(out).strategies == expected.strategies
             break
         assert kept(out) >= before, "finished work was lost"

@@ -39,7 +39,7 @@ def search(
 def algorithm_1(
     tiny: TinyModel, sites: tuple[Site, ...], threshold: float, layout: CfgLayout
 ) -> list[tuple[Strategy, ...]]:
-    """Search as the paper writes it: a whole generation anew for every candidate."""
+    """Search as the paper writes it: a whole new generation for every candidate."""
     full: tuple[Strategy, ...] = (Strategy.FULL,) * len(sites)
     rows: list[tuple[Strategy, ...]] = [full]
     for step in range(1, STEPS):
@@ -74,7 +74,7 @@ def test_search_equals_algorithm_1_run_naively(
     calibrator, tiny, sites, outputs = search(name, threshold, layout)
     assert calibrator.strategies == algorithm_1(tiny, sites, threshold, layout)
     chosen = {strategy for row in calibrator.strategies[1:] for strategy in row}
-    assert len(chosen) > 1, "the threshold does not tell candidates apart: the test is idle"
+    assert len(chosen) > 1, "the threshold does not distinguish candidates: the test is idle"
     followed = tiny.reference(calibrator.strategies, sites, layout)
     assert largest_difference(outputs, followed) < 1e-5
 
