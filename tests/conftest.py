@@ -11,8 +11,9 @@ import torch
 
 from ditfastattn.export import prepare
 from ditfastattn.export.tensorrt import build
+from ditfastattn.runtime import lowering
 from ditfastattn.runtime.search.measure import latency
-from ditfastattn.runtime.search.measure.steppers import EagerVariant
+from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
 from tests import shared
 
 
@@ -50,6 +51,8 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
         patch.setattr(shared, "store", (base.parent if distributed else base) / "shared")
         patch.setattr(prepare, "capture_call", shared.capture_once)
         patch.setattr(build, "run_job", shared.run_job_once)
+        patch.setattr(Variants, "__init__", shared.share_rewritten)
+        patch.setattr(lowering, "_compiled", {})  # what is compiled stays, for the next test too
         yield
 
 

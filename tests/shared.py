@@ -1,7 +1,8 @@
-"""What tests share by content: captured calls, exported bundles and engines, each made once a run.
+"""What tests share by content, each made once: plans, bundles, engines, captures, rewritten graphs.
 
-Bundles and engines lie in a folder that the processes of one run share; the process that needs one
-first makes it, the others wait for it. A capture is shared within a process.
+Plans, bundles and engines lie in a folder that the processes of one run share; the process that
+needs one first makes it, the others wait for it. Captures and rewritten graphs are shared within a
+process.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from ditfastattn.core.env import read_knobs
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
+from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
+from ditfastattn.runtime.search.measure.session import Session
+from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
 
 store = Path()  # the processes' folder, which conftest names
 
@@ -89,6 +94,23 @@ def capture_once(model: nn.Module, call: RecordedCall) -> CapturedCall:
     if key not in _captured:
         _captured[key] = capture_call(model, call)
     return _captured[key]
+
+
+_rewritten: dict[str, dict[tuple[Any, ...], EagerVariant]] = {}
+
+
+def share_rewritten(variants: Variants, session: Session) -> None:
+    """Let ``variants`` know what other searches have rewritten of an equal graph."""
+    _begin_variants(variants, session)
+    module = session.captured.module
+    inputs = [(entry.name, entry.static) for entry in session.captured.inputs]
+    names = [site.name for site in session.sites]
+    graph = graph_text(module.graph), constant_tensors(module)
+    key = digest([graph, inputs, names, session.layout, read_knobs()])
+    variants._known = _rewritten.setdefault(key, {})
+
+
+_begin_variants = Variants.__init__
 
 
 def run_job_once(job: Job, time_limit: float, on_progress: Progress) -> None:
