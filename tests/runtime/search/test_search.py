@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+import multiprocessing
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -418,26 +419,26 @@ def test_a_round_is_spent_where_a_faster_plan_is_in_sight(
     assert min(found.held_out) >= 0.6
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
-with open_checkpoint(Path(sys.argv[1])):
-    print("holding", flush=True)
-    time.sleep(600)
-"""
+def hold(out: Path, held: Event) -> None:
+    with open_checkpoint(out):
+        held.set()
+        time.sleep(600)
 
 
 def test_two_writers_are_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    command = [sys.executable, "-c", WRITER, str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"holding\n"
+    processes = multiprocessing.get_context("fork")
+    held = processes.Event()
+    other = processes.Process(target=hold, args=(out, held))
+    other.start()
+    try:
+        assert held.wait(60)
         with pytest.raises(ConfigError, match="another search is writing this plan"):
             search(Target.min_ssim(0.99), out=out)
         assert not out.exists()
+    finally:
         other.kill()  # a lock that outlived its process would block the plan for good
+        other.join()
     with open_checkpoint(out):
         pass
 

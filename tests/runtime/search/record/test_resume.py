@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from signal import SIGKILL
+from typing import Any
 
 import pytest
-
-from ditfastattn import Plan
-
-# Counted operations, not measured latency, so that two searches find the same plan.
-SEARCH = """
-import sys
-from pathlib import Path
+import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from ditfastattn import Target, calibrate
-from ditfastattn.tools.digits_pipeline import DigitsPipeline
+
+from ditfastattn import Plan, Target, calibrate
 from tests.helpers import tiny_digits_pipeline
 
-call = {"class_labels": [1, 2], "num_inference_steps": 12, "guidance_scale": 2.0}
-calibrate(
-    tiny_digits_pipeline(DDIMScheduler(clip_sample=False)),
-    call,
-    target=Target.min_psnr(float(sys.argv[2])),
-    method=sys.argv[3],
-    objective="attention-flops",
-    out=Path(sys.argv[1]),
-)
-"""
-ROOT = Path(__file__).parents[4]
+CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 8, "guidance_scale": 2.0}
 
 
-def start(out: Path, method: str, bound: float = 45.0) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SEARCH, str(out), str(bound), method]
-    return subprocess.Popen(command, env=environment, cwd=out.parent, stderr=subprocess.PIPE)
+def search(out: Path, method: str) -> None:
+    """Search by counted operations, not measured latency, so that two searches find one plan."""
+    calibrate(
+        tiny_digits_pipeline(DDIMScheduler(clip_sample=False)),
+        CALL,
+        target=Target.min_psnr(45.0),
+        method=method,
+        objective="attention-flops",
+        out=out,
+    )
+
+
+def search_forked(out: Path, method: str) -> None:
+    torch.set_num_threads(1)  # a fork does not have the others
+    search(out, method)
+
+
+def start(out: Path, method: str) -> BaseProcess:
+    """Search in a process of its own: a fork, which has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(target=search_forked, args=(out, method))
+    process.start()
+    return process
 
 
 def kept(out: Path) -> int:
@@ -51,24 +53,21 @@ def kept(out: Path) -> int:
 def kill_once_there_are(count: int, out: Path, method: str, delay: float) -> bool:
     """Kill a search some time after it has kept ``count`` pieces; return whether it was killed."""
     process = start(out, method)
-    while process.poll() is None and kept(out) < count:
+    while process.is_alive() and kept(out) < count:
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    return process.exitcode == -SIGKILL
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "most_kills"), [("global", 3), ("greedy", 1)])
 def test_a_killed_search_resumes_and_finds_the_same_plan(
     method: str, most_kills: int, tmp_path: Path
 ) -> None:
     moments = random.Random()
     undisturbed = tmp_path / "undisturbed.json"
-    finished = start(undisturbed, method)
-    _, errors = finished.communicate()
-    assert finished.returncode == 0, errors.decode()
+    search(undisturbed, method)
     expected = Plan.load(undisturbed)
 
     out = tmp_path / "plan.json"
@@ -85,8 +84,8 @@ def test_a_killed_search_resumes_and_finds_the_same_plan(
         assert kept(out) >= before, "finished work was lost"
     assert kills > 0
     last = start(out, method)
-    _, errors = last.communicate()
-    assert last.returncode == 0, errors.decode()
+    last.join()
+    assert last.exitcode == 0
 
     found = Plan.load(out)
     assert found.strategies == expected.strategies
