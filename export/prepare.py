@@ -15,8 +15,9 @@ from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
-from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
+from ditfastattn.passes.capture.dynamo import GraphInput
 from ditfastattn.passes.plan.schedule import StepProgram, unroll
 from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
 from ditfastattn.passes.rewrites.hoist_invariants import find_hoisted

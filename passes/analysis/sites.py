@@ -20,9 +20,10 @@ from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder
-from ditfastattn.passes.capture.dynamo import CapturedGraph, latent_position, module_path
+from ditfastattn.passes.capture.dynamo import CapturedGraph, module_path
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value

@@ -30,7 +30,6 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.recognize_attention import Unrecognized, recognize_attention
-from ditfastattn.passes.graph.ir import value
 
 STATIC_MARK = "_dynamo_static_input_type"  # in a placeholder's meta["tensor_dict"]
 _PLAIN_PATH = re.compile(r"[\w.]*")
@@ -73,21 +72,6 @@ class CapturedGraph:
                 found: Node = node
                 return found
         raise LookupError(name)
-
-
-def latent_position(captured: CapturedGraph) -> int | None:
-    """Return which flat input is the latent: the first with the rank and size of the output."""
-    output = value(captured.module.graph.output_node().all_input_nodes[0])
-    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
-    placeholders = captured.module.graph.find_nodes(op="placeholder")
-    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
-        found = value(node)
-        same_size = (
-            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
-        )
-        if not entry.static and found.is_floating_point() and same_size:
-            return index
-    return None
 
 
 def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:

@@ -21,6 +21,7 @@ from ditfastattn.runtime.caches import Buffers
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
+from ditfastattn.runtime.matching import warn_of_unchecked_latents
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
@@ -76,6 +77,8 @@ class BundleTransformer(nn.Module):
         self._program = _program(manifest)
         self._slots = {slot.name: slot for slot in manifest.slots}
         self._threads = threading.local()
+        if manifest.shares_guidance and not manifest.latent:
+            warn_of_unchecked_latents([spec.name for spec in manifest.inputs])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,7 +176,7 @@ class BundleTransformer(nn.Module):
         self._check_batch(state, call, batch)
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
-            generation.check_latents(call, inputs[manifest.latent], name)
+            generation.check_latents(call, {name: inputs[manifest.latent]})
         variant = manifest.variants[manifest.schedule[call.step]]
         hoisted = self._hoisted(generation, inputs, batch)
         caches = generation.read(call, [slot for slot, _ in variant.reads], self._device, hoisted)

@@ -20,13 +20,13 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import fingerprint
+from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
 from ditfastattn.passes.capture.dynamo import (
     CapturedGraph,
     GraphInput,
     capture,
     describe_inputs,
-    latent_position,
 )
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.graph.verify import verify
@@ -149,8 +149,7 @@ class Session:
     @property
     def moving(self) -> tuple[int, ...]:
         """Return which flat inputs change from step to step: the timestep, the latent if known."""
-        latent = latent_position(self.captured)
-        return (self._known.timestep, *(() if latent is None else (latent,)))
+        return (self._known.timestep, *latent_candidates(self.captured))
 
     @property
     def _known(self) -> _Model:
