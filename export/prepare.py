@@ -15,8 +15,9 @@ from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
+from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram, unroll

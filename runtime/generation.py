@@ -60,7 +60,7 @@ class Generation:
         self.branches = tuple(map(GuidanceBranch, schedules))
         self.on_trial = on_trial
         self._clock = clock
-        self._latent: Tensor | None = None  # of step 0's first call, until its second one
+        self._latents: list[Tensor] = []  # of step 0's first call, until its second one
 
     def advance(self, timestep: TimestepReader) -> Call:
         """Return which call this is; the first one of a generation forgets the one before.
@@ -88,23 +88,24 @@ class Generation:
         """
         for branch in self.branches:
             branch.clear()
-        self._latent = None
+        self._latents = []
 
-    def check_latents(self, call: Call, latent: Tensor, name: str) -> None:
-        """Refuse to share guidance between different images.
+    def check_latents(self, call: Call, latents: Mapping[str, Tensor]) -> None:
+        """Refuse to share guidance between different images; ``latents`` are inputs by name.
 
         Raises:
             ConfigError: the guidance branches of ``call`` hold different latents.
         """
         if len(self.branches) == 1:
-            first, second = latent.tensor_split(2)
-            check_halves(first, second, name)
+            for name, latent in latents.items():
+                first, second = latent.tensor_split(2)
+                check_halves(first, second, name)
         elif call.branch == 0:
-            self._latent = latent.clone()
+            self._latents = [latent.clone() for latent in latents.values()]
         else:
-            assert self._latent is not None
-            check_halves(self._latent, latent, name)
-            self._latent = None
+            for first, (name, second) in zip(self._latents, latents.items(), strict=True):
+                check_halves(first, second, name)
+            self._latents = []
 
     def read(
         self,

@@ -88,6 +88,16 @@ def check_halves(first: Tensor, second: Tensor, where: str) -> None:
         )
 
 
+def warn_of_unchecked_latents(inputs: Sequence[str]) -> None:
+    """Warn that a plan shares guidance, and nothing can refuse halves of different images."""
+    log.warning(
+        "ditfastattn: the plan shares guidance, and none of the model's inputs (%s) has the size "
+        "of its output, so the latent is unknown: run with the plan's guidance, since different "
+        "images in its halves would go unnoticed",
+        ", ".join(inputs),
+    )
+
+
 def split_as_planned(plan: Plan, captured: CapturedGraph, sites: Sequence[Site]) -> CapturedGraph:
     """Return ``captured`` with the heads of its ``sites`` split by the groups of ``plan``.
 

@@ -35,7 +35,7 @@ class SelfCalibration:
         """Begin with the first step of a generation; ``sites`` are the attentions."""
         self._captured, self._sites, self._options = captured, sites, options
         self._timesteps: list[float] = []
-        self._latent: Tensor | None = None  # of the last call, while timesteps are all alike
+        self._latents: list[Tensor] = []  # of the last call, while timesteps are all alike
         self._calibrator = GreedyCalibrator(
             captured,
             sites,
@@ -47,7 +47,7 @@ class SelfCalibration:
         if options.on_progress is None:
             self._announce()
 
-    def is_complete(self, timestep: float, latent: Tensor | None) -> bool:
+    def is_complete(self, timestep: float, latents: Sequence[Tensor]) -> bool:
         """Return whether a call begins the next generation.
 
         Timesteps fall or rise, as the first ones do; one against that direction is of the next
@@ -61,13 +61,13 @@ class SelfCalibration:
         first, last = self._timesteps[0], self._timesteps[-1]
         direction = next((known - first for known in self._timesteps if known != first), 0.0)
         if direction == 0.0 and timestep == first:
-            self._check_progress(timestep, latent)
+            self._check_progress(timestep, latents)
         return (timestep - last) * direction < 0.0
 
-    def _check_progress(self, timestep: float, latent: Tensor | None) -> None:
+    def _check_progress(self, timestep: float, latents: Sequence[Tensor]) -> None:
         """Raise ``ConfigError`` if another call with the first timestep cannot be a step."""
-        before, calls = self._latent, len(self._timesteps) + 1
-        moved = before is not None and latent is not None and not torch.equal(before, latent)
+        calls = len(self._timesteps) + 1
+        moved = not all(map(torch.equal, self._latents, latents))
         if moved and calls <= _MOST_ALIKE:
             return
         raise ConfigError(
@@ -80,12 +80,12 @@ class SelfCalibration:
         )
 
     def step(
-        self, timestep: float, latent: Tensor | None, tensors: Sequence[Tensor]
+        self, timestep: float, latents: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
         """Run the next step on the flat ``tensors``, and choose its strategies."""
         self._timesteps.append(timestep)
         first = timestep == self._timesteps[0]
-        self._latent = latent.clone() if first and latent is not None else None
+        self._latents = [latent.clone() for latent in latents if first]
         return self._calibrator.step(tensors)
 
     def plan(self, identity: Fingerprint) -> Plan:

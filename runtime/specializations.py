@@ -19,8 +19,9 @@ from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
 from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.graph.verify import verify
@@ -32,7 +33,12 @@ from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, H
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
-from ditfastattn.runtime.matching import split_as_planned, static_tensors, timestep_position
+from ditfastattn.runtime.matching import (
+    split_as_planned,
+    static_tensors,
+    timestep_position,
+    warn_of_unchecked_latents,
+)
 from ditfastattn.runtime.model_state import ModelState, ModelStates
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.reports import RunReport, summary
@@ -65,9 +71,9 @@ class Specialization:
         captured = self.captured
         # A dense run needs no clock.
         self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
-        self._latent = latent_position(captured)
+        self._latents = latent_candidates(captured)
         arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
-        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, self._latent})
+        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, *self._latents})
         self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
         self._variants = CompiledVariants(captured, self._once, self._each, options)
         self._plans: dict[Fingerprint, UnrolledPlan] = {}
@@ -76,12 +82,11 @@ class Specialization:
         self.models = ModelStates()
         _log_sites(self.report)
 
-    def _hoist(self, name: str, varying: Collection[int | None]) -> HoistedGraph:
+    def _hoist(self, name: str, varying: Collection[int]) -> HoistedGraph:
         """Return what the pass ``name`` hoists; nothing where it is disabled."""
         runs_dense = self.options.dense or not self.report.sites
         disabled = runs_dense or name in read_knobs().disabled
-        positions = {index for index in varying if index is not None}
-        return HoistedGraph(self.captured, positions, self.options, disabled)
+        return HoistedGraph(self.captured, varying, self.options, disabled)
 
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
@@ -118,9 +123,9 @@ class Specialization:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
-        latent = None if self._latent is None else tensors[self._latent]
-        if not model.calibration.is_complete(now, latent):
-            return model.calibration.step(now, latent, tensors)
+        latents = [tensors[index] for index in self._latents]
+        if not model.calibration.is_complete(now, latents):
+            return model.calibration.step(now, latents, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
         log.warning("ditfastattn: calibrated: %s", summary(plan))
@@ -165,7 +170,10 @@ class Specialization:
         assert generation is not None
         call = self._advance(model, generation, timestep)
         if call.step == 0 and plan.shares_guidance:
-            self._check_latents(generation, call, tensors)
+            # Once a generation, as on a device it waits.
+            names = (self.captured.inputs[index].name for index in self._latents)
+            latents = (tensors[index] for index in self._latents)
+            generation.check_latents(call, dict(zip(names, latents, strict=True)))
         branch = generation.branches[call.branch]
         program = plan.programs[call.branch]
         hoisted = {
@@ -182,12 +190,6 @@ class Specialization:
         returned = variant.run([*tensors, *read(variant.reads)])
         generation.write(call, dict(zip(variant.writes, returned[self._results :], strict=True)))
         return tuple(returned[: self._results])
-
-    def _check_latents(self, generation: Generation, call: Call, tensors: Sequence[Tensor]) -> None:
-        """Refuse to share guidance between different images; once a generation, as it may wait."""
-        if self._latent is not None:
-            name = self.captured.inputs[self._latent].name
-            generation.check_latents(call, tensors[self._latent], name)
 
     def reports(self) -> list[RunReport]:
         """Report each plan in force."""
@@ -221,6 +223,8 @@ class Specialization:
         log.info("plan: %s", summary(unrolled.plan))
         if unrolled.plan.changed == 0:
             log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
+        if unrolled.shares_guidance and not self._latents:
+            warn_of_unchecked_latents(self.captured.dynamic_names)
 
 
 def _log_sites(report: SiteReport) -> None:

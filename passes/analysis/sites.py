@@ -21,10 +21,11 @@ from torch.fx import Graph, Node
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.attention import kind_of, why_no_window
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value

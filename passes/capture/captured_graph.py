@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ditfastattn.passes.capture.recognize_attention import Unrecognized
-from ditfastattn.passes.graph.ir import value
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,3 @@ class CapturedGraph:
                 found: Node = node
                 return found
         raise LookupError(name)
-
-
-def latent_position(captured: CapturedGraph) -> int | None:
-    """Return which flat input is the latent: the first with the rank and size of the output."""
-    output = value(captured.module.graph.output_node().all_input_nodes[0])
-    first_size = 2 if output.dim() > 3 else 1  # after the channels, where they come second
-    placeholders = captured.module.graph.find_nodes(op="placeholder")
-    for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True)):
-        found = value(node)
-        same_size = (
-            found.dim() == output.dim() and found.shape[first_size:] == output.shape[first_size:]
-        )
-        if not entry.static and found.is_floating_point() and same_size:
-            return index
-    return None

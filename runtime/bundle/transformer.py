@@ -23,6 +23,7 @@ from ditfastattn.runtime.caches import Buffers
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
+from ditfastattn.runtime.matching import warn_of_unchecked_latents
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
@@ -80,6 +81,8 @@ class BundleTransformer(nn.Module):
         self._writes = tuple(map(slots_written, manifest.variants))
         self._slots = {parse_slot(spec.name): spec for spec in manifest.slots}
         self._threads = threading.local()
+        if manifest.shares_guidance and not manifest.latent:
+            warn_of_unchecked_latents([spec.name for spec in manifest.inputs])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +180,7 @@ class BundleTransformer(nn.Module):
         self._check_batch(state, call, batch)
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
-            generation.check_latents(call, inputs[manifest.latent], name)
+            generation.check_latents(call, {name: inputs[manifest.latent]})
         index = manifest.schedule[call.step]
         variant, written = manifest.variants[index], self._writes[index]
         hoisted = self._hoisted(generation, inputs, batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
@@ -98,6 +98,12 @@ def branch_call(tiny: TinyModel, timestep: float, image: int, branch: int) -> di
     return made
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what ditfastattn has logged."""
+    own = (record for record in caplog.records if record.name.startswith("ditfastattn"))
+    return [record.getMessage() for record in own]
+
+
 # Two calls a step ---------------------------------------------------------------------------------
 
 TIMES = (900.0, 750.0, 600.0, 450.0)
@@ -136,7 +142,7 @@ def test_a_self_calibration_ends_with_its_generation(
     model = Stepped(tiny, threshold=0.2, cfg_layout=CfgLayout.COND_FIRST)
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):
         first, second = (generate(model, tiny, timesteps) for _ in range(2))
-    assert "calibrated: 5 steps" in caplog.text
+    assert "calibrated: 5 steps" in said(caplog)[1]
     assert model.plan.sampler.timesteps == pytest.approx(timesteps)
     assert largest_difference(first, second) < 1e-5
 
@@ -185,3 +191,72 @@ def test_a_self_calibrated_plan_that_has_served_is_kept() -> None:
     with pytest.raises(ConfigError, match="timestep"):
         generate(model, tiny, (900.0, 600.0, 300.0))
     assert largest_difference(first, generate(model, tiny, DESCENDING)) < 1e-5
+
+
+# The latents of guidance ------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Take a mask of the latent's size before the latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_dit().model
+
+    def forward(
+        self, mask: Tensor, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    ) -> Any:
+        masked = mask * hidden_states
+        return self.inner(masked, timestep, class_labels=class_labels, return_dict=False)
+
+
+class Packed(nn.Module):
+    """Take the latent as a row of numbers, unlike the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_dit().model
+
+    def forward(self, packed: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
+        latent = packed.view(-1, 4, 8, 8)
+        return self.inner(latent, timestep, class_labels=class_labels, return_dict=False)
+
+
+def inner_call(step: int, batch: int) -> dict[str, Any]:
+    call = call_at(tiny_dit(), TIMES[step], step)
+    del call["return_dict"]
+    return call
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.SEPARATE])
+def test_different_images_are_refused_where_a_mask_comes_first(
+    layout: CfgLayout, channels: int
+) -> None:
+    def call(step: int, batch: int) -> dict[str, Any]:
+        return {"mask": torch.ones(batch, channels, 8, 8), **inner_call(step, batch)}
+
+    tiny = TinyModel(Masked().eval(), call)
+    model = Stepped(tiny, plan=plan_of(tiny, (F, C, C, C), TIMES, layout))
+    first, second = call(0, BATCH), call(0, BATCH)
+    if layout is CfgLayout.SEPARATE:
+        model(**first)
+    second["hidden_states"] = noise(9, BATCH, 4, 8, 8)
+    with pytest.raises(ConfigError, match=r"hidden_states: the plan shares guidance"):
+        model(**second)
+
+
+def test_an_unknown_latent_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def call(step: int, batch: int) -> dict[str, Any]:
+        given = inner_call(step, batch)
+        return {"packed": given.pop("hidden_states").flatten(1), **given}
+
+    tiny = TinyModel(Packed().eval(), call)
+    sharing, plain = (plan_of(tiny, (F, s, s, s), TIMES) for s in (C, S))
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        Stepped(tiny, plan=plain)(**call(0, BATCH))
+        assert not said(caplog)
+        Stepped(tiny, plan=sharing)(**call(0, BATCH))
+    (message,) = said(caplog)
+    assert "shares guidance" in message
+    assert "(packed, timestep, class_labels) has the size of its output" in message

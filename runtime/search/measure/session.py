@@ -19,8 +19,9 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.sites import Site
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput, latent_position
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
@@ -122,8 +123,7 @@ class Session:
     @property
     def moving(self) -> tuple[int, ...]:
         """Return which flat inputs change from step to step: the timestep, the latent if known."""
-        latent = latent_position(self.captured)
-        return (self._known.timestep, *(() if latent is None else (latent,)))
+        return (self._known.timestep, *latent_candidates(self.captured))
 
     @property
     def _known(self) -> CapturedModel:

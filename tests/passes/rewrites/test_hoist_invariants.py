@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditfastattn import Strategy
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.capture.captured_graph import latent_position
+from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.graph.slots import hoisted_slot, read_slots, written_slots
 from ditfastattn.passes.plan.actions import DENSE
