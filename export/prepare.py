@@ -19,7 +19,8 @@ from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
 from ditfastattn.passes.capture.dynamo import GraphInput, latent_position
 from ditfastattn.passes.plan.schedule import StepProgram, unroll
 from ditfastattn.passes.plan.schema import CfgLayout, Fingerprint, Plan
-from ditfastattn.passes.rewrites.hoist_invariants import find_invariants
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_INVARIANTS, find_invariants
+from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -132,6 +133,7 @@ def prepare(
     rows = [[]] if plan is None else plan.strategies
     merged = plan is not None and plan.merge_variants
     program = unroll(rows, first.graph, both[0], merged)
+    hoists = plan is not None and HOIST_INVARIANTS not in switches().off
     return PreparedModel(
         model=model,
         dtype=dtype,
@@ -140,7 +142,7 @@ def prepare(
         identity=identity,
         captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
         program=program,
-        invariants=() if plan is None else find_invariants(first.graph, varying),
+        invariants=find_invariants(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )

@@ -46,7 +46,7 @@ from ditfastattn.passes.plan.schema import (
     Strategy,
 )
 from ditfastattn.passes.rewrites.hoist_invariants import FOLD_TIMESTEPS, HOIST_INVARIANTS
-from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite
+from ditfastattn.passes.rewrites.pipeline import SiteAction, rewrite, switches
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.invariants import FoldedTimesteps, Hoisted, Prologue
@@ -221,7 +221,7 @@ class Specialization:
     def _make_prologue(self, name: str, varying: Collection[int | None]) -> Prologue:
         """Return the prologue of the pass ``name``, which hoists nothing where it is disabled."""
         runs_dense = self.options.dense or not self.report.sites
-        disabled = runs_dense or name in read_knobs().disabled
+        disabled = runs_dense or name in switches().off
         positions = {index for index in varying if index is not None}
         return Prologue(self.captured, positions, self.options, disabled)
 

@@ -23,7 +23,7 @@ from ditfastattn.passes.graph.slots import (
 )
 from ditfastattn.passes.plan.schema import CfgLayout, Strategy
 from ditfastattn.passes.rewrites.extrapolate_steps import change_factors
-from ditfastattn.passes.rewrites.pipeline import SiteAction
+from ditfastattn.passes.rewrites.pipeline import SiteAction, switches
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ def unroll(
     Where heads are split, the program's sites hold the whole attentions too, after ``sites``: what
     all groups of one do at a step, it does at its own exits, behind the output projection.
     """
-    sites, chosen = _with_wholes(sites, strategies, merge_variants)
+    available = switches()
+    strategies = available.plan(strategies, two_calls=lane is not Lane.ONLY)
+    sites, chosen = _with_wholes(available.sites(sites), strategies, merge_variants)
     columns = _columns(sites, chosen, lane)
     rows = list(zip(*columns, strict=True)) if columns else [()] * len(strategies)
     if merge_variants:

@@ -51,6 +51,7 @@ class ExtrapolateSteps:
     linear: tuple[Site, ...]
     quadratic: tuple[Site, ...] = ()
     name: str = "extrapolate-steps"
+    requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace each exits node."""

@@ -31,6 +31,7 @@ class ShareAcrossCfg:
     sites: tuple[Site, ...]
     layout: CfgLayout
     name: str = "share-across-cfg"
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Rewrite each exits node."""

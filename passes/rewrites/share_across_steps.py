@@ -21,6 +21,7 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.graph.slots import output_slot, read_cache
 from ditfastattn.passes.rewrites.base import PassResult
+from ditfastattn.passes.rewrites.keep_apart import keep_caches_apart
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ShareAcrossSteps:
 
     sites: tuple[Site, ...]
     name: str = "share-across-steps"
+    requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace each exits node."""
@@ -37,4 +39,4 @@ class ShareAcrossSteps:
                 node = find(module.graph, member)
                 slot = output_slot(site.name, index)
                 node.replace_all_uses_with(read_cache(module.graph, slot, value(node)))
-        return PassResult(len(self.sites))
+        return PassResult(len(self.sites) + keep_caches_apart(module.graph))
