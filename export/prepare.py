@@ -20,8 +20,9 @@ from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.step_program import StepProgram, unroll
-from ditfastattn.passes.rewrites.hoist_invariants import find_hoisted
+from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
+from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -122,6 +123,7 @@ def prepare(
     latent = latent_position(first.graph)
     varying = {timestep} if latent is None else {timestep, latent}
     program = _unrolled(plan, first.graph, both[0])
+    hoists = plan is not None and HOIST_PER_GENERATION not in switches().off
     return PreparedModel(
         model=model,
         dtype=dtype,
@@ -130,7 +132,7 @@ def prepare(
         identity=identity,
         captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
         program=program,
-        invariants=() if plan is None else find_hoisted(first.graph, varying),
+        invariants=find_hoisted(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )
@@ -161,8 +163,8 @@ def _matched(
 def _unrolled(plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...]) -> StepProgram:
     """Return the steps of ``plan``; the dense model is one step without sites."""
     if plan is None:
-        return unroll([[]], captured, sites)
-    return unroll(plan.strategies, captured, sites, plan.merge_variants)
+        return unroll_available([[]], captured, sites)
+    return unroll_available(plan.strategies, captured, sites, plan.merge_variants)
 
 
 def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:

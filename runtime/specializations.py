@@ -30,6 +30,7 @@ from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import NOTHING
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
+from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
@@ -85,7 +86,7 @@ class Specialization:
     def _hoist(self, name: str, varying: Collection[int]) -> HoistedGraph:
         """Return what the pass ``name`` hoists; nothing where it is disabled."""
         runs_dense = self.options.dense or not self.report.sites
-        disabled = runs_dense or name in read_knobs().disabled
+        disabled = runs_dense or name in switches().off
         return HoistedGraph(self.captured, varying, self.options, disabled)
 
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:

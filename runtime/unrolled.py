@@ -9,7 +9,8 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.guidance import calls_of
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.step_program import StepProgram, unroll
+from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.clock import StepClock
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.matching import planned_sites
@@ -59,7 +60,7 @@ def unroll_plan(
     return UnrolledPlan(
         plan,
         tuple(
-            unroll(plan.strategies, captured, chosen, plan.merge_variants, branch)
+            unroll_available(plan.strategies, captured, chosen, plan.merge_variants, branch)
             for branch in branches
         ),
     )

@@ -19,6 +19,14 @@ becomes::
 
     %2 = aten.to.dtype(%0, float32): float32[2, 4]
 
+A view of another shape becomes a reshape, which copies where passes have changed the layout::
+
+    %2 = aten.view.default(%1, [2, 64, 32]): float32[2, 64, 32]
+
+becomes::
+
+    %2 = aten.reshape.default(%1, [2, 64, 32]): float32[2, 64, 32]
+
 A selection from the first dimension of a permutation, such as the queries of ``[3, B, H, N, D]``,
 moves before the permutation, so that the batch stays the first dimension::
 
@@ -51,6 +59,8 @@ def canonicalize(module: GraphModule) -> int:
         _select_before(module, node)
     for node in calls(module.graph, aten.type_as.default):
         _cast_by_dtype(module, node)
+    for node in calls(module.graph, aten.view.default):
+        node.target = aten.reshape.default
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _is_no_op(node):
             node.replace_all_uses_with(node.args[0])

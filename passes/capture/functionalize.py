@@ -19,7 +19,6 @@ later, is left for the caller to refuse.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -28,9 +27,9 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ditfastattn.passes.graph.aliases import is_write, owners, shared_arguments
 from ditfastattn.passes.graph.ir import aten, insert, value
 
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 _SCATTERS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
@@ -47,17 +46,12 @@ def functionalize(module: GraphModule) -> list[Node]:
     return left
 
 
-def is_write(node: Node) -> bool:
-    """Return whether ``node`` writes to one of its arguments."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
 def _replaced(module: GraphModule, node: Node) -> bool:
     """Replace the write ``node`` by a value, unless another tensor shares the memory written."""
     chain = _parts(node.args[0])
     base = chain[0]
-    owner = _owner(base)
-    if owner.op != "call_function":
+    owner, *more = owners(base, _viewed)
+    if more or owner.op != "call_function":
         return False
     later = set(_after(node))
     own = _aliases(base)
@@ -75,9 +69,8 @@ def _replaced(module: GraphModule, node: Node) -> bool:
         renewed = {base: made}
         for alias in own[1:]:  # from here on, views are views of the new value
             if alias not in later and alias is not node:
-                source: Any = alias.args[0]
-                arguments = (renewed[source], *alias.args[1:])
-                renewed[alias] = insert(module.graph, alias.target, arguments, alias)
+                args, kwargs = map_arg((alias.args, alias.kwargs), lambda n: renewed.get(n, n))
+                renewed[alias] = insert(module.graph, alias.target, args, alias, dict(kwargs))
     written: Any = node.args[0]
     node.replace_all_uses_with(renewed[written])
     module.graph.erase_node(node)
@@ -97,20 +90,16 @@ def _parts(written: Any) -> list[Node]:
     return chain
 
 
-def _owner(tensor: Node) -> Node:
-    """Return the tensor whose memory ``tensor`` views."""
-    while tensor.op == "call_function" and _is_view(tensor):
-        if not tensor.args or not isinstance(tensor.args[0], Node):
-            break
-        tensor = tensor.args[0]
-    return tensor
+def _viewed(tensor: Node) -> tuple[Node, ...]:
+    """Return what ``tensor`` may be a view of; the result of a write counts as a new tensor."""
+    return () if is_write(tensor) else shared_arguments(tensor)
 
 
 def _aliases(tensor: Node) -> list[Node]:
     """Return ``tensor`` and all views of it, in the order of the graph."""
     found = {tensor}
     for node in _after(tensor):
-        if node.op == "call_function" and node.args and node.args[0] in found and _is_view(node):
+        if node.op == "call_function" and not found.isdisjoint(_viewed(node)):
             found.add(node)
     return [node for node in tensor.graph.nodes if node in found]
 
@@ -138,18 +127,6 @@ def _copied(module: GraphModule, node: Node) -> Node:
     if value(source).shape != wanted.shape:
         source = insert(module.graph, aten.expand.default, (source, list(wanted.shape)), node)
     return source
-
-
-def _is_view(node: Node) -> bool:
-    if node.target is operator.getitem:
-        return _is_view(node.args[0])  # type: ignore[arg-type]  # a node: it has several results
-    if not isinstance(node.target, OpOverload):
-        return True  # unknown: assume a view
-    if node.target in _CASTS and value(node).dtype != value(node.args[0]).dtype:
-        return False
-    return not is_write(node) and any(
-        returned.alias_info is not None for returned in node.target._schema.returns
-    )
 
 
 def _pure(node: Node) -> OpOverload | None:

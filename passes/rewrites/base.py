@@ -1,4 +1,4 @@
-"""Say what a pass is: a frozen record of options that rewrites a graph in place."""
+"""Define a pass: a frozen record of options that rewrites a graph in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch.fx import GraphModule
 
 @dataclass(frozen=True)
 class PassResult:
-    """Report a pass: how many rewrites it made, and why it left candidates alone."""
+    """Report what a pass did.
+
+    Attributes:
+        changed: how many changes it made, 0 only where the graph is as it was; the runner checks.
+        declined: why it left candidates alone, one reason each.
+    """
 
     changed: int
     declined: tuple[str, ...] = ()
@@ -21,7 +26,15 @@ class Pass(Protocol):
 
     @property
     def name(self) -> str:
-        """Return the name that logs and the disable knob use."""
+        """Return the name used in logs and in ``DITFASTATTN_DISABLE``."""
+        ...
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Return the names of earlier passes whose results this one reads.
+
+        It does not run where one of them is switched off.
+        """
         ...
 
     def run(self, module: GraphModule) -> PassResult:

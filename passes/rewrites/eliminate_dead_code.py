@@ -24,6 +24,7 @@ class EliminateDeadCode:
     """Erase dead nodes."""
 
     name: str = "eliminate-dead-code"
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Erase, users first."""

@@ -36,12 +36,12 @@ class HoistBatchSlices:
     """Move batch-half slices as far up as is exact and saves work."""
 
     name: str = "hoist-batch-slices"
+    requires: tuple[str, ...] = ("share-guidance",)
 
     def run(self, module: GraphModule) -> PassResult:
-        """Hoist until nothing moves."""
+        """Erase dead users, which would hold slices up, then move slices until none can."""
         graph = module.graph
-        EliminateDeadCode().run(module)
-        changed = 0
+        changed = EliminateDeadCode().run(module).changed
         pending = [node for node in graph.nodes if _HALF in node.meta]
         while pending:
             node = pending.pop()

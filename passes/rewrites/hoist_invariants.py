@@ -33,6 +33,7 @@ from ditfastattn.passes.graph.ir import clone, find, value
 from ditfastattn.passes.graph.slots import hoisted_slot, read_cache, write_cache
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
+from ditfastattn.passes.rewrites.keep_apart import keep_caches_apart
 
 HOIST_PER_GENERATION = "hoist-invariants"
 HOIST_PER_TIMESTEP = "fold-timesteps"
@@ -44,6 +45,7 @@ class HoistInvariants:
 
     nodes: tuple[str, ...]
     name: str = HOIST_PER_GENERATION
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace those that the graph still uses."""
@@ -52,7 +54,7 @@ class HoistInvariants:
         for node in found:
             slot = hoisted_slot(node.name)
             node.replace_all_uses_with(read_cache(module.graph, slot, value(node)))
-        return PassResult(len(found))
+        return PassResult(len(found) + keep_caches_apart(module.graph))
 
 
 def find_hoisted(captured: CapturedGraph, varying: Collection[int]) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class MergeHeads:
 
     groups: tuple[tuple[Site, Strategy], ...]
     name: str = "merge-heads"
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Merge, then take the slices away that only put together what was merged."""
@@ -54,15 +55,15 @@ class MergeHeads:
             for site, strategy in self.groups
             if site.whole is not None
         }
-        EliminateDeadCode().run(module)
+        erased = EliminateDeadCode().run(module).changed
         runs = [run for run in _runs(graph, strategies) if len(run) > 1]
         for run in runs:
             _merge(graph, run)
         wholes = {site.whole.node for site, _ in self.groups if site.whole is not None}
         for node in [node for node in graph.nodes if node.name in wholes]:
             _join(graph, node)
-        _keep_caches_apart(graph)
-        return PassResult(sum(map(len, runs)))
+        copied = _copy_cached_slices(graph)
+        return PassResult(erased + sum(map(len, runs)) + copied)
 
 
 def _runs(
@@ -151,8 +152,12 @@ def _join(graph: Graph, whole: Node) -> None:
     joined.args = (parts, joined.args[1])
 
 
-def _keep_caches_apart(graph: Graph) -> None:
-    """Copy what a group's cache holds of a merged attention, which would live as long else."""
+def _copy_cached_slices(graph: Graph) -> int:
+    """Copy what a group's cache holds of a merged attention; a slice would keep all of it alive.
+
+    Return how many copies were made.
+    """
+    copied = 0
     written = outputs(graph)[len(outputs(graph)) - len(written_slots(graph)) :]
     for node in written:
         if not isinstance(node, Node):
@@ -160,8 +165,10 @@ def _keep_caches_apart(graph: Graph) -> None:
         merged = _slice_of(node, node.target is aten.transpose.int)
         if merged is not None and merged.target is ATTENTION:
             with graph.inserting_after(node):
-                copied = insert(graph, aten.clone.default, (node,), node)
-            graph.output_node().replace_input_with(node, copied)
+                copy = insert(graph, aten.clone.default, (node,), node)
+            graph.output_node().replace_input_with(node, copy)
+            copied += 1
+    return copied
 
 
 def _slice_of(part: Node, swapped: bool) -> Node | None:

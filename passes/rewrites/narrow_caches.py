@@ -34,6 +34,7 @@ class NarrowCaches:
 
     sites: tuple[Site, ...]
     name: str = "narrow-caches"
+    requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
         """Convert what is read and what is written."""

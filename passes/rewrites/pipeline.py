@@ -10,16 +10,16 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from ditfastattn.core.env import Knobs, read_knobs
-from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import clone, graph_text, outputs
-from ditfastattn.passes.graph.verify import snapshot, verify
+from ditfastattn.passes.graph.verify import Verifier
 from ditfastattn.passes.plan.actions import SiteAction
-from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.guidance import CfgLayout, GuidanceCall
+from ditfastattn.passes.plan.step_program import StepProgram, unroll
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.rewrites.base import Pass
+from ditfastattn.passes.rewrites.base import Pass, PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_TIMESTEP, HoistInvariants
@@ -28,6 +28,7 @@ from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
 from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
 from ditfastattn.passes.rewrites.share_guidance import ShareGuidance
 from ditfastattn.passes.rewrites.store_caches import StoreCaches
+from ditfastattn.passes.rewrites.switches import Switches, switched_off
 from ditfastattn.passes.rewrites.window_residual import WindowResidual
 
 log = logging.getLogger(__name__)
@@ -88,47 +89,57 @@ def rewrite(
         VerifyError: a pass left the graph invalid.
     """
     knobs = read_knobs()
-    _check_disabled(knobs)
+    off = switches(knobs).off
     module = clone(captured.module)
-    trusted = snapshot(module)  # the dense graph was verified when it was captured
     inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
+    verifier = Verifier(module, inputs, results)  # the dense graph was verified at its capture
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
     passes = variant_passes(sites, _fuelled(actions, knobs.fuel), layout, invariants, folded)
     for step in passes:
-        if step.name in knobs.disabled:
-            log.info("%s: %s: disabled", label, step.name)
+        if step.name in off:
+            log.info("%s: %s: off: %s", label, step.name, off[step.name])
             continue
-        before = len(module.graph.nodes)
         result = step.run(module)
         done.append(step.name)
-        if result.changed == 0 and len(module.graph.nodes) == before:
-            continue
-        log.info(
-            "%s: %s: %d rewritten, %d declined",
-            label,
-            step.name,
-            result.changed,
-            len(result.declined),
-        )
-        for reason in result.declined:
-            log.debug("%s: %s: declined: %s", label, step.name, reason)
+        _log(label, step.name, result)
         if knobs.verify:
-            verify(module, inputs, results, ", ".join(done), trusted)
-        _dump(knobs, label, len(done), step.name, module)
+            verifier.check_report(result.changed, ", ".join(done))
+        if result.changed:
+            _dump(knobs, label, len(done), step.name, module)
     module.recompile()
     return module
 
 
-def _check_disabled(knobs: Knobs) -> None:
-    unknown = sorted(set(knobs.disabled) - set(PASS_NAMES))
-    if unknown:
-        raise ConfigError(
-            "unknown pass",
-            where="DITFASTATTN_DISABLE",
-            got=", ".join(unknown),
-            expected=", ".join(PASS_NAMES),
-        )
+def unroll_available(
+    rows: Sequence[Sequence[Strategy]],
+    captured: CapturedGraph,
+    sites: Sequence[Site],
+    merge_variants: bool = False,
+    call: GuidanceCall = GuidanceCall.ONLY,
+) -> StepProgram:
+    """Return the step program of what is left of ``rows`` where passes are switched off."""
+    available = switches()
+    left = available.plan(rows, two_calls=call is not GuidanceCall.ONLY)
+    return unroll(left, captured, available.sites(sites), merge_variants, call)
+
+
+def switches(knobs: Knobs | None = None) -> Switches:
+    """Return which passes the knobs switch off.
+
+    Raises:
+        ConfigError: a knob is not valid, or names an unknown pass.
+    """
+    passes = variant_passes((), (), CfgLayout.NONE)
+    return switched_off(passes, (knobs or read_knobs()).disabled)
+
+
+def _log(label: str, name: str, result: PassResult) -> None:
+    changed, declined = result.changed, len(result.declined)
+    if changed or declined:
+        log.info("%s: %s: %d rewritten, %d declined", label, name, changed, declined)
+    for reason in result.declined:
+        log.debug("%s: %s: declined: %s", label, name, reason)
 
 
 def _fuelled(actions: Sequence[SiteAction], fuel: int) -> tuple[SiteAction, ...]:

@@ -35,6 +35,7 @@ from ditfastattn.passes.graph.ir import aten, fake_mode, find, insert, value
 from ditfastattn.passes.graph.slots import Slot, factor_slots, output_slot, read_cache
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import PassResult
+from ditfastattn.passes.rewrites.keep_apart import keep_caches_apart
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class ReuseOutputs:
 
     sites: tuple[tuple[Site, Strategy], ...]
     name: str = "reuse-outputs"
+    requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
         """Replace each exit node."""
         for site, strategy in self.sites:
             _reuse(module.graph, site, strategy)
-        return PassResult(len(self.sites))
+        return PassResult(len(self.sites) + keep_caches_apart(module.graph))
 
 
 @dataclass(frozen=True)

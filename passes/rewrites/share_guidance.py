@@ -31,6 +31,7 @@ class ShareGuidance:
     sites: tuple[Site, ...]
     layout: CfgLayout
     name: str = "share-guidance"
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Rewrite each exit node."""

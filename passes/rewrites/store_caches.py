@@ -25,6 +25,7 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.graph.ir import aten, find, insert
 from ditfastattn.passes.graph.slots import output_slot, residual_slot, write_cache
 from ditfastattn.passes.rewrites.base import PassResult
+from ditfastattn.passes.rewrites.keep_apart import keep_caches_apart
 from ditfastattn.passes.rewrites.window_residual import insert_window
 
 
@@ -35,6 +36,7 @@ class StoreCaches:
     outputs: tuple[Site, ...]
     residuals: tuple[Site, ...]
     name: str = "store-caches"
+    requires: tuple[str, ...] = ()
 
     def run(self, module: GraphModule) -> PassResult:
         """Add a graph output for each slot."""
@@ -49,4 +51,5 @@ class StoreCaches:
             with graph.inserting_after(window):
                 residual = insert(graph, aten.sub.Tensor, (attention, window), attention)
             write_cache(graph, residual_slot(site.name), residual)
-        return PassResult(len(self.outputs) + len(self.residuals))
+        copies = keep_caches_apart(graph)
+        return PassResult(len(self.outputs) + len(self.residuals) + copies)

@@ -32,6 +32,7 @@ class WindowResidual:
 
     sites: tuple[Site, ...]
     name: str = "window-residual"
+    requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
         """Rewrite each site."""

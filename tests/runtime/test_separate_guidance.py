@@ -29,7 +29,7 @@ from tests.helpers import (
     largest_difference,
 )
 
-Rows = list[tuple[Strategy, ...]]
+Rows = Sequence[Sequence[Strategy]]
 BATCH = 2
 
 
@@ -120,7 +120,7 @@ F, C, Q = Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE_QUADRATIC
 def test_a_parabola_goes_through_outputs_of_the_other_call(steps: tuple[Strategy, ...]) -> None:
     tiny = TINY_MODELS["dit"]()
     sites = captured_once(tiny, BATCH).every
-    rows = [(strategy,) * len(sites) for strategy in steps]
+    rows: list[tuple[Strategy, ...]] = [(strategy,) * len(sites) for strategy in steps]
     expected = reference(tiny, rows)
     model = compiled(tiny, plan_of(tiny, rows))
     assert largest_difference(run(tiny, model), expected) < 1e-5

@@ -15,9 +15,9 @@ from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import calls_of
-from ditfastattn.passes.plan.step_program import StepProgram, unroll
+from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.rewrites.pipeline import rewrite
+from ditfastattn.passes.rewrites.pipeline import rewrite, unroll_available
 from ditfastattn.passes.windows.lower_window_attention import WindowKernel
 from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.runtime.caches import Caches
@@ -68,7 +68,7 @@ class Variants:
         """Unroll the plan ``rows``, for each of a step's calls."""
         captured, sites = self.session.captured, self.session.sites
         return tuple(
-            unroll(rows, captured, sites, merge_variants, call)
+            unroll_available(rows, captured, sites, merge_variants, call)
             for call in calls_of(self.session.layout)
         )
 

@@ -10,7 +10,7 @@ from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import calls_of
 from ditfastattn.passes.plan.schema import Calibration, Plan
-from ditfastattn.passes.plan.step_program import unroll
+from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.timing import device_name
@@ -30,7 +30,7 @@ def record_plan(
     """
     captured, sites = session.captured, session.sites
     peaks = [
-        unroll(rows, captured, sites, merge_variants, call).slots.peak_bytes
+        unroll_available(rows, captured, sites, merge_variants, call).slots.peak_bytes
         for call in calls_of(session.layout)
     ]
     added = {

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from ditfastattn import ConfigError
-from ditfastattn.passes.capture.functionalize import is_write
+from ditfastattn.passes.graph.aliases import is_write
 from tests.helpers import capture_model
 
 
@@ -78,6 +79,25 @@ def through_a_view(x: Tensor) -> Tensor:
     return turned * 3
 
 
+def one_of_two_results(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
+    variance.add_(1.0)
+    return (x - mean) / variance
+
+
+def an_unmarked_view(x: Tensor) -> Tensor:
+    turned = torch.einsum("ij->ji", x + 1)
+    turned.mul_(3.0)
+    return turned + turned.sum()
+
+
+def kept_in_its_format(x: Tensor) -> Tensor:
+    own = x + 1
+    view = own.contiguous(memory_format=torch.contiguous_format)
+    own.mul_(3.0)
+    return view + 1
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -89,6 +109,9 @@ def through_a_view(x: Tensor) -> Tensor:
         viewed_before,
         a_part_viewed_before,
         through_a_view,
+        one_of_two_results,
+        an_unmarked_view,
+        kept_in_its_format,
     ],
 )
 def test_own_tensors_become_values(function: Callable[[Tensor], Tensor]) -> None:
@@ -114,8 +137,27 @@ def the_whole_used_later(x: Tensor) -> Tensor:
     return own + 1
 
 
+def through_an_unmarked_view(x: Tensor) -> Tensor:
+    own = x + 1
+    torch.einsum("ij->ji", own).mul_(3.0)
+    return own + 1
+
+
+def through_an_idle_dropout(x: Tensor) -> Tensor:
+    own = x + 1
+    dropout(own, 0.5, training=False).mul_(3.0)
+    return own + 1
+
+
 @pytest.mark.parametrize(
-    "function", [input_written, a_part_of_an_input_written, the_whole_used_later]
+    "function",
+    [
+        input_written,
+        a_part_of_an_input_written,
+        the_whole_used_later,
+        through_an_unmarked_view,
+        through_an_idle_dropout,
+    ],
 )
 def test_what_others_could_see_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ConfigError, match="writes in place"):

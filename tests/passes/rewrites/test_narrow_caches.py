@@ -29,6 +29,7 @@ from tests.heads import head_plan, split
 from tests.helpers import (
     TINY_MODELS,
     capture_every_site,
+    compile_plan,
     largest_difference,
     make_plan,
     mixed_strategies,
@@ -132,9 +133,11 @@ def test_groups_of_heads_keep_less_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = tiny_dit(heads=4)
     rows = uniform_strategies(split(tiny, 2).every, Strategy.SHARE_STEP)
     plan = head_plan(tiny, 2, rows)
-    found = run_plan(tiny, narrowed(plan))
+    model = compile_plan(tiny, narrowed(plan))
+    found = tiny.run(model)
     (report,) = reports_of(narrowed(plan))
-    exact = run_plan(tiny, plan)
+    wide = compile_plan(tiny, plan)
+    exact = tiny.run(wide)
     (whole,) = reports_of(plan)
     assert report.peak_cache_bytes * 2 == whole.peak_cache_bytes > 0
     rounding(monkeypatch, torch.float16)
