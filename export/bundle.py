@@ -32,6 +32,7 @@ from ditfastattn.export.step_graphs import (
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, LoopSpec, Manifest, VariantSpec
+from ditfastattn.runtime.clock import tolerances
 from ditfastattn.runtime.matching import check_sampler
 from ditfastattn.runtime.pipeline.prompts import argument_of, guidance_argument, split_prompts
 
@@ -78,7 +79,9 @@ def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
         )
     found = linear_schedule(scheduler, plan.sampler.steps)
     timesteps = tuple(step.timestep for step in found.steps)
-    if any(abs(a - b) > 1e-3 for a, b in zip(timesteps, plan.sampler.timesteps, strict=True)):
+    planned = plan.sampler.timesteps
+    allowed = tolerances(planned)
+    if any(abs(a - b) > most for a, b, most in zip(timesteps, planned, allowed, strict=True)):
         raise ConfigError(
             "the pipeline sets other timesteps than its scheduler would by itself",
             where="export(loop=True)",
