@@ -34,6 +34,7 @@ from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
+from ditfastattn.runtime.clock import tolerances
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
 from ditfastattn.runtime.pipeline.prompts import argument_of, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
@@ -81,7 +82,9 @@ def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
         )
     found = linear_schedule(scheduler, plan.sampler.steps)
     timesteps = tuple(step.timestep for step in found.steps)
-    if any(abs(a - b) > 1e-3 for a, b in zip(timesteps, plan.sampler.timesteps, strict=True)):
+    planned = plan.sampler.timesteps
+    allowed = tolerances(planned)
+    if any(abs(a - b) > most for a, b, most in zip(timesteps, planned, allowed, strict=True)):
         raise ConfigError(
             "the pipeline's timesteps differ from those that its scheduler sets by itself",
             where="export(loop=True)",

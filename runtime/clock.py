@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
-_TOLERANCE = 1e-3  # timesteps are integers or, in flow matching, multiples of about 1
+_TOLERANCE = 1e-3  # of the distance to the nearest other timestep of the schedule
 
 
 class TimestepReader(Protocol):
@@ -59,6 +60,18 @@ def read_timestep(tensor: Tensor) -> TimestepReader:
     return _DeviceTimestep(tensor) if tensor.is_cuda else _HostTimestep(tensor)
 
 
+def tolerances(timesteps: Sequence[float]) -> tuple[float, ...]:
+    """Return how far off each timestep of a schedule may be, which rounding alone explains.
+
+    Models are given integers up to 1000, thousandths of those, or one minus these.
+    """
+    distinct = sorted(set(timesteps))
+    gaps = [later - before for before, later in pairwise(distinct)] or [abs(distinct[0]) or 1.0]
+    nearest = map(min, zip([gaps[0], *gaps], [*gaps, gaps[-1]], strict=True))
+    allowed = {t: _TOLERANCE * gap for t, gap in zip(distinct, nearest, strict=False)}
+    return tuple(allowed[t] for t in timesteps)
+
+
 @dataclass
 class StepClock:
     """Count the calls of one generation, and check each against the plan's timesteps.
@@ -71,6 +84,10 @@ class StepClock:
     where: str
     step: int = -1
     _unchecked: list[tuple[int, TimestepReader]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Derive what deviations to allow."""
+        self._tolerances = tolerances(self.timesteps)
 
     @property
     def at_end(self) -> bool:
@@ -113,7 +130,7 @@ class StepClock:
                 raise self._mismatch(timestep.value(), step)
 
     def _matches(self, value: float, step: int) -> bool:
-        return abs(value - self.timesteps[step]) <= _TOLERANCE
+        return abs(value - self.timesteps[step]) <= self._tolerances[step]
 
     def _mismatch(self, value: float, step: int) -> ConfigError:
         self.reset()

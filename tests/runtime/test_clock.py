@@ -80,3 +80,49 @@ def test_reset_forgets_the_generation() -> None:
     host(clock, 900.0)
     clock.reset()
     assert clock.tick(Late(900.0)) == 0
+
+
+SCALES = {
+    "integers": tuple(float(t) for t in range(999, 899, -1)),
+    "thousandths": tuple(t / 1000 for t in range(1000, 900, -1)),
+    "rising": tuple(1 - t / 1000 for t in range(1000, 900, -1)),
+    "narrow": (1.0, 0.9995, 0.9990, 0.0),
+}
+
+
+@pytest.mark.parametrize("timesteps", SCALES.values(), ids=SCALES)
+def test_an_interrupted_generation_is_noticed_at_any_scale(timesteps: tuple[float, ...]) -> None:
+    clock = StepClock(timesteps, "timestep")
+    for done in range(1, len(timesteps)):
+        steps = [host(clock, t) for t in timesteps[:done]]
+        assert steps == list(range(done))
+    assert [host(clock, t) for t in timesteps] == list(range(len(timesteps)))
+
+
+@pytest.mark.parametrize("timesteps", SCALES.values(), ids=SCALES)
+def test_a_skipped_step_is_refused_at_any_scale(timesteps: tuple[float, ...]) -> None:
+    clock = StepClock(timesteps, "timestep")
+    host(clock, timesteps[0])
+    with pytest.raises(ConfigError, match="step 1 of"):
+        host(clock, timesteps[2])
+
+
+@pytest.mark.parametrize("timesteps", SCALES.values(), ids=SCALES)
+def test_rounding_is_not_another_timestep(timesteps: tuple[float, ...]) -> None:
+    clock = StepClock(timesteps, "timestep")
+    rounded = [t * (1 + 1e-7) for t in timesteps]  # as from another device
+    assert [host(clock, t) for t in rounded] == list(range(len(timesteps)))
+
+
+def test_a_schedule_shifted_by_a_part_of_a_step_is_refused() -> None:
+    timesteps = tuple(1 - step / 20 for step in range(20))
+    clock = StepClock(timesteps, "timestep")
+    with pytest.raises(ConfigError, match="step 0 of 20"):
+        host(clock, timesteps[0] - 0.001)
+
+
+def test_a_single_step_has_a_tolerance_of_its_own() -> None:
+    clock = StepClock((0.001,), "timestep")
+    assert [host(clock, 0.001), host(clock, 0.001)] == [0, 0]
+    with pytest.raises(ConfigError, match="step 0 of 1"):
+        host(clock, 0.0015)

@@ -45,7 +45,7 @@ def call(tiny: TinyModel, step: int, lane: int) -> dict[str, Any]:
 def mixed(sites: Sequence[Site], seed: int, layout: CfgLayout = CfgLayout.SEPARATE) -> Rows:
     generator = random.Random(seed)
     computed = [1] * len(sites)
-    rows: Rows = [(Strategy.FULL,) * len(sites)]
+    rows: list[tuple[Strategy, ...]] = [(Strategy.FULL,) * len(sites)]
     while len(rows) < STEPS:
         row = []
         for index, site in enumerate(sites):
