@@ -42,7 +42,7 @@ def accelerate(
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
     A pipeline that is accelerated already gets the new plan. A second transformer, of low-noise
     steps, stays as it is. The scheduler, its config, and the
-    guidance scale where the pipeline tells it, are compared with the plan's as generations begin.
+    guidance scale if the pipeline exposes it, are compared with the plan's as generations begin.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.

@@ -135,7 +135,7 @@ class StepClock:
     def _mismatch(self, value: float, step: int) -> ConfigError:
         self.reset()
         return ConfigError(
-            f"step {step} of {len(self.timesteps)} came with another timestep than the plan's",
+            f"unexpected timestep at step {step} of {len(self.timesteps)}",
             where=self.where,
             got=value,
             expected=self.timesteps[step],

@@ -47,7 +47,7 @@ class TensorKind:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Hold a value that is not a tensor; its type tells 1, 1.0 and True apart."""
+    """Hold a value that is not a tensor; its type distinguishes 1, 1.0 and True."""
 
     type: type
     value: Any

@@ -142,7 +142,7 @@ def test_another_sampler_or_schedule_is_exit_code_2(
     sampler = files.plan.sampler.model_copy(update={"timesteps": later})
     files.plan.model_copy(update={"sampler": sampler}).save(files.path)
     assert run(monkeypatch, files) == 2
-    assert "came with another timestep than the plan's" in capsys.readouterr().err
+    assert "unexpected timestep at step" in capsys.readouterr().err
     sampler = files.plan.sampler.model_copy(update={"steps": 5, "timesteps": (*later, 0.0)})
     rows = (*files.plan.strategies, files.plan.strategies[-1])
     files.plan.model_copy(update={"sampler": sampler, "strategies": rows}).save(files.path)
