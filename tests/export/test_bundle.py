@@ -320,7 +320,7 @@ def test_a_step_out_of_the_schedule_is_refused(tmp_path: Path) -> None:
     bundle = load(tmp_path / "bundle")
     bundle(**tiny.call(0, 4))
     wrong = {**tiny.call(1, 4), "timestep": torch.full((4,), int(TIMESTEPS[3]))}
-    with pytest.raises(ConfigError, match="another timestep"):
+    with pytest.raises(ConfigError, match="unexpected timestep"):
         bundle(**wrong)
 
 

@@ -229,7 +229,7 @@ def test_the_plan_runs_in_the_pipeline_and_stays_close(calibrated: Plan) -> None
     planned = pipeline(**call, generator=torch.Generator().manual_seed(5))
     difference = float((planned - dense).norm() / dense.norm())
     assert 0.0 < difference < 0.5
-    with pytest.raises(ConfigError, match="another timestep"):
+    with pytest.raises(ConfigError, match="unexpected timestep"):
         pipeline(labels=[1, 2], num_inference_steps=3)
 
 

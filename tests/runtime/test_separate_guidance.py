@@ -161,5 +161,5 @@ def test_a_missing_second_call_is_noticed_by_its_timestep() -> None:
     model = compiled(tiny, plan_of(tiny, mixed(sites, 0)))
     with torch.no_grad():
         model(**call(tiny, 0, 0))
-        with pytest.raises(ConfigError, match="another timestep"):
+        with pytest.raises(ConfigError, match="unexpected timestep"):
             model(**call(tiny, 1, 0))
