@@ -22,10 +22,10 @@ from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
 from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, partial_folder
 from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent
 from ditfastattn.export.step_graphs import (
-    PROLOGUE_FILE,
+    HOISTED_FILE,
     StepGraph,
     describe,
-    prologue_graph,
+    hoisted_graph_of,
     spec,
     variant_graph,
     write_graph,
@@ -143,25 +143,31 @@ class _Writer:
         self._prepared, self._partial, self._schedule = prepared, partial, schedule
         self._on_progress = options.on_progress
         self._done = 0
-        self._count = len(prepared.program.variants) + bool(prepared.invariants) + bool(schedule)
+        self._count = (
+            len(prepared.program.variants) + bool(prepared.per_generation) + bool(schedule)
+        )
 
     def write(self) -> Manifest:
         """Write all files, the manifest last."""
         prepared, partial = self._prepared, self._partial
-        captures, layout, invariants = prepared.captures, prepared.layout, prepared.invariants
+        captures, layout, per_generation = (
+            prepared.captures,
+            prepared.layout,
+            prepared.per_generation,
+        )
         variants: list[VariantSpec] = []
         graphs: list[StepGraph] = []
         for index, actions in enumerate(prepared.program.variants):
             file = f"variant_{index:02d}.onnx"
-            graphs.append(variant_graph(captures, actions, layout, invariants, file))
+            graphs.append(variant_graph(captures, actions, layout, per_generation, file))
             variants.append(self._graph(graphs[-1], file))
-        once = prologue_graph(captures, invariants) if invariants else None
-        prologue = self._graph(once, PROLOGUE_FILE) if once else None
+        once = hoisted_graph_of(captures, per_generation) if per_generation else None
+        hoisted = self._graph(once, HOISTED_FILE) if once else None
         loop = self._loop(self._schedule, graphs, once) if self._schedule else None
         partial.close()
         if prepared.plan is not None:
             prepared.plan.save(partial.folder / PLAN_FILE)
-        contents = Contents(tuple(graphs), tuple(variants), once, prologue, loop)
+        contents = Contents(tuple(graphs), tuple(variants), once, hoisted, loop)
         manifest = make_manifest(prepared, contents, partial.folder, WEIGHTS_FILE)
         manifest.save(partial.folder)
         return manifest
@@ -195,7 +201,7 @@ class _Writer:
         scale = plan.sampler.guidance_scale or 1.0
         source = LoopSource(
             graphs=tuple(graphs),
-            prologue=once,
+            hoisted=once,
             program=prepared.program,
             schedule=schedule,
             timesteps=tuple(torch.full_like(timestep, t) for t in plan.sampler.timesteps),

@@ -30,7 +30,7 @@ class Contents:
     graphs: tuple[StepGraph, ...]
     variants: tuple[VariantSpec, ...]
     once: StepGraph | None
-    prologue: VariantSpec | None
+    hoisted: VariantSpec | None
     loop: LoopSpec | None
 
 
@@ -56,7 +56,7 @@ def make_manifest(
         schedule=program.schedule,
         slots=_slots(prepared, contents),
         factors=_by_name(program),
-        prologue=contents.prologue,
+        hoisted=contents.hoisted,
         loop=contents.loop,
         weights=weights,
         files={

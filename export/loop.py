@@ -35,7 +35,7 @@ class LoopSource:
 
     Attributes:
         graphs: the variants.
-        prologue: what is computed once, or None.
+        hoisted: what is computed once, or None.
         program: the schedule and the caches.
         schedule: what the scheduler does.
         timesteps: the model's timestep input at each step, ``[batch]``.
@@ -46,7 +46,7 @@ class LoopSource:
     """
 
     graphs: tuple[StepGraph, ...]
-    prologue: StepGraph | None
+    hoisted: StepGraph | None
     program: StepProgram
     schedule: LinearSchedule
     timesteps: tuple[Tensor, ...]
@@ -121,7 +121,7 @@ class _Writer:
         return latents[-1]
 
     def _prologue(self, conditions: Mapping[str, Value]) -> dict[str, Value]:
-        graph = self.source.prologue
+        graph = self.source.hoisted
         if graph is None:
             return {}
         given = [conditions.get(value.name, value) for value in graph.inputs]

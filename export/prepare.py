@@ -68,7 +68,7 @@ class PreparedModel:
         identity: of the model that the plan is for, before any change of dtype.
         captures: its graph at two batch sizes.
         program: the distinct steps, their schedule and caches.
-        invariants: the nodes that are computed once per generation.
+        per_generation: the nodes that are computed once per generation.
         timestep: the name of its timestep input.
         latent: the name of its latent input, "" if unknown.
     """
@@ -80,7 +80,7 @@ class PreparedModel:
     identity: Fingerprint
     captures: Captures
     program: StepProgram
-    invariants: tuple[str, ...]
+    per_generation: tuple[str, ...]
     timestep: str
     latent: str
 
@@ -132,7 +132,7 @@ def prepare(
         identity=identity,
         captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
         program=program,
-        invariants=find_hoisted(first.graph, varying) if hoists else (),
+        per_generation=find_hoisted(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )

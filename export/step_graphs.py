@@ -1,4 +1,4 @@
-"""Make the ONNX graphs of a bundle: one per distinct step, and the prologue."""
+"""Make the ONNX graphs of a bundle: one per distinct step, and the hoisted values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ditfastattn.passes.rewrites.merge_linears import merge_linears
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.bundle.specs import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
 
-PROLOGUE_FILE = "prologue.onnx"
+HOISTED_FILE = "hoisted.onnx"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Captures:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """Hold a rewritten graph, of one step or the prologue, ready to be written as ONNX.
+    """Hold a rewritten graph, of one step or the hoisted values, ready to be written as ONNX.
 
     ``results`` are the outputs of the model; ``written`` those for the slots ``writes``.
     """
@@ -65,19 +65,19 @@ def variant_graph(
     captures: Captures,
     actions: Sequence[SiteAction],
     layout: CfgLayout,
-    invariants: tuple[str, ...],
+    per_generation: tuple[str, ...],
     label: str,
 ) -> StepGraph:
     """Return the graph of one step variant."""
-    first = rewrite(captures.first.graph, captures.sites[0], actions, layout, label, invariants)
+    first = rewrite(captures.first.graph, captures.sites[0], actions, layout, label, per_generation)
     if captures.fixed:
         return _step_graph(captures, first, first)
     graph, sites = captures.second.graph, captures.sites[1]
-    second = rewrite(graph, sites, actions, layout, label, invariants)
+    second = rewrite(graph, sites, actions, layout, label, per_generation)
     return _step_graph(captures, first, second)
 
 
-def prologue_graph(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
+def hoisted_graph_of(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
     """Return the graph of what is computed once per generation."""
     first = hoisted_graph(captures.first.graph, nodes)
     second = first if captures.fixed else hoisted_graph(captures.second.graph, nodes)

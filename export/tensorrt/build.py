@@ -122,7 +122,7 @@ def _graphs(
         given = {spec.name: spec for spec in (manifest.loop.noise, *manifest.loop.conditions)}
         yield [_Graph(manifest.loop.file, root / manifest.loop.file, given)], None
         return
-    once = [] if manifest.prologue is None else [of(manifest.prologue)]
+    once = [] if manifest.hoisted is None else [of(manifest.hoisted)]
     if layout is Layout.VARIANTS:
         yield [*map(of, manifest.variants), *once], None
         return

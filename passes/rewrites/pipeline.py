@@ -38,8 +38,8 @@ def variant_passes(
     sites: Sequence[Site],
     actions: Sequence[SiteAction],
     layout: CfgLayout,
-    invariants: tuple[str, ...] = (),
-    folded: tuple[str, ...] = (),
+    per_generation: tuple[str, ...] = (),
+    per_timestep: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """Return the passes of one step variant, in the order they run."""
     pairs = tuple(zip(sites, actions, strict=True))
@@ -60,8 +60,8 @@ def variant_passes(
             tuple((site, action.strategy) for site, action in pairs if site.whole is not None)
         ),
         NarrowCaches(tuple(sites)),
-        HoistInvariants(invariants),
-        HoistInvariants(folded, HOIST_PER_TIMESTEP),
+        HoistInvariants(per_generation),
+        HoistInvariants(per_timestep, HOIST_PER_TIMESTEP),
         HoistBatchSlices(),
         EliminateDeadCode(),
     )
@@ -76,13 +76,12 @@ def rewrite(
     actions: Sequence[SiteAction],
     layout: CfgLayout,
     label: str = "variant",
-    invariants: tuple[str, ...] = (),
-    folded: tuple[str, ...] = (),
+    per_generation: tuple[str, ...] = (),
+    per_timestep: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return a new graph for one step variant; ``captured`` is left as it is.
 
-    ``invariants`` and ``folded`` name the nodes that the variant is to read from a prologue: of the
-    generation, and of the timestep.
+    ``per_generation`` and ``per_timestep`` name the nodes whose hoisted values the variant reads.
 
     Raises:
         ConfigError: a knob names an unknown pass.
@@ -95,7 +94,9 @@ def rewrite(
     verifier = Verifier(module, inputs, results)  # the dense graph was verified at its capture
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
-    passes = variant_passes(sites, _fuelled(actions, knobs.fuel), layout, invariants, folded)
+    passes = variant_passes(
+        sites, _fuelled(actions, knobs.fuel), layout, per_generation, per_timestep
+    )
     for step in passes:
         if step.name in off:
             log.info("%s: %s: off: %s", label, step.name, off[step.name])

@@ -43,16 +43,16 @@ def load(
     check_files(root, manifest)
     options = SessionOptions(tuple(providers), threads, share_threads, low_memory)
     graphs = [open_graph(root, manifest, variant, options) for variant in manifest.variants]
-    prologue = None
-    if manifest.prologue is not None:
-        prologue = open_graph(root, manifest, manifest.prologue, options)
+    hoisted = None
+    if manifest.hoisted is not None:
+        hoisted = open_graph(root, manifest, manifest.hoisted, options)
     log.info("%s: %d graphs on %s", root, len(graphs), ", ".join(graphs[0].providers))
 
     def open_loop() -> OnnxGraph:
         return _open_loop(root, manifest, options)
 
     device, loaded = graphs[0].device, graphs[0].providers
-    return BundleTransformer(manifest, graphs, prologue, device, open_loop, loaded)
+    return BundleTransformer(manifest, graphs, hoisted, device, open_loop, loaded)
 
 
 def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxGraph:
@@ -90,5 +90,5 @@ def _signature(manifest: Manifest, graph: VariantSpec) -> tuple[list[TensorSpec]
         return [TensorSpec(name=name, shape=s.shape, dtype=s.dtype) for s, name in specs]
 
     inputs = [arguments[name] for name in graph.inputs] + ports(graph.reads)
-    results = [] if graph is manifest.prologue else list(manifest.outputs)
+    results = [] if graph is manifest.hoisted else list(manifest.outputs)
     return inputs, results + ports(graph.writes)

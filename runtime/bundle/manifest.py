@@ -56,7 +56,7 @@ class Manifest(Record, frozen=True):
         schedule: the variant of each step.
         slots: the caches.
         factors: the numbers that each step combines earlier outputs with, by slot.
-        prologue: what is computed once per generation.
+        hoisted: what is computed once per generation.
         loop: the unrolled sampler.
         weights: the file that holds all weights.
         files: every file of the bundle.
@@ -79,7 +79,7 @@ class Manifest(Record, frozen=True):
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
     factors: tuple[dict[str, FiniteFloat], ...]
-    prologue: VariantSpec | None = None
+    hoisted: VariantSpec | None = None
     loop: LoopSpec | None = None
     weights: str
     files: dict[str, FileSpec]
@@ -126,7 +126,7 @@ class Manifest(Record, frozen=True):
 
     def _check_slots(self) -> None:
         """Check that every slot that is read, or taken over, was written before and is kept."""
-        once = {slot for slot, _ in self.prologue.writes} if self.prologue else set()
+        once = {slot for slot, _ in self.hoisted.writes} if self.hoisted else set()
         lives = {slot.name: slot.lives for slot in self.slots}
         for graph in self.graphs:
             for slot, _ in graph.writes:
@@ -155,12 +155,12 @@ class Manifest(Record, frozen=True):
 
     @property
     def graphs(self) -> tuple[VariantSpec, ...]:
-        """Return the variants' graphs, and the prologue if there is one."""
-        return (*self.variants, *([self.prologue] if self.prologue else []))
+        """Return the graphs of the variants, and that of the hoisted values if there are any."""
+        return (*self.variants, *([self.hoisted] if self.hoisted else []))
 
     def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
-        """Return the names of a graph's outputs, in order; the prologue has only slots."""
-        results = () if graph is self.prologue else self.outputs
+        """Return the names of a graph's outputs, in order; the graph of hoisted values has only slots."""
+        results = () if graph is self.hoisted else self.outputs
         return (*(spec.name for spec in results), *(name for _, name in graph.writes))
 
     def save(self, folder: Path) -> None:

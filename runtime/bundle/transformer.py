@@ -238,7 +238,7 @@ class BundleTransformer(nn.Module):
         return batch
 
     def _hoisted(self, generation: Generation, inputs: Mapping[str, Tensor], batch: int) -> Values:
-        spec, hoisted = self.manifest.prologue, self._hoisted_engine
+        spec, hoisted = self.manifest.hoisted, self._hoisted_engine
         if spec is None or hoisted is None:
             return NO_VALUES
         tensors = [inputs[name] for name in spec.inputs]

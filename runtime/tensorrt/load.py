@@ -92,14 +92,14 @@ def load_engines(
         )
     library = find_library(engines.library)
     opened = _EngineFolder(library, engines, out, device, cuda_graphs)
-    prologue = opened.prologue(manifest)
+    hoisted = opened.hoisted(manifest)
     manifest, variants = opened.steps(manifest)
     log.info("%s: %s, %s", out, engines.layout.value, engines.reason)
     if engines.layout is not Layout.LOOP:
         manifest = manifest.model_copy(update={"loop": None})  # it was not built
     providers = (f"{library.name} {library.version}",)
     return BundleTransformer(
-        manifest, variants, prologue, device, partial(opened.loop, manifest), providers
+        manifest, variants, hoisted, device, partial(opened.loop, manifest), providers
     )
 
 
@@ -124,11 +124,11 @@ class _EngineFolder:
         self._library, self._engines, self._out = library, engines, out
         self._device, self._cuda_graphs = device, cuda_graphs
 
-    def prologue(self, manifest: Manifest) -> Engine | None:
-        """Open the engine of the prologue, if there is one."""
-        if manifest.prologue is None or self._engines.layout is Layout.LOOP:
+    def hoisted(self, manifest: Manifest) -> Engine | None:
+        """Open the engine of the hoisted values, if there are any."""
+        if manifest.hoisted is None or self._engines.layout is Layout.LOOP:
             return None
-        return self.variant(manifest, manifest.prologue)
+        return self.variant(manifest, manifest.hoisted)
 
     def steps(self, manifest: Manifest) -> tuple[Manifest, list[Engine]]:
         """Open what runs each step variant; return it with the manifest that describes it."""
@@ -160,7 +160,7 @@ class _EngineFolder:
         return self.engine(loop.file, loop.graph_inputs, [loop.latents])
 
     def variant(self, manifest: Manifest, variant: VariantSpec) -> Engine:
-        """Open the engine of one step variant, or of the prologue."""
+        """Open the engine of one step variant, or of the hoisted values."""
         return self.engine(variant.file, variant.graph_inputs, manifest.graph_outputs(variant))
 
     def engine(self, graph: str, inputs: Sequence[str], outputs: Sequence[str]) -> Engine:

@@ -265,8 +265,8 @@ def test_the_texts_keys_are_computed_once_per_generation(tmp_path: Path) -> None
     tiny = TINY_MODELS["pixart"]()
     _, sites = capture_every_site(tiny)
     manifest = export_tiny(tiny, mixed_strategies(sites, seed=1), tmp_path / "bundle")
-    assert manifest.prologue is not None
-    assert manifest.prologue.inputs == ("encoder_hidden_states",)
+    assert manifest.hoisted is not None
+    assert manifest.hoisted.inputs == ("encoder_hidden_states",)
     assert all("encoder_hidden_states" not in variant.inputs for variant in manifest.variants)
 
 

@@ -132,8 +132,8 @@ def play(
     if layout is Layout.LOOP:
         assert manifest.loop is not None
         graphs = {manifest.loop.file: root / manifest.loop.file}
-    elif manifest.prologue is not None:
-        graphs[manifest.prologue.file] = root / manifest.prologue.file
+    elif manifest.hoisted is not None:
+        graphs[manifest.hoisted.file] = root / manifest.hoisted.file
     specs = []
     for name, path in graphs.items():
         engine = out / f"{name}.engine"

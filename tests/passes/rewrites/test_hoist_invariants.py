@@ -52,7 +52,7 @@ def test_cross_attention_keys_and_values_of_the_text_are_hoisted() -> None:
     assert written_slots(once.graph) == tuple(map(hoisted_slot, nodes))
     actions = [DENSE] * len(sites)
     whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
-    hoisted = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, invariants=nodes)
+    hoisted = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, per_generation=nodes)
     assert set(read_slots(hoisted.graph)) == set(written_slots(once.graph))
     left, moved = count_flops(hoisted.graph), count_flops(once.graph)
     assert moved.linear > 0
@@ -179,7 +179,7 @@ def test_the_timesteps_embedding_leaves_the_variants() -> None:
     once = hoisted_graph(captured, nodes)
     actions = [DENSE] * len(sites)
     whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
-    folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, folded=nodes)
+    folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, per_timestep=nodes)
     left, moved = count_flops(folded.graph), count_flops(once.graph)
     assert moved.linear > 0
     assert left.total + moved.total == count_flops(whole.graph).total
