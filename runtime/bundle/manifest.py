@@ -159,7 +159,7 @@ class Manifest(Record, frozen=True):
         return (*self.variants, *([self.hoisted] if self.hoisted else []))
 
     def graph_outputs(self, graph: VariantSpec) -> tuple[str, ...]:
-        """Return the names of a graph's outputs, in order; the graph of hoisted values has only slots."""
+        """Return the names of a graph's outputs, in order; hoisted values are slots alone."""
         results = () if graph is self.hoisted else self.outputs
         return (*(spec.name for spec in results), *(name for _, name in graph.writes))
 
