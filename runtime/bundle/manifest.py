@@ -24,6 +24,7 @@ from ditfastattn.runtime.bundle.specs import (
     ModelSpec,
     Natural,
     Positive,
+    SlotName,
     SlotSpec,
     TensorSpec,
     VariantSpec,
@@ -78,7 +79,7 @@ class Manifest(Record, frozen=True):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
-    factors: tuple[dict[str, FiniteFloat], ...]
+    factors: tuple[dict[SlotName, FiniteFloat], ...]
     prologue: VariantSpec | None = None
     loop: LoopSpec | None = None
     weights: str
