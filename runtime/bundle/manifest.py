@@ -24,6 +24,7 @@ from ditfastattn.runtime.bundle.specs import (
     ModelSpec,
     Natural,
     Positive,
+    SlotName,
     SlotSpec,
     TensorSpec,
     VariantSpec,
@@ -78,8 +79,13 @@ class Manifest(Record, frozen=True):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
+<<<<<<< HEAD
     factors: tuple[dict[str, FiniteFloat], ...]
     hoisted: VariantSpec | None = None
+=======
+    factors: tuple[dict[SlotName, FiniteFloat], ...]
+    prologue: VariantSpec | None = None
+>>>>>>> rooms
     loop: LoopSpec | None = None
     weights: str
     files: dict[str, FileSpec]

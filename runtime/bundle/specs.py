@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
@@ -19,6 +19,14 @@ Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal[
     "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
 ]
+
+
+def _slot_name(text: str) -> str:
+    parse_slot(text)
+    return text
+
+
+SlotName = Annotated[str, AfterValidator(_slot_name)]
 
 
 class Multiple(Record, frozen=True):
@@ -82,8 +90,8 @@ class VariantSpec(Record, frozen=True):
 
     file: str
     inputs: tuple[str, ...]
-    reads: tuple[tuple[str, str], ...]
-    writes: tuple[tuple[str, str], ...]
+    reads: tuple[tuple[SlotName, str], ...]
+    writes: tuple[tuple[SlotName, str], ...]
 
     @property
     def graph_inputs(self) -> tuple[str, ...]:

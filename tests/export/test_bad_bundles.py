@@ -135,6 +135,8 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
         (lambda d: d["variants"][0].update(inputs=["other"]), "the model lacks"),
         (lambda d: d.update(surprise=1), "Extra inputs"),
         (lambda d: d["slots"].clear(), "is not a slot"),
+        (lambda d: d["factors"][0].update(numerator=1.0), "'numerator' does not name a cache slot"),
+        (lambda d: d["variants"][0]["writes"].append(["numerator", "x"]), "not name a cache slot"),
         (lambda d: d["files"].pop("plan.json"), "plan_sha256"),
         (lambda d: d.update(plan_sha256="0" * 64), "plan_sha256"),
         (lambda d: d.update(latent="picture"), "latent: 'picture' is not an input"),

@@ -67,7 +67,7 @@ def plan_of(tiny: TinyModel, rows: Rows, layout: CfgLayout = CfgLayout.SEPARATE)
         inputs=input_shapes(found.graph),
         sampler=Sampler(steps=len(rows), timesteps=TIMESTEPS, cfg_layout=layout),
         sites=tuple(planned_site(site) for site in found.every),
-        strategies=tuple(rows),
+        strategies=tuple(tuple(row) for row in rows),
         calibration=Calibration(method="manual"),
     )
 
