@@ -79,13 +79,8 @@ class Manifest(Record, frozen=True):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
-<<<<<<< HEAD
-    factors: tuple[dict[str, FiniteFloat], ...]
-    hoisted: VariantSpec | None = None
-=======
     factors: tuple[dict[SlotName, FiniteFloat], ...]
-    prologue: VariantSpec | None = None
->>>>>>> rooms
+    hoisted: VariantSpec | None = None
     loop: LoopSpec | None = None
     weights: str
     files: dict[str, FileSpec]
