@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ from tests.helpers import (
 )
 
 
-def exported(tiny: TinyModel, batch: int = 4) -> ExportedProgram:
+def export_anew(tiny: TinyModel) -> ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(tiny.model, (), tiny.call(0, batch))
+        return torch.export.export(tiny.model, (), tiny.call(0, 4))
+
+
+exported = functools.cache(export_anew)  # nobody changes a program but who exports it anew
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -157,7 +161,7 @@ def test_effects_beside_the_results_are_refused() -> None:
 
 
 def test_a_program_without_example_inputs_is_refused() -> None:
-    program: Any = exported(tiny_dit())
+    program: Any = export_anew(tiny_dit())
     program.example_inputs = None
     with pytest.raises(ConfigError, match="no example inputs"):
         capture_exported(program)
