@@ -1,11 +1,11 @@
 """Read the environment knobs: every ``DITFASTATTN_*`` variable is declared, typed and checked here.
 
-| variable              | meaning                                                 | default   |
-|-----------------------|---------------------------------------------------------|-----------|
-| `DITFASTATTN_DUMP`    | folder for the graphs before and after each pass        | none      |
-| `DITFASTATTN_DISABLE` | comma-separated names of passes not to run              | none      |
-| `DITFASTATTN_FUEL`    | stop after this many rewrites, to bisect; -1: unlimited | -1        |
-| `DITFASTATTN_VERIFY`  | 1: check the graph after every changing pass; 0: do not | 1         |
+| variable              | meaning                                                   | default |
+|-----------------------|-----------------------------------------------------------|---------|
+| `DITFASTATTN_DUMP`    | folder for the graphs before and after each pass          | none    |
+| `DITFASTATTN_DISABLE` | passes to switch off, with those that require them: `a,b` | none    |
+| `DITFASTATTN_FUEL`    | let only so many sites of a variant take their strategy   | -1: all |
+| `DITFASTATTN_VERIFY`  | 1: check the graph after each pass; 0: do not             | 1       |
 """
 
 from __future__ import annotations
