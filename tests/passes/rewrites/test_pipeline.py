@@ -82,7 +82,7 @@ def test_the_log_says_why_a_pass_is_off(
 ) -> None:
     monkeypatch.setenv("DITFASTATTN_DISABLE", "store-caches")
     captured, sites = capture_sites(TINY_MODELS["dit"]())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="ditfastattn"):
         assert read_slots(rewrite(captured, sites, SHARED, LAYOUT).graph) == ()
     assert "store-caches: off: named in DITFASTATTN_DISABLE" in caplog.text
     assert "reuse-outputs: off: it requires store-caches, which is off" in caplog.text
@@ -176,7 +176,7 @@ def test_declined_sites_are_logged_where_nothing_changed(
     call = {"hidden_states": torch.randn(2, 1, 16, 8), "scale": torch.randn(2, 1, 1, 1)}
     captured = capture_model(Mixing(), call)
     (site,) = find_sites(captured).sites
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="ditfastattn"):
         rewrite(captured, (site,), (SiteAction(Strategy.SHARE_CFG),), LAYOUT)
     assert "variant: hoist-batch-slices: 0 rewritten, 1 declined" in caplog.text
     assert "hoist-batch-slices: declined: cumsum_1: no rule moves half of the batch" in caplog.text
