@@ -284,7 +284,7 @@ def test_a_fused_lora_is_exported_and_built_anew(tmp_path: Path) -> None:
     adapted = TinyModel(wrapped.merge_and_unload().eval(), tiny.call)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     call, options = RecordedCall(tiny.call(0, 4)), ExportOptions(dtype="float16")
-    with pytest.raises(ConfigError, match="fused into the weights make new weights"):
+    with pytest.raises(ConfigError, match="fusing LoRA adapters changes the weights"):
         export_model(adapted.model, call, plan, tmp_path / "styled", options)
     half_bundle(adapted, tmp_path / "styled")
     plain, styled = (
