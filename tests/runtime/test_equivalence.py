@@ -75,7 +75,10 @@ def test_compiled_variants_equal_the_reference() -> None:
 
 @pytest.mark.parametrize(
     ("name", "lowering"),
-    [*((name, Lowering.EAGER) for name in TINY_MODELS), ("dit", Lowering.INDUCTOR)],
+    [
+        *((name, Lowering.EAGER) for name in TINY_MODELS),
+        pytest.param("dit", Lowering.INDUCTOR, marks=pytest.mark.slow),
+    ],
 )
 def test_bfloat16_equals_the_reference_in_bfloat16(name: str, lowering: Lowering) -> None:
     narrow = in_bfloat16(TINY_MODELS[name]())

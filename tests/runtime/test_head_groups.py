@@ -90,6 +90,7 @@ def test_heads_that_agree_equal_the_whole_site(strategy: Strategy) -> None:
     assert largest_difference(run_plan(tiny, plan), expected) < 1e-5
 
 
+@pytest.mark.slow  # heads without Inductor, and Inductor without heads, are tested by default
 def test_compiled_heads_equal_the_reference() -> None:
     tiny = tiny_dit(heads=4)
     sites = split(tiny, 4).every
