@@ -251,6 +251,7 @@ def test_decibels_are_of_images_from_0_to_1() -> None:
     assert decibels(0.0) == math.inf
 
 
+@pytest.mark.slow
 def test_drift_of_compilation_and_plan_are_separate(plan: Plan) -> None:
     told: list[str] = []
     pipeline = tiny_pipeline()
