@@ -6,28 +6,31 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
 from torch.fx import GraphModule
 
+from ditfastattn.passes.capture.dynamo import GraphInput, describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
-from ditfastattn.runtime.options import parse_options
+from ditfastattn.runtime.generation import naming_generation
+from ditfastattn.runtime.lowering import many_compilations
+from ditfastattn.runtime.options import BackendOptions, parse_options
 from ditfastattn.runtime.pipeline.denoiser import (
-    accelerated,
+    Forward,
     check_not_hooked,
-    replace_forward,
+    plan_forward,
+    restore_forward,
     transformer_of,
 )
 from ditfastattn.runtime.pipeline.guidance import current_guidance
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 log = logging.getLogger(__name__)
-
-_undo: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
 
 
 def accelerate(
@@ -67,37 +70,102 @@ def accelerate(
     restore(pipeline)
     pipeline.transformer = module  # a torch.compile around it would compile what runs compiled
 
-    def backend(graph: GraphModule, _example: Sequence[Any]) -> PlannedFunction:
-        return PlannedFunction(graph, chosen)
-
-    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-        made: Callable[..., Any] = torch.compile(forward, backend=backend, fullgraph=True)
-        return made if loaded is None else _of_this_sampler(made, pipeline, loaded)
-
-    _undo[module] = replace_forward(module, compiled)
-    accelerated.add(module)
+    plan_forward(module, lambda forward: _planned(forward, pipeline, chosen))
     return pipeline
 
 
-def _of_this_sampler(forward: Callable[..., Any], pipeline: Any, plan: Plan) -> Callable[..., Any]:
-    """Return ``forward``, which first refuses what has become of the pipeline's sampler."""
-    owner = ref(pipeline)
-    accepted: list[Any] = [None, None, None]  # what was compared last is compared by identity
+def _backend(graph: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
+    """Hand the graph's calls to the forward under way.
+
+    Dynamo keeps what it compiles, and every backend, for as long as the class lives; so they hold
+    nothing of a model, and serve all models of one structure.
+    """
+    captured = _DynamoGraph(graph, describe_inputs(graph))
+
+    def run(*args: Any) -> Any:
+        return _under_way.get().function(captured)(*args)
+
+    return run
+
+
+@dataclass(frozen=True, eq=False)
+class _DynamoGraph:
+    module: GraphModule
+    inputs: tuple[GraphInput, ...]
+
+
+class _PlannedForward:
+    """Run the forward of one module, compiled; each call first looks at the pipeline's sampler."""
+
+    def __init__(self, forward: Forward, pipeline: Any, options: BackendOptions) -> None:
+        self._compiled: Any = torch.compile(forward, backend=_backend, fullgraph=True)
+        self._options = options
+        self._sampler = _SamplerWatch(ref(pipeline), options.plan)
+        self._functions: WeakKeyDictionary[_DynamoGraph, PlannedFunction] = WeakKeyDictionary()
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        with naming_generation(self._sampler.generation()):
+            token = _under_way.set(self)
+            try:
+                with many_compilations():  # models of one class count together
+                    return self._compiled(*args, **kwargs)
+            finally:
+                _under_way.reset(token)
+
+    def function(self, graph: _DynamoGraph) -> PlannedFunction:
+        """Return what runs ``graph`` by the plan."""
+        if graph not in self._functions:
+            made = PlannedFunction(graph.module, self._options, graph.inputs)
+            self._functions.setdefault(graph, made)
+        return self._functions[graph]
+
+
+_under_way: ContextVar[_PlannedForward] = ContextVar("ditfastattn_planned_forward")
+
+
+def _planned(forward: Forward, pipeline: Any, options: BackendOptions) -> Forward:
+    planned = _PlannedForward(forward, pipeline, options)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        scheduler = getattr(owner(), "scheduler", None)
-        # A scheduler that counts has no index before a generation's first step; of one that does
-        # not, the guidance cannot be told from one that a pipeline changes from step to step.
-        if scheduler is not None and getattr(scheduler, "step_index", None) is None:
-            counts = hasattr(scheduler, "step_index")
-            found = [scheduler, scheduler.config, current_guidance(owner()) if counts else None]
-            if any(one is not other for one, other in zip(found, accepted, strict=True)):
-                check_sampler(plan, scheduler, found[2])
-                accepted[:] = found
-        return forward(*args, **kwargs)
+        return planned(args, kwargs)
 
     return run
+
+
+class _SamplerWatch:
+    """Look at a pipeline's sampler before each call of its transformer."""
+
+    def __init__(self, pipeline: ref[Any], plan: Plan | None) -> None:
+        self._pipeline, self._plan = pipeline, plan
+        self._accepted: list[Any] = [None, None, None]  # compared last, by identity
+
+    def generation(self) -> object | None:
+        """Check the sampler; return what stands for the generation under way, None if unknown.
+
+        Raises:
+            ConfigError: the sampler is not the plan's.
+        """
+        pipeline = self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is None:
+            return None
+        if self._plan is not None:
+            self._check(self._plan, scheduler, pipeline)
+        timesteps: object | None = getattr(scheduler, "timesteps", None)  # set once a generation
+        stable = timesteps is getattr(scheduler, "timesteps", None)
+        return timesteps if stable else None
+
+    def _check(self, plan: Plan, scheduler: Any, pipeline: Any) -> None:
+        # A scheduler that counts has no index before a generation's first step; of one that does
+        # not, the guidance cannot be told from one that a pipeline changes from step to step.
+        if getattr(scheduler, "step_index", None) is not None:
+            return
+        counts = hasattr(scheduler, "step_index")
+        found = [scheduler, scheduler.config, current_guidance(pipeline) if counts else None]
+        if any(one is not other for one, other in zip(found, self._accepted, strict=True)):
+            check_sampler(plan, scheduler, found[2])
+            self._accepted[:] = found
 
 
 def restore(pipeline: Any) -> Any:
@@ -109,8 +177,5 @@ def restore(pipeline: Any) -> Any:
         ConfigError: the pipeline has no transformer.
     """
     module = transformer_of(pipeline, "restore(pipeline)")
-    undo = _undo.pop(module, None)
-    if undo is not None:
-        undo()
-        accelerated.discard(module)
+    restore_forward(module)
     return pipeline

@@ -94,18 +94,20 @@ class StepClock:
         """Return whether the last call was the last one of its generation."""
         return self.step == len(self.timesteps) - 1
 
-    def tick(self, timestep: TimestepReader, wait: bool = False) -> int:
+    def tick(self, timestep: TimestepReader, wait: bool = False, anew: bool = False) -> int:
         """Return the step of this call; 0 begins a new generation.
 
-        With ``wait`` the timestep itself decides on a device too.
+        With ``wait`` the timestep itself decides on a device too. ``anew`` means that the sampler
+        has begun anew: a first timestep is then that of step 0, even if later steps have it too.
 
         Raises:
             ConfigError: the timesteps are not those of the plan, in order.
         """
         self._check_arrived()
         following = (self.step + 1) % len(self.timesteps)
-        if wait or timestep.ready():
-            following = self._locate(timestep.value(), following)
+        if wait or anew or timestep.ready():
+            expected = (0, following) if anew else (following, 0)
+            following = self._locate(timestep.value(), expected)
         else:
             self._unchecked.append((following, timestep))
         self.step = following
@@ -116,12 +118,11 @@ class StepClock:
         self.step = -1
         self._unchecked.clear()
 
-    def _locate(self, value: float, following: int) -> int:
-        if self._matches(value, following):
-            return following
-        if self._matches(value, 0):
-            return 0
-        raise self._mismatch(value, following)
+    def _locate(self, value: float, expected: Sequence[int]) -> int:
+        found = next((step for step in expected if self._matches(value, step)), None)
+        if found is None:
+            raise self._mismatch(value, expected[0])
+        return found
 
     def _check_arrived(self) -> None:
         while self._unchecked and self._unchecked[0][1].ready():

@@ -24,10 +24,15 @@ from ditfastattn.runtime.specializations import Specialization, specialization_o
 class PlannedFunction:
     """Run the graph that Dynamo captured by a plan, or calibrate one while running."""
 
-    def __init__(self, module: GraphModule, options: BackendOptions) -> None:
-        """Take the graph as Dynamo hands it to a backend."""
+    def __init__(
+        self,
+        module: GraphModule,
+        options: BackendOptions,
+        inputs: tuple[GraphInput, ...] | None = None,
+    ) -> None:
+        """Take the graph as Dynamo hands it to a backend; ``inputs`` where they are known."""
         self._module = module
-        self._inputs: tuple[GraphInput, ...] = describe_inputs(module)
+        self._inputs = describe_inputs(module) if inputs is None else inputs
         self._dynamic = tuple(i for i, entry in enumerate(self._inputs) if not entry.static)
         self._numbers = any(entry.number for entry in self._inputs)
         self._options = options

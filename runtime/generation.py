@@ -5,7 +5,9 @@ Graphs that torch runs and graphs of a bundle are stepped alike, so both use thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,26 @@ from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.clock import StepClock, TimestepReader
 from ditfastattn.runtime.hoisted import HoistedPerGeneration
 from ditfastattn.runtime.matching import check_halves
+
+_named: ContextVar[object | None] = ContextVar("ditfastattn_generation", default=None)
+
+
+@contextmanager
+def naming_generation(name: object | None) -> Generator[None]:
+    """Let calls of a model belong to the generation that the object ``name`` stands for.
+
+    Where a caller knows of generations, nothing needs to be told from timesteps alone.
+    """
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def named_generation() -> object | None:
+    """Return what stands for the generation under way, where the caller has named it."""
+    return _named.get()
 
 
 @dataclass
@@ -62,14 +84,16 @@ class Generation:
         self._clock = clock
         self._latents: list[Tensor] = []  # of step 0's first call, until its second one
 
-    def advance(self, timestep: TimestepReader) -> Call:
+    def advance(self, timestep: TimestepReader, anew: bool = False) -> Call:
         """Return which call this is; the first one of a generation forgets the one before.
+
+        ``anew`` means that this call is known not to belong to the generation under way.
 
         Raises:
             ConfigError: the timesteps are not those of the plan, in order.
         """
         ended = self._clock.at_end
-        number = self._clock.tick(timestep, wait=self.on_trial)
+        number = self._clock.tick(timestep, wait=self.on_trial, anew=anew)
         call = Call(*divmod(number, len(self.branches)))
         if call == _FIRST:
             self.on_trial = self.on_trial and not ended
@@ -122,6 +146,8 @@ class Generation:
         """Keep what ``call`` has returned for its slots; hand on what the second branch adopts."""
         branch, following = self.branches[call.branch], self.branches[call.branch + 1 :]
         branch.caches.write(branch.slots, call.step, values)
+        if call.step == branch.slots.steps - 1:
+            branch.hoisted.clear()  # prompt embeddings among them
         for other in following:
             adopted = other.slots.adopted_at(call.step)
             taken = {slot: values[slot] for slot in adopted}

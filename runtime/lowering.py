@@ -160,10 +160,9 @@ def _compile_region(
 
 @contextmanager
 def many_compilations() -> Generator[None]:
-    """Let Dynamo compile one model for many plans.
+    """Let Dynamo compile one class of models many times.
 
-    At its limit Dynamo would go on uncompiled, dense, and what is measured would not be what was
-    asked for.
+    At its limit Dynamo would go on uncompiled, dense, or raise an error.
     """
     with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
         yield

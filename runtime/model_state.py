@@ -29,6 +29,12 @@ class ModelState:
     generation: Generation | None = None
     calibration: SelfCalibration | None = None
     hoisted: HoistedPerTimestep = field(default_factory=HoistedPerTimestep)
+    _name: object | None = None  # of the generation under way, where the caller has named it
+
+    def begins_anew(self, name: object | None) -> bool:
+        """Return whether a call belongs to another generation than the last, as far as named."""
+        before, self._name = self._name, name
+        return name is not None and name is not before
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
@@ -44,10 +50,10 @@ class _Entry:
 
 
 class ModelStates:
-    """Keep the state of each model apart, and that of each thread.
+    """Keep the state of each model apart, and that of each thread; it dies with either.
 
-    Dynamo lets two models of the same structure share one graph, so a model is told by one of its
-    parameters, its ``owner``; None where the graph has none.
+    Dynamo lets two models of the same structure share one graph, so a model is identified by one of
+    its parameters, its ``owner``; None where the graph has none.
     """
 
     def __init__(self) -> None:
@@ -61,7 +67,7 @@ class ModelStates:
         if found is not None and (found.owner is None or found.owner() is owner):
             return found.state
         made = make()
-        known[id(owner)] = _Entry(None if owner is None else weakref.ref(owner), made)
+        known[id(owner)] = _Entry(_weak(owner, known), made)
         return made
 
     def here(self) -> list[ModelState]:
@@ -71,3 +77,17 @@ class ModelStates:
     def _entries(self) -> dict[int, _Entry]:
         entries: dict[int, _Entry] = self._threads.__dict__.setdefault("entries", {})
         return entries
+
+
+def _weak(owner: Tensor | None, known: dict[int, _Entry]) -> weakref.ref[Tensor] | None:
+    """Return a reference to ``owner`` whose entry in ``known`` goes when ``owner`` does."""
+    if owner is None:
+        return None
+    key = id(owner)
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        entry = known.get(key)
+        if entry is not None and entry.owner is reference:
+            del known[key]
+
+    return weakref.ref(owner, forget)

@@ -47,8 +47,8 @@ class SelfCalibration:
         if options.on_progress is None:
             self._announce()
 
-    def is_complete(self, timestep: float, latents: Sequence[Tensor]) -> bool:
-        """Return whether a call begins the next generation.
+    def is_complete(self, timestep: float, latents: Sequence[Tensor], anew: bool = False) -> bool:
+        """Return whether a call begins the next generation; ``anew`` where that is known.
 
         Timesteps fall or rise, as the first ones do; one against that direction is of the next
         generation. Those that rounding has made equal belong to steps of their own.
@@ -56,8 +56,8 @@ class SelfCalibration:
         Raises:
             ConfigError: the generation has one step, or calls the model twice a step.
         """
-        if not self._timesteps:
-            return False
+        if anew or not self._timesteps:
+            return bool(self._timesteps)
         first, last = self._timesteps[0], self._timesteps[-1]
         direction = next((known - first for known in self._timesteps if known != first), 0.0)
         if direction == 0.0 and timestep == first:

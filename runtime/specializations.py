@@ -32,7 +32,7 @@ from ditfastattn.passes.plan.step_program import NOTHING
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
 from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.clock import read_timestep
-from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.generation import Call, Generation, named_generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
     split_as_planned,
@@ -96,10 +96,11 @@ class Specialization:
             return tuple(dense.run(tensors))
         owner = None if self._owner is None else tensors[self._owner]
         model = self.models.of(owner, lambda: self._meet(tensors))
+        anew = model.begins_anew(named_generation())
         try:
             if model.plan is None:
-                return self._calibrate(model, tensors)
-            return self._run_planned(model, model.plan, tensors)
+                return self._calibrate(model, tensors, anew)
+            return self._run_planned(model, model.plan, tensors, anew)
         except BaseException:
             model.reset()
             raise
@@ -119,18 +120,20 @@ class Specialization:
         for model in self.models.here():
             model.reset()
 
-    def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _calibrate(
+        self, model: ModelState, tensors: Sequence[Tensor], anew: bool
+    ) -> tuple[Any, ...]:
         if model.calibration is None:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
         latents = [tensors[index] for index in self._latents]
-        if not model.calibration.is_complete(now, latents):
+        if not model.calibration.is_complete(now, latents, anew):
             return model.calibration.step(now, latents, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
         log.warning("ditfastattn: calibrated: %s", summary(plan))
-        return self._run_planned(model, self._take_plan(model, plan), tensors)
+        return self._run_planned(model, self._take_plan(model, plan), tensors, anew=True)
 
     def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
         """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
@@ -148,9 +151,11 @@ class Specialization:
     def _where(self) -> str:
         return f"argument {self.options.timestep!r}"
 
-    def _advance(self, model: ModelState, generation: Generation, timestep: Tensor) -> Call:
+    def _advance(
+        self, model: ModelState, generation: Generation, timestep: Tensor, anew: bool
+    ) -> Call:
         try:
-            return generation.advance(read_timestep(timestep))
+            return generation.advance(read_timestep(timestep), anew)
         except ConfigError as error:
             if not generation.on_trial:
                 raise
@@ -165,11 +170,11 @@ class Specialization:
             ) from error
 
     def _run_planned(
-        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
+        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor], anew: bool
     ) -> tuple[Any, ...]:
         generation, timestep = model.generation, tensors[self._timestep]
         assert generation is not None
-        call = self._advance(model, generation, timestep)
+        call = self._advance(model, generation, timestep, anew)
         if call.step == 0 and plan.shares_guidance:
             # Once a generation, as on a device it waits.
             names = (self.captured.inputs[index].name for index in self._latents)

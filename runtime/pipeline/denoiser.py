@@ -3,13 +3,16 @@
 The module itself stays in its pipeline, so saving, LoRA loading and ``isinstance`` work as before.
 Accelerate's offloading hooks keep the forward that they wrap as ``_old_forward``; that one is
 replaced, so that moving weights is not compiled.
+
+A forward refers to its module, so a global table of forwards would keep every module alive, even
+one with weak keys. What is known of a module is kept in the module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -17,8 +20,8 @@ from ditfastattn.core.errors import ConfigError
 
 Forward = Callable[..., Any]
 _HOOKED = "_old_forward"
-_own: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
-accelerated: WeakSet[nn.Module] = WeakSet()  # modules that run by a plan
+_OWN = "_ditfastattn_own_forward"  # in a module's dict, while its forward is replaced
+_PLANNED = "_ditfastattn_planned_forward"  # there too, while it runs by a plan
 
 
 def transformer_of(pipeline: Any, where: str) -> nn.Module:
@@ -41,7 +44,7 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
 
 def check_not_accelerated(module: nn.Module) -> None:
     """Raise ``ConfigError`` if ``module`` runs by a plan: the model itself is to be measured."""
-    if module in accelerated:
+    if _PLANNED in vars(module):
         raise ConfigError(
             "the transformer is accelerated already",
             where=type(module).__name__,
@@ -72,27 +75,55 @@ def check_not_hooked(module: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A forward that took the place of another; what was there ``before``, None for the class's."""
+
+    made: Forward
+    before: Forward | None
+    nested: bool
+
+    def undo(self, module: nn.Module) -> None:
+        """Put back into ``module`` what was there before."""
+        if not self.nested:
+            vars(module).pop(_OWN, None)
+        # Hooks may have come or gone meanwhile, and taken the replacement along.
+        names = (_HOOKED, "forward")
+        place = next((name for name in names if vars(module).get(name) is self.made), None)
+        if place is None:
+            return
+        if self.before is None and place == "forward":
+            delattr(module, place)
+        else:
+            setattr(module, place, self.before or type(module).forward.__get__(module))
+
+
 def replace_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
     """Replace the forward of ``module`` by ``make(forward)``; return a function that undoes it.
 
     Replacements may nest: each is made of the model's own forward, and undone in turn.
     """
+    replacement = _replace(module, make)
+    return lambda: replacement.undo(module)
+
+
+def plan_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+    """Replace the forward of ``module`` by ``make(forward)``, which runs by a plan."""
+    vars(module)[_PLANNED] = _replace(module, make)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo ``plan_forward``; a module that does not run by a plan is left as it is."""
+    replacement: Replacement | None = vars(module).pop(_PLANNED, None)
+    if replacement is not None:
+        replacement.undo(module)
+
+
+def _replace(module: nn.Module, make: Callable[[Forward], Forward]) -> Replacement:
     name = _HOOKED if _HOOKED in vars(module) else "forward"
-    before = vars(module).get(name)  # None where the class's own forward is in force
-    known = module in _own
-    made = make(_own.setdefault(module, getattr(module, name)))
+    before = vars(module).get(name)
+    nested = _OWN in vars(module)
+    own = vars(module).setdefault(_OWN, getattr(module, name))
+    made = make(own)
     setattr(module, name, made)
-
-    def undo() -> None:
-        if not known:
-            _own.pop(module, None)
-        # Hooks may have come or gone meanwhile, and taken the replacement along.
-        place = next((n for n in (_HOOKED, "forward") if vars(module).get(n) is made), None)
-        if place is None:
-            return
-        if before is None and place == "forward":
-            delattr(module, place)
-        else:
-            setattr(module, place, before or type(module).forward.__get__(module))
-
-    return undo
+    return Replacement(made, before, nested)

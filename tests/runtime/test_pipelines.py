@@ -140,6 +140,48 @@ def test_two_calls_a_step_are_refused_by_a_layout_of_one(kind: type[Pipeline]) -
         pass
 
 
+class Cancelled(Exception):  # noqa: N818  # a user's own
+    """End a generation between two calls of its transformer."""
+
+
+@pytest.mark.parametrize("kind", [Pipeline, Rounded])
+@pytest.mark.parametrize("order", ["cond-first", "separate"])
+def test_a_generation_cancelled_between_two_calls_leaves_nothing(
+    order: str, kind: type[Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline: Any = kind(order)
+    call: dict[str, Any] = {"labels": [1]}
+    mixed = mixed_plan_for(pipeline, call, seed=1)
+    accelerate(pipeline, mixed.plan, lowering="eager")
+    expected = generate(pipeline, Prompt(call, 5))
+    predict = pipeline._predict
+    for calls in range(1, 4 * mixed.plan.sampler.cfg_layout.calls):
+        left = [None] * calls
+
+        def cancelled(*args: Any, left: list[None] = left) -> Tensor:
+            if not left:
+                raise Cancelled
+            left.pop()
+            found: Tensor = predict(*args)
+            return found
+
+        monkeypatch.setattr(pipeline, "_predict", cancelled)
+        with pytest.raises(Cancelled):
+            generate(pipeline, Prompt(call, 6))  # another image
+        monkeypatch.setattr(pipeline, "_predict", predict)
+        assert torch.equal(generate(pipeline, Prompt(call, 5)), expected)
+    restore(pipeline)
+
+
+def test_a_self_calibration_of_one_step_ends_where_the_sampler_begins_anew() -> None:
+    pipeline: Any = Pipeline("cond-first")
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 1}
+    dense = generate(pipeline, Prompt(call, 5))
+    accelerate(pipeline, lowering="eager", cfg_layout="cond-first")
+    assert all(torch.equal(generate(pipeline, Prompt(call, 5)), dense) for _ in range(3))
+    restore(pipeline)
+
+
 def test_without_guidance_there_is_no_layout() -> None:
     call = {"labels": [1, 2], "guidance_scale": 1.0}
     assert detect_cfg_layout(Pipeline("cond-first"), call) is CfgLayout.NONE

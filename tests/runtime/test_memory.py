@@ -1,0 +1,174 @@
+"""Nothing of a model stays when it dies, and nothing of a prompt when its generation ends."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import CfgLayout, Plan, Strategy
+from ditfastattn.runtime import specializations
+from ditfastattn.runtime.model_state import ModelState
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn.tools.digits_pipeline import DigitsPipeline
+from tests.helpers import (
+    STEPS,
+    TINY_DIGITS,
+    TINY_MODELS,
+    TinyModel,
+    capture_every_site,
+    captured_once,
+    largest_difference,
+    make_plan,
+    tiny_digits_pipeline,
+    tiny_dit,
+    uniform_strategies,
+)
+from tests.plans import plan_for
+
+CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
+MEBIBYTE = 2**20
+
+
+def pipeline() -> DigitsPipeline:
+    return tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_for(pipeline(), CALL, [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP])
+
+
+def states() -> list[ModelState]:
+    return [state for found in specializations._registry for state in found.models.here()]
+
+
+def accelerated_round(plan: Plan | None, restored: bool, seed: int) -> weakref.ref[Any]:
+    """Create a pipeline, accelerate it, run it, and drop it; return a reference to its model."""
+    made = pipeline()
+    options: dict[str, Any] = {} if plan else {"threshold": 0.3}
+    ditfastattn.accelerate(made, plan, lowering="eager", **options)
+    for _ in range(2):
+        generate(made, Prompt(CALL, seed))
+    if restored:
+        ditfastattn.restore(made)
+    return weakref.ref(made.transformer)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("restored", [True, False], ids=["restored", "kept"])
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "self-calibrated"])
+def test_an_accelerated_model_dies_with_all_its_state(
+    planned: bool, restored: bool, plan: Plan
+) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    known = len(states()), len(specializations._registry)
+    for seed in range(3):
+        model = accelerated_round(plan if planned else None, restored, seed)
+        gc.collect()
+        assert model() is None
+        assert (len(states()), len(specializations._registry)) == known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restored", [True, False], ids=["restored", "kept"])
+def test_fifty_accelerated_models_leave_no_memory(restored: bool, plan: Plan) -> None:
+    alive: list[weakref.ref[Any]] = []
+    begun = 0
+    for seed in range(55):
+        alive.append(accelerated_round(plan, restored, seed))
+        gc.collect()
+        if seed == 4:
+            begun = resident_bytes()
+    assert not any(model() for model in alive)
+    # torch keeps the source of each graph that it has generated code for, here 0.15 MiB a round.
+    assert resident_bytes() - begun < 16 * MEBIBYTE
+
+
+def test_models_of_many_structures_may_be_accelerated() -> None:
+    torch._dynamo.reset()
+    for number in range(10):  # Dynamo would compile 8
+        config = TINY_DIGITS | {"num_layers": 1, "norm_eps": 1e-5 * (number + 1)}
+        made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), DDIMScheduler())
+        made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+        dense = generate(made, Prompt(CALL, 0))
+        ditfastattn.accelerate(made, lowering="eager", dense=True)
+        assert torch.equal(generate(made, Prompt(CALL, 0)), dense)
+
+
+def test_a_model_outside_of_a_pipeline_dies_with_its_state() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    known = len(states())
+    options: dict[str, Any] = {"lowering": "eager", "cfg_layout": CfgLayout.COND_FIRST}
+    for steps in (3, 2 * STEPS):  # in the middle of its calibration, and after it
+        tiny = tiny_dit.__wrapped__(seed=7)
+        compiled: Any = torch.compile(
+            tiny.model, backend="ditfastattn", fullgraph=True, options=options
+        )
+        with torch.no_grad():
+            for step in range(steps):
+                compiled(**tiny.call(step % STEPS, 4))
+        assert len(states()) == known + 1
+        model = weakref.ref(tiny.model)
+        del tiny, compiled
+        gc.collect()
+        assert model() is None
+        assert len(states()) == known
+
+
+def test_the_death_of_one_model_leaves_the_generation_of_another() -> None:
+    torch._dynamo.reset()
+    first, second = tiny_dit(), tiny_dit.__wrapped__(seed=8)
+    options: dict[str, Any] = {"lowering": "eager", "cfg_layout": CfgLayout.COND_FIRST}
+    compile_: Callable[[TinyModel], Any] = lambda tiny: torch.compile(  # noqa: E731
+        tiny.model, backend="ditfastattn", fullgraph=True, options=options
+    )
+    kept, dropped = compile_(first), compile_(second)
+    alone = [first.run(kept) for _ in range(2)][1]
+    got = []
+    with torch.no_grad():
+        for step in range(STEPS):
+            got.append(kept(**first.call(step, 4))[0])
+            if step < 2:
+                dropped(**second.call(step, 4))
+            elif step == 2:
+                del second, dropped
+                gc.collect()
+    assert largest_difference(got, alone) == 0.0
+
+
+def test_prompt_embeddings_are_dropped_after_the_last_step() -> None:
+    torch._dynamo.reset()
+    tiny = TINY_MODELS["pixart"]()
+    _, sites = capture_every_site(tiny)
+    plan = make_plan(tiny, uniform_strategies(sites, Strategy.SHARE_STEP), feed_forwards=True)
+    options: dict[str, Any] = {"lowering": "eager", "plan": plan}
+    compiled: Any = torch.compile(
+        tiny.model, backend="ditfastattn", fullgraph=True, options=options
+    )
+    given: dict[str, Any] = {}
+    seen: list[weakref.ref[Tensor]] = []
+    for step in range(STEPS):
+        call = tiny.call(step, 4)
+        given = given or {name: call[name] for name in ("encoder_hidden_states",)}
+        seen.append(weakref.ref(given["encoder_hidden_states"]))
+        with torch.no_grad():
+            compiled(**call | given)
+    del given, call
+    gc.collect()
+    assert not any(embedding() is not None for embedding in seen)
+    assert captured_once(tiny) is not None  # the model lives
