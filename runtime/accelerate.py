@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch.fx import GraphModule
 
-from ditfastattn.passes.capture.dynamo import GraphInput, describe_inputs
+from ditfastattn.passes.capture.captured_graph import GraphInput
+from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.generation import naming_generation

@@ -1,4 +1,4 @@
-"""Tell which step a call of the model is, from its timestep, without waiting for the device."""
+"""Map each call of the model to a step by its timestep, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TimestepReader(Protocol):
     """Give the value of a timestep that may still be on its way from the device."""
 
     def ready(self) -> bool:
-        """Tell whether ``value`` would not wait."""
+        """Return whether ``value`` would return without waiting."""
         ...
 
     def value(self) -> float:

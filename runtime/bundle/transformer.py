@@ -302,7 +302,7 @@ def _argument(
 
 
 def _is_timestep(tensor: Tensor) -> bool:
-    """Tell whether a tensor may be a timestep, which schedulers give as integers or floats."""
+    """Return whether a tensor may be a timestep, which schedulers give as integers or floats."""
     return tensor.dim() <= 1
 
 
