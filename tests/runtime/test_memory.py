@@ -102,7 +102,8 @@ def test_models_of_many_structures_may_be_accelerated() -> None:
     torch._dynamo.reset()
     for number in range(10):  # Dynamo would compile 8
         config = TINY_DIGITS | {"num_layers": 1, "norm_eps": 1e-5 * (number + 1)}
-        made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), DDIMScheduler())
+        scheduler: Any = DDIMScheduler()
+        made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
         made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
         dense = generate(made, Prompt(CALL, 0))
         ditfastattn.accelerate(made, lowering="eager", dense=True)
@@ -132,21 +133,25 @@ def test_a_model_outside_of_a_pipeline_dies_with_its_state() -> None:
 
 def test_the_death_of_one_model_leaves_the_generation_of_another() -> None:
     torch._dynamo.reset()
-    first, second = tiny_dit(), tiny_dit.__wrapped__(seed=8)
+    first = tiny_dit()
+    other = tiny_dit.__wrapped__(seed=8)
+    second: TinyModel | None = other
     options: dict[str, Any] = {"lowering": "eager", "cfg_layout": CfgLayout.COND_FIRST}
     compile_: Callable[[TinyModel], Any] = lambda tiny: torch.compile(  # noqa: E731
         tiny.model, backend="ditfastattn", fullgraph=True, options=options
     )
-    kept, dropped = compile_(first), compile_(second)
+    kept = compile_(first)
+    dropped: Callable[..., Any] | None = compile_(other)
+    del other
     alone = [first.run(kept) for _ in range(2)][1]
     got = []
     with torch.no_grad():
         for step in range(STEPS):
             got.append(kept(**first.call(step, 4))[0])
-            if step < 2:
+            if second is not None and dropped is not None and step < 2:
                 dropped(**second.call(step, 4))
             elif step == 2:
-                del second, dropped
+                second = dropped = None
                 gc.collect()
     assert largest_difference(got, alone) == 0.0
 
@@ -162,6 +167,7 @@ def test_prompt_embeddings_are_dropped_after_the_last_step() -> None:
     )
     given: dict[str, Any] = {}
     seen: list[weakref.ref[Tensor]] = []
+    call: dict[str, Any] = {}
     for step in range(STEPS):
         call = tiny.call(step, 4)
         given = given or {name: call[name] for name in ("encoder_hidden_states",)}
