@@ -16,6 +16,8 @@ from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.latent import latent_position
+from ditfastattn.passes.analysis.output_site import output_site
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -178,10 +180,13 @@ def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
 def _again(sites: tuple[Site, ...], captured: CapturedCall) -> tuple[Site, ...]:
     """Return the planned sites of another capture of the same model."""
     known = {site.name: site for site in find_sites(captured.graph).sites}
-    return tuple(
-        replace(known[site.name], window=site.window).with_caches_in(site.cache_dtype)
-        for site in sites
-    )
+
+    def found(site: Site) -> Site:
+        other = output_site(captured.graph) if site.kind is SiteKind.OUTPUT else known[site.name]
+        chosen = replace(other, window=site.window, coefficients=site.coefficients)
+        return chosen.with_caches_in(site.cache_dtype)
+
+    return tuple(map(found, sites))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.output_site import output_site
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
@@ -123,6 +125,8 @@ def planned_sites(
     _check_inputs(plan, input_shapes(captured))
     wanted = {site.name for site in plan.sites}
     chosen = tuple(site for site in sites if site.name in wanted)
+    if any(site.kind is SiteKind.OUTPUT for site in plan.sites):
+        chosen = (*chosen, _output_site(captured))
     recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
     found = [(site.name, site.kind, site.tokens) for site in chosen]
     if recorded != found:
@@ -137,13 +141,21 @@ def planned_sites(
     return chosen
 
 
+def _output_site(captured: CapturedGraph) -> Site:
+    try:
+        return output_site(captured)
+    except ValueError as error:
+        raise mismatch("sites (output)", error, "a model of one output") from error
+
+
 def _as_planned(site: Site, planned: PlannedSite) -> Site:
     """Give ``site`` the window and cache dtype of the plan; a grid must cover the site's tokens."""
     window, tokens = planned.window, site.tokens - sum(site.text)
     if isinstance(window, TileWindow) and window.tokens != tokens:
         grid = " x ".join(map(str, window.grid))
         raise mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)
-    return replace(site, window=window).with_caches_in(planned.cache_dtype)
+    made = replace(site, window=window, coefficients=planned.coefficients)
+    return made.with_caches_in(planned.cache_dtype)
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:

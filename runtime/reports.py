@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ditfastattn.passes.analysis.flops import Flops
 from ditfastattn.passes.analysis.sites import SiteReport
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.strategies import strategies
+from ditfastattn.passes.plan.strategies import every_strategy
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ class RunReport:
 def summary(plan: Plan) -> str:
     """Count the strategies of ``plan`` in one line."""
     counts = Counter(strategy for row in plan.strategies for strategy in row)
-    parts = [f"{counts[strategy]} {strategy}" for strategy in strategies() if counts[strategy]]
+    parts = [f"{counts[strategy]} {strategy}" for strategy in every_strategy() if counts[strategy]]
     return f"{plan.sampler.steps} steps x {len(plan.sites)} sites: {', '.join(parts)}"

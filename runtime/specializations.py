@@ -85,13 +85,17 @@ class Specialization:
 
     def _hoist(self, name: str, varying: Collection[int]) -> HoistedGraph:
         """Return what the pass ``name`` hoists; nothing where it is disabled."""
-        runs_dense = self.options.dense or not self.report.sites
-        disabled = runs_dense or name in switches().off
+        disabled = self._runs_dense or name in switches().off
         return HoistedGraph(self.captured, varying, self.options, disabled)
+
+    @property
+    def _runs_dense(self) -> bool:
+        """Return whether there is no plan to run by, and none to find."""
+        return self.options.dense or not (self.report.sites or self.options.plan)
 
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
-        if self.options.dense or not self.report.sites:
+        if self._runs_dense:
             dense = self._variants.of(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
             return tuple(dense.run(tensors))
         owner = None if self._owner is None else tensors[self._owner]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import replacing
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.passes.plan.strategies import Strategy, every_strategy
 
 MOST_SAMPLES = 10
 _DOTS_PER_INCH = 150
@@ -238,7 +238,7 @@ def _label_map(axis: Axes, plan: Plan) -> None:
 
 def _by_effort() -> list[Strategy]:
     """Return the strategies from dark to light, with the work that is left."""
-    return sorted(strategies(), key=lambda strategy: -strategy.effort)
+    return sorted(every_strategy(), key=lambda strategy: -strategy.effort)
 
 
 def _legend(plan: Plan) -> list[Patch]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+# By step, guidance branch (in the order of the layout) and term; fp32. Empty where nothing is fitted.
+Coefficients = tuple[tuple[tuple[float, ...], ...], ...]
+
 
 class SiteKind(StrEnum):
     """Name what an attention site attends to, or a site that is not an attention."""
@@ -12,6 +15,7 @@ class SiteKind(StrEnum):
     CROSS = "cross"
     JOINT = "joint"
     FEED_FORWARD = "feed-forward"
+    OUTPUT = "output"  # of the whole model: where it is reused, a step runs nothing else
 
 
 class CacheDtype(StrEnum):

@@ -17,5 +17,6 @@ def planned_site(site: Site) -> PlannedSite:
         head_dim=site.head_dim,
         window=site.window,
         cache_dtype=site.cache_dtype,
+        coefficients=site.coefficients,
         group=whole and HeadGroup(site=whole.name, first=site.first_head, of=whole.heads),
     )

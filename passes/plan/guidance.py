@@ -20,6 +20,11 @@ class CfgLayout(StrEnum):
         return 2 if self in (CfgLayout.SEPARATE, CfgLayout.SEPARATE_UNCOND_FIRST) else 1
 
     @property
+    def branches(self) -> int:
+        """Return how many guidance branches there are."""
+        return 1 if self is CfgLayout.NONE else 2
+
+    @property
     def batched(self) -> bool:
         """Return whether the halves of a call's batch are the guidance branches."""
         return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)

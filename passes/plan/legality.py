@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.passes.plan.strategies import Strategy, every_strategy, strategies
 
 
 class SiteLimits(Protocol):
     """The limits of a site, each a reason or ""."""
+
+    @property
+    def kind(self) -> SiteKind:
+        """Return the kind of the site."""
+        ...
 
     @property
     def no_window(self) -> str:
@@ -21,6 +27,11 @@ class SiteLimits(Protocol):
     @property
     def no_shared_guidance(self) -> str:
         """Return why the halves of the batch cannot share this site."""
+        ...
+
+    @property
+    def no_fit(self) -> str:
+        """Return why no coefficients can be fitted to its output."""
         ...
 
 
@@ -52,6 +63,8 @@ def why_not(
         return reason
     if strategy.windowed and site.no_window:
         return site.no_window
+    if strategy.fitted and site.no_fit:
+        return site.no_fit
     if strategy.outputs_read and not history.outputs:
         return "no earlier step computes an output"
     if history.outputs < strategy.outputs_read:
@@ -68,21 +81,26 @@ def _why_not_shared(site: SiteLimits, layout: CfgLayout) -> str:
     if layout is CfgLayout.SEPARATE_UNCOND_FIRST:
         return "the unconditional call comes first, when there is no output to share yet"
     # Between calls of their own the guidance branches need not be halves of a batch.
-    return "" if layout is CfgLayout.SEPARATE else site.no_shared_guidance
+    separate = layout is CfgLayout.SEPARATE and site.kind is not SiteKind.OUTPUT
+    return "" if separate else site.no_shared_guidance
+
+
+def _table(site: SiteLimits) -> tuple[Strategy, ...]:
+    return strategies() if site.no_fit else every_strategy()
 
 
 def legal_strategies(
     site: SiteLimits, layout: CfgLayout = CfgLayout.COND_FIRST, history: History = ANY
 ) -> tuple[Strategy, ...]:
     """Return the strategies that ``site`` may take, in the table's order; ``FULL`` is one."""
-    return tuple(each for each in strategies() if not why_not(each, site, layout, history))
+    return tuple(each for each in _table(site) if not why_not(each, site, layout, history))
 
 
 def declined_strategies(
     site: SiteLimits, layout: CfgLayout = CfgLayout.COND_FIRST
 ) -> dict[Strategy, str]:
     """Return the strategies that ``site`` may never take, with the reasons."""
-    reasons = {each: why_not(each, site, layout) for each in strategies()}
+    reasons = {each: why_not(each, site, layout) for each in _table(site)}
     return {each: reason for each, reason in reasons.items() if reason}
 
 

@@ -28,7 +28,7 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
-from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
 from ditfastattn.passes.windows.window import Window
 
 SCHEMA_VERSION = 3
@@ -52,6 +52,11 @@ class PlannedSite(Record, frozen=True):
     describes tiles; 0 where a window is not legal. A feed-forward is one head of its width. Where
     the heads of an attention take strategies of their own, a site is a ``group`` of them. Caches
     are kept in ``cache_dtype``, in the model's own dtype where there is none.
+
+    The whole output of the model may be fitted at a step: ``coefficients[step]`` holds a row for
+    each guidance branch, in the order of ``cfg_layout``: the factor of the latent, and those of
+    the outputs computed last, the last one first. Where a call holds both branches, each output
+    has two factors, one for each half.
     """
 
     name: str
@@ -62,12 +67,13 @@ class PlannedSite(Record, frozen=True):
     window: Window
     cache_dtype: CacheDtype | None = None
     group: HeadGroup | None = None
+    coefficients: tuple[tuple[tuple[FiniteFloat, ...], ...], ...] = ()
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out absent fields, so that older plans are written as they were."""
         fields: dict[str, Any] = write(self)
-        return {name: item for name, item in fields.items() if item is not None}
+        return {name: item for name, item in fields.items() if item not in (None, ())}
 
     @property
     def no_window(self) -> str:
@@ -77,7 +83,14 @@ class PlannedSite(Record, frozen=True):
     @property
     def no_shared_guidance(self) -> str:
         """Return "": only the model itself shows whether guidance can be shared."""
-        return ""
+        whole = self.kind is SiteKind.OUTPUT
+        return "guidance compares the halves of the whole output" if whole else ""
+
+    @property
+    def no_fit(self) -> str:
+        """Return why no coefficients can be fitted, or ""."""
+        whole = self.kind is SiteKind.OUTPUT
+        return "" if whole else "coefficients are fitted to the model's whole output alone"
 
 
 class Sampler(Record, frozen=True):
@@ -182,7 +195,21 @@ class Plan(Record, frozen=True):
         for index, site in enumerate(self.sites):
             self._check_site(index, site)
         self._check_groups()
+        self._check_skipped_steps()
         return self
+
+    def _check_skipped_steps(self) -> None:
+        """Check that sites do nothing where the whole output is reused."""
+        for whole, site in enumerate(self.sites):
+            if site.kind is not SiteKind.OUTPUT:
+                continue
+            for step, row in enumerate(self.strategies):
+                others = (*row[:whole], *row[whole + 1 :])
+                if not row[whole].computes and set(others) - {Strategy.SHARE_STEP}:
+                    raise ValueError(
+                        f"strategies[{step}]: {site.name} is {row[whole]}, so nothing else runs: "
+                        f"expected {Strategy.SHARE_STEP} at every other site"
+                    )
 
     def _check_groups(self) -> None:
         """Check that the groups of an attention are in order, and are all of its heads."""
@@ -212,10 +239,28 @@ class Plan(Record, frozen=True):
 
     def _check_site(self, index: int, site: PlannedSite) -> None:
         column = [row[index] for row in self.strategies]
+        self._check_coefficients(column, site)
         fault = first_fault(column, site, self.sampler.cfg_layout)
         if fault is not None:
             step, reason = fault
             raise ValueError(f"strategies[{step}][{index}] ({site.name}): {column[step]}: {reason}")
+
+    def _check_coefficients(self, column: list[Strategy], site: PlannedSite) -> None:
+        layout = self.sampler.cfg_layout
+        rows = site.coefficients or ((),) * len(column)
+        if len(rows) != len(column):
+            raise ValueError(f"sites ({site.name}): coefficients: {len(rows)} steps")
+        for step, (strategy, given) in enumerate(zip(column, rows, strict=True)):
+            wanted = (
+                [fitted_terms(strategy.outputs_read, layout.batched)] * layout.branches
+                if strategy.fitted
+                else []
+            )
+            if list(map(len, given)) != wanted:
+                raise ValueError(
+                    f"sites ({site.name}): coefficients[{step}]: {list(map(len, given))} numbers, "
+                    f"expected {wanted} for {strategy}"
+                )
 
     @property
     def changed(self) -> int:

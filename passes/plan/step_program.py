@@ -28,7 +28,11 @@ from ditfastattn.passes.plan.slot_schedule import (
     output_lives,
 )
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.plan.whole_attentions import columns_of_actions, with_whole_columns
+from ditfastattn.passes.plan.whole_attentions import (
+    columns_of_actions,
+    skipped_steps,
+    with_whole_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ def unroll(
     Raises:
         VerifyError: a step reads a cache that no earlier step has written.
     """
-    every, chosen = with_whole_columns(sites, rows, merge_variants)
-    acting = list(zip(*columns_of_actions(every, chosen, call), strict=True)) or [()] * len(rows)
+    skipped = skipped_steps(sites, rows)
+    every, chosen = with_whole_columns(sites, rows, merge_variants, skipped)
+    columns = columns_of_actions(every, chosen, call, skipped)
+    acting = list(zip(*columns, strict=True)) or [()] * len(rows)
     if merge_variants:
         acting = merge_writes(acting)
     acting = [leave_copying_to_wholes(every, row) for row in acting]
@@ -108,7 +114,7 @@ def _slot_schedule(
             for site, column, strategies in planned
             for slot in _slots(site, column, strategies, captured)
         ),
-        factors=_factors(sites, chosen, len(acting)),
+        factors=_factors(sites, chosen, len(acting), call),
         adopted=tuple(_adopted(sites, [column[step] for column in chosen], call) for step in steps),
         bytes_written=tuple(_bytes_written(sites, row, captured) for row in acting),
     )
@@ -186,7 +192,10 @@ def _adopted(sites: Sequence[Site], row: Sequence[Strategy], call: GuidanceCall)
 
 
 def _factors(
-    sites: Sequence[Site], columns: Sequence[Sequence[Strategy]], steps: int
+    sites: Sequence[Site],
+    columns: Sequence[Sequence[Strategy]],
+    steps: int,
+    call: GuidanceCall,
 ) -> tuple[dict[Slot, float], ...]:
     found: tuple[dict[Slot, float], ...] = tuple({} for _ in range(steps))
     for site, column in zip(sites, columns, strict=True):
@@ -194,6 +203,10 @@ def _factors(
         for step, strategy in enumerate(column):
             if strategy.computes:
                 computed.append(step)
+            elif strategy.fitted:
+                numbers = _coefficients(site, step, call)
+                slots = factor_slots(site.name, len(numbers))
+                found[step].update(zip(slots, numbers, strict=True))
             elif len(computed) >= strategy.outputs_read:
                 gaps = gaps_before(computed, strategy.outputs_read)
                 numbers = strategy.factors(step - computed[-1], gaps)
@@ -202,12 +215,27 @@ def _factors(
     return found
 
 
+def _coefficients(site: Site, step: int, call: GuidanceCall) -> tuple[float, ...]:
+    """Return the coefficients that ``call`` takes at ``step``, those of both branches in a batch.
+
+    Raises:
+        VerifyError: the plan has none.
+    """
+    rows = site.coefficients[step] if site.coefficients else ()
+    if not rows:
+        raise VerifyError(f"{site.name} is fitted at step {step}, for which it has no coefficients")
+    if call is not GuidanceCall.ONLY:
+        return rows[call is GuidanceCall.SECOND]
+    return tuple(number for row in rows for number in row)
+
+
 def _check_caches(program: StepProgram) -> None:
     """Every cache that a step reads was written at an earlier step, or is adopted, and is kept."""
     kept = {each.slot: each.lives for each in program.slots.slots}
     for step, variant in enumerate(program.schedule):
         for site, action in zip(program.sites, program.variants[variant], strict=True):
-            factors = factor_slots(site.name, action.strategy.factor_count)
+            count = 0 if action.strategy.fitted else action.strategy.factor_count
+            factors = factor_slots(site.name, count)
             absent = [slot for slot in factors if slot not in program.slots.factors[step]]
             absent += [
                 slot

@@ -6,6 +6,9 @@ legality, unrolling, rewriting, the plan interpreter, the searches and the figur
 records. They name only the two primitives, ``FULL`` (compute everything) and ``SHARE_STEP`` (repeat
 the last output). To add a strategy, add its record to ``STRATEGIES``.
 
+``FITTED`` are strategies of the model's whole output alone: its weights are neither rules nor sum
+to 1, they are fitted on calibration trajectories, and stand in the plan.
+
 What a strategy costs is not stated: operations are counted in the rewritten graph, seconds are
 measured, and the bytes of its caches follow from ``outputs_read`` and ``windowed``.
 """
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar
 
 from pydantic import GetCoreSchemaHandler
@@ -47,6 +52,8 @@ class Strategy:
         shares_guidance: computes the conditional branch alone, which serves both.
         refreshes_residual: may store the residual that later windows read.
         outputs_read: how many of the outputs computed last it is made of; 0 where it computes.
+        fitted: the plan holds its weights, ``combine`` takes terms in place of outputs (see
+            ``fitted_terms``).
         weights: from the steps since the last output and the gaps between outputs (the latest
             first) to the weight of each output, the last one first. They sum to 1, so that it is
             the same to combine outputs before or after an affine output projection.
@@ -68,6 +75,7 @@ class Strategy:
     shares_guidance: bool = field(default=False, compare=False)
     refreshes_residual: bool = field(default=False, compare=False)
     outputs_read: int = field(default=0, compare=False)
+    fitted: bool = field(default=False, compare=False)
     weights: Callable[[int, Gaps], Numbers] = field(default=_no_factors, compare=False, repr=False)
     factors: Callable[[int, Gaps], Numbers] = field(default=_no_factors, compare=False, repr=False)
     combine: Combine | None = field(default=None, compare=False, repr=False)
@@ -97,7 +105,7 @@ class Strategy:
 
     @property
     def factor_count(self) -> int:
-        """Return how many factors ``combine`` takes."""
+        """Return how many factors ``combine`` takes, where they follow from the steps."""
         return len(self.factors(1, (1,) * (self.outputs_read - 1))) if self.outputs_read else 0
 
     @property
@@ -215,9 +223,45 @@ STRATEGIES: tuple[Strategy, ...] = (
 )
 
 
+def _fitted(outputs: int) -> Strategy:
+    return Strategy(
+        name=f"fitted-{outputs}",
+        label="step skipped, output fitted",
+        symbol=str(outputs),
+        colour="#cc79a7",
+        terminal_colour="bright_blue",
+        effort=0.0,
+        outputs_read=outputs,
+        fitted=True,
+        combine=_weighted_sum,
+    )
+
+
+def _weighted_sum(terms: Sequence[Any], factors: Sequence[Any]) -> Any:
+    first, *others = (term * factor for term, factor in zip(terms, factors, strict=True))
+    return reduce(add, others, first)
+
+
+def fitted_terms(outputs: int, both_branches: bool) -> int:
+    """Return of how many terms a fitted output is the sum, in each guidance branch.
+
+    The terms are the latent, and each earlier output, the last one first. Where a call holds
+    ``both_branches``, they are the conditional and the unconditional half of each output.
+    """
+    return 1 + outputs * (1 + both_branches)
+
+
+FITTED: tuple[Strategy, ...] = tuple(map(_fitted, (1, 2, 3, 4)))  # by how many outputs are read
+
+
 def strategies() -> tuple[Strategy, ...]:
-    """Return the table."""
+    """Return the table: what any site may take."""
     return STRATEGIES
+
+
+def every_strategy() -> tuple[Strategy, ...]:
+    """Return the table, and what only the model's whole output may take."""
+    return (*strategies(), *FITTED)
 
 
 def computing(windowed: bool, shares_guidance: bool) -> Strategy:
@@ -244,8 +288,8 @@ def strategy_named(name: object) -> Strategy:
     Raises:
         ValueError: there is none.
     """
-    for strategy in strategies():
+    for strategy in every_strategy():
         if strategy.name == name:
             return strategy
-    known = ", ".join(map(str, strategies()))
+    known = ", ".join(map(str, every_strategy()))
     raise ValueError(f"unknown strategy {name!r}, expected one of: {known}")

@@ -21,6 +21,7 @@ from ditfastattn.passes.plan.step_program import StepProgram, unroll
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import Pass, PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
+from ditfastattn.passes.rewrites.fit_outputs import FitOutputs
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_TIMESTEP, HoistInvariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
@@ -51,7 +52,14 @@ def variant_passes(
         ),
         WindowResidual(tuple(site for site, action in pairs if action.strategy.windowed)),
         ReuseOutputs(
-            tuple((site, act.strategy) for site, act in pairs if not act.strategy.computes)
+            tuple(
+                (site, act.strategy)
+                for site, act in pairs
+                if not act.strategy.computes and not act.strategy.fitted
+            )
+        ),
+        FitOutputs(
+            tuple((site, act.strategy) for site, act in pairs if act.strategy.fitted), layout
         ),
         ShareGuidance(
             tuple(site for site, action in pairs if action.strategy.shares_guidance), layout

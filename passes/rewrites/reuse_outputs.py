@@ -54,38 +54,38 @@ class ReuseOutputs:
 
 
 @dataclass(frozen=True)
-class _Expression:
+class Expression:
     """Let ``combine`` compute with nodes of a graph, which it inserts before ``place``."""
 
     node: Node
     place: Node
 
-    def __add__(self, other: _Expression | float) -> _Expression:
+    def __add__(self, other: Expression | float) -> Expression:
         return self._call(aten.add.Tensor, other)
 
-    def __sub__(self, other: _Expression | float) -> _Expression:
+    def __sub__(self, other: Expression | float) -> Expression:
         return self._call(aten.sub.Tensor, other)
 
-    def __mul__(self, other: _Expression | float) -> _Expression:
+    def __mul__(self, other: Expression | float) -> Expression:
         return self._call(aten.mul.Tensor, other)
 
-    def __neg__(self) -> _Expression:
+    def __neg__(self) -> Expression:
         return self._inserted(aten.neg.default, (self.node,))
 
-    def _call(self, target: Any, other: _Expression | float) -> _Expression:
-        operand = other.node if isinstance(other, _Expression) else other
+    def _call(self, target: Any, other: Expression | float) -> Expression:
+        operand = other.node if isinstance(other, Expression) else other
         return self._inserted(target, (self.node, operand))
 
-    def _inserted(self, target: Any, args: tuple[Any, ...]) -> _Expression:
+    def _inserted(self, target: Any, args: tuple[Any, ...]) -> Expression:
         graph = self.place.graph
         with graph.inserting_before(self.place):
-            return _Expression(insert(graph, target, args, self.place), self.place)
+            return Expression(insert(graph, target, args, self.place), self.place)
 
 
 def _reuse(graph: Graph, site: Site, strategy: Strategy) -> None:
     assert strategy.combine is not None
     slots = factor_slots(site.name, strategy.factor_count)
-    factors = [_factor(graph, slot, find(graph, site.node)) for slot in slots]
+    factors = [read_factor(graph, slot, find(graph, site.node)) for slot in slots]
     for index, member in enumerate(site.exits):
         node = find(graph, member)
         ages = range(strategy.outputs_read)
@@ -94,11 +94,12 @@ def _reuse(graph: Graph, site: Site, strategy: Strategy) -> None:
         node.replace_all_uses_with(combined.node)
 
 
-def _factor(graph: Graph, slot: Slot, like: Node) -> Node:
+def read_factor(graph: Graph, slot: Slot, like: Node) -> Node:
+    """Return the graph input that brings the factor ``slot``, on the device of ``like``."""
     with fake_mode(graph):
         scalar = torch.empty((), dtype=torch.float32, device=value(like).device)
     return read_cache(graph, slot, scalar)
 
 
-def _expressions(nodes: Sequence[Node], place: Node) -> list[_Expression]:
-    return [_Expression(node, place) for node in nodes]
+def _expressions(nodes: Sequence[Node], place: Node) -> list[Expression]:
+    return [Expression(node, place) for node in nodes]

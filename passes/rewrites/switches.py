@@ -16,11 +16,14 @@ from ditfastattn.passes.plan.strategies import Strategy, computing
 from ditfastattn.passes.rewrites.base import Pass
 
 _WINDOWS, _REUSE, _GUIDANCE = "window-residual", "reuse-outputs", "share-guidance"
+_FIT = "fit-outputs"
 
 
 def _passes_of(strategy: Strategy, two_calls: bool) -> set[str]:
     """Return the passes that carry out ``strategy``."""
     found = {_WINDOWS} if strategy.windowed else set()
+    if strategy.fitted:
+        return {_FIT}
     found |= {_GUIDANCE} if strategy.shares_guidance else set()
     # The second of two calls reads the output of the first.
     reuses = not strategy.computes or (two_calls and strategy.shares_guidance)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.strategies import Strategy, strategies
+from ditfastattn.passes.plan.strategies import Strategy, every_strategy
 from ditfastattn.tools.commands.options import PlanFile
 from ditfastattn.tools.terminal import open_console
 
@@ -24,7 +24,7 @@ def show_plan(console: Console, plan: Plan, name: str) -> None:
     console.print(facts(plan, name))
     console.print(strategy_table(plan))
     legend = Text("legend: ")
-    for strategy in strategies():
+    for strategy in every_strategy():
         legend.append(f" {strategy.symbol} ", style=f"bold {strategy.terminal_colour}")
         legend.append(f"{strategy}  ")
     console.print(legend)

@@ -1,0 +1,61 @@
+"""Describe the model's whole output as a site: where it is reused, a step runs nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.analysis.latent import latent_candidates
+from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.graph.ir import outputs, value
+
+OUTPUT = "output"
+
+
+def output_site(captured: CapturedGraph) -> Site:
+    """Return the site of what ``captured`` returns.
+
+    Raises:
+        ValueError: it returns something that is not computed from the call, or no single tensor.
+    """
+    found = outputs(captured.module.graph)
+    if len(found) != 1 or found[0].op != "call_function":
+        raise ValueError(f"the model returns {len(found)} tensors, not one that it computes")
+    tensor = value(found[0])
+    latents = [captured.inputs[index].name for index in latent_candidates(captured)]
+    width, tokens = sizes(tensor.shape)
+    return Site(
+        name=OUTPUT,
+        ordinal=-1,
+        node=found[0].name,
+        exits=(found[0].name,),
+        kind=SiteKind.OUTPUT,
+        tokens=tokens,
+        heads=1,
+        head_dim=width,
+        grid=(),
+        window=0,
+        no_window="a window is defined for attention, this is the whole output",
+        no_shared_guidance="guidance compares the halves of the whole output",
+        no_fit=_why_no_fit(tensor, latents),
+        latent=captured.node(latents[0]).name if len(latents) == 1 else "",
+    )
+
+
+def sizes(shape: torch.Size) -> tuple[int, int]:
+    """Return the channels of an output ``[B, C, ...]`` or ``[B, N, C]``, and all other elements."""
+    channels = shape[-1] if len(shape) == 3 else shape[1]
+    return channels, math.prod(shape[1:]) // channels
+
+
+def _why_no_fit(tensor: Tensor, latents: list[str]) -> str:
+    if not tensor.is_floating_point():
+        return f"the output is of {tensor.dtype}"
+    if len(latents) != 1:
+        named = ", ".join(latents) or "none"
+        return f"one input must be the latent, of the output's size; found {named}"
+    return ""
