@@ -182,7 +182,8 @@ def _again(sites: tuple[Site, ...], captured: CapturedCall) -> tuple[Site, ...]:
     known = {site.name: site for site in find_sites(captured.graph).sites}
 
     def found(site: Site) -> Site:
-        other = output_site(captured.graph) if site.kind is SiteKind.OUTPUT else known[site.name]
+        whole = site.kind is SiteKind.OUTPUT
+        other = output_site(captured.graph, site.latent) if whole else known[site.name]
         chosen = replace(other, window=site.window, coefficients=site.coefficients)
         return chosen.with_caches_in(site.cache_dtype)
 

@@ -20,10 +20,12 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.generation import naming_generation
 from ditfastattn.runtime.lowering import many_compilations
+from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
 from ditfastattn.runtime.options import BackendOptions, parse_options
 from ditfastattn.runtime.pipeline.denoiser import (
     Forward,
     check_not_hooked,
+    denoiser_name,
     plan_forward,
     restore_forward,
     transformer_of,
@@ -60,8 +62,9 @@ def accelerate(
     """
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
-    check_not_hooked(module)
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    if not is_opaque(loaded):
+        check_not_hooked(module)
     scheduler = getattr(pipeline, "scheduler", None)
     if loaded is not None and scheduler is not None:
         check_sampler(loaded, scheduler)
@@ -69,9 +72,15 @@ def accelerate(
         log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
     chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
     restore(pipeline)
-    pipeline.transformer = module  # a torch.compile around it would compile what runs compiled
+    name = denoiser_name(pipeline)
+    around = getattr(pipeline, name)
+    setattr(pipeline, name, module)  # a torch.compile around it would compile what runs compiled
 
-    plan_forward(module, lambda forward: _planned(forward, pipeline, chosen))
+    if is_opaque(loaded):
+        compiled = getattr(around, "dynamo_ctx", lambda forward: forward)
+        plan_forward(module, lambda own: _opaque(compiled(own), module, pipeline, chosen))
+    else:
+        plan_forward(module, lambda forward: _planned(forward, pipeline, chosen))
     return pipeline
 
 
@@ -134,12 +143,26 @@ def _planned(forward: Forward, pipeline: Any, options: BackendOptions) -> Forwar
     return run
 
 
+def _opaque(forward: Forward, module: Any, pipeline: Any, options: BackendOptions) -> Forward:
+    assert options.plan is not None
+    model = OpaqueModel(module, options.plan, options.timestep)
+    sampler = _SamplerWatch(ref(pipeline), options.plan)
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with naming_generation(sampler.generation()):
+            return model(forward, args, kwargs)
+
+    return run
+
+
 class _SamplerWatch:
     """Look at a pipeline's sampler before each call of its transformer."""
 
     def __init__(self, pipeline: ref[Any], plan: Plan | None) -> None:
         self._pipeline, self._plan = pipeline, plan
         self._accepted: list[Any] = [None, None, None]  # compared last, by identity
+        self._timesteps: object | None = None  # of the generation under way
 
     def generation(self) -> object | None:
         """Check the sampler; return what stands for the generation under way, None if unknown.
@@ -151,19 +174,22 @@ class _SamplerWatch:
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
             return None
-        if self._plan is not None:
-            self._check(self._plan, scheduler, pipeline)
         timesteps: object | None = getattr(scheduler, "timesteps", None)  # set once a generation
         stable = timesteps is getattr(scheduler, "timesteps", None)
-        return timesteps if stable else None
+        begins = stable and timesteps is not self._timesteps
+        self._timesteps = timesteps if stable else None
+        if self._plan is not None:
+            self._check(self._plan, scheduler, pipeline, begins)
+        return self._timesteps
 
-    def _check(self, plan: Plan, scheduler: Any, pipeline: Any) -> None:
-        # A scheduler that counts has no index before a generation's first step; of one that does
-        # not, the guidance cannot be told from one that a pipeline changes from step to step.
+    def _check(self, plan: Plan, scheduler: Any, pipeline: Any, begins: bool) -> None:
+        # The guidance is compared where a generation begins: a pipeline may change it later. A
+        # scheduler that counts has no index before a generation's first step.
         if getattr(scheduler, "step_index", None) is not None:
             return
-        counts = hasattr(scheduler, "step_index")
-        found = [scheduler, scheduler.config, current_guidance(pipeline) if counts else None]
+        begins = begins or hasattr(scheduler, "step_index")
+        scale = current_guidance(pipeline) if begins else self._accepted[2]
+        found = [scheduler, scheduler.config, scale]
         if any(one is not other for one, other in zip(found, self._accepted, strict=True)):
             check_sampler(plan, scheduler, found[2])
             self._accepted[:] = found

@@ -125,8 +125,8 @@ def planned_sites(
     _check_inputs(plan, input_shapes(captured))
     wanted = {site.name for site in plan.sites}
     chosen = tuple(site for site in sites if site.name in wanted)
-    if any(site.kind is SiteKind.OUTPUT for site in plan.sites):
-        chosen = (*chosen, _output_site(captured))
+    wholes = [site for site in plan.sites if site.kind is SiteKind.OUTPUT]
+    chosen = (*chosen, *(_output_site(captured, whole.latent) for whole in wholes))
     recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
     found = [(site.name, site.kind, site.tokens) for site in chosen]
     if recorded != found:
@@ -141,9 +141,9 @@ def planned_sites(
     return chosen
 
 
-def _output_site(captured: CapturedGraph) -> Site:
+def _output_site(captured: CapturedGraph, latent: str) -> Site:
     try:
-        return output_site(captured)
+        return output_site(captured, latent)
     except ValueError as error:
         raise mismatch("sites (output)", error, "a model of one output") from error
 

@@ -25,6 +25,7 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DM
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -33,6 +34,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
@@ -171,6 +173,35 @@ def tiny_flux_img2img_pipeline() -> FluxImg2ImgPipeline:
 def tiny_wan_pipeline() -> WanPipeline:
     """Return a video pipeline that calls its transformer once per guidance half."""
     return _wan()
+
+
+def tiny_unet_pipeline() -> StableDiffusionPipeline:
+    """Return a pipeline of Stable Diffusion's first kind, whose denoiser is a U-Net."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=CLIP_DIM,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    nothing: Any = None
+    return _quiet(
+        StableDiffusionPipeline(
+            vae=_image_vae(),
+            text_encoder=CLIPTextModel(_clip_config()).eval(),
+            tokenizer=_clip_tokenizer(),
+            unet=_random(unet),
+            scheduler=scheduler,
+            safety_checker=nothing,
+            feature_extractor=nothing,
+            requires_safety_checker=False,
+        )
+    )
 
 
 def tiny_two_stage_wan_pipeline() -> WanPipeline:

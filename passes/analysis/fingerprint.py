@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ditfastattn.core.records import Record
@@ -15,6 +15,7 @@ from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 
+OPAQUE = "module:"  # begins the structure of a model whose inside is not captured
 _SAMPLES = 4096
 _ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
 
@@ -52,13 +53,34 @@ def fingerprint(
             adapters.append(f"{_digest(tensor)} {_scaling(node)}")
         else:
             weights.append(tensor)
-    dtypes = [tensor.dtype for tensor in weights if tensor.is_floating_point() and tensor.dim() > 1]
     return Fingerprint(
         structure=_sha256(json.dumps(structure).encode()),
         weights=hash_tensors(weights),
-        dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "none",
+        dtype=_main_dtype(weights),
         lora=_join(adapters) if adapters else "",
     )
+
+
+def module_fingerprint(module: nn.Module) -> Fingerprint:
+    """Return the fingerprint of a module whose inside is not captured.
+
+    Its structure is that of its parameters and buffers; weights are hashed as in ``fingerprint``.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    structure = [type(module).__name__, *((name, list(item.shape)) for name, item in named)]
+    plain = [item for name, item in named if _ADAPTER not in name]
+    adapters = [_digest(item) for name, item in named if _ADAPTER in name]
+    return Fingerprint(
+        structure=OPAQUE + _sha256(json.dumps(structure).encode()),
+        weights=hash_tensors(plain),
+        dtype=_main_dtype(plain),
+        lora=_join(adapters) if adapters else "",
+    )
+
+
+def _main_dtype(tensors: Sequence[Tensor]) -> str:
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 1]
+    return str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "none"
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:

@@ -16,8 +16,8 @@ from ditfastattn.passes.graph.ir import outputs, value
 OUTPUT = "output"
 
 
-def output_site(captured: CapturedGraph) -> Site:
-    """Return the site of what ``captured`` returns.
+def output_site(captured: CapturedGraph, latent: str = "") -> Site:
+    """Return the site of what ``captured`` returns; ``latent`` names what is denoised, if known.
 
     Raises:
         ValueError: it returns something that is not computed from the call, or no single tensor.
@@ -26,7 +26,8 @@ def output_site(captured: CapturedGraph) -> Site:
     if len(found) != 1 or found[0].op != "call_function":
         raise ValueError(f"the model returns {len(found)} tensors, not one that it computes")
     tensor = value(found[0])
-    latents = [captured.inputs[index].name for index in latent_candidates(captured)]
+    likely = [captured.inputs[index].name for index in latent_candidates(captured)]
+    latents = [name for name in likely if latent in (name, "")]
     width, tokens = sizes(tensor.shape)
     return Site(
         name=OUTPUT,
@@ -41,8 +42,9 @@ def output_site(captured: CapturedGraph) -> Site:
         window=0,
         no_window="a window is defined for attention, this is the whole output",
         no_shared_guidance="guidance compares the halves of the whole output",
-        no_fit=_why_no_fit(tensor, latents),
-        latent=captured.node(latents[0]).name if len(latents) == 1 else "",
+        no_fit=_why_no_fit(tensor, latents, likely),
+        latent=latents[0] if len(latents) == 1 else "",
+        latent_node=captured.node(latents[0]).name if len(latents) == 1 else "",
     )
 
 
@@ -52,10 +54,10 @@ def sizes(shape: torch.Size) -> tuple[int, int]:
     return channels, math.prod(shape[1:]) // channels
 
 
-def _why_no_fit(tensor: Tensor, latents: list[str]) -> str:
+def _why_no_fit(tensor: Tensor, latents: list[str], likely: list[str]) -> str:
     if not tensor.is_floating_point():
         return f"the output is of {tensor.dtype}"
     if len(latents) != 1:
-        named = ", ".join(latents) or "none"
+        named = ", ".join(likely) or "none"
         return f"one input must be the latent, of the output's size; found {named}"
     return ""

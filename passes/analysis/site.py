@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-# By step, guidance branch (in the order of the layout) and term; fp32. Empty where nothing is fitted.
+# By step, guidance branch (in the order of the layout) and term; empty where nothing is fitted.
 Coefficients = tuple[tuple[tuple[float, ...], ...], ...]
 
 

@@ -47,7 +47,8 @@ class Site:
     halves of a batch cannot share this site, "" where they can.
     A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
     puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
-    Of the whole output (see ``output_site``), ``latent`` names the input that is denoised, and
+    Of the whole output (see ``output_site``), ``latent`` names the input that is denoised,
+    ``latent_node`` its node, and
     ``coefficients[step][branch]`` are the plan's, with the latent's factor first; ``no_fit`` says
     why there can be none.
     """
@@ -69,6 +70,7 @@ class Site:
     no_grid: str = ""
     no_fit: str = "coefficients are fitted to the model's whole output alone"
     latent: str = ""
+    latent_node: str = ""
     coefficients: Coefficients = ()
     whole: Site | None = None
     first_head: int = 0

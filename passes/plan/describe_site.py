@@ -18,5 +18,6 @@ def planned_site(site: Site) -> PlannedSite:
         window=site.window,
         cache_dtype=site.cache_dtype,
         coefficients=site.coefficients,
+        latent=site.latent,
         group=whole and HeadGroup(site=whole.name, first=site.first_head, of=whole.heads),
     )

@@ -56,7 +56,7 @@ class PlannedSite(Record, frozen=True):
     The whole output of the model may be fitted at a step: ``coefficients[step]`` holds a row for
     each guidance branch, in the order of ``cfg_layout``: the factor of the latent, and those of
     the outputs computed last, the last one first. Where a call holds both branches, each output
-    has two factors, one for each half.
+    has two factors, one for each half. ``latent`` names the argument that is denoised.
     """
 
     name: str
@@ -68,12 +68,13 @@ class PlannedSite(Record, frozen=True):
     cache_dtype: CacheDtype | None = None
     group: HeadGroup | None = None
     coefficients: tuple[tuple[tuple[FiniteFloat, ...], ...], ...] = ()
+    latent: str = ""
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out absent fields, so that older plans are written as they were."""
         fields: dict[str, Any] = write(self)
-        return {name: item for name, item in fields.items() if item not in (None, ())}
+        return {name: item for name, item in fields.items() if item not in (None, (), "")}
 
     @property
     def no_window(self) -> str:
@@ -121,7 +122,7 @@ class Measured(Record, frozen=True):
     worst: float
 
 
-SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual"]
+SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual", "whole-steps"]
 
 
 class Calibration(Record, frozen=True):

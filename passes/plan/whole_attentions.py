@@ -104,9 +104,7 @@ def _idle(
     return alone | set(skipped)
 
 
-def skipped_steps(
-    sites: Sequence[Site], rows: Sequence[Sequence[Strategy]]
-) -> frozenset[int]:
+def skipped_steps(sites: Sequence[Site], rows: Sequence[Sequence[Strategy]]) -> frozenset[int]:
     """Return the steps at which the model's whole output is reused, so that nothing else runs."""
     whole = [index for index, site in enumerate(sites) if site.kind is SiteKind.OUTPUT]
     pairs = ((step, index) for step in range(len(rows)) for index in whole)

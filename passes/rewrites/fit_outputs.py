@@ -66,7 +66,7 @@ class FitOutputs:
 def _fit(graph: Graph, site: Site, strategy: Strategy, layout: CfgLayout) -> None:
     (member,) = site.exits
     node = find(graph, member)
-    latent = _shaped(graph, find(graph, site.latent), node)
+    latent = _shaped(graph, find(graph, site.latent_node), node)
     ages = range(strategy.outputs_read)
     held = [read_cache(graph, output_slot(site.name, 0, age), value(node)) for age in ages]
     branches = layout.branches if layout.batched else 1

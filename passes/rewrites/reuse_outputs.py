@@ -61,15 +61,19 @@ class Expression:
     place: Node
 
     def __add__(self, other: Expression | float) -> Expression:
+        """Insert a sum."""
         return self._call(aten.add.Tensor, other)
 
     def __sub__(self, other: Expression | float) -> Expression:
+        """Insert a difference."""
         return self._call(aten.sub.Tensor, other)
 
     def __mul__(self, other: Expression | float) -> Expression:
+        """Insert a product."""
         return self._call(aten.mul.Tensor, other)
 
     def __neg__(self) -> Expression:
+        """Insert a negation."""
         return self._inserted(aten.neg.default, (self.node,))
 
     def _call(self, target: Any, other: Expression | float) -> Expression:

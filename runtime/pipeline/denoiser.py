@@ -24,13 +24,20 @@ _OWN = "_ditfastattn_own_forward"  # in a module's dict, while its forward is re
 _PLANNED = "_ditfastattn_planned_forward"  # there too, while it runs by a plan
 
 
+def denoiser_name(pipeline: Any) -> str:
+    """Return what ``pipeline`` calls its denoiser: a transformer, or a U-Net."""
+    unet = isinstance(getattr(pipeline, "unet", None), nn.Module)
+    transformer = isinstance(getattr(pipeline, "transformer", None), nn.Module)
+    return "unet" if unet and not transformer else "transformer"
+
+
 def transformer_of(pipeline: Any, where: str) -> nn.Module:
-    """Return the transformer of ``pipeline``, without a ``torch.compile`` around it.
+    """Return the denoiser of ``pipeline``, without a ``torch.compile`` around it.
 
     Raises:
         ConfigError: the pipeline has none.
     """
-    transformer = getattr(pipeline, "transformer", None)
+    transformer = getattr(pipeline, denoiser_name(pipeline), None)
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
             "the pipeline has no transformer",

@@ -14,6 +14,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import mismatch
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.prompts import argument_of
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
 def _observe(pipeline: Any, call: dict[str, Any]) -> list[Arguments]:
     """Return the tensors of a generation's first two calls of the transformer; end it there."""
     seen: list[Arguments] = []
-    names = list(inspect.signature(pipeline.transformer.forward).parameters)
+    denoiser = transformer_of(pipeline, "a generation")
+    names = list(inspect.signature(denoiser.forward).parameters)
 
     def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(names, args, strict=False)) | kwargs
@@ -153,7 +155,7 @@ def _observe(pipeline: Any, call: dict[str, Any]) -> list[Arguments]:
         if len(seen) == 2:
             raise _Seen
 
-    handle = pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
     try:
         generator = torch.Generator().manual_seed(0)
         pipeline(**{**call, "generator": generator})

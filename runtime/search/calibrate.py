@@ -32,6 +32,7 @@ from ditfastattn.runtime.search.record.request import search_request
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.search import Search
 from ditfastattn.runtime.search.solve.window_choice import WindowForm, allowed_windows
+from ditfastattn.runtime.search.whole_steps.calibrate import calibrate_whole_steps
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ def calibrate(
         target: what the worst prompt must reach.
         held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
         method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
-            program), ``greedy`` (DiTFastAttn, Algorithm 1); ``auto`` is greedy for a threshold,
-            else global.
+            program), ``greedy`` (DiTFastAttn, Algorithm 1), ``whole-steps`` (which steps run at
+            all; the output of the others is fitted, in any model); ``auto`` is greedy for a
+            threshold, else global.
         objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
@@ -117,6 +119,10 @@ def calibrate(
         seed=seed,
     )
     target.prepare(prompts[0].call)
+    if resolved is Method.WHOLE_STEPS:
+        return calibrate_whole_steps(
+            pipeline, target, prompts, unseen, cfg_layout, timestep, seed, out, restart, on_progress
+        )
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
     forms = _window_form(WindowForm(windows), resolved)

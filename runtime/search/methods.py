@@ -18,6 +18,7 @@ class Method(StrEnum):
     GLOBAL = "global"
     PER_STEP = "per-step"
     GREEDY = "greedy"
+    WHOLE_STEPS = "whole-steps"  # which steps run at all
 
 
 class Chooser(Protocol):

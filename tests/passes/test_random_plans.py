@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples.whole_steps import WholeSteps
 from torch import Tensor
 
 from ditfastattn import CfgLayout
@@ -29,7 +30,6 @@ from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.tools.zoo.trial import mixed_strategies
-from examples.whole_steps import WholeSteps
 from tests.heads import split
 from tests.helpers import (
     TINY_MODELS,

@@ -1,0 +1,179 @@
+"""Run whole steps of a model whose inside is not captured: it is called as it is, or not at all.
+
+At the steps that run, the model does what it would do without a plan: compiled or not, quantized,
+offloaded, sharded over processes. At the others its output is made of earlier ones, as the plan's
+strategy for the whole output says, and the model is not called. What is decided depends on the
+clock alone, so all processes of a sharded model decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import OPAQUE, module_fingerprint
+from ditfastattn.passes.analysis.output_site import sizes
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.slot_schedule import gaps_before
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.generation import named_generation
+from ditfastattn.runtime.matching import check_fingerprint, mismatch
+from ditfastattn.runtime.pipeline.denoiser import Forward
+from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
+
+log = logging.getLogger(__name__)
+
+
+def is_opaque(plan: Plan | None) -> bool:
+    """Return whether ``plan`` is for a model whose inside is not captured."""
+    return plan is not None and plan.model.structure.startswith(OPAQUE)
+
+
+@dataclass
+class _Branch:
+    """Hold what one guidance branch has computed: outputs and their steps, the last one first."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    form: Any = None  # what the model returned last
+
+
+@dataclass
+class _Generation:
+    clock: StepClock
+    branches: tuple[_Branch, ...]
+    name: object | None = None
+
+
+class OpaqueModel:
+    """Call one module at the steps that its plan runs, and make its outputs at the others."""
+
+    def __init__(self, module: nn.Module, plan: Plan, timestep: str = "timestep") -> None:
+        """Match ``plan`` with the module.
+
+        Raises:
+            ConfigError: the plan is for another model.
+        """
+        check_fingerprint(module_fingerprint(module), plan.model)
+        (self._site,) = plan.sites
+        self._plan, self._timestep = plan, timestep
+        self._module_type = type(module)
+        self._column = [row[0] for row in plan.strategies]
+        self._most = max((strategy.outputs_read for strategy in self._column), default=0)
+        self._threads = threading.local()
+        ran = sum(strategy.computes for strategy in self._column)
+        log.info("opaque model: %d of %d steps run; it is called as it is", ran, len(self._column))
+
+    def __call__(self, forward: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what ``forward`` would return, or what the plan makes of earlier outputs.
+
+        Raises:
+            ConfigError: the call is none of the plan's.
+        """
+        arguments = bound_arguments(self._module_type, args, kwargs)
+        self._check(arguments)
+        generation = self._generation()
+        name = named_generation()
+        anew, generation.name = name is not None and name is not generation.name, name
+        timestep = torch.as_tensor(arguments[self._timestep])
+        number = generation.clock.tick(read_timestep(timestep), anew=anew)
+        step, place = divmod(number, len(generation.branches))
+        if number == 0:
+            generation.branches = tuple(_Branch() for _ in generation.branches)
+        try:
+            return self._step(generation.branches[place], step, place, forward, arguments, kwargs)
+        except BaseException:
+            generation.clock.reset()
+            raise
+
+    def _step(
+        self,
+        branch: _Branch,
+        step: int,
+        place: int,
+        forward: Forward,
+        arguments: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        strategy = self._column[step]
+        if not strategy.computes:
+            made = self._reuse(branch, strategy, step, place, arguments[self._site.latent])
+            return with_output(branch.form, made)
+        result = forward(**arguments)
+        branch.form = result
+        if self._most:
+            kept = output_of(result).detach().clone()  # a caller may write to what it gets
+            width, tokens = sizes(kept.shape)
+            if (width, tokens) != (self._site.head_dim, self._site.tokens):
+                raise mismatch(
+                    "sites (output)",
+                    f"{tokens} x {width}",
+                    f"{self._site.tokens} x {self._site.head_dim}",
+                )
+            branch.outputs = [kept, *branch.outputs][: self._most]
+            branch.steps = [step, *branch.steps][: self._most]
+        return result
+
+    def _reuse(
+        self, branch: _Branch, strategy: Strategy, step: int, place: int, latent: Tensor
+    ) -> Tensor:
+        assert strategy.combine is not None
+        read = strategy.outputs_read
+        outputs = branch.outputs[:read]
+        if not strategy.fitted:
+            gaps = gaps_before(branch.steps[::-1], read)
+            made: Tensor = strategy.combine(outputs, strategy.factors(step - branch.steps[0], gaps))
+            return made.clone() if made is outputs[0] else made
+        rows = self._site.coefficients[step]
+        wide = [output.float() for output in outputs]
+        like = _shaped(latent.float(), wide[0])
+        if not self._plan.sampler.cfg_layout.batched:
+            whole: Tensor = strategy.combine([like, *wide], rows[min(place, len(rows) - 1)])
+            return whole.to(outputs[0].dtype)
+        halves = [half for output in wide for half in output.chunk(2)]
+        parts = zip(like.chunk(2), rows, strict=True)
+        return torch.cat([strategy.combine([own, *halves], row) for own, row in parts]).to(
+            outputs[0].dtype
+        )
+
+    def _generation(self) -> _Generation:
+        found: _Generation | None = getattr(self._threads, "generation", None)
+        if found is None:
+            calls = self._plan.sampler.cfg_layout.calls
+            timesteps = [t for t in self._plan.sampler.timesteps for _ in range(calls)]
+            clock = StepClock(timesteps, f"argument {self._timestep!r}")
+            found = _Generation(clock, tuple(_Branch() for _ in range(calls)))
+            self._threads.generation = found
+        return found
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        for name, expected in self._plan.inputs.items():
+            item = arguments.get(name)
+            got = tuple(item.shape[1:]) if isinstance(item, Tensor) else "absent"
+            if got != expected:
+                raise mismatch(f"inputs.{name} (shape without batch)", got, expected)
+        if self._timestep not in arguments:
+            raise ConfigError(
+                "the call has no argument for the timestep",
+                where="accelerate(timestep)",
+                got=self._timestep,
+                expected=", ".join(arguments),
+                remedy="name the argument that holds it",
+            )
+
+
+def _shaped(latent: Tensor, output: Tensor) -> Tensor:
+    """Return ``latent`` with as many channels as ``output``: zeros where it predicts variances."""
+    axis = 2 if output.dim() == 3 else 1
+    has, wanted = latent.shape[axis], output.shape[axis]
+    if has >= wanted:
+        return latent.narrow(axis, 0, wanted)
+    return torch.cat([latent, torch.zeros_like(latent)], axis)

@@ -1,0 +1,63 @@
+"""The plans of whole steps that a search judges: fitted once each, written as plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import PlannedSite
+from ditfastattn.passes.plan.strategies import FITTED, Strategy
+from ditfastattn.runtime.search.whole_steps.observe import Observed
+
+
+@dataclass(frozen=True)
+class FittedMask:
+    """Hold the steps that run, and the coefficients of the others, guided (see ``fit``)."""
+
+    runs: tuple[int, ...]
+    coefficients: tuple[Tensor | None, ...]
+    outputs: int  # that a fitted step reads at most
+
+    @property
+    def column(self) -> tuple[Strategy, ...]:
+        """Return the strategy of the whole output at each step."""
+        steps = range(len(self.coefficients))
+        return tuple(
+            Strategy.FULL
+            if step in self.runs
+            else FITTED[min(self.outputs, sum(run < step for run in self.runs)) - 1]
+            for step in steps
+        )
+
+
+def planned_output(site: PlannedSite, mask: FittedMask, observed: Observed) -> PlannedSite:
+    """Return ``site``, the whole output, with the coefficients of ``mask`` as a plan has them."""
+    rows = tuple(
+        () if found is None else branch_rows(found, observed.layout, observed.steps[step].weights)
+        for step, found in enumerate(mask.coefficients)
+    )
+    return site.model_copy(update={"coefficients": rows})
+
+
+def branch_rows(
+    guided: Tensor, layout: CfgLayout, weights: Sequence[float]
+) -> tuple[tuple[float, ...], ...]:
+    """Return the coefficients of each branch, given those of the guided output.
+
+    In a batch both branches return the guided output, which guidance then leaves as it is. In two
+    calls each branch sees its own outputs alone: its coefficients are divided by its weight, so
+    that guidance adds up the same.
+    """
+    numbers: list[float] = guided.tolist()
+    if layout.batched:
+        return (tuple(numbers), tuple(numbers))
+    total = sum(weights)
+    if layout is CfgLayout.NONE:
+        return (tuple(numbers),)
+    return tuple(
+        (numbers[0], *(number * total / weights[branch] for number in numbers[1 + branch :: 2]))
+        for branch in (0, 1)
+    )

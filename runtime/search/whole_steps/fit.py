@@ -1,0 +1,112 @@
+"""Fit the coefficients of a skipped step: on-policy least squares with drift compensation.
+
+The output at a skipped step is a weighted sum of the latent and of earlier outputs. It is fitted
+on the trajectories that the plan itself produces, and its target is not the dense output but the
+one that would put the next latent back on the dense trajectory. With ``f`` for what the sampler
+makes of an output, and ``y0`` for the linear rule's::
+
+    minimize  | f(y0) + f'(y0) (A w - y0) - x_dense |^2 + ridge * | w - w0 |^2
+
+``f`` works element by element, so its slope is one difference; where it clips, the slope is 0 and
+the element does not count. As other coefficients clip other elements, this is repeated with what
+was found in place of ``y0`` (Gauss and Newton's method).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditfastattn.passes.plan.curves import output_weights
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
+
+RIDGE = 1e-3  # of the mean square of a term
+_ITERATIONS = 4  # one is exact where the sampler is linear
+_SETTLED = 1e-4  # a change of coefficients that changes nothing
+_SMALL = 0.05  # a change of the output that shows the slope, of its root mean square
+
+
+def terms(rollout: Rollout, state: State, step: int, outputs: int) -> Tensor:
+    """Return what a fitted output is the sum of, ``[elements, 1 + outputs * branches]``."""
+    held = [half.float() for both in state.outputs[:outputs] for half in both]
+    return torch.stack([t.flatten() for t in (rollout.latent_input(state, step), *held)], 1)
+
+
+def linear_rule(rollout: Rollout, state: State, step: int, outputs: int) -> Tensor:
+    """Return the coefficients of the line through the last two outputs, or of the last output."""
+    weights = rollout.observed.steps[step].weights
+    share = [weight / sum(weights) for weight in weights]
+    known = min(2, outputs)
+    gaps = [state.ran[index] - state.ran[index + 1] for index in range(known - 1)]
+    lines = output_weights(step - state.ran[0], gaps)
+    padded = (*lines, *(0.0,) * (outputs - known))
+    return torch.tensor(
+        [0.0, *(line * own for line in padded for own in share)], dtype=torch.double
+    )
+
+
+def fit(
+    rollouts: Sequence[Rollout],
+    states: Sequence[State],
+    step: int,
+    outputs: int,
+    ridge: float = RIDGE,
+    importance: Sequence[float] | None = None,
+) -> Tensor:
+    """Return the coefficients of ``step``, fp32, given each generation's state before it.
+
+    Args:
+        rollouts: one per calibration image.
+        states: of each, before ``step``.
+        step: the step that does not run.
+        outputs: how many earlier outputs it reads.
+        ridge: how strongly to keep to the linear rule.
+        importance: the weight of each image's squared error; equal where None.
+
+    """
+    prior = linear_rule(rollouts[0], states[0], step, outputs)
+    matrices = [
+        terms(rollout, state, step, outputs).double()
+        for rollout, state in zip(rollouts, states, strict=True)
+    ]
+    found = prior
+    for _ in range(_ITERATIONS):
+        before, found = (
+            found,
+            _improved(rollouts, states, step, matrices, found, prior, ridge, importance),
+        )
+        if float((found - before).abs().max()) < _SETTLED:
+            break
+    return found.float()
+
+
+def _improved(
+    rollouts: Sequence[Rollout],
+    states: Sequence[State],
+    step: int,
+    matrices: Sequence[Tensor],
+    start: Tensor,
+    prior: Tensor,
+    ridge: float,
+    importance: Sequence[float] | None,
+) -> Tensor:
+    """Return the coefficients that are best where the sampler is linear around ``start``."""
+    square = torch.zeros(len(prior), len(prior), dtype=torch.double)
+    right = torch.zeros(len(prior), dtype=torch.double)
+    for index, (rollout, state) in enumerate(zip(rollouts, states, strict=True)):
+        matrix = matrices[index]
+        rule = (matrix @ start).reshape(state.latent.shape)
+        after = rollout.peek(state, step, rule.float()).double()
+        change = _SMALL * float(rule.square().mean().sqrt())
+        moved = rollout.peek(state, step, (rule + change).float()).double()
+        slope = ((moved - after) / change).flatten()[:, None]
+        missed = (rollout.observed.latents[step + 1].double() - after).flatten()
+        rows = slope * matrix
+        weight = 1.0 if importance is None else importance[index]
+        square += weight * rows.T @ rows
+        right += weight * rows.T @ missed
+    scale = square.diagonal().mean()
+    kept = ridge * scale * torch.eye(len(prior), dtype=torch.double)
+    return start + torch.linalg.solve(square + kept, right + kept @ (prior - start))

@@ -1,0 +1,253 @@
+"""Search a plan of whole steps: as few runs of the model as the target allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import TargetMissedError
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.runtime.opaque import OpaqueModel
+from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward, transformer_of
+from ditfastattn.runtime.pipeline.model_call import with_output
+from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
+from ditfastattn.runtime.search.judge.targets import Judgement, Target, TargetKind
+from ditfastattn.runtime.search.measure.timing import device_name
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint
+from ditfastattn.runtime.search.record.planned_target import record_target, record_values
+from ditfastattn.runtime.search.whole_steps.candidates import FittedMask, planned_output
+from ditfastattn.runtime.search.whole_steps.masks import fit_mask, search_masks
+from ditfastattn.runtime.search.whole_steps.meter import Meter
+from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
+from ditfastattn.runtime.search.whole_steps.subject import Subject
+
+log = logging.getLogger(__name__)
+
+FITTED_ON = 8  # images at least; four are fitted 2 to 3 dB better than others turn out
+SEARCHED_ON = 2  # of these
+MOST_RUNS = 0.6  # of the steps: above, sites within the steps save more than whole steps
+FEW_STEPS = 8  # of which more may run
+
+
+@dataclass(frozen=True)
+class Request:
+    """Say what a plan is searched for."""
+
+    target: Target
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    layout: CfgLayout
+    timestep: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Judged:
+    mask: FittedMask
+    judged: list[Judgement]
+
+
+class WholeStepSearch:
+    """Find the plan of the fewest runs that meets a target on its worst prompt."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        subject: Subject,
+        request: Request,
+        checkpoint: Checkpoint,
+        meter: Meter,
+    ) -> None:
+        """Take what is searched, and for what."""
+        self._pipeline, self._subject, self._request = pipeline, subject, request
+        self._checkpoint, self._meter = checkpoint, meter
+        self._module = transformer_of(pipeline, "calibrate(pipeline)")
+        self._known: dict[int, _Judged] = {}
+
+    def run(self) -> Plan:
+        """Return the plan.
+
+        Raises:
+            TargetMissedError: no plan that skips a step meets the target.
+            ConfigError: the pipeline is not supported.
+        """
+        masks = self._masks()
+        if self._request.target.kind is TargetKind.SPEEDUP:
+            return self._fast_enough(masks)
+        numbers = sorted(masks)
+        low, high = 0, len(numbers)  # the fewest runs that will do are numbers[low:high]
+        while low < high:
+            middle = (low + high) // 2
+            if self._meets(self._calibrated(masks[numbers[middle]]).judged):
+                high = middle
+            else:
+                low = middle + 1
+        for number in numbers[low:]:
+            found = self._calibrated(masks[number])
+            if not self._meets(found.judged):
+                continue
+            self._meter.begin(f"{number} of {self._steps} steps: the held-out prompts")
+            checked = self._held_out(found.mask)
+            if self._meets(checked):
+                return self._plan(found.mask, found.judged, checked)
+        return self._plan(self._dense_mask(), self._perfect(), [])
+
+    @property
+    def _steps(self) -> int:
+        return len(self._observed[0].steps)
+
+    @cached_property
+    def _observed(self) -> list[Observed]:
+        self._meter.begin("dense generations")
+        found: list[Observed] = []
+        for prompt in self._request.prompts:
+            found.append(observe(self._pipeline, prompt, self._request.layout))
+            self._meter.spend(len(found[-1].steps))
+        return found
+
+    @cached_property
+    def _rollouts(self) -> list[Rollout]:
+        return [Rollout(self._module, observed) for observed in self._observed]
+
+    def _masks(self) -> dict[int, tuple[int, ...]]:
+        def make() -> list[list[int]]:
+            most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps)))
+            rollouts = self._rollouts[:SEARCHED_ON]
+            self._meter.begin("which steps run")
+            return [list(runs) for runs in search_masks(rollouts, most, self._meter.spend).values()]
+
+        kept = self._checkpoint.data("masks", make)
+        return {len(runs): tuple(runs) for runs in kept}
+
+    def _calibrated(self, runs: Sequence[int]) -> _Judged:
+        """Return the plan in which ``runs`` run, fitted and judged on the calibration prompts."""
+        number = len(runs)
+        if number not in self._known:
+            self._meter.begin(f"{number} of {self._steps} steps: the calibration prompts")
+            mask, states = fit_mask(self._rollouts, runs, self._meter.spend)
+            plan = self._plan(mask, [], [])
+            judged: list[Judgement] = []
+            pairs = zip(self._request.prompts, self._observed, states, strict=True)
+            for prompt, observed, state in pairs:
+                images = self._replayed(plan, prompt, observed, state)
+                judged += self._request.target.judge(observed.images, images, prompt.call)
+            self._known[number] = _Judged(mask, judged)
+        return self._known[number]
+
+    def _replayed(self, plan: Plan, prompt: Prompt, observed: Observed, state: State) -> Tensor:
+        """Return the images of ``plan`` without running the model: it has run already."""
+        form, returned = observed.steps[0].calls[0].form, iter(state.returned)
+
+        def instead(_forward: Forward) -> Forward:
+            return lambda *args, **kwargs: with_output(form, next(returned))
+
+        return self._images(plan, prompt, instead)
+
+    def _images(
+        self, plan: Plan, prompt: Prompt, model: Callable[[Forward], Forward] | None = None
+    ) -> Tensor:
+        """Return the images of ``prompt`` by ``plan``."""
+        opaque = OpaqueModel(self._module, self._subject.opaque(plan), self._request.timestep)
+
+        def make(forward: Forward) -> Forward:
+            own = forward if model is None else model(forward)
+            return lambda *args, **kwargs: opaque(own, args, kwargs)
+
+        undo = replace_forward(self._module, make)
+        try:
+            return as_images(generate(self._pipeline, prompt))
+        finally:
+            undo()
+
+    def _held_out(self, mask: FittedMask) -> list[Judgement]:
+        plan = self._plan(mask, [], [])
+        judged: list[Judgement] = []
+        for index, prompt in enumerate(self._request.held_out):
+            dense = self._dense(index, prompt)
+            planned = self._images(plan, prompt)
+            self._meter.spend(len(mask.runs))
+            judged += self._request.target.judge(dense, planned, prompt.call)
+            if not self._meets(judged):
+                break
+        return judged
+
+    def _dense(self, index: int, prompt: Prompt) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            images = as_images(generate(self._pipeline, prompt))
+            self._meter.spend(self._steps)
+            return {"images": images}
+
+        return self._checkpoint.tensors(f"dense-held-out-{index}", make)["images"]
+
+    def _fast_enough(self, masks: Mapping[int, tuple[int, ...]]) -> Plan:
+        bound = self._request.target.bound
+        fitting = [number for number in masks if self._steps / number >= bound]
+        if not fitting:
+            raise TargetMissedError(
+                "no plan of whole steps is fast enough",
+                where=self._request.target.describe(),
+                got=f"{self._steps / min(masks):.2f}x for {min(masks)} of {self._steps} steps",
+                expected=f"{bound:g}x",
+                remedy="ask for less",
+            )
+        mask, _ = fit_mask(self._rollouts, masks[max(fitting)], self._meter.spend)
+        return self._plan(mask, [], [])
+
+    def _dense_mask(self) -> FittedMask:
+        log.warning("ditfastattn: no plan that skips a step meets the target: every step runs")
+        return FittedMask(tuple(range(self._steps)), (None,) * self._steps, 1)
+
+    def _perfect(self) -> list[Judgement]:
+        pairs = zip(self._request.prompts, self._observed, strict=True)
+        target = self._request.target
+        return [
+            item
+            for prompt, observed in pairs
+            for item in target.judge(observed.images, observed.images, prompt.call)
+        ]
+
+    def _meets(self, judged: Sequence[Judgement]) -> bool:
+        return all(self._request.target.met_by(item.value) for item in judged)
+
+    def _plan(
+        self, mask: FittedMask, judged: Sequence[Judgement], checked: Sequence[Judgement]
+    ) -> Plan:
+        request, observed = self._request, self._observed[0]
+        values = [[item.value for item in items] for items in (judged, checked)]
+        calibrated, held_out = (
+            record_values(request.target, found) if found else None for found in values
+        )
+        output = observed.steps[0].calls[0].output
+        kept = max((strategy.outputs_read for strategy in mask.column), default=0)
+        calibration = Calibration(
+            method="whole-steps",
+            target=record_target(request.target),
+            strength=float(self._steps - len(mask.runs)),
+            seed=request.seed,
+            batch=len(output),
+            cache_bytes=kept * output.nbytes * request.layout.calls,
+            calibrated=calibrated,
+            held_out=held_out,
+            predicted_speedup=self._steps / len(mask.runs),
+            device=device_name(),
+            forwards=self._meter.forwards,
+            seconds=self._meter.seconds,
+            versions={"torch": torch.__version__},
+        )
+        site = planned_output(self._subject.site(observed), mask, observed)
+        return Plan(
+            model=self._subject.identity,
+            inputs=self._subject.inputs(observed),
+            sampler=self._subject.sampler(observed),
+            sites=(site,),
+            strategies=tuple((strategy,) for strategy in mask.column),
+            calibration=calibration,
+        )

@@ -1,0 +1,114 @@
+"""Identify the model that a plan of whole steps is for: captured, or opaque where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import Fingerprint, module_fingerprint
+from ditfastattn.passes.analysis.output_site import OUTPUT, output_site, sizes
+from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.schema import Plan, PlannedSite, Sampler
+from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
+from ditfastattn.runtime.pipeline.guidance import guidance_argument
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
+from ditfastattn.runtime.pipeline.sampler import describe_sampler
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.runtime.search.whole_steps.observe import Observed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Describe what a plan of whole steps is for.
+
+    Attributes:
+        module: fingerprint of the model as a module.
+        captured: its fingerprint, inputs and output where it is captured; None where it is opaque.
+        guidance_scale: of the calibration.
+        timestep: the name of the model's argument.
+        scheduler: the pipeline's.
+    """
+
+    module: Fingerprint
+    captured: tuple[Fingerprint, dict[str, tuple[int, ...]], PlannedSite] | None
+    guidance_scale: float | None
+    timestep: str
+    scheduler: Any
+
+    @property
+    def identity(self) -> Fingerprint:
+        """Return the fingerprint that the plan records."""
+        return self.module if self.captured is None else self.captured[0]
+
+    def site(self, observed: Observed) -> PlannedSite:
+        """Return the whole output, as a plan records it."""
+        if self.captured is not None:
+            return self.captured[2].model_copy(update={"latent": observed.latent})
+        width, tokens = sizes(observed.steps[0].calls[0].output.shape)
+        return PlannedSite(
+            name=OUTPUT,
+            kind=SiteKind.OUTPUT,
+            tokens=tokens,
+            heads=1,
+            head_dim=width,
+            window=0,
+            latent=observed.latent,
+        )
+
+    def inputs(self, observed: Observed) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the plan is for: the latent's alone of an opaque model."""
+        if self.captured is not None:
+            return self.captured[1]
+        return _latent_shape(observed)
+
+    def sampler(self, observed: Observed) -> Sampler:
+        """Describe the sampler of the observed generation."""
+        named = [step.calls[0].arguments.get(self.timestep) for step in observed.steps]
+        if named[0] is None:
+            raise ConfigError(
+                "the model has no argument for the timestep",
+                where="calibrate(timestep)",
+                got=self.timestep,
+                expected=", ".join(observed.steps[0].calls[0].arguments),
+            )
+        values = [read_timestep(torch.as_tensor(item)).value() for item in named]
+        return describe_sampler(self.scheduler, values, self.guidance_scale, observed.layout)
+
+    def opaque(self, plan: Plan) -> Plan:
+        """Return ``plan`` for the module as it is, to run it uncompiled."""
+        inputs = {site.latent: plan.inputs[site.latent] for site in plan.sites}
+        return plan.model_copy(update={"model": self.module, "inputs": inputs})
+
+
+def _latent_shape(observed: Observed) -> dict[str, tuple[int, ...]]:
+    latent: Tensor = observed.steps[0].calls[0].arguments[observed.latent]
+    return {observed.latent: tuple(latent.shape[1:])}
+
+
+def identify(
+    pipeline: Any, prompt: Prompt, layout: CfgLayout, timestep: str, opaque: bool = False
+) -> Subject:
+    """Return what ``pipeline`` generates ``prompt`` with; captured where that is possible."""
+    module = transformer_of(pipeline, "calibrate(pipeline)")
+    scale = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
+    captured = None
+    if not opaque and denoiser_name(pipeline) == "transformer":
+        try:
+            with open_session(pipeline, prompt, layout, timestep) as session:
+                site = planned_site(output_site(session.captured))
+                captured = session.identity, input_shapes(session.captured), site
+        except (ConfigError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+            reason = str(error).splitlines()[0]
+            log.warning("ditfastattn: the model is not captured, and called as it is: %s", reason)
+    return Subject(module_fingerprint(module), captured, scale, timestep, pipeline.scheduler)

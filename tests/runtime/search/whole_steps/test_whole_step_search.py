@@ -1,0 +1,238 @@
+"""Plans of whole steps: searched in real pipelines, run captured and opaque alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from examples.whole_steps import WholeSteps
+from torch import Tensor, nn
+
+import ditfastattn
+from ditfastattn import ConfigError, Plan, Strategy, Target
+from ditfastattn.runtime.pipeline.denoiser import replace_forward, transformer_of
+from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from ditfastattn.runtime.search.whole_steps.calibrate import calibrate_whole_steps
+from tests.helpers import tiny_digits_pipeline
+from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
+
+STEPS = 6
+SEED = 9
+FAMILIES = [
+    "pixart",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("dit", "sd3", "flux", "cogvideox", "ltx")),
+    "wan",
+]
+
+
+def searched(pipeline: Any, call: dict[str, Any], opaque: bool) -> Plan:
+    prompts, unseen = split_prompts(call, 0), split_prompts(call, 500)
+    target = Target.min_speedup(1.5)
+    return calibrate_whole_steps(pipeline, target, prompts, unseen, opaque=opaque)
+
+
+def accelerated(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    images: Tensor = generate(pipeline, prompt)
+    assert torch.equal(generate(pipeline, prompt), images)
+    ditfastattn.restore(pipeline)
+    return images
+
+
+def by_example(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
+    """Return the images of a generation that ``examples/whole_steps.py`` runs from the JSON."""
+    data = json.loads(plan.model_dump_json())
+    calls = plan.sampler.cfg_layout.calls
+    wholes = [WholeSteps(data, call) for call in range(calls)]
+    module = transformer_of(pipeline, "test")
+    made: list[Any] = []
+    number = iter(range(1000))
+
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            step, call = divmod(next(number), calls)
+
+            def compute() -> Tensor:
+                made.append(forward(*args, **kwargs))
+                return output_of(made[-1])
+
+            latent = bound_arguments(type(module), args, kwargs)[plan.sites[0].latent]
+            return with_output(made[-1] if made else None, wholes[call](step, latent, compute))
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            found = run(*args, **kwargs) if made else None
+            if found is None:  # the form of what the model returns is not known yet
+                made.append(forward(*args, **kwargs))
+                found = run(*args, **kwargs)
+            return found
+
+        return first
+
+    undo = replace_forward(module, make)
+    try:
+        images: Tensor = generate(pipeline, prompt)
+        return images
+    finally:
+        undo()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captured_opaque_and_plain_torch_agree(name: str) -> None:
+    torch._dynamo.reset()
+    make, given = TINY_PIPELINES[name]
+    pipeline, call = make(), {"num_inference_steps": STEPS, **given}
+    prompt = Prompt(call, SEED)
+    captured, opaque = (searched(pipeline, call, opaque) for opaque in (False, True))
+    assert captured.strategies == opaque.strategies
+    assert sum(row == (Strategy.FULL,) for row in opaque.strategies) == STEPS / 1.5
+    assert opaque.model.structure.startswith("module:")
+    assert not captured.model.structure.startswith("module:")
+    images = accelerated(pipeline, opaque, prompt)
+    assert float((accelerated(pipeline, captured, prompt) - images).abs().max()) < 1e-5
+    assert float((by_example(pipeline, opaque, prompt) - images).abs().max()) < 1e-5
+    assert float((generate(pipeline, prompt) - images).abs().max()) > 1e-4
+
+
+def test_a_unet_runs_by_whole_steps() -> None:
+    pipeline = tiny_unet_pipeline()
+    call = {"prompt": "a cat", "num_inference_steps": STEPS, "height": 8, "width": 8}
+    plan = ditfastattn.calibrate(
+        pipeline, call, target=Target.min_speedup(2.0), method="whole-steps"
+    )
+    assert plan.sites[0].latent == "sample"
+    runs: list[int] = []
+    handle = pipeline.unet.down_blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    images = accelerated(pipeline, plan, Prompt(call, SEED))
+    handle.remove()
+    assert len(runs) == STEPS  # two generations, of half of the steps
+    assert float((by_example(pipeline, plan, Prompt(call, SEED)) - images).abs().max()) < 1e-5
+
+
+class Breaking(nn.Module):
+    """Call a block in a way that Dynamo cannot capture."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return self.inner(*args, **kwargs)
+
+
+def test_a_model_that_breaks_the_graph_is_called_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch._dynamo.reset()
+    make, given = TINY_PIPELINES["pixart"]
+    pipeline, call = make(), {"num_inference_steps": STEPS, **given}
+    blocks = pipeline.transformer.transformer_blocks
+    blocks[0] = Breaking(blocks[0])
+    with caplog.at_level(logging.WARNING, "ditfastattn"):
+        plan = searched(pipeline, call, opaque=False)
+    assert "called as it is" in caplog.text
+    assert plan.model.structure.startswith("module:")
+    images = accelerated(pipeline, plan, Prompt(call, SEED))
+    assert float((by_example(pipeline, plan, Prompt(call, SEED)) - images).abs().max()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def pixart() -> tuple[Any, dict[str, Any], Plan]:
+    make, given = TINY_PIPELINES["pixart"]
+    pipeline, call = make(), {"num_inference_steps": STEPS, **given}
+    return pipeline, call, searched(pipeline, call, opaque=True)
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["captured", "opaque"])
+def test_another_guidance_scale_is_refused(opaque: bool) -> None:
+    torch._dynamo.reset()
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
+    call = {"class_labels": [1], "num_inference_steps": STEPS, "guidance_scale": 2.0}
+    plan = searched(pipeline, call, opaque)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    with pytest.raises(ConfigError, match=r"sampler\.guidance_scale"):
+        generate(pipeline, Prompt(call | {"guidance_scale": 5.0}, SEED))
+
+
+def test_other_weights_are_refused(pixart: tuple[Any, dict[str, Any], Plan]) -> None:
+    plan = pixart[2]
+    other = TINY_PIPELINES["pixart"][0]()
+    with torch.no_grad():
+        other.transformer.proj_out.weight.add_(1.0)
+    with pytest.raises(ConfigError, match=r"model\.weights"):
+        ditfastattn.accelerate(other, plan)
+
+
+@pytest.mark.parametrize("last", range(STEPS - 1))
+def test_an_interrupted_generation_leaves_nothing(
+    last: int, pixart: tuple[Any, dict[str, Any], Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, call, plan = pixart
+    images = accelerated(pipeline, plan, Prompt(call, SEED))
+    ditfastattn.accelerate(pipeline, plan)
+    own, steps = pipeline.scheduler.step, iter(range(STEPS))
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == last:
+            raise KeyboardInterrupt
+        return own(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.scheduler, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipeline, Prompt(call, SEED + 1))
+    again = generate(pipeline, Prompt(call, SEED))
+    ditfastattn.restore(pipeline)
+    assert torch.equal(again, images)
+
+
+def test_rescaled_guidance_is_refused_with_the_reason() -> None:
+    make, given = TINY_PIPELINES["qwenimage"]
+    with pytest.raises(ConfigError, match="something else at step 0, such as rescaled guidance"):
+        searched(make(), {"num_inference_steps": 2, **given}, opaque=True)
+
+
+def test_a_quality_is_met_on_the_worst_prompt(pixart: tuple[Any, dict[str, Any], Plan]) -> None:
+    pipeline, call, _ = pixart
+    prompts, unseen = split_prompts(call, 0), split_prompts(call, 500)
+    plan = calibrate_whole_steps(pipeline, Target.min_psnr(30.0), prompts, unseen)
+    found = plan.calibration
+    assert found.calibrated is not None
+    assert found.calibrated.worst >= 30.0
+    assert found.held_out is not None
+    assert found.held_out.worst >= 30.0
+    dense = generate(pipeline, Prompt(call, 500))
+    planned = accelerated(pipeline, plan, Prompt(call, 500))
+    error = (dense - planned).square().mean()
+    assert float(-10 * error.log10()) == pytest.approx(found.held_out.worst, abs=0.01)
+
+
+def test_an_interrupted_search_resumes(
+    pixart: tuple[Any, dict[str, Any], Plan], tmp_path: Any
+) -> None:
+    pipeline, call, _ = pixart
+    options: dict[str, Any] = {
+        "target": Target.min_psnr(30.0),
+        "method": "whole-steps",
+        "out": tmp_path / "plan.json",
+    }
+
+    def stop(progress: Any) -> None:
+        if "calibration" in progress.phase:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ditfastattn.calibrate(pipeline, call, on_progress=stop, **options)
+    phases: list[str] = []
+    plan = ditfastattn.calibrate(
+        pipeline, call, on_progress=lambda progress: phases.append(progress.phase), **options
+    )
+    assert "which steps run" not in phases
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert not list(tmp_path.glob("*.search"))
