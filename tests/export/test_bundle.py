@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,18 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.plans import plan_for
+from tests.tiers import slow_but
 
 LAYOUTS = [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    slow_but(
+        {*((name, LAYOUTS[0]) for name in TINY_MODELS), ("dit", LAYOUTS[1])},
+        product(TINY_MODELS, LAYOUTS),
+    ),
+)
 def test_a_mixed_plan_equals_the_plan_interpreter(
     name: str, layout: CfgLayout, tmp_path: Path
 ) -> None:
