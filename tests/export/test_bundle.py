@@ -143,7 +143,7 @@ class Evaluated:
             result.copy_(torch.from_numpy(item))
 
 
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit"}, TINY_MODELS))
 def test_onnx_own_evaluator_agrees(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +223,7 @@ def test_fp16_is_half_the_size_and_close(tmp_path: Path) -> None:
     assert float((got - expected).abs().max()) < 5e-2
 
 
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit"}, TINY_MODELS))
 def test_bf16_is_valid_onnx(name: str, tmp_path: Path) -> None:
     tiny = TINY_MODELS[name]()
     _, sites = capture_every_site(tiny)
