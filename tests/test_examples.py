@@ -13,6 +13,7 @@ import torch
 
 import ditfastattn
 from ditfastattn import Plan
+from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {  # and how many image
     "ltx": ("text_to_video", "ltx", {}, 2 * 5),
     "wan": ("text_to_video", "wan", {}, 2 * 5),
 }
+ONE_PER_EXAMPLE = ("dit", "pixart", "wan")
 
 
 def run_example(case: str, folder: Path) -> None:
@@ -45,7 +47,7 @@ def test_every_example_is_run() -> None:
     assert {example for example, *_ in CASES.values()} == {p.stem for p in EXAMPLES.glob("*.py")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(ONE_PER_EXAMPLE, CASES))
 def test_an_example_runs_uncompiled(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +57,6 @@ def test_an_example_runs_uncompiled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dit", "pixart", "wan"])  # one per example
+@pytest.mark.parametrize("case", ONE_PER_EXAMPLE)
 def test_an_example_runs_as_it_stands(case: str, tmp_path: Path) -> None:
     run_example(case, tmp_path)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,18 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.plans import plan_for
+from tests.tiers import slow_but
 
 LAYOUTS = [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    slow_but(
+        {*((name, LAYOUTS[0]) for name in TINY_MODELS), ("dit", LAYOUTS[1])},
+        product(TINY_MODELS, LAYOUTS),
+    ),
+)
 def test_a_mixed_plan_equals_the_plan_interpreter(
     name: str, layout: CfgLayout, tmp_path: Path
 ) -> None:
@@ -136,7 +143,7 @@ class Evaluated:
             result.copy_(torch.from_numpy(item))
 
 
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit"}, TINY_MODELS))
 def test_onnx_own_evaluator_agrees(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +223,7 @@ def test_fp16_is_half_the_size_and_close(tmp_path: Path) -> None:
     assert float((got - expected).abs().max()) < 5e-2
 
 
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit"}, TINY_MODELS))
 def test_bf16_is_valid_onnx(name: str, tmp_path: Path) -> None:
     tiny = TINY_MODELS[name]()
     _, sites = capture_every_site(tiny)

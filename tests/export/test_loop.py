@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ditfastattn import ConfigError, Strategy, export, load, verify
 from ditfastattn.export.linear_scheduler import follow, linear_schedule
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
+from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 
 SCHEDULERS: dict[str, Any] = {
@@ -75,8 +77,13 @@ def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
         linear_schedule(scheduler, 4)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("name", ["ddim", "ddim that clips", "dpm-solver++ that clips"])
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    slow_but(
+        [("ddim", False), ("dpm-solver++ that clips", True)],
+        product(["ddim", "ddim that clips", "dpm-solver++ that clips"], [False, True]),
+    ),
+)
 def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -> None:
     pipeline = tiny_digits_pipeline(SCHEDULERS[name]())
     call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 6, "guidance_scale": 2.0}
@@ -107,7 +114,7 @@ def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -
     assert float(((latents / 2 + 0.5).clamp(0, 1) - expected[0]).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "cogvideox"])
+@pytest.mark.parametrize("name", slow_but({"dit", "sd3"}, ["dit", "pixart", "sd3", "cogvideox"]))
 def test_a_pipelines_bundle_and_loop_are_its_generation(name: str, tmp_path: Path) -> None:
     build, arguments = TINY_PIPELINES[name]
     pipeline, call = build(), {**arguments, "num_inference_steps": 5}

@@ -51,11 +51,12 @@ from tests.helpers import (
     tiny_sd3,
 )
 from tests.plans import plan_for
+from tests.tiers import slow_but
 
 TARGET = "sm89"
 TOKENS, HEAD_DIM = 256, 32
 # One engine of each layout by default, those of the other models too with --all.
-FIRST_OF_ALL = ["dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pixart", "sd3"))]
+FIRST_OF_ALL = slow_but({"dit"}, TINY_MODELS)
 
 needs_builder = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None,
@@ -112,7 +113,7 @@ def log_of(folder: Path, engines: Engines, graph: str) -> BuildLog:
 
 
 @needs_builder
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", FIRST_OF_ALL)
 def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: Path) -> None:
     tiny = wide(name)
     _, sites = capture_every_site(tiny)

@@ -21,6 +21,7 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Target
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.shared import digest, made_once
+from tests.tiers import slow_but
 from tests.tiny_pipelines import (
     IMG2IMG_ARGUMENTS,
     TINY_PIPELINES,
@@ -63,7 +64,8 @@ def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     return load_saved(name, folder)
 
 
-@pytest.mark.parametrize("name", TINY_PIPELINES)
+# By default one pipeline of each layout: batched guidance, none, and guidance in two calls.
+@pytest.mark.parametrize("name", slow_but({"pixart", "flux", "wan"}, TINY_PIPELINES))
 def test_a_loaded_pipeline_is_accelerated_by_its_plan_and_restored(name: str, folder: Path) -> None:
     pipeline, call = loaded(name, folder)
     dense = run(pipeline, call)

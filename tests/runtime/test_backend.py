@@ -80,6 +80,7 @@ def test_dense_when_told_so() -> None:
     assert largest_difference(tiny.run(planned(tiny, dense=True)), tiny.run(tiny.model)) == 0.0
 
 
+@pytest.mark.slow  # test_equivalence.py compiles windows among other strategies by default
 def test_inductor_lowers_a_window_and_its_residual() -> None:
     tiny = tiny_dit()
     plan = uniform_plan(tiny, Strategy.WINDOW)

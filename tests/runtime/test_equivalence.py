@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,12 +24,24 @@ from tests.helpers import (
     run_plan,
     uniform_strategies,
 )
+from tests.tiers import slow_but
 
 LAYOUTS = (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", strategies(), ids=str)
+def strategies_by_layout() -> list[Any]:
+    """Return pairs; those that halve no batch, of which the order matters, are quick in one."""
+    return [
+        pytest.param(
+            *(strategy, layout),
+            id=f"{strategy}-{layout}",
+            marks=() if strategy.shares_guidance or layout is LAYOUTS[0] else pytest.mark.slow,
+        )
+        for strategy, layout in product(strategies(), LAYOUTS)
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "layout"), strategies_by_layout())
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_each_strategy_equals_the_reference(
     name: str, strategy: Strategy, layout: CfgLayout
@@ -44,8 +57,9 @@ def test_each_strategy_equals_the_reference(
     assert (largest_difference(expected, dense) > 1e-3) == changed  # the oracle is not dense
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("seed", "layout"), slow_but({(1, LAYOUTS[0]), (2, LAYOUTS[1])}, product([1, 2], LAYOUTS))
+)
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_mixed_plans_equal_the_reference(name: str, seed: int, layout: CfgLayout) -> None:
     tiny = TINY_MODELS[name](seed)

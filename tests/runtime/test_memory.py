@@ -68,8 +68,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("restored", [True, False], ids=["restored", "kept"])
-@pytest.mark.parametrize("planned", [True, False], ids=["planned", "self-calibrated"])
+@pytest.mark.parametrize(
+    ("planned", "restored"),
+    [
+        pytest.param(True, False, id="planned-kept"),
+        pytest.param(True, True, id="planned-restored", marks=pytest.mark.slow),
+        pytest.param(False, True, id="self-calibrated-restored", marks=pytest.mark.slow),
+        pytest.param(False, False, id="self-calibrated-kept", marks=pytest.mark.slow),
+    ],
+)
 def test_an_accelerated_model_dies_with_all_its_state(
     planned: bool, restored: bool, plan: Plan
 ) -> None:

@@ -15,6 +15,7 @@ import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import MixedPlan, mixed_plan_for
+from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, load_saved, tiny_two_stage_wan_pipeline
 
 STEPS = 5
@@ -56,7 +57,8 @@ def assert_interprets(
     assert torch.equal(again, got)
 
 
-@pytest.mark.parametrize("name", TINY_PIPELINES)
+# By default one pipeline of each layout: batched guidance, none, and guidance in two calls.
+@pytest.mark.parametrize("name", slow_but({"sd3", "flux", "wan"}, TINY_PIPELINES))
 def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> None:
     pipeline, call = loaded(name, folder)
     mixed = mixed_plan_for(pipeline, call)
@@ -87,7 +89,7 @@ def test_a_second_prompt_of_another_length_is_refused_by_its_shape(folder: Path)
         run(pipeline, longer)
 
 
-@pytest.mark.parametrize("name", TWO_CALLS)
+@pytest.mark.parametrize("name", slow_but({"wan"}, TWO_CALLS))
 def test_a_cache_context_reaches_the_accelerated_transformer(name: str, folder: Path) -> None:
     pipeline, call = loaded(name, folder)
     transformer = pipeline.transformer

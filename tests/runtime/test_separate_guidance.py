@@ -28,6 +28,7 @@ from tests.helpers import (
     captured_once,
     largest_difference,
 )
+from tests.tiers import slow
 
 Rows = Sequence[Sequence[Strategy]]
 BATCH = 2
@@ -99,7 +100,8 @@ def reference(tiny: TinyModel, rows: Rows) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("layout", "seed"),
     [
-        *((CfgLayout.SEPARATE, seed) for seed in range(3)),
+        (CfgLayout.SEPARATE, 0),
+        *(slow((CfgLayout.SEPARATE, seed)) for seed in (1, 2)),
         (CfgLayout.SEPARATE_UNCOND_FIRST, 0),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.capture_call import RecordedCall, capture_call
 from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.tools import survey
 from ditfastattn.tools.zoo import FAMILIES, ZOO, families
 from ditfastattn.tools.zoo.base import ZooModel
-from ditfastattn.tools.zoo.trial import TOLERANCE, count_graph_breaks, try_model
+from ditfastattn.tools.zoo.trial import BATCH, TOLERANCE, count_graph_breaks, try_model
+from tests.tiers import slow_but
 
 SELF, CROSS, JOINT = SiteKind.SELF, SiteKind.CROSS, SiteKind.JOINT
 NAMED = {  # the families people ask for, and the kinds of attention that each has
@@ -45,6 +49,13 @@ REFUSED = {  # and what stands in the way
     "ZImageTransformer2DModel": "Unsupported context manager",
 }
 MODELS = {model.name: model for model in ZOO}
+QUICK = {  # tried by default: images and videos, and every kind of attention
+    "CogVideoXTransformer3DModel",
+    "DiTTransformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "WanTransformer3DModel",
+}
 MASKED = (  # text is padded, and a mask hides the padding from every query
     "BriaFiboTransformer2DModel",
     "HunyuanImageTransformer2DModel",
@@ -60,7 +71,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 CURRENT = PAGE.read_text().startswith(survey.head())
 
 
-@pytest.mark.parametrize("name", NAMED)
+@functools.cache
+def sites_of(name: str) -> SiteReport:
+    """Return what ``try_model`` finds in the graph before it compiles anything."""
+    torch._dynamo.reset()
+    zoo = MODELS[name]
+    call = RecordedCall(zoo.call(BATCH, zoo.timesteps[0]))
+    return find_sites(capture_call(zoo.build(0), call).graph)
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, NAMED))
 def test_a_mixed_plan_is_the_interpreters(name: str) -> None:
     trial = try_model(MODELS[name], program=True)
     assert trial.error <= TOLERANCE
@@ -84,7 +104,7 @@ def columns(row: str) -> list[str]:
     return row.split(" | ")[:4]
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", slow_but({"QwenImageTransformer2DModel"}, MASKED))
 def test_windows_hide_the_keys_that_the_model_masks(name: str) -> None:
     trial = try_model(MODELS[name])
     joint = [site for site in trial.report.sites if site.kind is JOINT]
@@ -97,13 +117,13 @@ def test_windows_hide_the_keys_that_the_model_masks(name: str) -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_packed_tokens_have_the_grid_of_their_positions(name: str) -> None:
-    report = try_model(MODELS[name]).report
+    report = sites_of(name)
     assert {site.grid for site in report.sites if site.windows} == {GRIDS[name]}
     assert not any(site.no_grid for site in report.sites if site.windows)
 
 
 def test_positions_that_are_an_input_are_named() -> None:
-    report = try_model(MODELS["FluxTransformer2DModel"]).report
+    report = sites_of("FluxTransformer2DModel")
     reasons = {site.no_grid for site in report.sites if site.windows}
     (reason,) = reasons
     assert "flattens no grid into its tokens" in reason
@@ -111,21 +131,20 @@ def test_positions_that_are_an_input_are_named() -> None:
 
 
 def test_windows_stand_beside_the_text_and_linear_attention_is_named() -> None:
-    trial = try_model(MODELS["FluxTransformer2DModel"])
-    (site, *_) = [site for site in trial.report.sites if site.kind is JOINT]
+    (site, *_) = [s for s in sites_of("FluxTransformer2DModel").sites if s.kind is JOINT]
     assert site.text == (8, 0)
     assert site.window == 2
-    assert Strategy.WINDOW in trial.legal
-    reasons = {item.reason for item in try_model(MODELS["SanaTransformer2DModel"]).report.declined}
+    assert not why_not(Strategy.WINDOW, site)
+    reasons = {item.reason for item in sites_of("SanaTransformer2DModel").declined}
     assert any("linear attention" in reason for reason in reasons)
 
 
 def test_space_and_time_are_told_apart_and_share_guidance() -> None:
-    report = try_model(MODELS["LatteTransformer3DModel"]).report
+    report = sites_of("LatteTransformer3DModel")
     attentions = [site for site in report.sites if site.kind is SELF]
     assert [site.axes for site in attentions] == ["space", "time"] * (len(attentions) // 2)
     assert all(not why_not(Strategy.SHARE_CFG, site) for site in report.sites)
-    joint = try_model(MODELS["CogVideoXTransformer3DModel"]).report
+    joint = sites_of("CogVideoXTransformer3DModel")
     assert {site.axes for site in joint.sites if site.kind is JOINT} == {"time and space"}
 
 

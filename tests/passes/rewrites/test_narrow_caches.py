@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.passes.rewrites.test_rewrites import GOLDEN_INPUTS, after, block
+from tests.tiers import slow_but
 
 HALF = CacheDtype.FLOAT16
 
@@ -112,8 +114,13 @@ def rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(Caches, "write", rounded)
 
 
-@pytest.mark.parametrize("dtype", list(CacheDtype))
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_but(
+        {("dit", HALF), ("pixart", CacheDtype.BFLOAT16), ("sd3", HALF)},
+        product(TINY_MODELS, CacheDtype),
+    ),
+)
 def test_a_plan_equals_rounding_between_the_steps(
     name: str, dtype: CacheDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ from tests.helpers import (
     tiny_dit,
     uniform_strategies,
 )
+from tests.tiers import slow_but
 
 COND_FIRST = CfgLayout.COND_FIRST
 FULL, SHARE = Strategy.FULL, Strategy.SHARE_STEP
@@ -105,7 +106,7 @@ def test_golden_merged() -> None:
     assert MergeHeads(apart).run(clone(divided.module)).changed == 0
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", slow_but({3}, [2, 3, 4]))
 @pytest.mark.parametrize("name", list(TINY))
 def test_the_split_graph_is_bitwise_the_same(name: str, count: int) -> None:
     tiny = TINY[name]()
@@ -181,7 +182,7 @@ def nodes(captured: CapturedGraph) -> int:
 
 
 @pytest.mark.parametrize("strategy", strategies(), ids=str)
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", slow_but({"dit of 4 heads"}, TINY))
 def test_a_step_whose_heads_agree_costs_what_it_did(name: str, strategy: Strategy) -> None:
     tiny = TINY[name]()
     whole, divided = captured_once(tiny), attentions(split(tiny, 4).every)

@@ -23,6 +23,7 @@ from ditfastattn.passes.windows.lower_windows import compute_window, lower_windo
 from ditfastattn.passes.windows.window import TileWindow, Window
 from tests.helpers import capture_model
 from tests.passes.windows.test_window_attention import FLEX, compiled, inputs, needs_flex, trace
+from tests.tiers import slow, slow_but
 
 GRID = TileWindow(grid=(8, 24), tile=(2, 3), reach=(1, 1))
 ROW = TileWindow(grid=(192,), tile=(12,), reach=(2,))
@@ -74,7 +75,7 @@ def by_hand(
 
 CASES = pytest.mark.parametrize(
     ("kind", "mask_batch", "mask_heads"),
-    [("bool", 2, 1), ("float", 2, 1), ("bool", 1, 1), ("float", 2, 3)],
+    [("bool", 2, 1), slow(("float", 2, 1)), ("bool", 1, 1), ("float", 2, 3)],
 )
 
 
@@ -103,10 +104,12 @@ def test_the_op_and_its_form_attend_to_the_keys_left(
     torch.testing.assert_close(eager, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_compiled_forms_equal_the_op(window: Window, kind: str) -> None:
-    text = (0, 7)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    slow_but([("a band", "bool"), ("tiles", "float")], product(WINDOWS, ["bool", "float"])),
+)
+def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
+    text, window = (0, 7), WINDOWS[name]
     tokens = GRID.tokens + sum(text)
     examples = (*inputs(2, 3, tokens, 16), keys_mask(kind, 2, tokens))
     module = trace(masked(window, text), *examples)
@@ -117,9 +120,9 @@ def test_compiled_forms_equal_the_op(window: Window, kind: str) -> None:
 
 @needs_flex
 @pytest.mark.parametrize(
-    ("kind", "mask_batch", "mask_heads"), [("bool", 2, 1), ("float", 1, 1), ("float", 2, 2)]
+    ("kind", "mask_batch", "mask_heads"), [("bool", 2, 1), ("float", 1, 1), slow(("float", 2, 2))]
 )
-@pytest.mark.parametrize("text", [(0, 0), (77, 0), (0, 77)])
+@pytest.mark.parametrize("text", [slow(((0, 0),)), (77, 0), slow(((0, 77),))])
 def test_compiled_flex_equals_the_op(
     text: tuple[int, int], kind: str, mask_batch: int, mask_heads: int
 ) -> None:
@@ -138,8 +141,9 @@ def padded(tokens: int) -> Tensor:
     return (torch.arange(tokens) < 5).expand(2, 1, 1, tokens)
 
 
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_a_query_that_sees_no_key_gives_zero(window: Window) -> None:
+@pytest.mark.parametrize("name", slow_but({"a band", "tiles"}, WINDOWS))
+def test_a_query_that_sees_no_key_gives_zero(name: str) -> None:
+    window = WINDOWS[name]
     q, k, v = inputs(2, 3, GRID.tokens, 16)
     examples = (q, k, v, padded(GRID.tokens))
     expected = by_hand(*examples, window, (0, 0))

@@ -38,6 +38,7 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.passes.windows.test_window_attention import compiled, inputs, trace
+from tests.tiers import slow_but
 
 IMAGE = TileWindow(grid=(8, 12), tile=(2, 3), reach=(1, 1))
 VIDEO = TileWindow(grid=(3, 8, 6), tile=(3, 2, 1), reach=(0, 1, 2))
@@ -229,7 +230,10 @@ def plan_of(
     return plan.model_copy(update={"sites": tuple(planned_site(site) for site in sites)})
 
 
-@pytest.mark.parametrize("layout", [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST])
+@pytest.mark.parametrize(
+    "layout",
+    slow_but({CfgLayout.COND_FIRST}, [CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST]),
+)
 @pytest.mark.parametrize("strategy", [Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, None])
 @pytest.mark.parametrize("name", list(TINY_MODELS))
 def test_plans_of_tiles_equal_the_interpreter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ditfastattn import ConfigError, Plan, Strategy
+from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.measure.timing import measure_pairs, summarize
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, read_engines
 from ditfastattn.tools import demo
@@ -23,6 +25,7 @@ from ditfastattn.tools.digits_data import class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
+from tests.tiers import slow_but
 
 
 def tiny_pipeline() -> DigitsPipeline:
@@ -64,9 +67,18 @@ def test_classes_must_be_numbers(saved: Path) -> None:
     assert isinstance(result.exception, ConfigError)
 
 
+@pytest.mark.parametrize("lowering", slow_but({Lowering.EAGER}, Lowering))
 def test_the_demo_compiles_measures_and_writes_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lowering: Lowering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("dense_contender", "planned_contender"):
+        make = getattr(demo, name)
+
+        def lowered(*arguments: Any, make: Callable[..., Any] = make) -> Any:
+            assert arguments[-1] is Lowering.INDUCTOR
+            return make(*arguments[:-1], lowering)
+
+        monkeypatch.setattr(demo, name, lowered)
     monkeypatch.setattr(demo, "embedded_pipeline", tiny_pipeline)
     torch._dynamo.reset()
     result = demo.run_demo(

@@ -75,7 +75,10 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
         open_pipeline("", dtype="int8")
 
 
-def test_offloading_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_needs_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, arguments = TINY_PIPELINES["dit"]
+    build().save_pretrained(tmp_path)
+    folder = str(tmp_path)
     moved: list[str] = []
     original = DiffusionPipeline.enable_model_cpu_offload
 
@@ -85,10 +88,10 @@ def test_offloading_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"--device offload[\s\S]*--device cpu"):
-            open_pipeline(device="offload")
+            open_pipeline(folder, device="offload")
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", to_cpu)
-    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
-    plain, offloaded = open_pipeline(device="cpu"), open_pipeline(device="offload")
+    call = {**arguments, "num_inference_steps": 3}
+    plain, offloaded = open_pipeline(folder, device="cpu"), open_pipeline(folder, device="offload")
     assert moved == ["cpu"]
     mixed = mixed_plan_for(offloaded, call)
     assert mixed.plan == mixed_plan_for(plain, call).plan
