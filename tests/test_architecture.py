@@ -52,6 +52,7 @@ def _described() -> dict[str, set[str]]:
         "runtime/search/solve",
         "runtime/search/judge",
         "runtime/search/record",
+        "runtime/search/whole_steps",
         "runtime/bundle",
         "runtime/tensorrt",
     ],

@@ -193,7 +193,7 @@ def tiny_unet_pipeline() -> StableDiffusionPipeline:
     return _quiet(
         StableDiffusionPipeline(
             vae=_image_vae(),
-            text_encoder=CLIPTextModel(_clip_config()).eval(),
+            text_encoder=_random(CLIPTextModel(_clip_config())),
             tokenizer=_clip_tokenizer(),
             unet=_random(unet),
             scheduler=scheduler,

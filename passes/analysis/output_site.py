@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import SiteKind
@@ -23,17 +24,18 @@ def output_site(captured: CapturedGraph, latent: str = "") -> Site:
         ValueError: it returns something that is not computed from the call, or no single tensor.
     """
     found = outputs(captured.module.graph)
-    if len(found) != 1 or found[0].op != "call_function":
-        raise ValueError(f"the model returns {len(found)} tensors, not one that it computes")
-    tensor = value(found[0])
+    node = found[0] if len(found) == 1 else None
+    if not isinstance(node, Node) or node.op != "call_function":
+        raise ValueError(f"the model returns {len(found)} results, not one that it computes")
+    tensor = value(node)
     likely = [captured.inputs[index].name for index in latent_candidates(captured)]
     latents = [name for name in likely if latent in (name, "")]
     width, tokens = sizes(tensor.shape)
     return Site(
         name=OUTPUT,
         ordinal=-1,
-        node=found[0].name,
-        exits=(found[0].name,),
+        node=node.name,
+        exits=(node.name,),
         kind=SiteKind.OUTPUT,
         tokens=tokens,
         heads=1,

@@ -15,6 +15,7 @@ was found in place of ``y0`` (Gauss and Newton's method).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,46 +68,51 @@ def fit(
 
     """
     prior = linear_rule(rollouts[0], states[0], step, outputs)
-    matrices = [
-        terms(rollout, state, step, outputs).double()
-        for rollout, state in zip(rollouts, states, strict=True)
+    images = [
+        _Image(rollout, state, step, terms(rollout, state, step, outputs).double(), weight)
+        for rollout, state, weight in zip(
+            rollouts, states, importance or [1.0] * len(states), strict=True
+        )
     ]
     found = prior
     for _ in range(_ITERATIONS):
-        before, found = (
-            found,
-            _improved(rollouts, states, step, matrices, found, prior, ridge, importance),
-        )
+        before, found = found, _improved(images, found, prior, ridge)
         if float((found - before).abs().max()) < _SETTLED:
             break
     return found.float()
 
 
-def _improved(
-    rollouts: Sequence[Rollout],
-    states: Sequence[State],
-    step: int,
-    matrices: Sequence[Tensor],
-    start: Tensor,
-    prior: Tensor,
-    ridge: float,
-    importance: Sequence[float] | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Image:
+    """One calibration image at the step that is fitted: ``matrix`` holds its terms."""
+
+    rollout: Rollout
+    state: State
+    step: int
+    matrix: Tensor
+    weight: float
+
+    def around(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how the next latent changes with ``coefficients``, and what it lacks."""
+        rule = (self.matrix @ coefficients).reshape(self.state.latent.shape)
+        after = self._after(rule)
+        change = _SMALL * float(rule.square().mean().sqrt())
+        slope = ((self._after(rule + change) - after) / change).flatten()[:, None]
+        dense = self.rollout.observed.latents[self.step + 1].double()
+        return slope * self.matrix, (dense - after).flatten()
+
+    def _after(self, output: Tensor) -> Tensor:
+        return self.rollout.peek(self.state, self.step, output.float()).double()
+
+
+def _improved(images: Sequence[_Image], start: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """Return the coefficients that are best where the sampler is linear around ``start``."""
     square = torch.zeros(len(prior), len(prior), dtype=torch.double)
     right = torch.zeros(len(prior), dtype=torch.double)
-    for index, (rollout, state) in enumerate(zip(rollouts, states, strict=True)):
-        matrix = matrices[index]
-        rule = (matrix @ start).reshape(state.latent.shape)
-        after = rollout.peek(state, step, rule.float()).double()
-        change = _SMALL * float(rule.square().mean().sqrt())
-        moved = rollout.peek(state, step, (rule + change).float()).double()
-        slope = ((moved - after) / change).flatten()[:, None]
-        missed = (rollout.observed.latents[step + 1].double() - after).flatten()
-        rows = slope * matrix
-        weight = 1.0 if importance is None else importance[index]
-        square += weight * rows.T @ rows
-        right += weight * rows.T @ missed
-    scale = square.diagonal().mean()
-    kept = ridge * scale * torch.eye(len(prior), dtype=torch.double)
-    return start + torch.linalg.solve(square + kept, right + kept @ (prior - start))
+    for image in images:
+        rows, missed = image.around(start)
+        square += image.weight * rows.T @ rows
+        right += image.weight * rows.T @ missed
+    kept = ridge * square.diagonal().mean() * torch.eye(len(prior), dtype=torch.double)
+    change: Tensor = torch.linalg.solve(square + kept, right + kept @ (prior - start))
+    return start + change

@@ -219,9 +219,8 @@ def _holds(item: Tensor, latent: Tensor, layout: CfgLayout) -> bool:
     if item.shape[1] < latent.shape[1]:
         return False
     wanted = latent.float() * _ratio(item, latent)
-    return all(
-        _near(half[:, : latent.shape[1]], wanted) for half in item.float().split(len(latent))
-    )
+    halves = torch.split(item.float(), len(latent))
+    return all(_near(half[:, : latent.shape[1]], wanted) for half in halves)
 
 
 def _ratio(item: Tensor, latent: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, module_fingerprint
@@ -108,7 +109,7 @@ def identify(
             with open_session(pipeline, prompt, layout, timestep) as session:
                 site = planned_site(output_site(session.captured))
                 captured = session.identity, input_shapes(session.captured), site
-        except (ConfigError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        except (ConfigError, ValueError, TorchDynamoException) as error:
             reason = str(error).splitlines()[0]
             log.warning("ditfastattn: the model is not captured, and called as it is: %s", reason)
     return Subject(module_fingerprint(module), captured, scale, timestep, pipeline.scheduler)
