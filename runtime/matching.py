@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import Fingerprint
+from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint
 from ditfastattn.passes.analysis.output_site import output_site
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import Site
@@ -122,6 +122,13 @@ def planned_sites(
     Raises:
         ConfigError: the plan does not match the model, or the shapes of its inputs.
     """
+    if plan.model.structure.startswith(OPAQUE):
+        raise ConfigError(
+            "the plan is for a model that is called as it is, not for its graph",
+            where="plan.model.structure",
+            got=plan.model.structure,
+            remedy="run it with accelerate(pipeline, plan), or calibrate a plan of this graph",
+        )
     _check_inputs(plan, input_shapes(captured))
     wanted = {site.name for site in plan.sites}
     chosen = tuple(site for site in sites if site.name in wanted)

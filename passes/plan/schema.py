@@ -74,7 +74,7 @@ class PlannedSite(Record, frozen=True):
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out absent fields, so that older plans are written as they were."""
         fields: dict[str, Any] = write(self)
-        return {name: item for name, item in fields.items() if item not in (None, (), "")}
+        return {name: item for name, item in fields.items() if item not in (None, (), [], "")}
 
     @property
     def no_window(self) -> str:

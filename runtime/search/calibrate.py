@@ -32,7 +32,7 @@ from ditfastattn.runtime.search.record.request import search_request
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.search import Search
 from ditfastattn.runtime.search.solve.window_choice import WindowForm, allowed_windows
-from ditfastattn.runtime.search.whole_steps.calibrate import calibrate_whole_steps
+from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +120,8 @@ def calibrate(
     )
     target.prepare(prompts[0].call)
     if resolved is Method.WHOLE_STEPS:
-        return calibrate_whole_steps(
-            pipeline, target, prompts, unseen, cfg_layout, timestep, seed, out, restart, on_progress
-        )
+        wanted = Options(target, cfg_layout, timestep, seed, out, restart, on_progress)
+        return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
     forms = _window_form(WindowForm(windows), resolved)

@@ -32,6 +32,7 @@ from ditfastattn.runtime.search.record.planned_target import record_target, reco
 from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.solve.rows import Row
+from ditfastattn.runtime.search.whole_steps.calibrate import Options, refit_whole_steps
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ def retarget(
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
     kept.prepare(prompts[0].call)
+    if all(site.kind is SiteKind.OUTPUT for site in plan.sites):
+        wanted = Options(kept, cfg_layout, timestep, seed, out, on_progress=on_progress)
+        return refit_whole_steps(pipeline, plan, prompts, unseen, wanted)
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)

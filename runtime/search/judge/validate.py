@@ -19,7 +19,11 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.pipeline.denoiser import check_not_accelerated, transformer_of
+from ditfastattn.runtime.pipeline.denoiser import (
+    check_not_accelerated,
+    denoiser_name,
+    transformer_of,
+)
 from ditfastattn.runtime.pipeline.guidance import (
     check_layout,
     detect_cfg_layout,
@@ -256,12 +260,13 @@ def _check_request(target: Target | None, speed: bool, repetitions: int) -> None
 @contextmanager
 def _running_plain(pipeline: Any) -> Generator[None]:
     """Run the pipeline with its transformer as it was before it was compiled."""
-    transformer = pipeline.transformer
-    pipeline.transformer = transformer_of(pipeline, "validate(pipeline)")
+    name = denoiser_name(pipeline)
+    around = getattr(pipeline, name)
+    setattr(pipeline, name, transformer_of(pipeline, "validate(pipeline)"))
     try:
         yield
     finally:
-        pipeline.transformer = transformer
+        setattr(pipeline, name, around)
 
 
 def _ignore(_phase: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
+from ditfastattn.runtime.pipeline.denoiser import denoiser_name, replace_forward, transformer_of
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
 
@@ -21,7 +23,8 @@ class Contender:
     def __init__(self, pipeline: Any, transformer: Any, prompts: Sequence[Prompt]) -> None:
         """Take the prompts; generation ``k`` is of prompt ``k`` modulo their number."""
         self._pipeline, self._transformer, self._prompts = pipeline, transformer, prompts
-        self._original = pipeline.transformer
+        self._name = denoiser_name(pipeline)
+        self._original = getattr(pipeline, self._name)
         self.images: dict[int, Tensor] = {}
 
     def warm_up(self) -> float:
@@ -34,11 +37,11 @@ class Contender:
     def generate(self, number: int) -> None:
         """Generate once."""
         prompt = self._prompts[number % len(self._prompts)]
-        self._pipeline.transformer = self._transformer
+        setattr(self._pipeline, self._name, self._transformer)
         try:
             self.images[number] = as_images(generate(self._pipeline, prompt))
         finally:
-            self._pipeline.transformer = self._original
+            setattr(self._pipeline, self._name, self._original)
 
     def by_prompt(self) -> list[Tensor]:
         """Return the images of each prompt, generated unless they have been."""
@@ -54,7 +57,7 @@ class Contender:
 
 def dense_contender(pipeline: Any, prompts: Sequence[Prompt], lowering: Lowering) -> Contender:
     """Return the baseline: the model compiled by Inductor, or not compiled for ``eager``."""
-    model = pipeline.transformer
+    model = getattr(pipeline, denoiser_name(pipeline))
     if Lowering(lowering) is Lowering.INDUCTOR:  # a caller may have passed its name
         model = torch.compile(model, fullgraph=True, dynamic=False)
     return Contender(pipeline, model, prompts)
@@ -67,12 +70,32 @@ def planned_contender(
     lowering: Lowering,
     timestep: str = "timestep",
 ) -> Contender:
-    """Return the model run by ``plan``."""
+    """Return the model run by ``plan``; one that is not captured is called as it is."""
+    if is_opaque(plan):
+        return _OpaqueContender(pipeline, plan, prompts, timestep)
     options: dict[str, Any] = {"plan": plan, "lowering": lowering, "timestep": timestep}
     model = torch.compile(
         pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
     )
     return Contender(pipeline, model, prompts)
+
+
+class _OpaqueContender(Contender):
+    """Generate with the pipeline's own denoiser, which runs at some steps only."""
+
+    def __init__(self, pipeline: Any, plan: Plan, prompts: Sequence[Prompt], timestep: str) -> None:
+        module = transformer_of(pipeline, "a generation")
+        super().__init__(pipeline, getattr(pipeline, denoiser_name(pipeline)), prompts)
+        self._module, self._model = module, OpaqueModel(module, plan, timestep)
+
+    def generate(self, number: int) -> None:
+        undo = replace_forward(
+            self._module, lambda own: lambda *args, **kwargs: self._model(own, args, kwargs)
+        )
+        try:
+            super().generate(number)
+        finally:
+            undo()
 
 
 def measure_speed(

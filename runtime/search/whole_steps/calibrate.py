@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +15,56 @@ import torch
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.matching import check_fingerprint
+from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.denoiser import check_not_accelerated, transformer_of
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
-from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, Request, WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.search import (
+    FITTED_ON,
+    MOST_RUNS,
+    SEARCHED_ON,
+    Request,
+    WholeStepSearch,
+)
 from ditfastattn.runtime.search.whole_steps.subject import Subject, identify
 
 log = logging.getLogger(__name__)
 
-_DENSE_GENERATIONS = 5.0  # that finding which steps run takes, per image that is looked at
+_PER_IMAGE = 7  # dense generations' worth of runs, in finding which steps run
+_FITS, _CHECKS = 4, 3  # plans that are judged on the calibration prompts, and on the held-out ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold what a search of whole steps is asked to do; see ``calibrate``."""
+
+    target: Target
+    cfg_layout: CfgLayout | None = None
+    timestep: str = "timestep"
+    seed: int = 0
+    out: str | os.PathLike[str] | None = None
+    restart: bool = False
+    on_progress: Callable[[SearchProgress], None] | None = None
+    opaque: bool = False  # leave the model's inside alone, even where it could be captured
 
 
 def calibrate_whole_steps(
-    pipeline: Any,
-    target: Target,
-    prompts: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-    cfg_layout: CfgLayout | None = None,
-    timestep: str = "timestep",
-    seed: int = 0,
-    out: str | os.PathLike[str] | None = None,
-    restart: bool = False,
-    on_progress: Callable[[SearchProgress], None] | None = None,
-    opaque: bool = False,
+    pipeline: Any, prompts: Sequence[Prompt], held_out: Sequence[Prompt], options: Options
 ) -> Plan:
-    """Search the plan of the fewest runs that meets ``target``; arguments as of ``calibrate``.
+    """Search the plan of the fewest runs that meets the target.
 
-    Where fewer than eight prompts are given, they are repeated with new seeds. ``opaque`` leaves
-    the model's inside alone, even where it could be captured.
+    Where fewer than eight prompts are given, they are repeated with new seeds.
 
     Raises:
         ConfigError: the pipeline or the target is not supported.
         TargetMissedError: no plan is fast enough.
     """
+    target = options.target
     if target.kind not in (TargetKind.QUALITY, TargetKind.SPEEDUP):
         raise ConfigError(
             "whole steps are searched for a quality, or a speedup",
@@ -59,22 +72,75 @@ def calibrate_whole_steps(
             got=target.describe(),
             remedy="for example Target.min_ssim(0.9)",
         )
+    with _searching(pipeline, prompts, held_out, options, None) as search:
+        return _saved(search.run(), options)
+
+
+def refit_whole_steps(
+    pipeline: Any,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    options: Options,
+) -> Plan:
+    """Return ``plan`` with coefficients fitted anew, for another guidance, scheduler or steps.
+
+    At other numbers of steps those nearest to the plan's run.
+
+    Raises:
+        ConfigError: the model is not the plan's, or the pipeline is not supported.
+        TargetMissedError: the worst prompt misses the target.
+    """
+    with _searching(pipeline, prompts, held_out, options, plan) as search:
+        return _saved(search.refit(plan), options)
+
+
+@contextmanager
+def _searching(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    options: Options,
+    plan: Plan | None,
+) -> Generator[WholeStepSearch]:
+    """Open a search with its checkpoint, which is discarded at the end; ``plan`` is refitted."""
     check_not_accelerated(transformer_of(pipeline, "calibrate(pipeline)"))
-    layout = cfg_layout or detect_cfg_layout(pipeline, prompts[0].call, timestep)
-    subject = identify(pipeline, prompts[0], layout, timestep, opaque)
-    fitted_on = repeated(prompts, FITTED_ON)
-    request = Request(target, fitted_on, tuple(held_out), layout, timestep, seed)
-    path = None if out is None else Path(out)
-    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
+    layout = options.cfg_layout or detect_cfg_layout(pipeline, prompts[0].call, options.timestep)
+    opaque = options.opaque or is_opaque(plan)
+    subject = identify(pipeline, prompts[0], layout, options.timestep, opaque)
+    if plan is not None:
+        check_fingerprint(subject.identity, plan.model)
+    request = Request(
+        options.target,
+        repeated(prompts, FITTED_ON),
+        tuple(held_out),
+        layout,
+        options.timestep,
+        options.seed,
+    )
+    path = None if options.out is None else Path(options.out)
+    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, options.restart)
     with holding as checkpoint:
-        if checkpoint.begin(_describe(subject, request)):
+        kept = checkpoint if plan is None else Checkpoint()
+        if kept.begin(_describe(subject, request)):
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
-        meter = Meter(0.0, on_progress)
-        plan = WholeStepSearch(pipeline, subject, request, checkpoint, meter).run()
-        if path is not None:
-            plan.save(path)
-        checkpoint.discard()
+        meter = Meter(_most_forwards(pipeline, request), options.on_progress)
+        yield WholeStepSearch(pipeline, subject, request, kept, meter)
+        kept.discard()
+
+
+def _saved(plan: Plan, options: Options) -> Plan:
+    if options.out is not None:
+        plan.save(options.out)
     return plan
+
+
+def _most_forwards(pipeline: Any, request: Request) -> float:
+    """Return about the most forward passes of one image that a search takes."""
+    steps = argument_of(pipeline, request.prompts[0].call, "num_inference_steps") or 1
+    images, unseen = len(request.prompts), len(request.held_out)
+    judged = MOST_RUNS * (_FITS * images + _CHECKS * unseen)
+    return float(steps * (images * 4 / 3 + unseen + SEARCHED_ON * _PER_IMAGE + judged))
 
 
 def repeated(prompts: Sequence[Prompt], least: int) -> tuple[Prompt, ...]:

@@ -100,6 +100,30 @@ class WholeStepSearch:
                 return self._plan(found.mask, found.judged, checked)
         return self._plan(self._dense_mask(), self._perfect(), [])
 
+    def refit(self, plan: Plan) -> Plan:
+        """Return ``plan`` with coefficients for these generations; the steps that run stay.
+
+        Raises:
+            TargetMissedError: the worst prompt misses the target.
+        """
+        old = [step for step, row in enumerate(plan.strategies) if row[0].computes]
+        last = max(plan.sampler.steps - 1, 1)
+        runs = sorted({round(step * (self._steps - 1) / last) for step in old})
+        found = self._calibrated(runs)
+        self._meter.begin("the held-out prompts")
+        checked = self._held_out(found.mask) if self._meets(found.judged) else []
+        target = self._request.target
+        missed = [item.value for item in (*found.judged, *checked) if not target.met_by(item.value)]
+        if missed:
+            raise TargetMissedError(
+                "the plan, fitted anew, misses the target",
+                where=target.describe(),
+                got=f"{target.worst(missed):.4g} on the worst prompt",
+                expected=f"{target.bound:g}",
+                remedy="calibrate a new plan for this guidance and these steps",
+            )
+        return self._plan(found.mask, found.judged, checked)
+
     def curve(self, numbers: Sequence[int]) -> dict[int, Plan]:
         """Return the plans in which so many steps run, fitted and not judged."""
         masks = self._masks()
@@ -261,8 +285,9 @@ class WholeStepSearch:
             held_out=held_out,
             predicted_speedup=self._steps / len(mask.runs),
             device=device_name(),
-            forwards=self._meter.forwards,
-            seconds=self._meter.seconds,
+            rounds=len(self._known),
+            forwards=round(self._meter.forwards, 1),
+            seconds=round(self._meter.seconds, 1),
             versions={"torch": torch.__version__},
         )
         site = planned_output(self._subject.site(observed), mask, observed)

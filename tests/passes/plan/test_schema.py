@@ -138,3 +138,67 @@ def test_junk_in_any_field_is_a_config_error_or_a_plan(key: str, junk: Any) -> N
     except ConfigError:
         return
     assert Plan.parse(plan.model_dump_json()) == plan
+
+
+def whole_output(**changes: Any) -> dict[str, Any]:
+    """Return a plan of an attention and the whole output, which is fitted at the last step."""
+    data = plan_data()
+    data["sites"].append(
+        {
+            "name": "output",
+            "kind": "output",
+            "tokens": 64,
+            "heads": 1,
+            "head_dim": 4,
+            "window": 0,
+            "latent": "hidden_states",
+            "coefficients": [[], [], [[0.1, 1.0, 0.5], [0.1, 1.0, 0.5]]],
+        }
+        | changes
+    )
+    data["strategies"] = [[FULL, FULL], ["window", FULL], [SHARE, "fitted-1"]]
+    return data
+
+
+def test_a_fitted_output_round_trips() -> None:
+    plan = parse(whole_output())
+    assert Plan.parse(plan.model_dump_json()) == plan
+    assert "coefficients" not in json.loads(plan.model_dump_json())["sites"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"coefficients": []},
+            r"sites \(output\): coefficients\[2\]: \[\] numbers, expected \[3, 3\] for fitted-1",
+        ),
+        ({"coefficients": [[], [], [[0.1, 1.0, 0.5]]]}, r"\[3\] numbers, expected \[3, 3\]"),
+        ({"coefficients": [[], [[0.1, 1.0, 0.5]] * 2]}, "coefficients: 2 steps"),
+        ({"coefficients": [[], [[0.1]], [[0.1, 1.0, 0.5]] * 2]}, r"coefficients\[1\]: \[1\] num"),
+    ],
+)
+def test_coefficients_must_suit_the_strategies(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(whole_output(**change))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [[FULL, FULL], ["window", FULL], [FULL, "fitted-1"]],
+            "expected share-step at every other",
+        ),
+        ([[FULL, SHARE], ["window", FULL], [SHARE, "fitted-1"]], "no earlier step computes an"),
+        ([[SHARE, "fitted-1"], [FULL, FULL], [FULL, FULL]], "no earlier step computes an output"),
+        (
+            [[FULL, FULL], [SHARE, FULL], [SHARE, "fitted-2"]],
+            r"coefficients\[2\]: \[3, 3\] numbers, expected \[5, 5\] for fitted-2",
+        ),
+        ([["fitted-1", FULL], [FULL, FULL], [FULL, FULL]], r"expected \[3, 3\] for fitted-1"),
+    ],
+)
+def test_an_impossible_whole_step_is_refused(rows: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(whole_output() | {"strategies": rows})

@@ -17,7 +17,7 @@ from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.graph.slots import read_slots
 from ditfastattn.passes.plan.actions import SiteAction
-from ditfastattn.passes.plan.strategies import strategies
+from ditfastattn.passes.plan.strategies import FITTED, every_strategy
 from ditfastattn.passes.rewrites import pipeline
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
@@ -42,6 +42,7 @@ def test_the_pipeline_reads_at_a_glance() -> None:
         "store-caches",
         "window-residual",
         "reuse-outputs",
+        "fit-outputs",
         "share-guidance",
         "merge-heads",
         "narrow-caches",
@@ -64,7 +65,7 @@ def test_a_pass_requires_earlier_passes_alone() -> None:
         ("", ()),
         (
             "store-caches",
-            ("store-caches", "window-residual", "reuse-outputs", "narrow-caches"),
+            ("store-caches", "window-residual", "reuse-outputs", "fit-outputs", "narrow-caches"),
         ),
         ("share-guidance", ("share-guidance", "hoist-batch-slices")),
         ("merge-heads,window-residual", ("window-residual", "merge-heads")),
@@ -95,8 +96,9 @@ def test_the_log_says_why_a_pass_is_off(
         ("share-guidance", False, {C: F, B: W}),
         ("reuse-outputs", False, {S: F, E: F, Q: F}),
         ("reuse-outputs", True, {S: F, C: F, B: W, E: F, Q: F}),
-        ("store-caches", False, {W: F, S: F, B: C, E: F, Q: F}),
-        ("store-caches", True, {W: F, S: F, C: F, B: F, E: F, Q: F}),
+        ("store-caches", False, {W: F, S: F, B: C, E: F, Q: F} | dict.fromkeys(FITTED, F)),
+        ("store-caches", True, {W: F, S: F, C: F, B: F, E: F, Q: F} | dict.fromkeys(FITTED, F)),
+        ("fit-outputs", False, dict.fromkeys(FITTED, F)),
         ("share-guidance,window-residual", False, {W: F, C: F, B: F}),
         ("merge-heads,narrow-caches,hoist-invariants", True, {}),
     ],
@@ -108,8 +110,9 @@ def test_a_plan_is_reduced_to_what_the_passes_left_carry_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DITFASTATTN_DISABLE", disabled)
-    (row,) = switches().plan([strategies()], two_calls)
-    assert dict(zip(strategies(), row, strict=True)) == {s: left.get(s, s) for s in strategies()}
+    every = every_strategy()
+    (row,) = switches().plan([every], two_calls)
+    assert dict(zip(every, row, strict=True)) == {s: left.get(s, s) for s in every}
 
 
 def test_a_program_keeps_no_cache_that_a_disabled_pass_would_read_or_write(

@@ -18,7 +18,7 @@ from ditfastattn import ConfigError, Plan, Strategy, Target
 from ditfastattn.runtime.pipeline.denoiser import replace_forward, transformer_of
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
-from ditfastattn.runtime.search.whole_steps.calibrate import calibrate_whole_steps
+from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from tests.helpers import tiny_digits_pipeline
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
 
@@ -34,7 +34,7 @@ FAMILIES = [
 def searched(pipeline: Any, call: dict[str, Any], opaque: bool) -> Plan:
     prompts, unseen = split_prompts(call, 0), split_prompts(call, 500)
     target = Target.min_speedup(1.5)
-    return calibrate_whole_steps(pipeline, target, prompts, unseen, opaque=opaque)
+    return calibrate_whole_steps(pipeline, prompts, unseen, Options(target, opaque=opaque))
 
 
 def accelerated(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
@@ -201,7 +201,7 @@ def test_rescaled_guidance_is_refused_with_the_reason() -> None:
 def test_a_quality_is_met_on_the_worst_prompt(pixart: tuple[Any, dict[str, Any], Plan]) -> None:
     pipeline, call, _ = pixart
     prompts, unseen = split_prompts(call, 0), split_prompts(call, 500)
-    plan = calibrate_whole_steps(pipeline, Target.min_psnr(30.0), prompts, unseen)
+    plan = calibrate_whole_steps(pipeline, prompts, unseen, Options(Target.min_psnr(30.0)))
     found = plan.calibration
     assert found.calibrated is not None
     assert found.calibrated.worst >= 30.0
