@@ -29,9 +29,12 @@ def main(rank: int, folder: Path) -> None:
     ditfastattn.accelerate(pipeline, plan)
     alone = generate(pipeline, Prompt(call, 9))
     ditfastattn.restore(pipeline)
-    store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
     )
     count = torch.accelerator.device_count
     torch.accelerator.device_count = lambda: count() or 1  # diffusers divides by it, on a CPU too

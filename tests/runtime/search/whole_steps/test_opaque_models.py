@@ -105,7 +105,10 @@ def test_a_compiled_transformer_stays_compiled() -> None:
 
 
 def test_an_offloaded_transformer_runs_beneath_its_hooks() -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
+    from accelerate.hooks import (  # type: ignore[import-untyped]  # it has no annotations
+        ModelHook,
+        add_hook_to_module,
+    )
 
     make, given = TINY_PIPELINES["pixart"]
     pipeline, call = make(), {"num_inference_steps": STEPS, **given}
