@@ -24,7 +24,8 @@ def show_plan(console: Console, plan: Plan, name: str) -> None:
     console.print(facts(plan, name))
     console.print(strategy_table(plan))
     legend = Text("legend: ")
-    for strategy in every_strategy():
+    used = {strategy for row in plan.strategies for strategy in row}
+    for strategy in (each for each in every_strategy() if each in used):
         legend.append(f" {strategy.symbol} ", style=f"bold {strategy.terminal_colour}")
         legend.append(f"{strategy}  ")
     console.print(legend)

@@ -124,3 +124,22 @@ def test_a_text_to_image_pipeline_is_calibrated_validated_and_exported(tmp_path:
     assert exported.exit_code == 0, exported.output
     verified = runner.invoke(cli.app, ["verify", str(bundle), *common])
     assert verified.exit_code == 0, verified.output
+
+
+def test_whole_steps_are_calibrated_inspected_and_validated(tmp_path: Path) -> None:
+    build, call = TINY_PIPELINES["pixart"]
+    build().save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    rest = {name: item for name, item in call.items() if name != "prompt"}
+    common = ["--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
+    common += ["--prompts", str(tmp_path / "prompts.txt")]
+    plan, runner = tmp_path / "plan.json", CliRunner()
+    arguments = ["calibrate", *common, "--out", str(plan), "--steps", "6"]
+    made = runner.invoke(cli.app, [*arguments, "--method", "whole-steps", "--min-psnr", "30"])
+    assert made.exit_code == 0, made.output
+    assert Plan.load(plan).calibration.method == "whole-steps"
+    shown = runner.invoke(cli.app, ["inspect", str(plan)])
+    assert "output" in shown.output
+    checked = runner.invoke(cli.app, ["validate", str(plan), *common, "--no-speed"])
+    assert checked.exit_code == 0, checked.output
+    assert "PSNR" in checked.output

@@ -142,6 +142,19 @@ def test_a_model_that_breaks_the_graph_is_called_as_it_is(
     assert float((by_example(pipeline, plan, Prompt(call, SEED)) - images).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_fp32(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    make, given = TINY_PIPELINES["pixart"]
+    pipeline, call = make().to(dtype), {"num_inference_steps": STEPS, **given}
+    prompt = Prompt(call, SEED)
+    captured, opaque = (searched(pipeline, call, opaque) for opaque in (False, True))
+    images = accelerated(pipeline, opaque, prompt)
+    assert images.dtype == dtype
+    assert torch.equal(by_example(pipeline, opaque, prompt), images)
+    assert torch.equal(accelerated(pipeline, captured, prompt), images)
+
+
 @pytest.fixture(scope="module")
 def pixart() -> tuple[Any, dict[str, Any], Plan]:
     make, given = TINY_PIPELINES["pixart"]
