@@ -73,10 +73,10 @@ class WholeStepSearch:
         self._known: dict[int, _Judged] = {}
 
     def run(self) -> Plan:
-        """Return the plan.
+        """Return the plan; one in which every step runs where no other meets a quality.
 
         Raises:
-            TargetMissedError: no plan that skips a step meets the target.
+            TargetMissedError: no plan is fast enough.
             ConfigError: the pipeline is not supported.
         """
         masks = self._masks()
