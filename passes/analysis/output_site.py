@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ditfastattn.passes.analysis.latent import latent_candidates
-from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.analysis.site import GUIDANCE_COMPARES, SiteKind
 from ditfastattn.passes.analysis.sites import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
@@ -43,7 +43,7 @@ def output_site(captured: CapturedGraph, latent: str = "") -> Site:
         grid=(),
         window=0,
         no_window="a window is defined for attention, this is the whole output",
-        no_shared_guidance="guidance compares the halves of the whole output",
+        no_shared_guidance=GUIDANCE_COMPARES,
         no_fit=_why_no_fit(tensor, latents, likely),
         latent=latents[0] if len(latents) == 1 else "",
         latent_node=captured.node(latents[0]).name if len(latents) == 1 else "",

@@ -7,6 +7,9 @@ from enum import StrEnum
 # By step, guidance branch (in the order of the layout) and term; empty where nothing is fitted.
 Coefficients = tuple[tuple[tuple[float, ...], ...], ...]
 
+WHOLE_OUTPUT_ALONE = "coefficients are fitted to the model's whole output alone"
+GUIDANCE_COMPARES = "guidance compares the halves of the whole output"
+
 
 class SiteKind(StrEnum):
     """Name what an attention site attends to, or a site that is not an attention."""

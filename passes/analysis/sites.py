@@ -22,7 +22,7 @@ from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.attention import kind_of, why_no_window
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.analysis.latent import latent_position
-from ditfastattn.passes.analysis.site import CacheDtype, Coefficients, SiteKind
+from ditfastattn.passes.analysis.site import WHOLE_OUTPUT_ALONE, CacheDtype, Coefficients, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
@@ -47,10 +47,9 @@ class Site:
     halves of a batch cannot share this site, "" where they can.
     A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
     puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
-    Of the whole output (see ``output_site``), ``latent`` names the input that is denoised,
-    ``latent_node`` its node, and
-    ``coefficients[step][branch]`` are the plan's, with the latent's factor first; ``no_fit`` says
-    why there can be none.
+    Of the whole output (see ``output_site``), ``latent`` names the input that is denoised, and
+    ``latent_node`` its node; ``coefficients[step][branch]`` are the plan's, with the latent's
+    factor first; ``no_fit`` says why there can be none.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Site:
     no_window: str = ""
     no_shared_guidance: str = ""
     no_grid: str = ""
-    no_fit: str = "coefficients are fitted to the model's whole output alone"
+    no_fit: str = WHOLE_OUTPUT_ALONE
     latent: str = ""
     latent_node: str = ""
     coefficients: Coefficients = ()

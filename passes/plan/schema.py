@@ -25,7 +25,12 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
-from ditfastattn.passes.analysis.site import CacheDtype, SiteKind
+from ditfastattn.passes.analysis.site import (
+    GUIDANCE_COMPARES,
+    WHOLE_OUTPUT_ALONE,
+    CacheDtype,
+    SiteKind,
+)
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
@@ -84,14 +89,12 @@ class PlannedSite(Record, frozen=True):
     @property
     def no_shared_guidance(self) -> str:
         """Return "": only the model itself shows whether guidance can be shared."""
-        whole = self.kind is SiteKind.OUTPUT
-        return "guidance compares the halves of the whole output" if whole else ""
+        return GUIDANCE_COMPARES if self.kind is SiteKind.OUTPUT else ""
 
     @property
     def no_fit(self) -> str:
         """Return why no coefficients can be fitted, or ""."""
-        whole = self.kind is SiteKind.OUTPUT
-        return "" if whole else "coefficients are fitted to the model's whole output alone"
+        return "" if self.kind is SiteKind.OUTPUT else WHOLE_OUTPUT_ALONE
 
 
 class Sampler(Record, frozen=True):

@@ -89,9 +89,7 @@ class _OpaqueContender(Contender):
         self._module, self._model = module, OpaqueModel(module, plan, timestep)
 
     def generate(self, number: int) -> None:
-        undo = replace_forward(
-            self._module, lambda own: lambda *args, **kwargs: self._model(own, args, kwargs)
-        )
+        undo = replace_forward(self._module, self._model.around)
         try:
             super().generate(number)
         finally:

@@ -54,7 +54,6 @@ def fit(
     step: int,
     outputs: int,
     ridge: float = RIDGE,
-    importance: Sequence[float] | None = None,
 ) -> Tensor:
     """Return the coefficients of ``step``, fp32, given each generation's state before it.
 
@@ -64,15 +63,12 @@ def fit(
         step: the step that does not run.
         outputs: how many earlier outputs it reads.
         ridge: how strongly to keep to the linear rule.
-        importance: the weight of each image's squared error; equal where None.
 
     """
     prior = linear_rule(rollouts[0], states[0], step, outputs)
     images = [
-        _Image(rollout, state, step, terms(rollout, state, step, outputs).double(), weight)
-        for rollout, state, weight in zip(
-            rollouts, states, importance or [1.0] * len(states), strict=True
-        )
+        _Image(rollout, state, step, terms(rollout, state, step, outputs).double())
+        for rollout, state in zip(rollouts, states, strict=True)
     ]
     found = prior
     for _ in range(_ITERATIONS):
@@ -90,7 +86,6 @@ class _Image:
     state: State
     step: int
     matrix: Tensor
-    weight: float
 
     def around(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Return how the next latent changes with ``coefficients``, and what it lacks."""
@@ -111,8 +106,8 @@ def _improved(images: Sequence[_Image], start: Tensor, prior: Tensor, ridge: flo
     right = torch.zeros(len(prior), dtype=torch.double)
     for image in images:
         rows, missed = image.around(start)
-        square += image.weight * rows.T @ rows
-        right += image.weight * rows.T @ missed
+        square += rows.T @ rows
+        right += rows.T @ missed
     kept = ridge * square.diagonal().mean() * torch.eye(len(prior), dtype=torch.double)
     change: Tensor = torch.linalg.solve(square + kept, right + kept @ (prior - start))
     return start + change

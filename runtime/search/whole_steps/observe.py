@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Observed:
     steps: tuple[Step, ...]
     doubled: bool = False
 
-    @property
+    @cached_property
     def latents(self) -> list[Tensor]:
         """Return the sampler's latents before each step, and after the last."""
         return [*(s.sampler.latent for s in self.steps), self.steps[-1].sampler.returned]

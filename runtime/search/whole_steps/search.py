@@ -180,34 +180,33 @@ class WholeStepSearch:
         if number not in self._known:
             self._meter.begin(f"{number} of {self._steps} steps: the calibration prompts")
             mask, states = fit_mask(self._rollouts, runs, self._meter.spend)
-            plan = self._plan(mask, [], [])
+            model = self._model(mask)
             judged: list[Judgement] = []
             pairs = zip(self._request.prompts, self._observed, states, strict=True)
             for prompt, observed, state in pairs:
-                images = self._replayed(plan, prompt, observed, state)
+                images = self._replayed(model, prompt, observed, state)
                 judged += self._request.target.judge(observed.images, images, prompt.call)
             self._known[number] = _Judged(mask, judged)
         return self._known[number]
 
-    def _replayed(self, plan: Plan, prompt: Prompt, observed: Observed, state: State) -> Tensor:
-        """Return the images of ``plan`` without running the model: it has run already."""
+    def _model(self, mask: FittedMask) -> OpaqueModel:
+        """Return the model that runs by ``mask``."""
+        plan = self._subject.opaque(self._plan(mask, [], []))
+        return OpaqueModel(self._module, plan, self._request.timestep)
+
+    def _replayed(
+        self, model: OpaqueModel, prompt: Prompt, observed: Observed, state: State
+    ) -> Tensor:
+        """Return the images of ``prompt`` without running the model: it has run already."""
         form, returned = observed.steps[0].calls[0].form, iter(state.returned)
 
-        def instead(_forward: Forward) -> Forward:
-            return lambda *args, **kwargs: with_output(form, next(returned))
+        def instead(*_args: Any, **_kwargs: Any) -> Any:
+            return with_output(form, next(returned))
 
-        return self._images(plan, prompt, instead)
+        return self._images(prompt, lambda _forward: model.around(instead))
 
-    def _images(
-        self, plan: Plan, prompt: Prompt, model: Callable[[Forward], Forward] | None = None
-    ) -> Tensor:
-        """Return the images of ``prompt`` by ``plan``."""
-        opaque = OpaqueModel(self._module, self._subject.opaque(plan), self._request.timestep)
-
-        def make(forward: Forward) -> Forward:
-            own = forward if model is None else model(forward)
-            return lambda *args, **kwargs: opaque(own, args, kwargs)
-
+    def _images(self, prompt: Prompt, make: Callable[[Forward], Forward]) -> Tensor:
+        """Return the images of ``prompt`` with the model's forward replaced by ``make`` of it."""
         undo = replace_forward(self._module, make)
         try:
             return as_images(generate(self._pipeline, prompt))
@@ -215,11 +214,11 @@ class WholeStepSearch:
             undo()
 
     def _held_out(self, mask: FittedMask) -> list[Judgement]:
-        plan = self._plan(mask, [], [])
+        model = self._model(mask)
         judged: list[Judgement] = []
         for index, prompt in enumerate(self._request.held_out):
             dense = self._dense(index, prompt)
-            planned = self._images(plan, prompt)
+            planned = self._images(prompt, model.around)
             self._meter.spend(len(mask.runs))
             judged += self._request.target.judge(dense, planned, prompt.call)
             if not self._meets(judged):

@@ -103,13 +103,18 @@ def test_offloading_needs_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert float((got - expected).abs().max()) < 1e-4
 
 
-def test_a_text_to_image_pipeline_is_calibrated_validated_and_exported(tmp_path: Path) -> None:
+def text_to_image_arguments(folder: Path) -> list[str]:
+    """Save a tiny pipeline and two prompts in ``folder``; return the options that name them."""
     build, call = TINY_PIPELINES["pixart"]
-    build().save_pretrained(tmp_path / "pixart")
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    build().save_pretrained(folder / "pixart")
+    (folder / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     rest = {name: item for name, item in call.items() if name != "prompt"}
-    common = ["--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
-    common += ["--prompts", str(tmp_path / "prompts.txt")]
+    common = ["--pipeline", str(folder / "pixart"), "--call", json.dumps(rest)]
+    return [*common, "--prompts", str(folder / "prompts.txt")]
+
+
+def test_a_text_to_image_pipeline_is_calibrated_validated_and_exported(tmp_path: Path) -> None:
+    common = text_to_image_arguments(tmp_path)
     plan, bundle = tmp_path / "plan.json", tmp_path / "bundle"
     runner = CliRunner()
     arguments = ["calibrate", *common, "--out", str(plan), "--steps", "3", "--threshold", "0.5"]
@@ -127,12 +132,7 @@ def test_a_text_to_image_pipeline_is_calibrated_validated_and_exported(tmp_path:
 
 
 def test_whole_steps_are_calibrated_inspected_and_validated(tmp_path: Path) -> None:
-    build, call = TINY_PIPELINES["pixart"]
-    build().save_pretrained(tmp_path / "pixart")
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
-    rest = {name: item for name, item in call.items() if name != "prompt"}
-    common = ["--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
-    common += ["--prompts", str(tmp_path / "prompts.txt")]
+    common = text_to_image_arguments(tmp_path)
     plan, runner = tmp_path / "plan.json", CliRunner()
     arguments = ["calibrate", *common, "--out", str(plan), "--steps", "6"]
     made = runner.invoke(cli.app, [*arguments, "--method", "whole-steps", "--min-psnr", "30"])

@@ -63,16 +63,10 @@ def by_example(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
                 return output_of(made[-1])
 
             latent = bound_arguments(type(module), args, kwargs)[plan.sites[0].latent]
-            return with_output(made[-1] if made else None, wholes[call](step, latent, compute))
+            output = wholes[call](step, latent, compute)
+            return with_output(made[-1], output)
 
-        def first(*args: Any, **kwargs: Any) -> Any:
-            found = run(*args, **kwargs) if made else None
-            if found is None:  # the form of what the model returns is not known yet
-                made.append(forward(*args, **kwargs))
-                found = run(*args, **kwargs)
-            return found
-
-        return first
+        return run
 
     undo = replace_forward(module, make)
     try:
