@@ -33,7 +33,8 @@ from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turn
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.whole_steps.calibrate import repeated
 from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, Request, WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
+from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
 from ditfastattn.runtime.search.whole_steps.subject import identify
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.measure import machine
@@ -103,7 +104,7 @@ def _plans(checkpoint: Checkpoint, steps: int, wanted: Sequence[int], out: Path)
             0,
         )
         meter = Meter(0.0)
-        search = WholeStepSearch(pipeline, subject, request, checkpoint, meter)
+        search = WholeStepSearch(pipeline, Recorder(subject, request, meter), checkpoint)
         for number, plan in search.curve(wanted).items():
             plan.save(paths[number])
     return {number: Plan.load(path) for number, path in paths.items()}

@@ -24,11 +24,11 @@ from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
+from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
 from ditfastattn.runtime.search.whole_steps.search import (
     FITTED_ON,
     MOST_RUNS,
     SEARCHED_ON,
-    Request,
     WholeStepSearch,
 )
 from ditfastattn.runtime.search.whole_steps.subject import Subject, identify
@@ -125,7 +125,7 @@ def _searching(
         if kept.begin(_describe(subject, request)):
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
         meter = Meter(_most_forwards(pipeline, request), options.on_progress)
-        yield WholeStepSearch(pipeline, subject, request, kept, meter)
+        yield WholeStepSearch(pipeline, Recorder(subject, request, meter), kept)
         kept.discard()
 
 

@@ -6,7 +6,8 @@ images; all plans of all budgets come from one pass, as every state runs the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,32 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import fit, terms
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 
-LONGEST_GAP = 7  # steps in a row that do not run
+SHORTEST_LIMIT = 7  # steps in a row that may always be skipped
+ENDINGS = 3  # plans of each number of runs that are looked at as images
+
+Rule = Callable[[Sequence[Rollout], Sequence[State], int, int], Tensor]  # as ``fit``
 
 
 @dataclass(frozen=True)
-class _Path:
+class Path:
+    """Hold a way to come to a step: what has run, and what was made of it elsewhere.
+
+    Attributes:
+        drift: mean squared distance of the latents from the dense ones.
+        states: of each generation.
+        runs: the steps that ran, in order.
+        coefficients: of each step so far; None where the model ran.
+    """
+
     drift: float
     states: tuple[State, ...]
     runs: tuple[int, ...]
+    coefficients: tuple[Tensor | None, ...]
+
+
+def longest_gap(steps: int) -> int:
+    """Return how many steps in a row may be skipped."""
+    return max(SHORTEST_LIMIT, steps // 4)
 
 
 def run_step(rollouts: Sequence[Rollout], states: Sequence[State], step: int) -> tuple[State, ...]:
@@ -62,36 +81,51 @@ def search_masks(
     most_runs: int,
     spend: Callable[[float], None],
     outputs: int = HISTORY - 1,
-) -> dict[int, tuple[int, ...]]:
-    """Return the steps that run, by their number, up to ``most_runs``.
+    rule: Rule = fit,
+) -> dict[int, list[Path]]:
+    """Return the best ways to the end by how many steps run, up to ``most_runs``; best first.
 
-    ``spend`` is told of every forward pass of one image.
+    Those of one number differ in the last step that runs. A state is left where one of fewer runs
+    is as near to the dense generation. ``spend`` is told of every forward pass of one image;
+    ``rule`` gives the coefficients of a skipped step.
     """
     steps = len(rollouts[0].observed.steps)
-    best: dict[tuple[int, int], _Path] = {
-        (0, 0): _Path(0.0, tuple(rollout.begin for rollout in rollouts), ())
-    }
+    best = {(0, 0): Path(0.0, tuple(rollout.begin for rollout in rollouts), (), ())}
+    ends: dict[int, list[Path]] = {}
     for step in range(steps):
+        nearest = math.inf
         for runs in range(most_runs):
             path = best.pop((step, runs), None)
-            if path is None:
+            if path is None or path.drift >= nearest:
                 continue
-            states = run_step(rollouts, path.states, step)
+            nearest = path.drift
             spend(len(rollouts))
-            following = step + 1
-            while True:
-                key = (following, runs + 1)
-                error = drift(rollouts, states, following)
-                if key not in best or error < best[key].drift:
-                    best[key] = _Path(error, states, (*path.runs, step))
-                if following == steps or following - step > LONGEST_GAP:
-                    break
-                known = min(outputs, runs + 1)
-                found = fit(rollouts, states, following, known)
-                states = skip_step(rollouts, states, following, found)
-                following += 1
-    ended = (number for number in range(1, most_runs + 1) if (steps, number) in best)
-    return {number: best[steps, number].runs for number in ended}
+            for following in _continued(rollouts, path, step, outputs, rule):
+                reached, number = len(following.coefficients), runs + 1
+                if reached == steps:
+                    ends.setdefault(number, []).append(following)
+                elif (reached, number) not in best or following.drift < best[reached, number].drift:
+                    best[reached, number] = following
+    return {
+        number: sorted(found, key=lambda path: path.drift)[:ENDINGS]
+        for number, found in sorted(ends.items())
+    }
+
+
+def _continued(
+    rollouts: Sequence[Rollout], path: Path, step: int, outputs: int, rule: Rule
+) -> Generator[Path]:
+    """Run ``step``, and yield where that leads: to the next step, and past skipped ones."""
+    steps, runs = len(rollouts[0].observed.steps), (*path.runs, step)
+    states, made = run_step(rollouts, path.states, step), (*path.coefficients, None)
+    known = min(outputs, len(runs))
+    while True:
+        reached = len(made)
+        yield Path(drift(rollouts, states, reached), states, runs, made)
+        if reached == steps or reached - step > longest_gap(steps):
+            return
+        found = rule(rollouts, states, reached, known)
+        states, made = skip_step(rollouts, states, reached, found), (*made, found)
 
 
 def fit_mask(
@@ -99,6 +133,7 @@ def fit_mask(
     runs: Sequence[int],
     spend: Callable[[float], None],
     outputs: int = HISTORY - 1,
+    rule: Rule = fit,
 ) -> tuple[FittedMask, tuple[State, ...]]:
     """Return the coefficients of the steps that are not in ``runs``, and the last states."""
     states = tuple(rollout.begin for rollout in rollouts)
@@ -110,7 +145,7 @@ def fit_mask(
             found.append(None)
             continue
         known = min(outputs, sum(run < step for run in runs))
-        coefficients = fit(rollouts, states, step, known)
+        coefficients = rule(rollouts, states, step, known)
         found.append(coefficients)
         states = skip_step(rollouts, states, step, coefficients)
     return FittedMask(tuple(runs), tuple(found), outputs), states
