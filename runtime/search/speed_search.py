@@ -8,6 +8,7 @@ from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.runtime.search.bracket import LARGEST_MOVE, Bracket
 from ditfastattn.runtime.search.candidates import Candidates, Found
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.timing import PairedTiming
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.rows import dense_rows
@@ -41,7 +42,8 @@ class SpeedSearch:
         correction, rounds = 1.0, 0
         while True:
             rounds += 1
-            found = self._gentlest(wanted * correction, rounds)
+            self._work.begin(f"choosing a plan of {wanted * correction:.2f}x")
+            found = gentlest(self._candidates, self._work.session, wanted * correction, rounds)
             self._work.begin(f"round {rounds}: compiling and timing the plan")
             timing = self._measure(found)
             if self._is_fast(timing):
@@ -52,26 +54,6 @@ class SpeedSearch:
             if self._target.kind is TargetKind.LATENCY:
                 wanted = timing.baseline.median / self._target.bound
             correction = max(1.0, 1.01 * predicted / timing.speedup.median)
-
-    def _gentlest(self, speedup: float, rounds: int) -> Found:
-        """Return the gentlest plan of a predicted ``speedup``, or the fastest there is."""
-        session, chooser = self._work.session, self._candidates.chooser
-        rows = dense_rows(session.steps, len(session.sites))
-        if speedup <= 1.0:
-            return Found(rows, 0.0, rounds=rounds)
-        bracket = Bracket(chooser.first)
-        best: Found | None = None
-        for _ in range(chooser.tries):
-            self._work.begin(f"choosing a plan of {speedup:.2f}x")
-            rows = self._candidates.rows(bracket.strength)
-            fast = self._candidates.speedup(rows) >= speedup
-            if fast and (best is None or bracket.strength < best.strength):
-                best = Found(rows, bracket.strength, rounds=rounds)
-            bracket.record(not fast)
-            if bracket.closed:
-                break
-            bracket.move(LARGEST_MOVE if fast else 1.0 / LARGEST_MOVE)
-        return best or Found(rows, bracket.strength, rounds=rounds)
 
     def _is_fast(self, timing: PairedTiming) -> bool:
         speedup = self._target.kind is TargetKind.SPEEDUP
@@ -86,3 +68,23 @@ class SpeedSearch:
             expected=self._target.bound,
             remedy="ask for less, or for fewer sampler steps",
         )
+
+
+def gentlest(candidates: Candidates, session: Session, speedup: float, rounds: int = 0) -> Found:
+    """Return the gentlest plan of a predicted ``speedup``, or the fastest there is."""
+    chooser = candidates.chooser
+    rows = dense_rows(session.steps, len(session.sites))
+    if speedup <= 1.0:
+        return Found(rows, 0.0, rounds=rounds)
+    bracket = Bracket(chooser.first)
+    best: Found | None = None
+    for _ in range(chooser.tries):
+        rows = candidates.rows(bracket.strength)
+        fast = candidates.speedup(rows) >= speedup
+        if fast and (best is None or bracket.strength < best.strength):
+            best = Found(rows, bracket.strength, rounds=rounds)
+        bracket.record(not fast)
+        if bracket.closed:
+            break
+        bracket.move(LARGEST_MOVE if fast else 1.0 / LARGEST_MOVE)
+    return best or Found(rows, bracket.strength, rounds=rounds)

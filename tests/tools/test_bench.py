@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,13 +26,15 @@ from ditfastattn.tools.bench import setup
 from ditfastattn.tools.bench.fidelity import MOST_PSNR, fidelity
 from ditfastattn.tools.bench.forms import Form, PeerContender, fresh_copy, peer_contender
 from ditfastattn.tools.bench.harness import Bench
+from ditfastattn.tools.bench.methods import EAGER, FEWER
 from ditfastattn.tools.bench.models import BenchModel, model_named
 from ditfastattn.tools.bench.peers import PEERS, peers_named
 from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
+from ditfastattn.tools.bench.rules import RULES, evenly
 from ditfastattn.tools.bench.run import run_bench
-from ditfastattn.tools.bench.setup import EAGER, OURS, BenchOptions
+from ditfastattn.tools.bench.setup import BenchOptions
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.terminal import open_console
 from tests.helpers import randomize, tiny_digits_pipeline
@@ -158,11 +161,11 @@ def test_contenders_take_turns_and_a_disturbed_repetition_is_timed_again() -> No
 
 
 def options(*peers: Peer) -> BenchOptions:
-    return BenchOptions(4, peers, (0.0001, 1e6), 10, lowering=Lowering.EAGER)
+    return BenchOptions(4, peers, (1.1, 1.5), (0.5,), (0.5,), 10, seeds=12, lowering=Lowering.EAGER)
 
 
 def without_ours(*peers: Peer) -> BenchOptions:
-    return replace(options(*peers), budgets=())
+    return replace(options(*peers), speedups=(), work=())
 
 
 def broken(*_: Any) -> Scope:
@@ -179,43 +182,48 @@ def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> N
     run_bench(open_console(), TINY, options(few("first-block"), failing), tmp_path, False)
     data = json.loads((tmp_path / "tiny-4.json").read_text(encoding="utf-8"))
     assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 10)
-    assert data["seeds"] == list(range(1000, 1010))
+    assert data["seeds"] == list(range(1000, 1012))
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["device"]
     assert data["command"].startswith("ditfastattn")
-    methods = [record["method"] for record in data["lanes"]]
-    assert methods == [EAGER, OURS, OURS, "first-block"]
+    lanes: dict[str, list[Any]] = {}
     for record in data["lanes"]:
+        lanes.setdefault(record["method"], []).append(record)
         assert len(record["speedup"]["samples"]) == 10
+        assert len(record["psnrs"]) == len(record["ssims"]) == 12
         assert record["worst_ssim"] <= record["ssim"] <= 1.0
+        assert record["worst_psnr"] <= record["psnr"]
         assert record["seconds"]["median"] > 0.0
         assert record["form"] == "eager"
-    eager, gentle, strong, first_block = data["lanes"]
-    assert eager["ssim"] == 1.0
-    assert gentle["ssim"] > strong["ssim"]
-    assert first_block["details"] == {"threshold": 0.2}
+        timed = record["psnrs"][:10]  # the same images, the first of them timed
+        assert record["timed_psnr"] == pytest.approx(sum(timed) / 10, abs=0.5)
+    rules = {plans.name for plans in RULES}
+    ours = {f"ditfastattn-{kind}-{m}" for kind in ("sites", "steps") for m in ("ssim", "psnr")}
+    assert set(lanes) == {EAGER, FEWER, "first-block"} | ours | rules
+    assert lanes[EAGER][0]["ssim"] == 1.0
+    assert lanes["first-block"][0]["details"] == {"threshold": 0.2}
+    gentle, strong = lanes["ditfastattn-sites-ssim"]
     # Of its first step, and of what is cheap to no purpose, a plan shares nothing.
     assert 0.0 < strong["details"]["attention_flops"] < gentle["details"]["attention_flops"] <= 1.0
     assert strong["details"]["matrix_flops"] < gentle["details"]["matrix_flops"]
-    (failure,) = data["failures"]
-    assert failure["method"] == "broken"
+    assert gentle["psnr"] > strong["psnr"]
+    (whole,) = lanes["ditfastattn-steps-psnr"]
+    assert whole["setting"] == "2 runs"
+    assert whole["details"]["attention_flops"] == pytest.approx(0.5)
+    (fewer,) = lanes[FEWER]
+    assert (fewer["setting"], fewer["details"]) == ("2 steps", {"steps": 2})
+    assert fewer["ssim"] < 1.0
+    assert [row["metric"] for row in data["best"]] == ["ssim"] * 6 + ["psnr"] * 4
+    (failure,) = (item for item in data["failures"] if item["method"] == "broken")
     assert failure["reason"] == "RuntimeError: no such block"
-    assert data["forms"]["broken"]["eager"]["failed"] == "RuntimeError: no such block"
     assert (tmp_path / "tiny-4-ssim.png").stat().st_size > 1000
     assert (tmp_path / "tiny-4-psnr.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.search"))
 
 
-def test_plans_keep_the_attention_that_is_asked_for(tmp_path: Path) -> None:
-    wanted = replace(options(), budgets=(), fractions=(0.8, 0.4))
-    data = run_bench(open_console(), TINY, wanted, tmp_path, False)
-    (_, more, less) = (record["details"].get("attention_flops") for record in data["lanes"])
-    assert 0.4 < more <= 0.8  # of few sites and steps, the next plan may be some way below
-    assert 0.2 < less <= 0.4
-    with pytest.raises(ConfigError, match="no plan keeps so little of the attention"):
-        run_bench(
-            open_console(), TINY, replace(wanted, fractions=(0.01,)), tmp_path / "none", False
-        )
+def test_steps_are_spread_evenly_from_the_first_to_the_last() -> None:
+    assert evenly(5, 9) == [0, 2, 4, 6, 8]
+    assert evenly(1, 9) == [0]
 
 
 def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,14 +234,16 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     eager = partial(BenchOptions, lowering=Lowering.EAGER)
     monkeypatch.setattr(setup, "BenchOptions", eager)
     arguments = ["bench", "--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
-    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--budgets", "0.3"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--seeds", "10"]
+    arguments += ["--speedups", "", "--work", "0.5", "--fewer", "0.5", "--repetitions", "10"]
     arguments += ["--peers", "first-block", "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "pixart-4.json").read_text(encoding="utf-8"))
     settings = len(peers_named("first-block")[0].settings)
-    methods = [record["method"] for record in data["lanes"]]
-    assert methods == [EAGER, OURS, *["first-block"] * settings]
+    counts = Counter(record["method"] for record in data["lanes"])
+    assert (counts[EAGER], counts[FEWER], counts["first-block"]) == (1, 1, settings)
+    assert counts["ditfastattn-steps-ssim"] == 1
     assert data["failures"] == []
 
 
@@ -246,15 +256,15 @@ def test_a_resumed_run_measures_nothing_twice(
     measured: list[str] = []
     measure = Bench._measure
 
-    def counted(self: Bench, entries: Any) -> Any:
-        measured.extend(entry.method for entry in entries)
-        return measure(self, entries)
+    def counted(self: Bench, method: Any, *rest: Any) -> Any:
+        measured.append(method.name)
+        return measure(self, method, *rest)
 
     monkeypatch.setattr(Bench, "_measure", counted)
     resumed = replace(few("first-block"), name="killed")
     data = run_bench(open_console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
     assert measured == ["killed"]
-    assert [record["method"] for record in data["lanes"]] == [EAGER, "pyramid", "killed"]
+    assert [record["method"] for record in data["lanes"]][-2:] == ["pyramid", "killed"]
 
 
 def interrupted(*_: Any) -> Scope:
@@ -265,29 +275,36 @@ def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) ->
     killed = replace(few("first-block"), apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_bench(open_console(), TINY, without_ours(killed), tmp_path, False)
-    with pytest.raises(ConfigError, match="budgets"):
-        run_bench(open_console(), TINY, replace(options(), budgets=(0.5,)), tmp_path, False)
+    with pytest.raises(ConfigError, match="speedups"):
+        run_bench(open_console(), TINY, replace(options(), speedups=(2.0,)), tmp_path, False)
 
 
 def record(method: str, ssim: float, speedup: float) -> dict[str, Any]:
     named = {"method": method, "setting": "s", "form": "f", "worst_ssim": ssim, "psnr": 20.0}
+    named |= {"worst_psnr": 20.0, "ssims": [ssim, ssim + 0.01]}
     return {**named, "ssim": ssim, "speedup": {"median": speedup}}
 
 
 def test_the_best_point_is_the_fastest_that_was_measured_good_enough() -> None:
     records = [
         record(EAGER, 1.0, 9.0),
-        record(OURS, 0.97, 1.5),
-        record(OURS, 0.95, 2.0),
+        record("ditfastattn-sites-ssim", 0.97, 1.5),
+        record("ditfastattn-steps-ssim", 0.95, 2.0),
+        record(FEWER, 0.99, 1.3),
         record("first-block", 0.96, 1.8),
         record("pyramid", 0.9, 3.0),
     ]
-    found = best_at(records, 0.95)
-    assert found["ours"] is not None
-    assert found["peer"] is not None
-    assert (found["ours"]["speedup"], found["ours"]["ssim"]) == (2.0, 0.95)
-    assert found["peer"]["method"] == "first-block"
-    assert best_at(records, 0.98) == {"ours": None, "peer": None}
+    found = best_at(records, "ssim", 0.95)
+    ours, peer, fewer, ahead = (found[name] for name in ("ours", "peer", "fewer", "ahead"))
+    assert ours
+    assert (ours["method"], ours["speedup"]) == ("ditfastattn-steps-ssim", 2.0)
+    assert peer
+    assert peer["method"] == "first-block"
+    assert fewer
+    assert fewer["speedup"] == 1.3
+    assert ahead == pytest.approx({"mean": -0.01, "standard_error": 0.0})
+    none = {"ours": None, "peer": None, "fewer": None, "ahead": None}
+    assert best_at(records, "ssim", 0.995) == none
 
 
 def test_peers_and_models_are_named() -> None:

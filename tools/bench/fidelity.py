@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,11 +16,18 @@ MOST_PSNR = 99.0  # dB, for equal images: JSON has no infinity
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close images are to dense ones of the same seeds; PSNR in dB, at most ``MOST_PSNR``."""
+    """How close images are to dense ones of the same seeds; PSNR in dB, at most ``MOST_PSNR``.
+
+    ``ssims`` and ``psnrs`` hold a value per image; the others are their means, the standard errors
+    of these, and the worst image's.
+    """
 
     ssim: float
+    ssim_standard_error: float
     worst_ssim: float
     psnr: float
+    psnr_standard_error: float
+    worst_psnr: float
     ssims: tuple[float, ...]
     psnrs: tuple[float, ...]
 
@@ -26,5 +36,11 @@ def fidelity(dense: Tensor, images: Tensor) -> Fidelity:
     """Compare ``images`` with ``dense``, both ``[B, C, H, W]`` in [0, 1]."""
     ssims: list[float] = image_ssim(dense, images).tolist()
     psnrs = [min(value, MOST_PSNR) for value in image_psnr(dense, images).tolist()]
-    mean = sum(ssims) / len(ssims)
-    return Fidelity(mean, min(ssims), sum(psnrs) / len(psnrs), tuple(ssims), tuple(psnrs))
+    return Fidelity(*summary(ssims), *summary(psnrs), tuple(ssims), tuple(psnrs))
+
+
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, its standard error, and the least of ``values``."""
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean, error, min(values)

@@ -1,46 +1,39 @@
-"""Measure contenders: each method's settings take turns with the compiled dense model.
+"""Measure contenders: how close their images are to the dense model's, and how fast they are.
 
-A checkpoint keeps the finished methods.
+Images are compared first, of every contender, nothing compiled: that is independent of the
+machine's load. Then each method's settings are compiled, and take turns with the compiled dense
+model. A checkpoint keeps what is finished.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.reports import summary
-from ditfastattn.runtime.search.measure.contender import (
-    Contender,
-    dense_contender,
-    planned_contender,
-)
+from ditfastattn.runtime.search.measure.contender import Contender, dense_contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench.fidelity import fidelity
 from ditfastattn.tools.bench.forms import Form
-from ditfastattn.tools.bench.peer_forms import best_form, calibrated, compilations, contender_of
-from ditfastattn.tools.bench.peers.base import Peer
-from ditfastattn.tools.bench.plans import find_plans, flops_kept
-from ditfastattn.tools.bench.setup import EAGER, OURS, Data, Group, Setup, failure
+from ditfastattn.tools.bench.methods import EagerDense, Entry, FewerSteps, Method
+from ditfastattn.tools.bench.peer_forms import PeerMethod, compilations
+from ditfastattn.tools.bench.plans import our_methods
+from ditfastattn.tools.bench.rules import RULES
+from ditfastattn.tools.bench.setup import Data, Group, Setup, failure
 
 _DENSE_COMPILE = "dense-compile-seconds"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A contender to measure, and what to record of it."""
-
-    method: str
-    setting: str
-    form: str
-    contender: Contender
-    details: Mapping[str, Any]
+def methods_of(setup: Setup) -> list[Method]:
+    """Return what is compared: dense, ours, fewer steps, others' rules, and the peers."""
+    peers = map(PeerMethod, setup.options.peers)
+    return [EagerDense(), *our_methods(), FewerSteps(), *RULES, *peers]
 
 
 class Bench:
@@ -53,102 +46,104 @@ class Bench:
         self._dense: Contender | None = None
 
     def run(self) -> list[Group]:
-        """Return one group per method: dense, ours, peers."""
-        groups = [self._kept(EAGER, self._eager), self._kept(OURS, self._ours)]
-        for peer in self.setup.options.peers:
-            groups.append(self._kept(peer.name, partial(self._peer, peer)))
-        return groups
+        """Return one group per method."""
+        methods = methods_of(self.setup)
+        compared = [self._compared(method) for method in methods]
+        return [self._timed(*pair) for pair in zip(methods, compared, strict=True)]
 
-    def _kept(self, method: str, make: Callable[[], Data]) -> Group:
-        def timed() -> Data:
-            began = time.monotonic()
-            # Methods share neither compilations nor Dynamo's limit on them.
-            torch._dynamo.reset()
-            self._dense = None
-            with many_compilations():
-                made = make()
-            return {"method": method, **made, "seconds": time.monotonic() - began}
-
-        found: Data = self.setup.checkpoint.data(f"group-{method}", timed)
-        return found
-
-    def _eager(self) -> Data:
-        contender = dense_contender(self.setup.pipeline, self.setup.prompts, Lowering.EAGER)
-        return self._measure([Entry(EAGER, "", Form.EAGER, contender, {})])
-
-    def _ours(self) -> Data:
-        plans = find_plans(self.setup)
-        measured = self._measure([self._planned(plan) for plan in plans])
-        kept = {_setting(plan): flops_kept(plan) for plan in plans}
-        for record in measured["lanes"]:
-            record["details"] |= kept[record["setting"]]
-        return measured
-
-    def _planned(self, plan: Plan) -> Entry:
-        options = self.setup.options
-        form = Form.MODEL if options.compiled else Form.EAGER
-        contender = planned_contender(
-            self.setup.pipeline, plan, self.setup.prompts, options.lowering
-        )
-        details = {
-            "plan": summary(plan),
-            "variants": len(set(plan.strategies)),
-            "predicted_speedup": plan.calibration.predicted_speedup,
-        }
-        return Entry(OURS, _setting(plan), form, contender, details)
-
-    def _peer(self, peer: Peer) -> Data:
+    def _compared(self, method: Method) -> Data:
+        """Return the fidelity of each setting, by name, and the failures."""
+        lanes: dict[str, Data] = {}
         failures: list[Data] = []
         try:
-            calibration = calibrated(self.setup, peer)
+            entries = method.entries(self.setup)
         except Exception as error:  # another library's code: anything may be raised
-            return {"lanes": [], "failures": [failure(peer.name, "calibration", error)]}
-        form, forms = best_form(self.setup, peer, calibration)
-        entries: list[Entry] = []
-        for setting in peer.settings:
+            return {"lanes": {}, "failures": [failure(method.name, "", error)]}
+        torch._dynamo.reset()  # methods share neither compilations nor Dynamo's limit on them
+        for number, entry in enumerate(entries):
+            self.setup.tell(f"{method.name}: images {entry.setting}")
             try:
-                contender = contender_of(self.setup, peer, setting, form, calibration)
+                with many_compilations():
+                    lanes[entry.setting] = self.setup.checkpoint.data(
+                        f"images-{method.name}-{number}", partial(self._images, entry)
+                    )
             except Exception as error:
-                failures.append(failure(peer.name, setting.label, error))
-            else:
-                details = dict(setting.options)
-                entries.append(Entry(peer.name, setting.label, form, contender, details))
-        measured = self._measure(entries)
-        return {**measured, "failures": failures + measured["failures"], "forms": forms}
+                failures.append(failure(method.name, entry.setting, error))
+        return {"lanes": lanes, "failures": failures}
 
-    def _measure(self, entries: Sequence[Entry]) -> Data:
-        """Time ``entries`` in turns with the dense model, and compare all images with its."""
-        warm: list[tuple[Entry, float]] = []
+    def _images(self, entry: Entry) -> Data:
+        reference = self._reference()
+        contender = entry.contender(Form.EAGER)
+        images = torch.cat(contender.by_prompt())
+        return {"fidelity": asdict(fidelity(reference, images)), "details": entry.more()}
+
+    def _reference(self) -> Tensor:
+        """Return the dense images of all prompts."""
+        setup = self.setup
+
+        def make() -> dict[str, Tensor]:
+            setup.tell("dense images")
+            dense = dense_contender(setup.pipeline, setup.prompts, Lowering.EAGER)
+            return {"images": torch.cat(dense.by_prompt())}
+
+        return setup.checkpoint.tensors("dense-images", make)["images"]
+
+    def _timed(self, method: Method, compared: Data) -> Group:
+        def timed() -> Data:
+            began = time.monotonic()
+            torch._dynamo.reset()
+            self._dense = None
+            entries = method.entries(self.setup) if compared["lanes"] else []
+            sound = [entry for entry in entries if entry.setting in compared["lanes"]]
+            with many_compilations():
+                form, forms = method.form(self.setup, sound) if sound else (Form.EAGER, {})
+                made = self._measure(method, form, sound, compared["lanes"])
+            made["failures"] = compared["failures"] + made["failures"]
+            return {**made, "forms": forms, "seconds": time.monotonic() - began}
+
+        found: Data = self.setup.checkpoint.data(f"group-{method.name}", timed)
+        return {"method": method.name, **found}
+
+    def _measure(
+        self, method: Method, form: Form, entries: Sequence[Entry], compared: Mapping[str, Data]
+    ) -> Data:
+        """Time ``entries`` in turns with the dense model."""
+        warm: list[tuple[Entry, Contender, float]] = []
         failures: list[Data] = []
         dense, tell = self._dense_contender(), self.setup.tell
         for entry in entries:
-            tell(f"{entry.method}: warming up {entry.setting or entry.form}")
+            tell(f"{method.name}: warming up {entry.setting or form}")
             try:
-                warm.append((entry, entry.contender.warm_up()))
-            except Exception as error:
-                failures.append(failure(entry.method, entry.setting, error))
+                contender = entry.contender(form)
+                warm.append((entry, contender, contender.warm_up()))
+            except Exception as error:  # another library's code
+                failures.append(failure(method.name, entry.setting, error))
         if not warm:
             return {"lanes": [], "failures": failures}
-        tell(f"{warm[0][0].method}: timing {len(warm)} contenders and dense, in turns")
-        calls = [entry.contender.generate for entry, _ in warm]
+        tell(f"{method.name}: timing {len(warm)} contenders and dense, in turns")
+        calls = [contender.generate for _, contender, _ in warm]
         repetitions = self.setup.options.repetitions
         timings = measure_turns(dense.generate, calls, repetitions, compilations)
         reference = dense.stacked()
-        measured = [
-            {
-                "method": entry.method,
-                "setting": entry.setting,
-                "form": entry.form,
-                "details": dict(entry.details),
-                **asdict(fidelity(reference, entry.contender.stacked())),
-                "speedup": asdict(timing.speedup),
-                "seconds": asdict(timing.candidate),
-                "dense_seconds": asdict(timing.baseline),
-                "compile_seconds": compiled,
-            }
-            for (entry, compiled), timing in zip(warm, timings, strict=True)
-        ]
-        return {"lanes": measured, "failures": failures}
+        lanes: list[dict[str, Any]] = []
+        for (entry, contender, seconds), timing in zip(warm, timings, strict=True):
+            found = compared[entry.setting]
+            lanes.append(
+                {
+                    "method": method.name,
+                    "setting": entry.setting,
+                    "form": form,
+                    "details": {**entry.details, **found["details"]},
+                    **found["fidelity"],
+                    # of the timed generations: what was compiled computes what was compared
+                    "timed_psnr": fidelity(reference, contender.stacked()).psnr,
+                    "speedup": asdict(timing.speedup),
+                    "seconds": asdict(timing.candidate),
+                    "dense_seconds": asdict(timing.baseline),
+                    "compile_seconds": seconds,
+                }
+            )
+        return {"lanes": lanes, "failures": failures}
 
     def _dense_contender(self) -> Contender:
         if self._dense is None:
@@ -158,7 +153,3 @@ class Bench:
             self.dense_compile_seconds = self._dense.warm_up()
             setup.checkpoint.put(_DENSE_COMPILE, self.dense_compile_seconds)
         return self._dense
-
-
-def _setting(plan: Plan) -> str:
-    return f"drift {plan.calibration.strength:g}"

@@ -70,7 +70,7 @@ DEMO = BenchModel(
     name="demo",
     open=_digits,
     call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
-    calibration={"class_labels": [0, 3, 5, 8], "guidance_scale": 2.0},
+    calibration={"class_labels": [0, 3, 5, 8, 1, 2, 6, 7], "guidance_scale": 2.0},
     conditional_first=True,
 )
 

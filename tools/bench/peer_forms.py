@@ -1,7 +1,10 @@
-"""Calibrate a peer, and find the form in which it is fastest."""
+"""A peer as a method of the benchmark: calibrated, and timed in the form in which it is fastest."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.tools.bench.fidelity import MOST_PSNR
 from ditfastattn.tools.bench.forms import Form, PeerContender, forms_of, fresh_copy, peer_contender
+from ditfastattn.tools.bench.methods import Entry
 from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
 from ditfastattn.tools.bench.setup import Data, Setup, reason_of
 
@@ -40,8 +44,38 @@ def calibrated(setup: Setup, peer: Peer) -> Any:
     return peer.calibrate(subject, generate)
 
 
-def contender_of(
-    setup: Setup, peer: Peer, setting: Setting, form: Form, calibration: Any
+@dataclass(frozen=True)
+class PeerMethod:
+    """A caching library's method."""
+
+    peer: Peer
+
+    @property
+    def name(self) -> str:
+        """Return the peer's name."""
+        return self.peer.name
+
+    def entries(self, setup: Setup) -> Sequence[Entry]:
+        """Return the sweep."""
+        calibration = setup.checkpoint.data(
+            f"calibration-{self.name}", lambda: {"found": calibrated(setup, self.peer)}
+        )["found"]
+        return [
+            Entry(
+                setting.label,
+                partial(_contender, setup, self.peer, setting, calibration),
+                dict(setting.options),
+            )
+            for setting in self.peer.settings
+        ]
+
+    def form(self, setup: Setup, entries: Sequence[Entry]) -> tuple[Form, Data]:
+        """Return the form in which the middle of the sweep is fastest."""
+        return best_form(setup, self.peer, entries[len(entries) // 2])
+
+
+def _contender(
+    setup: Setup, peer: Peer, setting: Setting, calibration: Any, form: Form
 ) -> PeerContender:
     """Return ``peer`` at ``setting``, in ``form``."""
     return peer_contender(
@@ -56,20 +90,19 @@ def contender_of(
     )
 
 
-def best_form(setup: Setup, peer: Peer, calibration: Any) -> tuple[Form, dict[Form, Data]]:
-    """Return the form in which ``peer`` is fastest, at the middle of its sweep, and all forms.
+def best_form(setup: Setup, peer: Peer, entry: Entry) -> tuple[Form, Data]:
+    """Return the form in which ``peer`` is fastest at the setting ``entry``, and all forms.
 
     Each form is timed in turns with the eager one. It counts if its image is the eager form's, up
     to the error of compilation. Among equally fast forms, the one that compiles fastest wins.
     """
-    setting = peer.settings[len(peer.settings) // 2]
     found: dict[Form, Data] = {}
-    eager: PeerContender | None = None
+    eager: Contender | None = None
     for form in forms_of(peer) if setup.options.compiled else (Form.EAGER,):
         setup.tell(f"{peer.name}: trying the form {form}")
         torch._dynamo.reset()  # forms share nothing that was compiled, or that failed to
         try:
-            contender = contender_of(setup, peer, setting, form, calibration)
+            contender = entry.contender(form)
             seconds = contender.warm_up()
             eager = eager or contender
             found[form] = {"compile_seconds": seconds, **_against(eager, contender)}
@@ -77,11 +110,12 @@ def best_form(setup: Setup, peer: Peer, calibration: Any) -> tuple[Form, dict[Fo
             found[form] = {"failed": reason_of(error)}
     torch._dynamo.reset()
     sound = [form for form in found if found[form].get("psnr_to_eager", 0.0) >= SAME_PSNR]
+    kept: Data = {str(form): measured for form, measured in found.items()}
     if Form.EAGER not in sound:  # then no setting will run, and each records its reason
-        return Form.EAGER, found
+        return Form.EAGER, kept
     best = max(found[form]["speedup_over_eager"] for form in sound)
     tied = [f for f in sound if EQUALLY_FAST * found[f]["speedup_over_eager"] >= best]
-    return min(tied, key=lambda form: found[form]["compile_seconds"]), found
+    return min(tied, key=lambda form: found[form]["compile_seconds"]), kept
 
 
 def _against(eager: Contender, contender: Contender) -> Data:

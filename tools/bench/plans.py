@@ -1,84 +1,143 @@
-"""Find our plans for the benchmark: one per drift budget and per fraction of attention FLOPs."""
+"""Our plans as methods of the benchmark: of sites, and of whole steps."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.search.candidates import Found
-from ditfastattn.runtime.search.global_chooser import GlobalChooser, make_global
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.reports import summary
+from ditfastattn.runtime.search.candidates import Candidates
+from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.measure.contender import Contender, planned_contender
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.options import SearchOptions
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.search import Search
+from ditfastattn.runtime.search.speed_search import gentlest
+from ditfastattn.runtime.search.whole_steps.calibrate import repeated
+from ditfastattn.runtime.search.whole_steps.meter import Meter
+from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
+from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.subject import identify
 from ditfastattn.runtime.specializations import reports
+from ditfastattn.tools.bench.forms import Form
+from ditfastattn.tools.bench.methods import Entry, lowering_of, whole_model
 from ditfastattn.tools.bench.setup import Data, Setup
 
-_BISECTIONS = 16
+OURS = "ditfastattn"
+# A search weighs steps, and chooses between plans, by its target's metric; which bound it has does
+# not matter here, since the strength of each plan is given.
+BY_METRIC = {"SSIM": Target.min_ssim(0.9), "PSNR": Target.min_psnr(30.0)}
+
+Named = Mapping[str, Plan]  # plans by their settings
 
 
-def find_plans(setup: Setup) -> list[Plan]:
-    """Return the plans, without duplicates; the checkpoint keeps them, and resumes a search."""
-    options, checkpoint = setup.options, setup.checkpoint
-    names = [f"plan-{budget:g}" for budget in options.budgets]
-    names += [f"plan-attention-{fraction:g}" for fraction in options.fractions]
-    kept = [checkpoint.peek(name) for name in names]
-    if None in kept:
-        kept = _searched(setup)
-        for name, data in zip(names, kept, strict=True):
-            checkpoint.put(name, data)
-    plans = [Plan.parse(json.dumps(data)) for data in kept]
-    return list({plan.strategies: plan for plan in plans}.values())
+@dataclass(frozen=True)
+class Plans:
+    """A method that is a plan per setting.
+
+    Attributes:
+        name: the name in records.
+        find: makes the plans; the checkpoint keeps them.
+    """
+
+    name: str
+    find: Callable[[Setup], Named]
+
+    def entries(self, setup: Setup) -> Sequence[Entry]:
+        """Return a setting per plan, without duplicates."""
+
+        def make() -> Data:
+            setup.tell(f"{self.name}: searching plans")
+            return {name: plan.model_dump(mode="json") for name, plan in self.find(setup).items()}
+
+        kept = setup.checkpoint.data(f"plans-{self.name}", make)
+        plans = {name: Plan.parse(json.dumps(data)) for name, data in kept.items()}
+        distinct = {plan.strategies: name for name, plan in reversed(plans.items())}
+        return [
+            _entry(setup, name, plan)
+            for name, plan in plans.items()
+            if distinct[plan.strategies] == name
+        ]
+
+    def form(self, setup: Setup, _entries: Sequence[Entry]) -> tuple[Form, Data]:
+        """Return the form."""
+        return whole_model(setup), {}
 
 
-def _searched(setup: Setup) -> list[Data]:
-    options = setup.options
-    setup.tell("profiling, for our plans")
-    prompts = setup.model.calibration_prompts(options.steps)
-    target = Target.min_ssim(0.9)  # its metric weighs the steps; the budgets set the strength
-    with open_session(setup.pipeline, prompts[0]) as session:
-        work = Work(session, setup.checkpoint, 0.0)
-        chooser = make_global(work, prompts, target, Objective.LATENCY, options.max_variants)
-        made = SearchOptions(target, max_variants=options.max_variants)
-        search = Search(work, chooser, made, prompts, prompts)
-        found = [Found(chooser.rows(budget), budget) for budget in options.budgets]
-        found += [_keeping(chooser, work, fraction) for fraction in options.fractions]
-        return [search.plan(item, 0.0).model_dump(mode="json") for item in found]
+def _entry(setup: Setup, name: str, plan: Plan) -> Entry:
+    def contender(form: Form) -> Contender:
+        return planned_contender(setup.pipeline, plan, setup.prompts, lowering_of(form))
+
+    details = {
+        "plan": summary(plan),
+        "variants": len(set(plan.strategies)),
+        "predicted_speedup": plan.calibration.predicted_speedup,
+        "cache_bytes": plan.calibration.cache_bytes,
+    }
+    return Entry(name, contender, details, lambda: _flops_kept(plan))
 
 
-def _keeping(chooser: GlobalChooser, work: Work, fraction: float) -> Found:
-    """Return the gentlest plan found that keeps at most ``fraction`` of the attention FLOPs."""
-    merged = chooser.most > 0
-    full = [(Strategy.FULL,) * len(work.session.sites)] * work.session.steps
-    dense = work.variants.flops(full, merged).attention
-    low, high = 0.0, chooser.first or 1.0
-    best: Found | None = None
-    for _ in range(_BISECTIONS):
-        strength = high if best is None else (low + high) / 2
-        rows = chooser.rows(strength)
-        if work.variants.flops(rows, merged).attention <= fraction * dense:
-            best, high = Found(rows, strength), strength
-        else:
-            low, high = strength, (2 * high if best is None else high)
-    if best is None:
-        raise ConfigError(
-            "no plan keeps so little of the attention",
-            where="--fractions",
-            got=fraction,
-            remedy="ask for more steps, or keep more",
-        )
-    return best
-
-
-def flops_kept(plan: Plan) -> Data:
+def _flops_kept(plan: Plan) -> Data:
     """Return the fractions of a dense generation's FLOPs that ``plan``, which has run, keeps."""
-    report = next(report for report in reports() if report.plan == plan)
-    assert report.planned is not None
+    report = next((report for report in reports() if report.plan == plan), None)
+    if report is None or report.planned is None:  # the model is not captured
+        return {}
     return {
         "attention_flops": report.planned.attention / report.dense.attention,
         "matrix_flops": report.planned.total / report.dense.total,
     }
+
+
+def our_methods() -> list[Plans]:
+    """Return our plans, for each metric that a target may have."""
+    return [
+        *(Plans(f"{OURS}-sites-{name.lower()}", _sites(by)) for name, by in BY_METRIC.items()),
+        *(Plans(f"{OURS}-steps-{name.lower()}", _steps(by)) for name, by in BY_METRIC.items()),
+    ]
+
+
+def _sites(target: Target) -> Callable[[Setup], Named]:
+    """Return what finds the gentlest plan of each predicted speedup."""
+
+    def find(setup: Setup) -> Named:
+        options = setup.options
+        prompts = setup.model.calibration_prompts(options.steps)
+        with open_session(setup.pipeline, prompts[0]) as session:
+            work = Work(session, Checkpoint(), 0.0)
+            chooser = make_global(work, prompts, target, Objective.LATENCY, options.max_variants)
+            made = SearchOptions(target, max_variants=options.max_variants)
+            search = Search(work, chooser, made, prompts, prompts)
+            candidates = Candidates(chooser, options.max_variants > 0)
+            found = {s: gentlest(candidates, session, s) for s in options.speedups}
+            return {
+                f"{speedup:g}x predicted": search.plan(item, 0.0)
+                for speedup, item in found.items()
+                if candidates.speedup(item.rows) >= speedup
+            }
+
+    return find
+
+
+def _steps(target: Target) -> Callable[[Setup], Named]:
+    def find(setup: Setup) -> Named:
+        counts = setup.options.counts(setup.options.work)
+        found = whole_step_search(setup, target).curve(counts)
+        return {f"{count} runs": plan for count, plan in found.items()}
+
+    return find
+
+
+def whole_step_search(setup: Setup, target: Target) -> WholeStepSearch:
+    """Return a search of whole steps on the calibration prompts."""
+    prompts = setup.model.calibration_prompts(setup.options.steps)
+    layout = detect_cfg_layout(setup.pipeline, prompts[0].call)
+    subject = identify(setup.pipeline, prompts[0], layout, "timestep")
+    request = Request(target, repeated(prompts, FITTED_ON), (), layout, "timestep", 0)
+    return WholeStepSearch(setup.pipeline, Recorder(subject, request, Meter(0.0)), Checkpoint())

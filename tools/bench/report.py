@@ -11,12 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ditfastattn.tools.bench.fidelity import summary
 from ditfastattn.tools.bench.harness import Bench
-from ditfastattn.tools.bench.setup import EAGER, OURS, Data, Group
+from ditfastattn.tools.bench.methods import EAGER, FEWER
+from ditfastattn.tools.bench.plans import OURS
+from ditfastattn.tools.bench.setup import Data, Group
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
 
-SSIM_LEVELS = (0.85, 0.9, 0.95, 0.98, 0.99)
+LEVELS = {"ssim": (0.85, 0.9, 0.95, 0.98, 0.99, 0.995), "psnr": (30.0, 33.0, 36.0, 39.0)}
 _LIBRARIES = ("ditfastattn", "torch", "diffusers", "cache-dit")
 
 
@@ -41,24 +44,42 @@ def failures_of(groups: Sequence[Group]) -> list[Data]:
     return [failure for group in groups for failure in group["failures"]]
 
 
-def best_at(records: Sequence[Data], level: float) -> dict[str, Data | None]:
-    """Return the fastest contender, ours and a peer's, with a mean SSIM of at least ``level``.
+def best_at(records: Sequence[Data], metric: str, level: float) -> dict[str, Data | None]:
+    """Return the fastest contenders whose mean ``metric`` is at least ``level``.
 
-    Nothing is interpolated: None if no measured contender reaches the level.
+    They are ours, a peer's (another rule for whole steps counts as one), and the same solver with
+    fewer steps. Nothing is interpolated: None where no measured contender reaches the level. Where
+    there are both, ``ahead`` is how much better ours is, image by image: the mean and its standard
+    error.
     """
-    good = [record for record in records if record["ssim"] >= level and record["method"] != EAGER]
-    return {
-        "ours": _fastest([record for record in good if record["method"] == OURS]),
-        "peer": _fastest([record for record in good if record["method"] != OURS]),
-    }
+    good = [record for record in records if record[metric] >= level and record["method"] != EAGER]
+    ours = _fastest([record for record in good if is_ours(record)])
+    fewer = _fastest([record for record in good if record["method"] == FEWER])
+    peer = _fastest([r for r in good if not is_ours(r) and r["method"] != FEWER])
+    ahead = _ahead(ours, peer, f"{metric}s") if ours and peer else None
+    return {"ours": _short(ours), "peer": _short(peer), "fewer": _short(fewer), "ahead": ahead}
+
+
+def is_ours(record: Data) -> bool:
+    """Return whether a contender is a plan of ours."""
+    return str(record["method"]).startswith(OURS)
 
 
 def _fastest(records: Sequence[Data]) -> Data | None:
-    if not records:
+    return max(records, key=lambda record: float(record["speedup"]["median"]), default=None)
+
+
+def _short(record: Data | None) -> Data | None:
+    if record is None:
         return None
-    best = max(records, key=lambda record: float(record["speedup"]["median"]))
-    kept = {key: best[key] for key in ("method", "setting", "form", "ssim", "worst_ssim", "psnr")}
-    return {**kept, "speedup": best["speedup"]["median"]}
+    names = ("method", "setting", "form", "ssim", "worst_ssim", "psnr", "worst_psnr")
+    return {**{name: record[name] for name in names}, "speedup": record["speedup"]["median"]}
+
+
+def _ahead(ours: Data, peer: Data, values: str) -> Data:
+    pairs = zip(ours[values], peer[values], strict=True)
+    mean, error, _ = summary([own - other for own, other in pairs])
+    return {"mean": mean, "standard_error": error}
 
 
 def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
@@ -76,11 +97,14 @@ def as_json(bench: Bench, groups: Sequence[Group]) -> Data:
         "seconds": sum(group["seconds"] for group in groups),
         "lowering": setup.options.lowering,
         "dense_compile_seconds": bench.dense_compile_seconds,
-        "best": [{"min_ssim": level, **best_at(records, level)} for level in SSIM_LEVELS]
-        if setup.model.trained
-        else [],
+        "best": [
+            {"metric": metric, "level": level, **best_at(records, metric, level)}
+            for metric, levels in LEVELS.items()
+            for level in levels
+            if setup.model.trained
+        ],
         "lanes": records,
-        "forms": {group["method"]: group["forms"] for group in groups if "forms" in group},
+        "forms": {group["method"]: group["forms"] for group in groups if group["forms"]},
         "failures": failures_of(groups),
     }
 
@@ -100,7 +124,7 @@ def contender_table(data: Data) -> Table:
     table = Table(title=f"{data['model']}, {data['steps']} steps, against the compiled dense model")
     for heading in ("method", "setting", "form"):
         table.add_column(heading)
-    for heading in ("speedup", "quartiles", "SSIM", "worst", "PSNR", "compile"):
+    for heading in ("speedup", "quartiles", "SSIM", "worst", "PSNR", "+-", "worst", "compile"):
         table.add_column(heading, justify="right")
     for record in data["lanes"]:
         speedup = record["speedup"]
@@ -113,34 +137,38 @@ def contender_table(data: Data) -> Table:
             f"{record['ssim']:.4f}",
             f"{record['worst_ssim']:.4f}",
             f"{record['psnr']:.1f} dB",
+            f"{record['psnr_standard_error']:.1f}",
+            f"{record['worst_psnr']:.1f}",
             f"{record['compile_seconds']:.0f} s",
         )
-    generations = f"medians of {data['repetitions']} generations, each of another prompt"
+    generations = (
+        f"images of {len(data['seeds'])} seeds; medians of {data['repetitions']} generations"
+    )
     table.caption = f"weights: {data['weights']}; {generations}"
     return table
 
 
 def best_table(data: Data) -> Table:
-    """Return the fastest of ours and of the peers at each SSIM level."""
-    table = Table(title="fastest measured point at a mean SSIM")
-    table.add_column("SSIM at least", justify="right")
-    table.add_column("ditfastattn", justify="right")
-    table.add_column("best peer", justify="right")
-    table.add_column("which")
+    """Return the fastest of ours, of the peers, and of fewer steps, at each level."""
+    table = Table(title="fastest measured point at a mean fidelity")
+    table.add_column("at least", justify="right")
+    for heading in ("ditfastattn", "best peer", "fewer steps"):
+        table.add_column(heading, justify="right")
+    table.add_column("which of ours, which peer")
     for row in data["best"]:
-        ours, peer = row["ours"], row["peer"]
+        found = [row[name] for name in ("ours", "peer", "fewer")]
+        names = (f"{item['method']}, {item['setting']}" for item in found[:2] if item)
         table.add_row(
-            f"{row['min_ssim']:g}",
-            f"{ours['speedup']:.2f}x" if ours else "none",
-            f"{peer['speedup']:.2f}x" if peer else "none",
-            f"{peer['method']}, {peer['setting']}" if peer else "",
+            f"{row['metric'].upper()} {row['level']:g}",
+            *(f"{item['speedup']:.2f}x" if item else "none" for item in found),
+            "; ".join(names),
         )
     return table
 
 
 def draw(data: Data, ssim: Path, psnr: Path) -> None:
     """Draw fidelity against speedup, a line per method."""
-    images = f"{data['repetitions']} images"
+    images = f"{len(data['seeds'])} images"
     for quality, path, label in (
         ("ssim", ssim, f"SSIM to dense, mean of {images}"),
         ("psnr", psnr, f"PSNR to dense in dB, mean of {images}"),

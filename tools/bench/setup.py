@@ -12,11 +12,12 @@ from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers.base import Peer
 
-OURS = "ditfastattn"
-EAGER = "dense-eager"
-
 Data = dict[str, Any]  # JSON
 Group = Mapping[str, Any]  # a method's contenders, under the key "lanes", and its failures, as JSON
+
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+WORK = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+FEWER = (0.2, 0.25, 0.35, 0.45, 0.7)
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,34 @@ class BenchOptions:
     Attributes:
         steps: sampler steps.
         peers: the methods to compare with.
-        budgets: the strengths of our plans, as budgets of drift.
+        speedups: the strengths of our plans of sites, as the speedups that their search predicts.
+        work: the strengths of our plans of whole steps, as the share of the steps that run.
+        fewer: the counts of the same solver's steps, as shares of ``steps``.
         repetitions: timed generations of each contender, each of another prompt.
+        seeds: images that are compared, of each contender.
         max_variants: the cap on distinct step variants of our plans; 0: no cap.
         lowering: the compiler; ``eager`` compiles nothing, for tests.
-        fractions: further plans, by the most attention FLOPs that they keep.
     """
 
     steps: int
     peers: tuple[Peer, ...]
-    budgets: tuple[float, ...]
-    repetitions: int = 10
+    speedups: tuple[float, ...] = SPEEDUPS
+    work: tuple[float, ...] = WORK
+    fewer: tuple[float, ...] = FEWER
+    repetitions: int = 20
+    seeds: int = 64
     max_variants: int = 0
     lowering: Lowering = Lowering.INDUCTOR
-    fractions: tuple[float, ...] = ()
 
     @property
     def compiled(self) -> bool:
         """Tell whether anything is compiled."""
         return self.lowering is Lowering.INDUCTOR
+
+    def counts(self, shares: Sequence[float]) -> tuple[int, ...]:
+        """Return ``shares`` of the steps as counts, without duplicates, none of all steps."""
+        counts = {max(1, round(share * self.steps)) for share in shares}
+        return tuple(sorted(count for count in counts if count < self.steps))
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,9 @@ def set_up(
     checkpoint: Checkpoint,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Setup:
-    """Open the model and make its prompts."""
-    prompts = model.test_prompts(options.repetitions, options.steps)
+    """Open the model and make its prompts; more than are timed where images mean something."""
+    seeds = max(options.repetitions, options.seeds if model.trained else 0)
+    prompts = model.test_prompts(seeds, options.steps)
     return Setup(model, options, model.open(), prompts, checkpoint, tell)
 
 

@@ -32,12 +32,16 @@ PeerNames = Annotated[
 Repetitions = Annotated[
     int, typer.Option(min=10, help="Timed generations of each contender, each of another prompt.")
 ]
-Budgets = Annotated[str, typer.Option(help="Drift budgets of our plans, separated by commas.")]
-Fractions = Annotated[
+Seeds = Annotated[int, typer.Option(min=2, help="Images to compare, of each contender.")]
+Speedups = Annotated[
+    str, typer.Option(help="Plans of sites: the speedups predicted of them, separated by commas.")
+]
+Work = Annotated[
     str,
-    typer.Option(
-        help="Further plans, by the fraction of attention FLOPs they keep, separated by commas."
-    ),
+    typer.Option(help="Plans of whole steps: the shares of the steps that run, with commas."),
+]
+Fewer = Annotated[
+    str, typer.Option(help="The same solver: its steps as shares of --steps, with commas.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")]
 
@@ -53,16 +57,19 @@ def bench(
     dtype: Dtype = "float32",
     device: Device = "",
     peers: PeerNames = "all",
-    repetitions: Repetitions = 10,
-    budgets: Budgets = "0.06,0.09,0.13,0.16,0.2,0.3,0.37,0.45,0.6",
-    fractions: Fractions = "",
+    repetitions: Repetitions = 20,
+    seeds: Seeds = 64,
+    speedups: Speedups = "1.5,2,2.5,3,4,5",
+    work: Work = "0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5",
+    fewer: Fewer = "0.2,0.25,0.35,0.45,0.7",
     max_variants: MaxVariants = 0,
     out: Out = Path("benchmarks/bench"),
     restart: Restart = False,
 ) -> None:
     """Compare the speed and fidelity of our plans with those of caching libraries, in one run.
 
-    Every speedup is over the compiled dense model, timed in turns. An interrupted run resumes.
+    Beside them stand the same solver with fewer steps, and other methods' rules as plans. Every
+    speedup is over the compiled dense model, timed in turns. An interrupted run resumes.
     """
     from ditfastattn.tools.bench import models, setup  # these load diffusers and matplotlib
     from ditfastattn.tools.bench.peers import peers_named
@@ -71,10 +78,12 @@ def bench(
     options = setup.BenchOptions(
         steps,
         peers_named(peers),
-        _numbers(budgets, "--budgets"),
+        _numbers(speedups, "--speedups"),
+        _numbers(work, "--work"),
+        _numbers(fewer, "--fewer"),
         repetitions,
+        seeds,
         max_variants,
-        fractions=_numbers(fractions, "--fractions"),
     )
     if pipeline:
         opened = open_pipeline(pipeline, dtype, device)

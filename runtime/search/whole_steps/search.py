@@ -14,8 +14,15 @@ from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.search.judge.targets import Judgement, TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
+from ditfastattn.runtime.search.whole_steps.fit import fit
 from ditfastattn.runtime.search.whole_steps.judge import Judge
-from ditfastattn.runtime.search.whole_steps.masks import Path, drift, fit_mask, search_masks
+from ditfastattn.runtime.search.whole_steps.masks import (
+    Path,
+    Rule,
+    drift,
+    fit_mask,
+    search_masks,
+)
 from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout
@@ -99,7 +106,12 @@ class WholeStepSearch:
     def curve(self, numbers: Sequence[int]) -> dict[int, Plan]:
         """Return the plans in which so many steps run, fitted and not judged."""
         masks = self._masks()
-        return {number: self._unjudged(masks[number]) for number in numbers}
+        return {number: self.fitted(masks[number]) for number in numbers if number in masks}
+
+    def fitted(self, runs: Sequence[int], rule: Rule = fit) -> Plan:
+        """Return the plan in which ``runs`` run, by a ``rule`` for the others; it is not judged."""
+        mask, _ = fit_mask(self.rollouts, runs, self._meter.spend, rule=rule)
+        return self._plan(_Judged(mask, []), [])
 
     @property
     def _steps(self) -> int:
@@ -184,7 +196,7 @@ class WholeStepSearch:
                 expected=f"{bound:g}x",
                 remedy="ask for less",
             )
-        return self._unjudged(masks[max(fitting)])
+        return self.fitted(masks[max(fitting)])
 
     def _dense(self) -> Plan:
         log.warning("ditfastattn: no plan that skips a step meets the target: every step runs")
@@ -197,10 +209,6 @@ class WholeStepSearch:
             for item in target.judge(observed.images, observed.images, prompt.call)
         ]
         return self._plan(_Judged(mask, perfect), [])
-
-    def _unjudged(self, runs: Sequence[int]) -> Plan:
-        mask, _ = fit_mask(self.rollouts, runs, self._meter.spend)
-        return self._plan(_Judged(mask, []), [])
 
     def _plan(self, found: _Judged, checked: Sequence[Judgement]) -> Plan:
         rounds = len(self._known)
