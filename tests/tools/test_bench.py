@@ -22,7 +22,7 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import dense_contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
-from ditfastattn.tools.bench import setup
+from ditfastattn.tools.bench import peers, setup
 from ditfastattn.tools.bench.fidelity import MOST_PSNR, fidelity
 from ditfastattn.tools.bench.forms import Form, PeerContender, fresh_copy, peer_contender
 from ditfastattn.tools.bench.harness import Bench
@@ -32,7 +32,7 @@ from ditfastattn.tools.bench.peers import PEERS, peers_named
 from ditfastattn.tools.bench.peers.base import Peer, Scope, Setting, Subject
 from ditfastattn.tools.bench.random_models import ARCHITECTURES
 from ditfastattn.tools.bench.report import best_at
-from ditfastattn.tools.bench.rules import RULES, evenly
+from ditfastattn.tools.bench.rules import OTHERS, evenly
 from ditfastattn.tools.bench.run import run_bench
 from ditfastattn.tools.bench.setup import BenchOptions
 from ditfastattn.tools.commands import app as cli
@@ -161,11 +161,21 @@ def test_contenders_take_turns_and_a_disturbed_repetition_is_timed_again() -> No
 
 
 def options(*peers: Peer) -> BenchOptions:
-    return BenchOptions(4, peers, (1.1, 1.5), (0.5,), (0.5,), 10, seeds=12, lowering=Lowering.EAGER)
+    return BenchOptions(
+        steps=4,
+        peers=peers,
+        speedups=(1.1, 1.5),
+        work=(0.5,),
+        fewer=(0.5,),
+        rules=(0.5,),
+        repetitions=3,
+        seeds=4,
+        lowering=Lowering.EAGER,
+    )
 
 
 def without_ours(*peers: Peer) -> BenchOptions:
-    return replace(options(*peers), speedups=(), work=())
+    return replace(options(*peers), speedups=(), work=(), rules=())
 
 
 def broken(*_: Any) -> Scope:
@@ -181,23 +191,23 @@ def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> N
     failing = replace(few("first-block"), name="broken", apply=broken)
     run_bench(open_console(), TINY, options(few("first-block"), failing), tmp_path, False)
     data = json.loads((tmp_path / "tiny-4.json").read_text(encoding="utf-8"))
-    assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 10)
-    assert data["seeds"] == list(range(1000, 1012))
+    assert (data["model"], data["steps"], data["repetitions"]) == ("tiny", 4, 3)
+    assert data["seeds"] == list(range(1000, 1004))
     assert data["versions"]["torch"] == torch.__version__
     assert data["machine"]["device"]
     assert data["command"].startswith("ditfastattn")
     lanes: dict[str, list[Any]] = {}
     for record in data["lanes"]:
         lanes.setdefault(record["method"], []).append(record)
-        assert len(record["speedup"]["samples"]) == 10
-        assert len(record["psnrs"]) == len(record["ssims"]) == 12
+        assert len(record["speedup"]["samples"]) == 3
+        assert len(record["psnrs"]) == len(record["ssims"]) == 4
         assert record["worst_ssim"] <= record["ssim"] <= 1.0
         assert record["worst_psnr"] <= record["psnr"]
         assert record["seconds"]["median"] > 0.0
         assert record["form"] == "eager"
-        timed = record["psnrs"][:10]  # the same images, the first of them timed
-        assert record["timed_psnr"] == pytest.approx(sum(timed) / 10, abs=0.5)
-    rules = {plans.name for plans in RULES}
+        timed = record["psnrs"][:3]  # the same images, the first of them timed
+        assert record["timed_psnr"] == pytest.approx(sum(timed) / 3, abs=0.5)
+    rules = {plans.name for plans in OTHERS}
     ours = {f"ditfastattn-{kind}-{m}" for kind in ("sites", "steps") for m in ("ssim", "psnr")}
     assert set(lanes) == {EAGER, FEWER, "first-block"} | ours | rules
     assert lanes[EAGER][0]["ssim"] == 1.0
@@ -233,16 +243,18 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     rest = {name: item for name, item in call.items() if name != "prompt"}
     eager = partial(BenchOptions, lowering=Lowering.EAGER)
     monkeypatch.setattr(setup, "BenchOptions", eager)
+    peer = few("first-block")
+    monkeypatch.setattr(peers, "PEERS", (peer,))
     arguments = ["bench", "--pipeline", str(tmp_path / "pixart"), "--call", json.dumps(rest)]
     arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--seeds", "10"]
-    arguments += ["--speedups", "", "--work", "0.5", "--fewer", "0.5", "--repetitions", "10"]
+    arguments += ["--speedups", "", "--work", "0.5", "--fewer", "0.5", "--rules", ""]
+    arguments += ["--repetitions", "10"]
     arguments += ["--peers", "first-block", "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "pixart-4.json").read_text(encoding="utf-8"))
-    settings = len(peers_named("first-block")[0].settings)
     counts = Counter(record["method"] for record in data["lanes"])
-    assert (counts[EAGER], counts[FEWER], counts["first-block"]) == (1, 1, settings)
+    assert (counts[EAGER], counts[FEWER], counts["first-block"]) == (1, 1, len(peer.settings))
     assert counts["ditfastattn-steps-ssim"] == 1
     assert data["failures"] == []
 
@@ -250,21 +262,34 @@ def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_resumed_run_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = replace(few("first-block"), name="killed", apply=interrupted)
+    first = few("first-block")
+    applied = iter(range(100))
+
+    def second_time(*given: Any) -> Scope:
+        if next(applied) == 1:  # images have been compared, and now it is timed
+            raise KeyboardInterrupt
+        return first.apply(*given)
+
+    killed = replace(first, name="killed", apply=second_time)
     with pytest.raises(KeyboardInterrupt):
         run_bench(open_console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
-    measured: list[str] = []
-    measure = Bench._measure
+    done: list[str] = []
+    measure, images = Bench._measure, Bench._images
 
-    def counted(self: Bench, method: Any, *rest: Any) -> Any:
-        measured.append(method.name)
+    def measured(self: Bench, method: Any, *rest: Any) -> Any:
+        done.append(f"timed {method.name}")
         return measure(self, method, *rest)
 
-    monkeypatch.setattr(Bench, "_measure", counted)
-    resumed = replace(few("first-block"), name="killed")
-    data = run_bench(open_console(), TINY, without_ours(few("pyramid"), resumed), tmp_path, False)
-    assert measured == ["killed"]
-    assert [record["method"] for record in data["lanes"]][-2:] == ["pyramid", "killed"]
+    def compared(self: Bench, entry: Any) -> Any:
+        done.append(f"images {entry.setting}")
+        return images(self, entry)
+
+    monkeypatch.setattr(Bench, "_measure", measured)
+    monkeypatch.setattr(Bench, "_images", compared)
+    data = run_bench(open_console(), TINY, without_ours(few("pyramid"), killed), tmp_path, False)
+    assert done == ["timed killed"]
+    methods = [record["method"] for record in data["lanes"]]
+    assert methods == [EAGER, FEWER, "pyramid", "killed"]
 
 
 def interrupted(*_: Any) -> Scope:
@@ -275,7 +300,7 @@ def test_an_unfinished_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) ->
     killed = replace(few("first-block"), apply=interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_bench(open_console(), TINY, without_ours(killed), tmp_path, False)
-    with pytest.raises(ConfigError, match="speedups"):
+    with pytest.raises(ConfigError, match=r"request\.json: (speedups|rules|work)"):
         run_bench(open_console(), TINY, replace(options(), speedups=(2.0,)), tmp_path, False)
 
 

@@ -24,7 +24,7 @@ from ditfastattn.tools.bench.forms import Form
 from ditfastattn.tools.bench.methods import EagerDense, Entry, FewerSteps, Method
 from ditfastattn.tools.bench.peer_forms import PeerMethod, compilations
 from ditfastattn.tools.bench.plans import our_methods
-from ditfastattn.tools.bench.rules import RULES
+from ditfastattn.tools.bench.rules import OTHERS
 from ditfastattn.tools.bench.setup import Data, Group, Setup, failure
 
 _DENSE_COMPILE = "dense-compile-seconds"
@@ -32,8 +32,10 @@ _DENSE_COMPILE = "dense-compile-seconds"
 
 def methods_of(setup: Setup) -> list[Method]:
     """Return what is compared: dense, ours, fewer steps, others' rules, and the peers."""
-    peers = map(PeerMethod, setup.options.peers)
-    return [EagerDense(), *our_methods(), FewerSteps(), *RULES, *peers]
+    options = setup.options
+    others = OTHERS if options.counts(options.rules) else ()
+    peers = map(PeerMethod, options.peers)
+    return [EagerDense(), *our_methods(options), FewerSteps(), *others, *peers]
 
 
 class Bench:
@@ -73,8 +75,7 @@ class Bench:
 
     def _images(self, entry: Entry) -> Data:
         reference = self._reference()
-        contender = entry.contender(Form.EAGER)
-        images = torch.cat(contender.by_prompt())
+        images = reference if entry.dense else torch.cat(entry.contender(Form.EAGER).by_prompt())
         return {"fidelity": asdict(fidelity(reference, images)), "details": entry.more()}
 
     def _reference(self) -> Tensor:

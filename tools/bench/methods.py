@@ -25,12 +25,14 @@ class Entry:
         contender: makes it, in a form; ``Form.EAGER`` compiles nothing.
         details: what else to record.
         more: what to record once it has run.
+        dense: whether it is the dense model, whose images the others' are compared with.
     """
 
     setting: str
     contender: Callable[[Form], Contender]
     details: Mapping[str, Any] = field(default_factory=dict)
     more: Callable[[], Mapping[str, Any]] = dict
+    dense: bool = False
 
 
 class Method(Protocol):
@@ -68,7 +70,11 @@ class EagerDense:
 
     def entries(self, setup: Setup) -> Sequence[Entry]:
         """Return the one setting."""
-        return [Entry("", lambda _: dense_contender(setup.pipeline, setup.prompts, Lowering.EAGER))]
+
+        def contender(form: Form) -> Contender:
+            return dense_contender(setup.pipeline, setup.prompts, lowering_of(form))
+
+        return [Entry("", contender, dense=True)]
 
     def form(self, _setup: Setup, _entries: Sequence[Entry]) -> tuple[Form, Data]:
         """Return the form."""

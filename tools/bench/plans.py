@@ -28,7 +28,7 @@ from ditfastattn.runtime.search.whole_steps.subject import identify
 from ditfastattn.runtime.specializations import reports
 from ditfastattn.tools.bench.forms import Form
 from ditfastattn.tools.bench.methods import Entry, lowering_of, whole_model
-from ditfastattn.tools.bench.setup import Data, Setup
+from ditfastattn.tools.bench.setup import BenchOptions, Data, Setup
 
 OURS = "ditfastattn"
 # A search weighs steps, and chooses between plans, by its target's metric; which bound it has does
@@ -95,11 +95,14 @@ def _flops_kept(plan: Plan) -> Data:
     }
 
 
-def our_methods() -> list[Plans]:
+def our_methods(options: BenchOptions) -> list[Plans]:
     """Return our plans, for each metric that a target may have."""
+    kinds = {"sites": _sites} if options.speedups else {}
+    kinds |= {"steps": _steps} if options.counts(options.work) else {}
     return [
-        *(Plans(f"{OURS}-sites-{name.lower()}", _sites(by)) for name, by in BY_METRIC.items()),
-        *(Plans(f"{OURS}-steps-{name.lower()}", _steps(by)) for name, by in BY_METRIC.items()),
+        Plans(f"{OURS}-{kind}-{name.lower()}", find(by))
+        for kind, find in kinds.items()
+        for name, by in BY_METRIC.items()
     ]
 
 

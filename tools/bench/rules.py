@@ -23,7 +23,6 @@ from ditfastattn.runtime.search.whole_steps.search import SEARCHED_ON
 from ditfastattn.tools.bench.plans import Named, Plans, whole_step_search
 from ditfastattn.tools.bench.setup import Setup
 
-WORK = (0.25, 0.35, 0.45)  # of the steps
 _DEGREE = 2
 _RIDGE = 1e-6
 
@@ -80,8 +79,9 @@ def evenly(runs: int, steps: int) -> list[int]:
 
 def _spread(rule: Rule) -> Callable[[Setup], Named]:
     def find(setup: Setup) -> Named:
+        options = setup.options
+        masks = {n: evenly(n, options.steps) for n in options.counts(options.rules)}
         search = whole_step_search(setup, Target.min_psnr(30.0))
-        masks = {n: evenly(n, setup.options.steps) for n in setup.options.counts(WORK)}
         return {f"{n} runs": search.fitted(runs, rule) for n, runs in masks.items()}
 
     return find
@@ -89,16 +89,16 @@ def _spread(rule: Rule) -> Callable[[Setup], Named]:
 
 def _searched(rule: Rule) -> Callable[[Setup], Named]:
     def find(setup: Setup) -> Named:
+        counts = setup.options.counts(setup.options.rules)
         search = whole_step_search(setup, Target.min_psnr(30.0))
-        counts = setup.options.counts(WORK)
-        some, most = search.rollouts[:SEARCHED_ON], max(counts, default=0)
+        some, most = search.rollouts[:SEARCHED_ON], max(counts)
         masks = search_masks(some, most, lambda _: None, HISTORY - 1, rule)
         return {f"{n} runs": search.fitted(masks[n][0].runs, rule) for n in counts if n in masks}
 
     return find
 
 
-RULES = (
+OTHERS = (
     Plans("searched-reuse", _searched(reuse)),  # which steps run is searched, as in BudCache
     Plans("even-chebyshev", _spread(chebyshev)),
     Plans("even-learned", _spread(learned)),  # a linear predictor of the dense outputs, as L2P's

@@ -53,6 +53,7 @@ def _request(model: BenchModel, options: BenchOptions) -> dict[str, Any]:
         "speedups": options.speedups,
         "work": options.work,
         "fewer": options.fewer,
+        "rules": options.rules,
         "max_variants": options.max_variants,
         "lowering": options.lowering,
         "settings": {peer.name: [setting.label for setting in peer.settings] for peer in PEERS},

@@ -18,6 +18,7 @@ Group = Mapping[str, Any]  # a method's contenders, under the key "lanes", and i
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 WORK = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 FEWER = (0.2, 0.25, 0.35, 0.45, 0.7)
+RULES = (0.25, 0.35, 0.45)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BenchOptions:
         speedups: the strengths of our plans of sites, as the speedups that their search predicts.
         work: the strengths of our plans of whole steps, as the share of the steps that run.
         fewer: the counts of the same solver's steps, as shares of ``steps``.
+        rules: the same shares, for the plans that follow other methods' rules.
         repetitions: timed generations of each contender, each of another prompt.
         seeds: images that are compared, of each contender.
         max_variants: the cap on distinct step variants of our plans; 0: no cap.
@@ -41,6 +43,7 @@ class BenchOptions:
     speedups: tuple[float, ...] = SPEEDUPS
     work: tuple[float, ...] = WORK
     fewer: tuple[float, ...] = FEWER
+    rules: tuple[float, ...] = RULES
     repetitions: int = 20
     seeds: int = 64
     max_variants: int = 0

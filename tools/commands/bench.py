@@ -43,6 +43,9 @@ Work = Annotated[
 Fewer = Annotated[
     str, typer.Option(help="The same solver: its steps as shares of --steps, with commas.")
 ]
+Rules = Annotated[
+    str, typer.Option(help="Other methods' rules as plans: the shares of the steps that run.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")]
 
 
@@ -62,6 +65,7 @@ def bench(
     speedups: Speedups = "1.5,2,2.5,3,4,5",
     work: Work = "0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5",
     fewer: Fewer = "0.2,0.25,0.35,0.45,0.7",
+    rules: Rules = "0.25,0.35,0.45",
     max_variants: MaxVariants = 0,
     out: Out = Path("benchmarks/bench"),
     restart: Restart = False,
@@ -81,9 +85,10 @@ def bench(
         _numbers(speedups, "--speedups"),
         _numbers(work, "--work"),
         _numbers(fewer, "--fewer"),
-        repetitions,
-        seeds,
-        max_variants,
+        _numbers(rules, "--rules"),
+        repetitions=repetitions,
+        seeds=seeds,
+        max_variants=max_variants,
     )
     if pipeline:
         opened = open_pipeline(pipeline, dtype, device)
