@@ -20,7 +20,8 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.latent import latent_candidates
-from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.analysis.site import attentions
+from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
