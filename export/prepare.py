@@ -17,8 +17,8 @@ from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, find_sites, with_wholes
+from ditfastattn.passes.analysis.site import Site, SiteKind, with_wholes
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan

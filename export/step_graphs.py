@@ -18,7 +18,7 @@ from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.operators import RULES
 from ditfastattn.export.to_onnx import GraphSource, emit, finish
 from ditfastattn.export.weights import Weights
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction

@@ -12,8 +12,7 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint
 from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.legality import why_not

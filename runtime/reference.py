@@ -23,8 +23,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow

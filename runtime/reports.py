@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ditfastattn.passes.analysis.flops import Flops
 from ditfastattn.passes.analysis.sites import SiteReport
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import every_strategy
+from ditfastattn.runtime.unrolled import UnrolledPlan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,47 @@ def summary(plan: Plan) -> str:
     counts = Counter(strategy for row in plan.strategies for strategy in row)
     parts = [f"{counts[strategy]} {strategy}" for strategy in every_strategy() if counts[strategy]]
     return f"{plan.sampler.steps} steps x {len(plan.sites)} sites: {', '.join(parts)}"
+
+
+def run_report(
+    unrolled: UnrolledPlan,
+    sites: SiteReport,
+    *,
+    dense: Flops,
+    hoisted: Flops,
+    hoisted_bytes: int,
+    calls: Sequence[Flops],
+) -> RunReport:
+    """Return what a plan in force does to a model whose sites are ``sites``.
+
+    ``dense`` is the work of one dense call, ``hoisted`` what a guidance branch computes once;
+    ``calls`` holds the work of each call of a generation whose variant has been compiled.
+    """
+    plan, programs = unrolled.plan, unrolled.programs
+    count = plan.sampler.steps * len(programs)
+    once = hoisted.times(len(programs))
+    return RunReport(
+        plan=plan,
+        sites=sites,
+        variants=len({row for program in programs for row in program.variants}),
+        peak_cache_bytes=unrolled.peak_cache_bytes,
+        ahead_bytes=hoisted_bytes,
+        dense=dense.times(count),
+        planned=sum(calls, once) if len(calls) == count else None,
+    )
+
+
+def log_plan(unrolled: UnrolledPlan, hoisted_bytes: int) -> None:
+    """Log what a plan comes to, unrolled; warn where it changes nothing."""
+    log.info(
+        "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
+        "%.1f MiB of hoisted values",
+        unrolled.plan.sampler.steps,
+        sum(len(program.variants) for program in unrolled.programs),
+        sum(len(program.slots.slots) for program in unrolled.programs),
+        unrolled.peak_cache_bytes / 2**20,
+        hoisted_bytes / 2**20,
+    )
+    log.info("plan: %s", summary(unrolled.plan))
+    if unrolled.plan.changed == 0:
+        log.warning("ditfastattn: the plan changes nothing: every step runs full attention")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.plan.describe_site import planned_site

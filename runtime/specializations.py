@@ -20,15 +20,13 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.latent import latent_candidates
-from ditfastattn.passes.analysis.sites import SiteReport, attentions, find_sites
+from ditfastattn.passes.analysis.site import attentions
+from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
-from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.graph.verify import verify
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.step_program import NOTHING
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
 from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.clock import read_timestep
@@ -42,7 +40,7 @@ from ditfastattn.runtime.matching import (
 )
 from ditfastattn.runtime.model_state import ModelState, ModelStates
 from ditfastattn.runtime.options import BackendOptions
-from ditfastattn.runtime.reports import RunReport, summary
+from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
 from ditfastattn.runtime.variants import CompiledVariants
@@ -58,8 +56,8 @@ class Specialization:
 
     def __init__(self, captured: CapturedGraph, options: BackendOptions, identity: str) -> None:
         """Find the sites of ``captured``; programs and variants are made when first needed."""
-        self._results = len(outputs(captured.module.graph))
-        verify(captured.module, len(captured.inputs), self._results, "capture")
+        results = len(outputs(captured.module.graph))
+        verify(captured.module, len(captured.inputs), results, "capture")
         whole = find_sites(captured)
         self._whole_sites = whole.sites  # of the model, whatever a plan splits
         self.captured = captured
@@ -96,8 +94,7 @@ class Specialization:
     def step(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run one step on the flat tensor inputs."""
         if self._runs_dense:
-            dense = self._variants.of(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
-            return tuple(dense.run(tensors))
+            return self._variants.run_dense(tensors)
         owner = None if self._owner is None else tensors[self._owner]
         model = self.models.of(owner, lambda: self._meet(tensors))
         anew = model.begins_anew(named_generation())
@@ -146,7 +143,9 @@ class Specialization:
             if unrolled is None:
                 unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
                 self._plans[model.identity] = unrolled
-                self._log_plan(unrolled)
+                log_plan(unrolled, self._hoisted_bytes(unrolled))
+                if unrolled.shares_guidance and not self._latents:
+                    warn_of_unchecked_latents(self.captured.dynamic_names)
         model.plan = unrolled
         model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
         return unrolled
@@ -184,57 +183,29 @@ class Specialization:
             names = (self.captured.inputs[index].name for index in self._latents)
             latents = (tensors[index] for index in self._latents)
             generation.check_latents(call, dict(zip(names, latents, strict=True)))
-        branch = generation.branches[call.branch]
-        program = plan.programs[call.branch]
         hoisted = {
-            **branch.hoisted.at(self._once, tensors),
+            **generation.branches[call.branch].hoisted.at(self._once, tensors),
             **model.hoisted.at(self._each, call.step, timestep, tensors),
         }
-
-        def read(slots: Sequence[Slot]) -> list[Tensor]:
-            return generation.read(call, slots, tensors[0].device, hoisted)
-
-        actions = program.variants[program.schedule[call.step]]
-        layout = plan.plan.sampler.cfg_layout
-        variant = self._variants.of(program, actions, layout, tensors, read)
-        returned = variant.run([*tensors, *read(variant.reads)])
-        generation.write(call, dict(zip(variant.writes, returned[self._results :], strict=True)))
-        return tuple(returned[: self._results])
+        return self._variants.run(plan, generation, call, hoisted, tensors)
 
     def reports(self) -> list[RunReport]:
         """Report each plan in force."""
-        return [self._report(plan) for plan in list(self._plans.values())]
+        dense = count_flops(self.captured.module.graph)
+        return [
+            run_report(
+                plan,
+                self.report,
+                dense=dense,
+                hoisted=self._once.flops,
+                hoisted_bytes=self._hoisted_bytes(plan),
+                calls=self._variants.flops(plan),
+            )
+            for plan in list(self._plans.values())
+        ]
 
-    def _report(self, unrolled: UnrolledPlan) -> RunReport:
-        plan, programs = unrolled.plan, unrolled.programs
-        calls = plan.sampler.steps * len(programs)
-        flops = self._variants.flops(unrolled)
-        once = self._once.flops.times(len(programs))
-        return RunReport(
-            plan=plan,
-            sites=self.report,
-            variants=len({row for program in programs for row in program.variants}),
-            peak_cache_bytes=unrolled.peak_cache_bytes,
-            ahead_bytes=unrolled.hoisted_bytes(self._once.bytes, self._each.bytes),
-            dense=count_flops(self.captured.module.graph).times(calls),
-            planned=sum(flops, once) if len(flops) == calls else None,
-        )
-
-    def _log_plan(self, unrolled: UnrolledPlan) -> None:
-        log.info(
-            "unroll: %d steps, %d variants, %d cache slots, at most %.1f MiB of caches, "
-            "%.1f MiB of hoisted values",
-            unrolled.plan.sampler.steps,
-            sum(len(program.variants) for program in unrolled.programs),
-            sum(len(program.slots.slots) for program in unrolled.programs),
-            unrolled.peak_cache_bytes / 2**20,
-            unrolled.hoisted_bytes(self._once.bytes, self._each.bytes) / 2**20,
-        )
-        log.info("plan: %s", summary(unrolled.plan))
-        if unrolled.plan.changed == 0:
-            log.warning("ditfastattn: the plan changes nothing: every step runs full attention")
-        if unrolled.shares_guidance and not self._latents:
-            warn_of_unchecked_latents(self.captured.dynamic_names)
+    def _hoisted_bytes(self, unrolled: UnrolledPlan) -> int:
+        return unrolled.hoisted_bytes(self._once.bytes, self._each.bytes)
 
 
 def _log_sites(report: SiteReport) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.guidance import calls_of
 from ditfastattn.passes.plan.schema import Plan

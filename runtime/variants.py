@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.passes.plan.step_program import NOTHING, StepProgram
 from ditfastattn.passes.rewrites.pipeline import rewrite
+from ditfastattn.runtime.generation import Call, Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
@@ -34,7 +37,7 @@ class CompiledVariant:
 
 
 class CompiledVariants:
-    """Rewrite and lower each distinct step of a graph once, when it is first run."""
+    """Run the steps of a graph; each distinct one is rewritten and lowered when first needed."""
 
     def __init__(
         self,
@@ -46,10 +49,38 @@ class CompiledVariants:
         """Take the graph, and the graphs of the values that are hoisted out of it."""
         self._captured, self._options = captured, options
         self._hoisted = per_generation.nodes, per_timestep.nodes
+        self._results = len(outputs(captured.module.graph))
         self._lock = threading.RLock()
         self._known: dict[_Key, CompiledVariant] = {}
 
-    def of(
+    def run_dense(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Run one step in full on the flat ``tensors``."""
+        dense = self._compiled(NOTHING, (), CfgLayout.NONE, tensors, lambda _: [])
+        return tuple(dense.run(tensors))
+
+    def run(
+        self,
+        plan: UnrolledPlan,
+        generation: Generation,
+        call: Call,
+        hoisted: Mapping[Slot, Tensor],
+        tensors: Sequence[Tensor],
+    ) -> tuple[Any, ...]:
+        """Run ``call`` by ``plan`` on the flat ``tensors``; its caches are of ``generation``."""
+
+        def read(slots: Sequence[Slot]) -> list[Tensor]:
+            return generation.read(call, slots, tensors[0].device, hoisted)
+
+        program = plan.programs[call.branch]
+        actions = program.variants[program.schedule[call.step]]
+        layout = plan.plan.sampler.cfg_layout
+        variant = self._compiled(program, actions, layout, tensors, read)
+        returned = variant.run([*tensors, *read(variant.reads)])
+        kept = dict(zip(variant.writes, returned[self._results :], strict=True))
+        generation.write(call, kept)
+        return tuple(returned[: self._results])
+
+    def _compiled(
         self,
         program: StepProgram,
         actions: tuple[SiteAction, ...],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditfastattn.passes.analysis.sites import attentions, find_sites
+from ditfastattn.passes.analysis.site import attentions
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan

@@ -18,7 +18,8 @@ from torch.fx import Graph, GraphModule
 
 from ditfastattn.backend import ditfastattn as backend
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
+from ditfastattn.passes.analysis.site import Site, attentions
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.plan.describe_site import planned_site

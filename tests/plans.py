@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Calibration, Plan
 from ditfastattn.passes.plan.strategies import Strategy

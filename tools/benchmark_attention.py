@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.analysis.sites import Site, find_sites
+from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.graph.slots import read_slots

@@ -22,8 +22,7 @@ import typer
 
 from ditfastattn import reports
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import unroll

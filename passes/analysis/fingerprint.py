@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ditfastattn.core.records import Record
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 

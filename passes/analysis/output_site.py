@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ditfastattn.passes.analysis.latent import latent_candidates
-from ditfastattn.passes.analysis.site import GUIDANCE_COMPARES, SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import GUIDANCE_COMPARES, Site, SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
 

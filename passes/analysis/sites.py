@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.attention import kind_of, why_no_window
 from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
 from ditfastattn.passes.analysis.latent import latent_position
-from ditfastattn.passes.analysis.site import WHOLE_OUTPUT_ALONE, CacheDtype, Coefficients, SiteKind
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
 from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
@@ -31,87 +30,6 @@ from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_ran
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
 from ditfastattn.passes.graph.origin import module_path
 from ditfastattn.passes.windows.forms import window_forms
-from ditfastattn.passes.windows.window import Window
-
-
-@dataclass(frozen=True)
-class Site:
-    """Describe one site of a captured graph: an attention, or a feed-forward as one head.
-
-    ``node`` and ``exits`` name graph nodes; ``node`` is the attention, or where the feed-forward
-    leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
-    the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
-    in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
-    ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
-    ``window``, 0 where none is legal: ``no_window`` says why. ``no_shared_guidance`` says why the
-    halves of a batch cannot share this site, "" where they can.
-    A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
-    puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
-    Of the whole output (see ``output_site``), ``latent`` names the input that is denoised, and
-    ``latent_node`` its node; ``coefficients[step][branch]`` are the plan's, with the latent's
-    factor first; ``no_fit`` says why there can be none.
-    """
-
-    name: str
-    ordinal: int
-    node: str
-    exits: tuple[str, ...]
-    kind: SiteKind
-    tokens: int
-    heads: int
-    head_dim: int
-    grid: tuple[int, ...]
-    window: Window
-    windows: tuple[Window, ...] = ()
-    text: tuple[int, int] = (0, 0)
-    no_window: str = ""
-    no_shared_guidance: str = ""
-    no_grid: str = ""
-    no_fit: str = WHOLE_OUTPUT_ALONE
-    latent: str = ""
-    latent_node: str = ""
-    coefficients: Coefficients = ()
-    whole: Site | None = None
-    first_head: int = 0
-    cache_dtype: CacheDtype | None = None
-
-    @property
-    def axes(self) -> str:
-        """Name what the image's tokens run over: "space", "time", both, or "" where not known."""
-        return {1: "time", 2: "space", 3: "time and space"}.get(len(self.grid), "")
-
-    def with_caches_in(self, dtype: CacheDtype | None) -> Site:
-        """Return this site, and what it is a group of, with caches kept in ``dtype``."""
-        whole = self.whole and replace(self.whole, cache_dtype=dtype)
-        return replace(self, cache_dtype=dtype, whole=whole)
-
-    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return in what a cache keeps values of ``dtype``: never in a wider one."""
-        if self.cache_dtype is None:
-            return dtype
-        kept: torch.dtype = getattr(torch, self.cache_dtype)
-        return kept if kept.itemsize < dtype.itemsize else dtype
-
-
-def with_wholes(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Return ``sites``, and after them each site all of whose heads are among their groups."""
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        if site.whole is not None:
-            groups.setdefault(site.whole.name, []).append(site)
-    known = {site.name for site in sites}
-    wholes = [
-        members[0].whole
-        for name, members in groups.items()
-        if members[0].whole is not None and name not in known
-        if sum(site.heads for site in members) == members[0].whole.heads
-    ]
-    return (*sites, *wholes)
-
-
-def attentions(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Return the sites that are attentions: what DiTFastAttn itself shares."""
-    return tuple(site for site in sites if site.kind is not SiteKind.FEED_FORWARD)
 
 
 @dataclass(frozen=True)

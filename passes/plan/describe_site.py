@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.schema import HeadGroup, PlannedSite
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ditfastattn.core.errors import VerifyError
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.graph.slots import Slot, factor_slots, output_slot, residual_slot

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, with_wholes
+from ditfastattn.passes.analysis.site import Site, SiteKind, with_wholes
 from ditfastattn.passes.plan.actions import SiteAction, site_actions
 from ditfastattn.passes.plan.guidance import GuidanceCall
 from ditfastattn.passes.plan.legality import why_not

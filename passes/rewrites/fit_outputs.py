@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import aten, find, insert, value
 from ditfastattn.passes.graph.slots import factor_slots, output_slot, read_cache
 from ditfastattn.passes.plan.guidance import CfgLayout

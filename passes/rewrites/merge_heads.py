@@ -27,7 +27,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.head_groups import HeadRange, head_range, mark
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, insert, outputs, value
 from ditfastattn.passes.graph.slots import written_slots

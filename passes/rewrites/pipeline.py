@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.env import Knobs, read_knobs
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import clone, graph_text, outputs
 from ditfastattn.passes.graph.verify import Verifier

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import aten, find, insert, replace_uses
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.base import PassResult

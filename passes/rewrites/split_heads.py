@@ -30,8 +30,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, attentions
+from ditfastattn.passes.analysis.site import Site, SiteKind, attentions
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, even_groups, mark

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import aten, find, insert
 from ditfastattn.passes.graph.slots import output_slot, residual_slot, write_cache
 from ditfastattn.passes.rewrites.base import PassResult

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ditfastattn.core.env import DISABLE
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.strategies import Strategy, computing
 from ditfastattn.passes.rewrites.base import Pass
 

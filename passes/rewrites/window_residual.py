@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.analysis.attention import attention_mask, attention_scale
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import aten, find, insert, value
 from ditfastattn.passes.graph.slots import read_cache, residual_slot
 from ditfastattn.passes.rewrites.base import PassResult

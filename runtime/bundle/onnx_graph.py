@@ -106,9 +106,7 @@ def check_graph(
         ("outputs", model.graph.output, outputs),
     ):
         found = {value.name: _described(value) for value in values}
-        wanted = {
-            spec.name: (_ELEMENT_TYPES[getattr(torch, spec.dtype)], spec.dims) for spec in specs
-        }
+        wanted = {spec.name: (_ELEMENT_TYPES[spec.torch_dtype], spec.dims) for spec in specs}
         if found != wanted:
             name = min(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
             raise ConfigError(

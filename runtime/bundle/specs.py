@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from ditfastattn.core.records import Record
@@ -54,6 +55,12 @@ class TensorSpec(Record, frozen=True):
     name: str
     shape: tuple[Positive | Multiple, ...]
     dtype: Dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype itself."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
     def sizes(self, batch: int) -> tuple[int, ...]:
         """Return the shape at ``batch``."""

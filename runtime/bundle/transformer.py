@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
 from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.runtime.bundle.arguments import BundleArguments
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
@@ -47,6 +48,20 @@ class _ThreadState:
     buffers: Buffers = field(default_factory=Buffers)
     batch: int = 0
 
+    def keep_batch(self, step: int, batch: int) -> None:
+        """Refuse another batch within a generation; a new one may have another."""
+        if step == 0:
+            if batch != self.batch:
+                self.buffers.clear()
+            self.batch = batch
+        elif batch != self.batch:
+            raise ConfigError(
+                "the batch has changed within a generation",
+                where=f"step {step}",
+                got=batch,
+                expected=self.batch,
+            )
+
 
 class BundleTransformer(nn.Module):
     """Answer as the exported transformer does, step by step of its schedule.
@@ -75,6 +90,7 @@ class BundleTransformer(nn.Module):
         self.config = Config(manifest.model.config)
         self._engines, self._hoisted_engine = tuple(engines), hoisted
         self._device = device
+        self._arguments = BundleArguments(manifest, device)
         self._open_loop = functools.cache(open_loop)
         self._schedule = slot_schedule(manifest)
         self._reads = tuple(map(slots_read, manifest.variants))
@@ -121,10 +137,9 @@ class BundleTransformer(nn.Module):
         branches = 1 if self.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
         batch = branches * len(noise)
         given = {**conditions, loop.noise.name: noise}
-        specs = [loop.noise, *loop.conditions]
-        tensors = [_argument(spec, given, batch, self._device) for spec in specs]
+        tensors = self._arguments.tensors([loop.noise, *loop.conditions], given, batch)
         latents = self._empty(loop.noise, batch)
-        engine(tensors, [latents])
+        engine(list(tensors.values()), [latents])
         return latents
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,22 +159,13 @@ class BundleTransformer(nn.Module):
             raise
         return self.answer(results, given)
 
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, as the model's forward would take them."""
+        return self._arguments.bind(args, kwargs)
+
     def answer(self, results: list[Tensor], given: Mapping[str, Any]) -> Any:
         """Return ``results`` as the model's forward would, called with ``given``."""
         return tuple(results) if given.get("return_dict", True) is False else _output(results)
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name, as the model's forward would take them."""
-        names = self.manifest.model.parameters
-        if len(args) > len(names):
-            raise ConfigError("too many arguments", got=len(args), expected=", ".join(names))
-        given = dict(zip(names, args, strict=False))
-        unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(given)))
-        if unknown:
-            raise ConfigError(
-                "unknown or repeated arguments", got=", ".join(unknown), expected=", ".join(names)
-            )
-        return {**given, **kwargs}
 
     def _state(self) -> _ThreadState:
         if not hasattr(self._threads, "state"):
@@ -172,12 +178,10 @@ class BundleTransformer(nn.Module):
 
     def _step(self, state: _ThreadState, given: Mapping[str, Any]) -> list[Tensor]:
         manifest, generation = self.manifest, state.generation
-        batch = self._batch(given)
-        inputs = {
-            spec.name: _argument(spec, given, batch, self._device) for spec in manifest.inputs
-        }
+        batch = self._arguments.batch(given)
+        inputs = self._arguments.tensors(manifest.inputs, given, batch)
         call = self._advance(generation, inputs[manifest.timestep])
-        self._check_batch(state, call, batch)
+        state.keep_batch(call.step, batch)
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
             generation.check_latents(call, {name: inputs[manifest.latent]})
@@ -188,7 +192,7 @@ class BundleTransformer(nn.Module):
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
         specs = [self._slots[slot] for slot in written]
-        wanted = [(spec.sizes(batch), _dtype(spec)) for spec in specs]
+        wanted = [(spec.sizes(batch), spec.torch_dtype) for spec in specs]
         free = state.buffers.take(wanted, self._device, generation.branches[0].caches)
         self._engines[index](tensors, [*results, *free])
         generation.write(call, dict(zip(written, free, strict=True)))
@@ -200,42 +204,8 @@ class BundleTransformer(nn.Module):
         generation.reset()  # one dense step, at any timestep
         return Call(0, 0)
 
-    def _check_batch(self, state: _ThreadState, call: Call, batch: int) -> None:
-        if call.step == 0:
-            if batch != state.batch:
-                state.buffers.clear()
-            state.batch = batch
-        elif batch != state.batch:
-            raise ConfigError(
-                "the batch has changed within a generation",
-                where=f"step {call.step}",
-                got=batch,
-                expected=state.batch,
-            )
-
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
-        return torch.empty(spec.sizes(batch), dtype=_dtype(spec), device=self._device)
-
-    def _batch(self, given: Mapping[str, Any]) -> int:
-        manifest = self.manifest
-        spec = next(spec for spec in manifest.inputs if spec.shape)
-        batch = len(_lookup(spec.name, given))
-        if manifest.fixed_batch and batch != manifest.fixed_batch:
-            raise ConfigError(
-                "the bundle was exported for another batch",
-                where=f"argument {spec.name!r}",
-                got=batch,
-                expected=manifest.fixed_batch,
-                remedy="export it with a free batch",
-            )
-        if batch % manifest.batch_multiple:
-            raise ConfigError(
-                "the batch does not hold both halves of guidance",
-                where=f"argument {spec.name!r}",
-                got=batch,
-                expected=f"a multiple of {manifest.batch_multiple}",
-            )
-        return batch
+        return torch.empty(spec.sizes(batch), dtype=spec.torch_dtype, device=self._device)
 
     def _hoisted(self, generation: Generation, inputs: Mapping[str, Tensor], batch: int) -> Values:
         spec, hoisted = self.manifest.hoisted, self._hoisted_engine
@@ -250,60 +220,6 @@ class BundleTransformer(nn.Module):
             return dict(zip(written, results, strict=True))
 
         return generation.branches[0].hoisted.of(tensors, compute)
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    found: torch.dtype = getattr(torch, spec.dtype)
-    return found
-
-
-def _lookup(name: str, given: Mapping[str, Any]) -> Any:
-    """Return the argument called ``name``: ``conditions.mask`` lies in the dict ``conditions``."""
-    found: Any = given
-    for part in name.split("."):
-        try:
-            found = found[int(part)] if isinstance(found, (list, tuple)) else found[part]
-        except (KeyError, IndexError, TypeError, ValueError):
-            found = None
-    if not isinstance(found, Tensor):
-        raise ConfigError(
-            "a tensor argument of the model is missing",
-            where=f"argument {name!r}",
-            got=type(found).__name__,
-            expected="what the model was exported with",
-        )
-    return found
-
-
-def _argument(
-    spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torch.device
-) -> Tensor:
-    tensor: Tensor = _lookup(spec.name, given)
-    expected = spec.sizes(batch)
-    if tuple(tensor.shape) != expected:
-        raise ConfigError(
-            "the bundle is for another shape: a resolution or length is fixed at export",
-            where=f"argument {spec.name!r}",
-            got=list(tensor.shape),
-            expected=list(expected),
-            remedy="export a bundle for this shape",
-        )
-    dtype = _dtype(spec)
-    if tensor.dtype != dtype:
-        if tensor.is_floating_point() != dtype.is_floating_point and not _is_timestep(tensor):
-            raise ConfigError(
-                "the argument has another dtype",
-                where=f"argument {spec.name!r}",
-                got=tensor.dtype,
-                expected=dtype,
-            )
-        tensor = tensor.to(dtype)
-    return tensor.to(device)
-
-
-def _is_timestep(tensor: Tensor) -> bool:
-    """Return whether a tensor may be a timestep, which schedulers give as integers or floats."""
-    return tensor.dim() <= 1
 
 
 def _output(results: list[Tensor]) -> Any:

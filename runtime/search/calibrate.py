@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.site import CacheDtype
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import CacheDtype, Site
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.judge.judgement import allowed_damages, judge_images
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.error_table import Array, ErrorTable, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective
@@ -166,7 +167,9 @@ def _damages(work: Work, prompt: Prompt, target: Target, profile: _Profile) -> d
             )
             images = work.run(stepper, prompt, float(session.steps - step + 1))
             dense = work.dense("calibration", 0, prompt)
-            return float(np.mean([j.damage for j in target.judge(dense, images, prompt.call)]))
+            return float(
+                np.mean([j.damage for j in judge_images(target, dense, images, prompt.call)])
+            )
 
         found[step] = work.checkpoint.data(f"damage-{step}", make)
     return found
@@ -177,7 +180,9 @@ def _allowed(work: Work, prompts: Sequence[Prompt], target: Target) -> float:
     found = [
         allowed
         for index, prompt in enumerate(prompts)
-        for allowed in target.allowed_damages(work.dense("calibration", index, prompt), prompt.call)
+        for allowed in allowed_damages(
+            target, work.dense("calibration", index, prompt), prompt.call
+        )
     ]
     known = [allowed for allowed in found if allowed is not None]
     return max(0.0, min(known)) if len(known) == len(found) and known else 0.0

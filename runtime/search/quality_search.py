@@ -19,7 +19,7 @@ from ditfastattn.runtime.search.judge.image_judge import (
     ImageJudge,
     damage_ratio,
 )
-from ditfastattn.runtime.search.judge.targets import Judgement
+from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.rows import Row, dense_rows, digest_of, takes_shortcuts
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, why_not
 from ditfastattn.passes.plan.schema import Calibration, Measured, Plan

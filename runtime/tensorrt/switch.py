@@ -56,5 +56,5 @@ class SwitchedVariant:
 
     def _filler(self, like: TensorSpec, batch: int) -> Tensor:
         """Return a tensor for a port that the variant does not use."""
-        dtype: torch.dtype = getattr(torch, like.dtype)
-        return torch.empty(like.sizes(batch), dtype=dtype, device=self._number.device)
+        device = self._number.device
+        return torch.empty(like.sizes(batch), dtype=like.torch_dtype, device=device)

@@ -26,8 +26,7 @@ from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.graph.slots import parse_slot, residual_slot
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.runtime.bundle.manifest import read_manifest

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ditfastattn import CfgLayout
 from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots

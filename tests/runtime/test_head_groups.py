@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, load
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.lowering import Lowering

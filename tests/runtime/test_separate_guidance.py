@@ -13,7 +13,7 @@ from torch import Tensor
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Calibration, Sampler

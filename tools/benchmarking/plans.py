@@ -12,7 +12,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Calibration, Plan
 from ditfastattn.passes.plan.strategies import Strategy

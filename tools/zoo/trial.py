@@ -21,8 +21,8 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.passes.analysis.feed_forwards import closure
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, SiteReport, find_sites
+from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.graph.ir import VIEWS, aten, calls, find
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.bracket import AIM, LARGEST_MOVE
-from ditfastattn.runtime.search.judge.targets import Judgement, Target
+from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.rows import Row, digest_of, takes_shortcuts
 
@@ -54,7 +55,7 @@ class ImageJudge:
         work = self._work
         if not takes_shortcuts(rows):
             dense = work.dense(group, index, prompt)
-            return self.target.judge(dense, dense, prompt.call)
+            return judge_images(self.target, dense, dense, prompt.call)
 
         def make() -> list[tuple[float, float, float | None]]:
             judged = work.judge(group, index, rows, prompt, self.target)

@@ -166,6 +166,20 @@ def measured(
     return values if len(values) == count else values * count
 
 
+def perfect_values(
+    metric: QualityMetric, dense: Tensor, call: Mapping[str, Any]
+) -> list[float | None]:
+    """Return the metric's value for images equal to ``dense``; None where it is not a finite one.
+
+    Raises:
+        ConfigError: as for ``measured``.
+    """
+    if metric.perfect is not None:
+        return [metric.perfect] * len(dense)
+    found = measured(metric, dense, dense, call, allow_nan=True)
+    return [value if math.isfinite(value) else None for value in found]
+
+
 def _check_images(dense: Tensor, planned: Tensor) -> None:
     if dense.shape != planned.shape or dense.ndim != 4 or not dense.numel():
         raise ConfigError(

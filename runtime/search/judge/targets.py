@@ -9,8 +9,6 @@ from enum import StrEnum
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.search.judge.metrics import (
     Metric,
@@ -18,8 +16,6 @@ from ditfastattn.runtime.search.judge.metrics import (
     QualityMetric,
     Ssim,
     UserMetric,
-    image_mse,
-    measured,
 )
 from ditfastattn.runtime.search.judge.pretrained import DEFAULT_CLIP_MODEL, ClipScore, Lpips
 
@@ -31,22 +27,6 @@ class TargetKind(StrEnum):
     SPEEDUP = "speedup"
     LATENCY = "latency"
     THRESHOLD = "threshold"
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Hold how one image compares with a target.
-
-    Attributes:
-        value: the metric's value.
-        damage: how far the image is from the dense one: 0 is equal, and it grows as quality falls.
-        allowed: the damage at the target's bound, on the same scale; negative where even the dense
-            image misses the bound, None if unknown.
-    """
-
-    value: float
-    damage: float
-    allowed: float | None
 
 
 @dataclass(frozen=True)
@@ -138,16 +118,7 @@ class Target:
         where = "Target.quality(metric)"
         if not callable(metric):
             raise ConfigError("a metric must be callable", where=where, got=repr(metric))
-        given = [bound for bound in (at_least, at_most) if bound is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                "a metric of your own needs one bound",
-                where=where,
-                got=f"at_least={at_least}, at_most={at_most}",
-                expected="exactly one of at_least and at_most",
-                remedy="pass at_least where more is better, at_most where less is better",
-            )
-        bound = _within(given[0], -math.inf, math.inf, "quality", 0.5)
+        bound = _within(_only_bound(at_least, at_most, where), -math.inf, math.inf, "quality", 0.5)
         name = name or _name_of(metric)
         user_metric = UserMetric(name=name, label=name, function=metric)
         return cls._quality(user_metric, bound, at_least=at_least is not None)
@@ -165,40 +136,21 @@ class Target:
         if self.metric is not None:
             self.metric.prepare(call)
 
-    def values(self, dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> list[float]:
-        """Return the metric's value for each image; ``call`` is what the pipeline was called with.
+    @property
+    def image_metric(self) -> QualityMetric:
+        """Return the metric of a quality.
 
         Raises:
-            ConfigError: the target is not a quality, the images cannot be compared, or the
-                metric fails.
+            ConfigError: the target is not a quality.
         """
-        return measured(self._metric(), dense, planned, call)
-
-    def judge(self, dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> list[Judgement]:
-        """Return value, damage and allowed damage of each image.
-
-        For a metric whose value for equal images is not finite, the damage is the mean squared
-        error, and the allowed damage is unknown.
-
-        Raises:
-            ConfigError: as for ``values``.
-        """
-        values = self.values(dense, planned, call)
-        errors: list[float] = image_mse(dense, planned).tolist()
-        return [
-            Judgement(value, self._damage(value, perfect, error), self._allowed(perfect))
-            for value, perfect, error in zip(
-                values, self._perfect(dense, call), errors, strict=True
+        if self.metric is None:
+            raise ConfigError(
+                "the target is not measured on images",
+                where=f"target {self.name!r}",
+                got=self.kind,
+                expected=TargetKind.QUALITY,
             )
-        ]
-
-    def allowed_damages(self, dense: Tensor, call: Mapping[str, Any]) -> list[float | None]:
-        """Return the allowed damage of each image, before anything planned has run.
-
-        Raises:
-            ConfigError: as for ``values``.
-        """
-        return [self._allowed(perfect) for perfect in self._perfect(dense, call)]
+        return self.metric
 
     def met_by(self, value: float) -> bool:
         """Return whether ``value`` meets the bound."""
@@ -213,7 +165,7 @@ class Target:
         side = "at least" if self.at_least else "at most"
         match self.kind:
             case TargetKind.QUALITY:
-                metric = self._metric()
+                metric = self.image_metric
                 return f"{metric.label} of {side} {self.bound:g}{metric.unit} on the worst prompt"
             case TargetKind.SPEEDUP:
                 return f"speedup of {side} {self.bound:g}x"
@@ -221,33 +173,6 @@ class Target:
                 return f"latency of {side} {self.bound:g} s"
             case TargetKind.THRESHOLD:
                 return f"calibration threshold of {self.bound:g}"
-
-    def _metric(self) -> QualityMetric:
-        if self.metric is None:
-            raise ConfigError(
-                "the target is not measured on images",
-                where=f"target {self.name!r}",
-                got=self.kind,
-                expected=TargetKind.QUALITY,
-            )
-        return self.metric
-
-    def _perfect(self, dense: Tensor, call: Mapping[str, Any]) -> list[float | None]:
-        """Return the metric's value for equal images; None where it is not a finite one."""
-        metric = self._metric()
-        if metric.perfect is not None:
-            return [metric.perfect] * len(dense)
-        found = measured(metric, dense, dense, call, allow_nan=True)
-        return [value if math.isfinite(value) else None for value in found]
-
-    def _damage(self, value: float, perfect: float | None, error: float) -> float:
-        return error if perfect is None else self._metric().damage(value, perfect)
-
-    def _allowed(self, perfect: float | None) -> float | None:
-        if perfect is None:
-            return None
-        allowed = self._metric().damage(self.bound, perfect)
-        return allowed if self.met_by(perfect) else -allowed
 
 
 def _within(value: float, above: float, up_to: float, constructor: str, example: float) -> float:
@@ -264,6 +189,20 @@ def _within(value: float, above: float, up_to: float, constructor: str, example:
         expected=f"a finite number{low}{high}",
         remedy=f"for example {example:g}",
     )
+
+
+def _only_bound(at_least: float | None, at_most: float | None, where: str) -> float:
+    """Return the one bound that is given."""
+    given = [bound for bound in (at_least, at_most) if bound is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            "a metric of your own needs one bound",
+            where=where,
+            got=f"at_least={at_least}, at_most={at_most}",
+            expected="exactly one of at_least and at_most",
+            remedy="pass at_least where more is better, at_most where less is better",
+        )
+    return given[0]
 
 
 def _name_of(metric: Metric) -> str:

@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
-from ditfastattn.passes.analysis.sites import Site, SiteReport, attentions, find_sites
+from ditfastattn.passes.analysis.site import Site, attentions
+from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import capture
 from ditfastattn.passes.graph.ir import outputs

@@ -30,7 +30,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import legal_strategies
 from ditfastattn.passes.plan.strategies import Strategy, strategies

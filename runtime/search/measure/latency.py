@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.plan.actions import DENSE, SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.measure.graph_runner import Environment

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.latent import latent_candidates
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.guidance import CfgLayout

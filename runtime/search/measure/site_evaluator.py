@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ditfastattn.passes.analysis.attention import attention_scale
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find
 from ditfastattn.passes.plan.guidance import CfgLayout

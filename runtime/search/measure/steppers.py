@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.passes.analysis.flops import Flops, count_flops
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.slots import Slot, read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction

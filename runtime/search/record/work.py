@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images
-from ditfastattn.runtime.search.judge.targets import Judgement, Target
+from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.session import Session, Stepper
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
@@ -108,7 +109,7 @@ class Work:
         dense = self.dense(group, index, prompt)
         stepper = PlanStepper(self.variants, rows)
         images = self.run(stepper, prompt, self._forwards_of(rows))
-        return target.judge(dense, images, prompt.call)
+        return judge_images(target, dense, images, prompt.call)
 
     def _forwards_of(self, rows: Sequence[Row]) -> float:
         """Return the matrix products of a generation by ``rows``, in dense forward passes."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy

@@ -7,42 +7,17 @@ steps between reusing its output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditfastattn.passes.plan.strategies import Strategy, strategies
-from ditfastattn.runtime.search.measure.error_table import MAX_GAP, gap_choices
-from ditfastattn.runtime.search.solve.problem import Array, Problem, carried
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.search.solve.path_costs import PathCosts
+from ditfastattn.runtime.search.solve.path_nodes import FULL, LINE, nodes_of, reusing
+from ditfastattn.runtime.search.solve.problem import Array, Problem
 from ditfastattn.runtime.search.solve.rows import Row
-
-_FULL = 0  # the first kind of ``_kinds``
-_LINE, _PARABOLA = 2, 3  # outputs read
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Say what a step computes, and whether a residual has been stored (and paid for) by then."""
-
-    strategy: Strategy
-    stored: bool
-
-
-def _kinds() -> tuple[_Kind, ...]:
-    """Return what a step can compute: ``FULL``, then kinds without and with a stored residual."""
-    shortcuts = [s for s in strategies() if s.computes and s != Strategy.FULL]
-    plain = [strategy for strategy in shortcuts if not strategy.windowed]
-    windowed = [strategy for strategy in shortcuts if strategy.windowed]
-    return (
-        _Kind(Strategy.FULL, False),
-        *(_Kind(strategy, False) for strategy in plain),
-        *(_Kind(strategy, True) for strategy in (*plain, *windowed)),
-    )
 
 
 def solve(problem: Problem, multiplier: float) -> list[Row]:
@@ -63,108 +38,64 @@ def solve(problem: Problem, multiplier: float) -> list[Row]:
 class _Paths:
     """Find the shortest paths of ``sites``, of which all or none have windows.
 
-    A node is (step that computes, step of the residual, gaps, what it computes); where there are no
-    windows the second is always 0. The gaps are those before the step: one, as a line needs it, 0
-    where it is too wide; or two, as a parabola needs it. Before a node of one gap there may be any.
-    ``standing`` is ``[M, T, R, G, K]``: what it costs to have computed there, in each of K kinds,
-    and to have reused the output ever since. Strategies that read more than three outputs are not
-    considered.
+    ``standing`` is ``[M, T, R, G, K]``: what it costs each of M sites to have computed at a node,
+    and to have reused the output ever since. ``inherited`` is the error that such an output
+    carries, and ``origin`` the node before on the cheapest path, as a flat index.
     """
 
     def __init__(
         self, problem: Problem, multiplier: float, sites: NDArray[np.int64], windowed: bool
     ) -> None:
-        errors, steps = problem.errors, problem.errors.steps
-        self._multiplier, self._windowed, self._steps = multiplier, windowed, steps
-        self._errors = errors.apply(lambda _, each: each[..., sites])
-        self._kinds = _kinds()
-        self._unstored = slice(0, sum(not kind.stored for kind in self._kinds))
-        self._stored = slice(self._unstored.stop, None)
-        self._reusing = [s for s in strategies() if 0 < s.outputs_read <= _PARABOLA]
-        self._weights = problem.weights[:, sites]
-        self._price = {
-            strategy: np.array([problem.costs.sites[site][strategy] for site in sites])
-            for strategy in strategies()
-        }
-        self._storing = np.array([problem.costs.residual[site] for site in sites])
-        self._lines = min(MAX_GAP, max(1, steps - 1)) + 1
-        self._pairs = self._legal_pairs()
-        self._gaps: list[tuple[int, ...]] = [(gap,) for gap in range(self._lines)]
-        self._gaps += [gap_choices(_PARABOLA)[pair] for pair in self._pairs]
-        self._shape = (steps, steps if windowed else 1, len(self._gaps), len(self._kinds))
-        self._standing = np.full((len(sites), *self._shape), np.inf)
-        self._inherited = np.zeros((len(sites), *self._shape[:2], 1, len(self._kinds)))
-        self._origin = np.zeros(self._standing.shape, dtype=np.int64)
-        self._standing[:, 0, 0, 0, _FULL] = self._price[Strategy.FULL]
-        for step in range(1, steps):
+        self._costs = PathCosts(problem, multiplier, sites)
+        self._nodes = nodes_of(self._costs.errors, windowed)
+        self._reusing = reusing()
+        shape = (len(sites), *self._nodes.shape)
+        self._standing = np.full(shape, np.inf)
+        self._inherited = np.zeros((*shape[:3], 1, shape[4]))
+        self._origin = np.zeros(shape, dtype=np.int64)
+        self._standing[:, 0, 0, 0, FULL] = self._costs.price[Strategy.FULL]
+        for step in range(1, self._nodes.steps):
             self._arrive(step)
             self._reuse(step)
         self._last = self._standing.reshape(len(sites), -1).argmin(axis=1)
 
-    def _legal_pairs(self) -> list[int]:
-        """Return which choices of two gaps some site may take."""
-        tables = [self._errors.by_strategy[s] for s in self._reusing if s.outputs_read == _PARABOLA]
-        return [
-            index
-            for index, pair in enumerate(gap_choices(_PARABOLA))
-            if sum(pair) < self._steps
-            and any(np.isfinite(table[:, :, index]).any() for table in tables)
-        ]
-
-    def _residuals(self, step: int) -> slice:
-        """Return those residuals that nodes before ``step`` can have."""
-        return slice(0, step if self._windowed else 1)
-
     def _reuse(self, step: int) -> None:
         """Reuse at ``step`` what each node has computed, as is cheapest."""
-        lines, pairs = self._gaps[: self._lines], self._gaps[self._lines :]
-        shape = (len(self._standing), step, self._residuals(step).stop, 1, len(self._kinds))
-        known = np.full((*shape[:3], len(lines), shape[4]), np.inf)
-        curved = np.full((*shape[:3], len(pairs), shape[4]), np.inf)
+        nodes, residuals = self._nodes, self._nodes.residuals(step)
+        lines, pairs = nodes.gaps[: nodes.lines], nodes.gaps[nodes.lines :]
+        inherited = self._inherited[:, :step, residuals]
+        shape = (len(inherited), step, residuals.stop)
+        known = np.full((*shape, len(lines), len(nodes.kinds)), np.inf)
+        curved = np.full((*shape, len(pairs), len(nodes.kinds)), np.inf)
         for strategy in self._reusing:
-            error = self._errors.by_strategy[strategy][step, :step]
-            if strategy.outputs_read < _LINE:
-                known = np.minimum(known, self._following(strategy, step, error, [()]))
-            elif strategy.outputs_read == _LINE:
-                error = error[:, : self._lines]
-                known = np.minimum(known, self._following(strategy, step, error, lines))
+            error = self._costs.errors.by_strategy[strategy][step, :step]
+            gaps: Sequence[tuple[int, ...]] = [()]
+            if strategy.outputs_read == LINE:
+                error, gaps = error[:, : nodes.lines], lines
+            elif strategy.outputs_read > LINE:
+                error, gaps = error[:, list(nodes.pairs)], pairs
+            cost = self._costs.reusing(strategy, step, error, gaps, inherited)
+            if strategy.outputs_read > LINE:
+                curved = np.minimum(curved, cost)
             else:
-                error = error[:, self._pairs]
-                curved = np.minimum(curved, self._following(strategy, step, error, pairs))
+                known = np.minimum(known, cost)
         curved = np.minimum(known[:, :, :, [gaps[0] for gaps in pairs]], curved)
-        standing = self._standing[:, :step, self._residuals(step)]
-        standing[:, :, :, : self._lines] += known
-        standing[:, :, :, self._lines :] += curved
-
-    def _following(
-        self, strategy: Strategy, step: int, error: Array, gaps: Sequence[tuple[int, ...]]
-    ) -> Array:
-        """Return what ``strategy`` costs at ``step``, ``[M, step, residuals, len(gaps), K]``.
-
-        That is by its own ``error``, ``[step, len(gaps), M]``, and by what it carries further.
-        """
-        weight = self._multiplier * self._weights[step][:, None, None]
-        own = error.transpose(2, 0, 1)
-        legal = np.isfinite(own)
-        known = self._price[strategy][:, None, None] + weight * np.where(legal, own, 0.0)
-        carrying = weight * _carried_by(strategy, step, tuple(gaps))
-        inherited = self._inherited[:, :step, self._residuals(step)]
-        cost: Array = carrying[:, :, None, :, None] * inherited
-        cost += np.where(legal, known, np.inf)[:, :, None, :, None]
-        return cost
+        standing = self._standing[:, :step, residuals]
+        standing[:, :, :, : nodes.lines] += known
+        standing[:, :, :, nodes.lines :] += curved
 
     def _arrive(self, step: int) -> None:
         """Fill in the nodes that compute at ``step``."""
-        unstored, from_unstored = self._reach(step, self._unstored)
-        if not self._windowed:
+        unstored, from_unstored = self._reach(step, self._nodes.unstored)
+        if not self._nodes.windowed:
             self._compute_kinds(step, False, unstored, from_unstored)
             self._compute_full(step, unstored, from_unstored)
             return
-        stored, from_stored = self._reach(step, self._stored)
+        stored, from_stored = self._reach(step, self._nodes.stored)
         reach = np.concatenate([unstored, stored], axis=1)
         self._compute_kinds(step, False, unstored, from_unstored)
         self._compute_full(step, reach, np.concatenate([from_unstored, from_stored], axis=1))
-        with_storing = unstored + self._storing[:, None, None]
+        with_storing = unstored + self._costs.storing[:, None, None]
         cheaper = with_storing < stored
         ready = np.where(cheaper, with_storing, stored)
         from_ready = np.where(cheaper, from_unstored, from_stored)
@@ -175,10 +106,10 @@ class _Paths:
         self, step: int, stored: bool, value: Array, origin: Array, windowed: bool = False
     ) -> None:
         """Fill in the shortcuts that compute at ``step``, arriving with ``value``."""
-        for index, kind in enumerate(self._kinds[1:], 1):
+        for index, kind in enumerate(self._nodes.kinds[1:], 1):
             if (kind.stored, kind.strategy.windowed) != (stored, windowed):
                 continue
-            errors = self._errors.by_strategy[kind.strategy][step]
+            errors = self._costs.errors.by_strategy[kind.strategy][step]
             error = errors.T if windowed else np.broadcast_to(errors[:, None], value.shape[:2])
             self._compute(step, index, value, origin, error)
 
@@ -186,18 +117,14 @@ class _Paths:
         """Compute everything at ``step``, whatever the residual was before."""
         best = reach.argmin(axis=1)[:, None]
         least, origin = (np.take_along_axis(each, best, axis=1)[:, 0] for each in (reach, nodes))
-        full = (slice(None), step, step if self._windowed else 0, slice(None), _FULL)
-        self._standing[full] = least + self._price[Strategy.FULL][:, None]
+        full = (slice(None), step, step if self._nodes.windowed else 0, slice(None), FULL)
+        self._standing[full] = least + self._costs.price[Strategy.FULL][:, None]
         self._origin[full] = origin
 
     def _compute(self, step: int, kind: int, value: Array, origin: Array, error: Array) -> None:
-        weight = self._multiplier * self._weights[step][:, None]
-        legal = np.isfinite(error)
-        known = np.where(legal, error, 0.0)
-        price = self._price[self._kinds[kind].strategy][:, None]
-        cost = np.where(legal, np.where(legal, price, 0.0) + weight * known, np.inf)
+        cost = self._costs.computing(self._nodes.kinds[kind].strategy, step, error)
         self._standing[:, step, :, :, kind] = value + cost[:, :, None]
-        self._inherited[:, step, :, 0, kind] = known
+        self._inherited[:, step, :, 0, kind] = np.where(np.isfinite(error), error, 0.0)
         self._origin[:, step, :, :, kind] = origin
 
     def _reach(self, step: int, kinds: slice) -> tuple[Array, Array]:
@@ -205,22 +132,21 @@ class _Paths:
 
         That is per site, residual and gaps before ``step``; and the flat nodes it is from.
         """
-        shape = len(self._standing), *self._shape[1:3]
+        shape = len(self._standing), *self._nodes.shape[1:3]
         values: Array = np.full(shape, np.inf)
         nodes: Any = np.zeros(shape, dtype=np.int64)
-        for index, (gap, *before) in enumerate(self._gaps):
-            earlier = slice(step - gap, step - gap + 1) if gap else slice(0, step - self._lines + 1)
-            held = [i for i, each in enumerate(self._gaps) if not before or each[0] == before[0]]
+        for index, gaps in enumerate(self._nodes.gaps):
+            earlier, held = self._nodes.before(step, gaps)
             if earlier.start >= 0 and earlier.start < earlier.stop:
                 cheapest = self._cheapest(kinds, earlier, held)
-                known = self._residuals(earlier.stop)
+                known = self._nodes.residuals(earlier.stop)
                 values[:, known, index], nodes[:, known, index] = cheapest
         return values, nodes
 
     def _cheapest(self, kinds: slice, earlier: slice, held: list[int]) -> tuple[Array, Array]:
         """Return per site and residual ``[M, R]`` the least value, and the flat node it is of."""
-        chosen = self._standing[:, earlier, self._residuals(earlier.stop), :, kinds]
-        if len(held) < len(self._gaps):
+        chosen = self._standing[:, earlier, self._nodes.residuals(earlier.stop), :, kinds]
+        if len(held) < len(self._nodes.gaps):
             chosen = chosen[:, :, :, held]
         sites, steps, residuals, gaps, width = chosen.shape
         flat = chosen.transpose(0, 2, 1, 3, 4).reshape(sites, residuals, -1)
@@ -228,47 +154,25 @@ class _Paths:
         step, gap, kind = np.unravel_index(best, (steps, gaps, width))
         row = np.broadcast_to(np.arange(residuals), step.shape)
         place = step + earlier.start, row, np.array(held)[gap], kind + kinds.start
-        node: Any = np.ravel_multi_index(place, self._shape)
+        node: Any = np.ravel_multi_index(place, self._nodes.shape)
         return flat.min(axis=2), node
 
     def column(self, index: int) -> list[Strategy]:
         """Return the strategies of the ``index``-th site, traced back from the end."""
-        found = [Strategy.SHARE_STEP] * self._steps
-        node, end = int(self._last[index]), self._steps
+        found = [Strategy.SHARE_STEP] * self._nodes.steps
+        node, end = int(self._last[index]), self._nodes.steps
         while True:
-            step, residual, gaps, kind = map(int, np.unravel_index(node, self._shape))
-            found[step] = self._kinds[kind].strategy
+            step, residual, gaps, kind = map(int, np.unravel_index(node, self._nodes.shape))
+            found[step] = self._nodes.kinds[kind].strategy
             inherited = float(self._inherited[index, step, residual, 0, kind])
             for later in range(step + 1, end):
                 costs = {
-                    strategy: self._cost(strategy, index, later, step, self._gaps[gaps], inherited)
+                    strategy: self._costs.reusing_at(
+                        strategy, index, later, step, self._nodes.gaps[gaps], inherited
+                    )
                     for strategy in self._reusing
                 }
                 found[later] = min(costs, key=lambda strategy: costs[strategy])
             if step == 0:
                 return found
             node, end = int(self._origin[index, step, residual, gaps, kind]), step
-
-    def _cost(
-        self,
-        strategy: Strategy,
-        site: int,
-        step: int,
-        source: int,
-        gaps: tuple[int, ...],
-        inherited: float,
-    ) -> float:
-        """Return what it costs one site to follow at ``step`` from its node at ``source``."""
-        error = self._errors.of(strategy, step, source, site, gaps)
-        if math.isinf(error):
-            return math.inf
-        carrying = carried(strategy, step - source, gaps[: strategy.outputs_read - 1])
-        weight = self._multiplier * float(self._weights[step, site])
-        return float(self._price[strategy][site]) + weight * (error + carrying * inherited)
-
-
-@cache
-def _carried_by(strategy: Strategy, step: int, gaps: tuple[tuple[int, ...], ...]) -> Array:
-    """Return what is carried to ``step`` from each step before it, ``[step, len(gaps)]``."""
-    sources = range(step)
-    return np.array([[carried(strategy, step - s, each) for each in gaps] for s in sources])

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.solve.paths import solve

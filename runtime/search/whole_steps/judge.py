@@ -12,7 +12,7 @@ from ditfastattn.runtime.opaque import OpaqueModel
 from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward, transformer_of
 from ditfastattn.runtime.pipeline.model_call import with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
-from ditfastattn.runtime.search.judge.targets import Judgement
+from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.observe import Observed
@@ -42,7 +42,7 @@ class Judge:
         for prompt, dense, state in zip(prompts, observed, states, strict=True):
             returned = partial(_replay, dense.steps[0].calls[0].form, iter(state.returned))
             made = self._images(prompt, partial(_in_place_of, model, returned))
-            judged += self._request.target.judge(dense.images, made, prompt.call)
+            judged += judge_images(self._request.target, dense.images, made, prompt.call)
         return judged
 
     def held_out(self, mask: FittedMask, observed: Observed) -> list[Judgement]:
@@ -53,7 +53,7 @@ class Judge:
             dense = self._dense(index, prompt, len(observed.steps))
             planned = self._images(prompt, model.around)
             self._meter.spend(len(mask.runs))
-            judged += self._request.target.judge(dense, planned, prompt.call)
+            judged += judge_images(self._request.target, dense, planned, prompt.call)
             if not self.meets(judged):
                 break
         return judged

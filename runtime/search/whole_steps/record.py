@@ -10,7 +10,8 @@ import torch
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Calibration, Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.judge.targets import Judgement, Target
+from ditfastattn.runtime.search.judge.judgement import Judgement
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.timing import device_name
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask, planned_output

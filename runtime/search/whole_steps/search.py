@@ -11,7 +11,8 @@ from typing import Any
 from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.search.judge.targets import Judgement, TargetKind
+from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
+from ditfastattn.runtime.search.judge.targets import TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import fit
@@ -206,7 +207,7 @@ class WholeStepSearch:
         perfect = [
             item
             for prompt, observed in pairs
-            for item in target.judge(observed.images, observed.images, prompt.call)
+            for item in judge_images(target, observed.images, observed.images, prompt.call)
         ]
         return self._plan(_Judged(mask, perfect), [])
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from ditfastattn import Strategy
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, find_sites
+from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.plan.legality import declined_strategies, why_not
 from tests.helpers import TINY_MODELS, capture_every_site, capture_model
 

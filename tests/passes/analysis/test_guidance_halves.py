@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditfastattn import CfgLayout, Strategy
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import ATTENTION, calls, value
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.legality import why_not

@@ -13,8 +13,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import attentions, find_sites
+from ditfastattn.passes.analysis.site import SiteKind, attentions
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.graph.ir import ATTENTION, calls
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.legality import declined_strategies, why_not

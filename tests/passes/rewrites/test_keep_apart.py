@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import Strategy
-from ditfastattn.passes.analysis.sites import Site, find_sites
+from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import aten, calls, clone
 from ditfastattn.passes.rewrites.base import Pass

@@ -11,7 +11,8 @@ from torch.fx import GraphModule
 from torch.nn.functional import dropout, layer_norm, linear, scaled_dot_product_attention
 
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.analysis.sites import Site, find_sites
+from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, value

@@ -13,8 +13,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ditfastattn import Plan
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.analysis.sites import Site, attentions, find_sites
+from ditfastattn.passes.analysis.site import Site, SiteKind, attentions
+from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.head_groups import even_groups
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, clone, graph_text, outputs

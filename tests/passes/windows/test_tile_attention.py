@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.flops import count_flops
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, value
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.windows.forms import band, fraction, sequence_tiles, tiles

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditfastattn import ConfigError, Plan, Strategy, Target, accelerate, calibrate, retarget
 from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
+from ditfastattn.runtime.search.judge.judgement import metric_values
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
 from tests.helpers import TINY_DIGITS, attentive_pipeline, tiny_digits_pipeline
@@ -70,7 +71,7 @@ def test_the_head_that_never_changes_is_computed_once(plan: Plan) -> None:
 
 
 def test_the_target_is_met_when_run_again(plan: Plan) -> None:
-    values = [TARGET.values(d, p, CALL)[0] for d, p in images_of(plan)]
+    values = [metric_values(TARGET, d, p, CALL)[0] for d, p in images_of(plan)]
     assert plan.calibration.calibrated is not None
     assert min(values) == pytest.approx(plan.calibration.calibrated.worst, abs=1e-4)
     assert min(values) >= 0.99

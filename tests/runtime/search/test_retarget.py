@@ -25,7 +25,7 @@ from ditfastattn import (
     retarget,
     validate,
 )
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.runtime.search.retarget import retarget_rows
 from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.tools.digits_pipeline import DigitsPipeline

@@ -20,7 +20,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search import calibrate as calibrate_pipeline
-from ditfastattn.runtime.search.judge.targets import Judgement
+from ditfastattn.runtime.search.judge.judgement import Judgement, metric_values
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
@@ -71,7 +71,7 @@ def test_the_worst_prompt_meets_the_target_when_run_again(by_ssim: Plan) -> None
     assert found.predicted_speedup is not None
     assert found.predicted_speedup > 1.05
     for measured, call, seed in ((found.calibrated, CALL, 0), (found.held_out, HELD_OUT, 500)):
-        values = [target.values(d, p, call)[0] for d, p in images(by_ssim, call, seed)]
+        values = [metric_values(target, d, p, call)[0] for d, p in images(by_ssim, call, seed)]
         assert measured is not None
         assert measured.worst == pytest.approx(min(values), abs=1e-4)
         assert measured.mean == pytest.approx(sum(values) / len(values), abs=1e-4)
@@ -129,7 +129,7 @@ def test_other_qualities_are_reached(target: Target) -> None:
     assert plan.changed > 0
     assert plan.calibration.held_out is not None
     assert target.met_by(plan.calibration.held_out.worst)
-    values = [target.values(d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
+    values = [metric_values(target, d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
     assert target.met_by(target.worst(values))
 
 
@@ -343,7 +343,7 @@ def test_unseen_prompts_that_are_harder_make_the_plan_gentler() -> None:
     assert gated.changed > 0
     assert gated.calibration.rounds > 1
     assert gated.calibration.strength < free.calibration.strength
-    values = [target.values(d, p, HELD_OUT)[0] for d, p in images(gated, HELD_OUT, 500)]
+    values = [metric_values(target, d, p, HELD_OUT)[0] for d, p in images(gated, HELD_OUT, 500)]
     assert max(values) <= 0.01
     assert gated.calibration.held_out is not None
     assert gated.calibration.held_out.worst == pytest.approx(max(values), abs=1e-5)
@@ -374,7 +374,7 @@ def test_prompts_without_any_damage_do_not_decide_for_harder_ones() -> None:
 
     target = Target.quality(judge, at_most=0.01)
     plan = search(target)
-    values = [target.values(d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
+    values = [metric_values(target, d, p, HELD_OUT)[0] for d, p in images(plan, HELD_OUT, 500)]
     assert max(values) <= 0.01
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from ditfastattn import ConfigError, TargetMissedError, calibrate
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge import pretrained
+from ditfastattn.runtime.search.judge.judgement import judge_images, metric_values
 from ditfastattn.runtime.search.judge.targets import Target
 from tests.helpers import tiny_digits_pipeline
 from tests.tiny_pipelines import tiny_pixart_pipeline
@@ -89,12 +90,13 @@ def test_lpips_is_measured_for_each_image(torchvision: Path) -> None:
     torchvision.touch()
     target = Target.max_lpips(0.1)
     target.prepare({})
-    first, second = target.judge(DENSE, PLANNED, {})
+    first, second = judge_images(target, DENSE, PLANNED, {})
     assert 0.0 < first.value < second.value
     assert (first.damage, first.allowed) == (first.value, 0.1)
     assert target.worst([first.value, second.value]) == second.value
-    assert target.values(DENSE, DENSE.clone(), {}) == [0.0, 0.0]
-    assert target.values(DENSE, PLANNED, {}) == [first.value, second.value]  # nothing adds up
+    assert metric_values(target, DENSE, DENSE.clone(), {}) == [0.0, 0.0]
+    again = metric_values(target, DENSE, PLANNED, {})
+    assert again == [first.value, second.value]  # nothing adds up
 
 
 def test_a_plan_is_searched_to_lpips(torchvision: Path) -> None:
@@ -117,18 +119,18 @@ def test_lpips_repeats_a_single_channel(torchvision: Path) -> None:
     torchvision.touch()
     grey, other = DENSE[:, :1], PLANNED[:, :1]
     target = Target.max_lpips(0.1)
-    repeated = target.values(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1), {})
-    assert target.values(grey, other, {}) == repeated
+    repeated = metric_values(target, grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1), {})
+    assert metric_values(target, grey, other, {}) == repeated
 
 
 def test_lpips_refuses_small_images_and_odd_channels(torchvision: Path) -> None:
     torchvision.touch()
     target, least = Target.max_lpips(0.1), 31
-    target.values(DENSE[..., :least, :least], PLANNED[..., :least, :least], {})
+    metric_values(target, DENSE[..., :least, :least], PLANNED[..., :least, :least], {})
     with pytest.raises(ConfigError, match=r"too small for LPIPS[\s\S]*30 x 48"):
-        target.values(DENSE[..., :30, :], PLANNED[..., :30, :], {})
+        metric_values(target, DENSE[..., :30, :], PLANNED[..., :30, :], {})
     with pytest.raises(ConfigError, match=r"LPIPS takes grey or RGB[\s\S]*2 channels"):
-        target.values(DENSE[:, :2], PLANNED[:, :2], {})
+        metric_values(target, DENSE[:, :2], PLANNED[:, :2], {})
 
 
 def test_lpips_without_weights_says_where_they_belong(torchvision: Path) -> None:
@@ -144,7 +146,10 @@ def test_a_missing_package_is_named(
     package: str, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    for use in (lambda: target.prepare(PROMPT), lambda: target.values(DENSE, PLANNED, PROMPT)):
+    for use in (
+        lambda: target.prepare(PROMPT),
+        lambda: metric_values(target, DENSE, PLANNED, PROMPT),
+    ):
         with pytest.raises(
             ConfigError, match=rf"{package}, which is not[\s\S]*pip install {package}"
         ):
@@ -195,7 +200,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine(clip_folder: str) -> None:
 
     target = Target.min_clip_score(1.0, clip_model=clip_folder)
     target.prepare(PROMPT)
-    values = target.values(DENSE, PLANNED, PROMPT)
+    values = metric_values(target, DENSE, PLANNED, PROMPT)
     loaded: Any = transformers
     model = loaded.CLIPModel.from_pretrained(clip_folder)
     processor = loaded.CLIPProcessor.from_pretrained(clip_folder)
@@ -224,7 +229,7 @@ def test_a_plan_is_searched_to_a_clip_score(clip_folder: str, tmp_path: Path) ->
     call["prompt"] = ["cat", "dog"]
     scored = Target.min_clip_score(1.0, clip_model=str(tmp_path))
     dense = [
-        scored.values(image, image, prompt.call)[0]
+        metric_values(scored, image, image, prompt.call)[0]
         for seed in (0, HELD_OUT_SEED)
         for prompt in split_prompts(call, seed)
         for image in [as_images(generate(pipeline, prompt))]
@@ -244,22 +249,26 @@ def test_a_plan_is_searched_to_a_clip_score(clip_folder: str, tmp_path: Path) ->
 
 def test_clip_damage_is_measured_from_the_dense_image(clip_folder: str) -> None:
     target = Target.min_clip_score(1.0, clip_model=clip_folder)
-    dense, planned = (target.values(DENSE, images, PROMPT) for images in (DENSE, PLANNED))
-    for entry, own, value in zip(target.judge(DENSE, PLANNED, PROMPT), dense, planned, strict=True):
+    dense, planned = (metric_values(target, DENSE, images, PROMPT) for images in (DENSE, PLANNED))
+    for entry, own, value in zip(
+        judge_images(target, DENSE, PLANNED, PROMPT), dense, planned, strict=True
+    ):
         assert entry.damage == pytest.approx(abs(own - value))
         assert entry.allowed == pytest.approx(own - 1.0)
-    assert [entry.damage for entry in target.judge(DENSE, DENSE, PROMPT)] == [0.0, 0.0]
+    assert [entry.damage for entry in judge_images(target, DENSE, DENSE, PROMPT)] == [0.0, 0.0]
 
 
 def test_each_prompt_is_read_with_its_images(clip_folder: str) -> None:
     target = Target.min_clip_score(1.0, clip_model=clip_folder)
     four = torch.cat([PLANNED, PLANNED])
-    cats, dogs = (target.values(DENSE, PLANNED, {"prompt": text}) for text in ("a cat", "dog"))
+    cats, dogs = (
+        metric_values(target, DENSE, PLANNED, {"prompt": text}) for text in ("a cat", "dog")
+    )
     assert cats != dogs
-    both = target.values(four, four, {"prompt": ["a cat", "dog"]})
+    both = metric_values(target, four, four, {"prompt": ["a cat", "dog"]})
     assert both == pytest.approx([*cats, *dogs], abs=1e-3)
     with pytest.raises(ConfigError, match=r"2 prompts, 3 images"):
-        target.values(four[:3], four[:3], {"prompt": ["a cat", "dog"]})
+        metric_values(target, four[:3], four[:3], {"prompt": ["a cat", "dog"]})
 
 
 def test_grey_images_and_long_prompts_are_scored(clip_folder: str) -> None:
@@ -267,12 +276,12 @@ def test_grey_images_and_long_prompts_are_scored(clip_folder: str) -> None:
     grey = PLANNED[:, :1]
     call = {"prompt": "cat " * CONTEXT}
     rgb = grey.repeat(1, 3, 1, 1)
-    assert target.values(grey, grey, call) == target.values(rgb, rgb, call)
+    assert metric_values(target, grey, grey, call) == metric_values(target, rgb, rgb, call)
 
 
 @pytest.mark.parametrize("call", [{}, {"prompt": None}, {"prompt": []}, {"prompt": ["cat", 3]}])
 def test_the_clip_score_needs_a_prompt(call: dict[str, Any]) -> None:
-    for use in (Target.prepare, lambda target, call: target.values(DENSE, PLANNED, call)):
+    for use in (Target.prepare, lambda target, call: metric_values(target, DENSE, PLANNED, call)):
         with pytest.raises(ConfigError, match=r"call\['prompt'\][\s\S]*got:[\s\S]*expected:"):
             use(Target.min_clip_score(30.0), call)
 

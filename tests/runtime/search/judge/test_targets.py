@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn import ConfigError
+from ditfastattn.runtime.search.judge.judgement import allowed_damages, judge_images, metric_values
 from ditfastattn.runtime.search.judge.metrics import image_mse, image_psnr, image_ssim
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 
@@ -95,23 +96,24 @@ def test_equal_images_are_perfect_without_a_warning(channels: int, dtype: torch.
     images = torch.cat([images, DENSE[:, :channels, :16, :16]]).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Target.min_ssim(1.0).values(images, images.clone(), {}) == [1.0] * 5
-        assert Target.min_psnr(99.0).values(images, images.clone(), {}) == [math.inf] * 5
+        assert metric_values(Target.min_ssim(1.0), images, images.clone(), {}) == [1.0] * 5
+        assert metric_values(Target.min_psnr(99.0), images, images.clone(), {}) == [math.inf] * 5
     for target in BUILT_IN:
-        assert [entry.damage for entry in target.judge(images, images.clone(), {})] == [0.0] * 5
+        judged = judge_images(target, images, images.clone(), {})
+        assert [entry.damage for entry in judged] == [0.0] * 5
 
 
 def test_values_are_those_of_each_image_and_damage_grows_as_they_fall() -> None:
     for target in BUILT_IN:
-        judged = target.judge(DENSE, PLANNED, {})
+        judged = judge_images(target, DENSE, PLANNED, {})
         values = [entry.value for entry in judged]
-        assert values == target.values(DENSE, PLANNED, {})
+        assert values == metric_values(target, DENSE, PLANNED, {})
         assert values == sorted(values, reverse=True)
         assert target.worst(values) == values[2]
         damages = [entry.damage for entry in judged]
         assert damages == sorted(damages)
         assert damages[0] == 0.0
-        assert target.allowed_damages(DENSE, {}) == [entry.allowed for entry in judged]
+        assert allowed_damages(target, DENSE, {}) == [entry.allowed for entry in judged]
         for entry in judged:
             assert entry.allowed is not None
             assert target.met_by(entry.value) == (entry.damage <= entry.allowed)
@@ -122,7 +124,7 @@ def test_ssim_and_psnr_are_what_they_are_called() -> None:
     assert float(image_psnr(darker + 0.1, darker)) == pytest.approx(20.0, abs=1e-4)
     means = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)  # nothing but the mean differs
     assert float(image_ssim(darker + 0.1, darker)) == pytest.approx(means, abs=1e-3)
-    judged = Target.min_psnr(30.0).judge(DENSE, PLANNED, {})
+    judged = judge_images(Target.min_psnr(30.0), DENSE, PLANNED, {})
     errors = image_mse(DENSE, PLANNED).tolist()
     assert [entry.damage for entry in judged] == pytest.approx(errors, rel=1e-4)
     assert judged[0].allowed == pytest.approx(1e-3)
@@ -130,7 +132,7 @@ def test_ssim_and_psnr_are_what_they_are_called() -> None:
 
 def test_images_below_the_window_of_ssim_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"too small for SSIM[\s\S]*24 x 10[\s\S]*11 or more"):
-        Target.min_ssim(0.9).values(DENSE[..., :10], PLANNED[..., :10], {})
+        metric_values(Target.min_ssim(0.9), DENSE[..., :10], PLANNED[..., :10], {})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_images_that_cannot_be_compared_are_refused(
     dense: Tensor, planned: Tensor, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        Target.min_psnr(30.0).values(dense, planned, {})
+        metric_values(Target.min_psnr(30.0), dense, planned, {})
 
 
 @pytest.mark.parametrize("kind", ["min_speedup", "max_latency", "threshold"])
@@ -155,12 +157,12 @@ def test_only_a_quality_is_measured_on_images(kind: str) -> None:
     target: Target = getattr(Target, kind)(2.0)
     target.prepare({})  # nothing to do
     with pytest.raises(ConfigError, match="not measured on images"):
-        target.values(DENSE, PLANNED, {})
+        metric_values(target, DENSE, PLANNED, {})
 
 
 def test_a_metric_of_the_users_own_is_used_as_given() -> None:
     target = Target.quality(mean_error, at_most=0.02)
-    judged = target.judge(DENSE, PLANNED, {})
+    judged = judge_images(target, DENSE, PLANNED, {})
     assert [entry.value for entry in judged] == pytest.approx(mean_error(DENSE, PLANNED).tolist())
     assert [entry.damage for entry in judged] == [entry.value for entry in judged]
     assert [entry.allowed for entry in judged] == [0.02] * 3
@@ -170,14 +172,14 @@ def test_a_metric_of_the_users_own_is_used_as_given() -> None:
 def test_a_single_value_stands_for_every_image() -> None:
     target = Target.quality(lambda dense, planned: 0.5, at_least=0.25, name="half")
     assert target.name == "half"
-    assert target.values(DENSE, PLANNED, {}) == [0.5, 0.5, 0.5]
+    assert metric_values(target, DENSE, PLANNED, {}) == [0.5, 0.5, 0.5]
 
 
 def test_what_the_dense_image_scores_is_the_measure_of_damage() -> None:
     """A metric that looks at the planned image alone: its mean brightness."""
     target = Target.quality(lambda _, planned: planned.flatten(1).mean(1), at_least=0.5)
     dense = torch.stack([torch.full((1, 4, 4), level) for level in (0.75, 0.25)])
-    judged = target.judge(dense, dense - 0.125, {})
+    judged = judge_images(target, dense, dense - 0.125, {})
     assert [entry.damage for entry in judged] == [0.125, 0.125]
     assert [entry.allowed for entry in judged] == [0.25, -0.25]  # the second misses the bound
     assert target.name == "quality"
@@ -190,7 +192,7 @@ def test_without_a_finite_perfect_value_damage_is_the_squared_error(perfect: flo
         return torch.where(error == 0.0, perfect, 1.0 / error)
 
     target = Target.quality(closeness, at_least=10.0)
-    judged = target.judge(DENSE[1:], PLANNED[1:], {})
+    judged = judge_images(target, DENSE[1:], PLANNED[1:], {})
     assert [entry.damage for entry in judged] == image_mse(DENSE[1:], PLANNED[1:]).tolist()
     assert [entry.allowed for entry in judged] == [None, None]
 
@@ -214,7 +216,7 @@ def broken(dense: Tensor, planned: Tensor) -> Tensor:
 def test_a_metric_at_fault_is_named(metric: Any, reason: str) -> None:
     target = Target.quality(metric, at_least=0.5, name="mine")
     with pytest.raises(ConfigError, match=rf"metric 'mine'[\s\S]*{reason}"):
-        target.values(DENSE, PLANNED, {})
+        metric_values(target, DENSE, PLANNED, {})
 
 
 @pytest.mark.parametrize("bounds", [{}, {"at_least": 0.1, "at_most": 0.2}])

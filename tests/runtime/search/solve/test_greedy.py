@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditfastattn import CfgLayout, Strategy
-from ditfastattn.passes.analysis.sites import Site
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator, Progress, relative_error
 from tests.helpers import (

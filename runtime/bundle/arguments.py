@@ -1,0 +1,121 @@
+"""The arguments of an exported model: bound by name, and checked against the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.specs import TensorSpec
+
+
+class BundleArguments:
+    """Turn the arguments of the exported model's forward into the inputs of a bundle's graphs."""
+
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+        """Take the manifest that describes them, and the device that they are moved to."""
+        self._manifest, self._device = manifest, device
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, as the model's forward would take them.
+
+        Raises:
+            ConfigError: the forward has no such argument, or one is given twice.
+        """
+        names = self._manifest.model.parameters
+        if len(args) > len(names):
+            raise ConfigError("too many arguments", got=len(args), expected=", ".join(names))
+        given = dict(zip(names, args, strict=False))
+        unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(given)))
+        if unknown:
+            raise ConfigError(
+                "unknown or repeated arguments", got=", ".join(unknown), expected=", ".join(names)
+            )
+        return {**given, **kwargs}
+
+    def batch(self, given: Mapping[str, Any]) -> int:
+        """Return the batch of a call that was bound as ``given``.
+
+        Raises:
+            ConfigError: the bundle does not take this batch.
+        """
+        manifest = self._manifest
+        spec = next(spec for spec in manifest.inputs if spec.shape)
+        batch = len(_lookup(spec.name, given))
+        if manifest.fixed_batch and batch != manifest.fixed_batch:
+            raise ConfigError(
+                "the bundle was exported for another batch",
+                where=f"argument {spec.name!r}",
+                got=batch,
+                expected=manifest.fixed_batch,
+                remedy="export it with a free batch",
+            )
+        if batch % manifest.batch_multiple:
+            raise ConfigError(
+                "the batch does not hold both halves of guidance",
+                where=f"argument {spec.name!r}",
+                got=batch,
+                expected=f"a multiple of {manifest.batch_multiple}",
+            )
+        return batch
+
+    def tensors(
+        self, specs: Iterable[TensorSpec], given: Mapping[str, Any], batch: int
+    ) -> dict[str, Tensor]:
+        """Return the tensors that ``specs`` describe, by name, out of the arguments ``given``.
+
+        Raises:
+            ConfigError: one is missing, or has another shape or dtype.
+        """
+        return {spec.name: _tensor(spec, given, batch, self._device) for spec in specs}
+
+
+def _lookup(name: str, given: Mapping[str, Any]) -> Any:
+    """Return the argument called ``name``: ``conditions.mask`` lies in the dict ``conditions``."""
+    found: Any = given
+    for part in name.split("."):
+        try:
+            found = found[int(part)] if isinstance(found, (list, tuple)) else found[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            found = None
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            "a tensor argument of the model is missing",
+            where=f"argument {name!r}",
+            got=type(found).__name__,
+            expected="what the model was exported with",
+        )
+    return found
+
+
+def _tensor(spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
+    tensor: Tensor = _lookup(spec.name, given)
+    expected = spec.sizes(batch)
+    if tuple(tensor.shape) != expected:
+        raise ConfigError(
+            "the bundle is for another shape: a resolution or length is fixed at export",
+            where=f"argument {spec.name!r}",
+            got=list(tensor.shape),
+            expected=list(expected),
+            remedy="export a bundle for this shape",
+        )
+    dtype = spec.torch_dtype
+    if tensor.dtype != dtype:
+        if tensor.is_floating_point() != dtype.is_floating_point and not _is_timestep(tensor):
+            raise ConfigError(
+                "the argument has another dtype",
+                where=f"argument {spec.name!r}",
+                got=tensor.dtype,
+                expected=dtype,
+            )
+        tensor = tensor.to(dtype)
+    return tensor.to(device)
+
+
+def _is_timestep(tensor: Tensor) -> bool:
+    """Return whether a tensor may be a timestep, which schedulers give as integers or floats."""
+    return tensor.dim() <= 1
