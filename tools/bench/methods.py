@@ -76,7 +76,7 @@ class EagerDense:
 
         return [Entry("", contender, dense=True)]
 
-    def form(self, _setup: Setup, _entries: Sequence[Entry]) -> tuple[Form, Data]:
+    def form(self, setup: Setup, entries: Sequence[Entry]) -> tuple[Form, Data]:
         """Return the form."""
         return Form.EAGER, {}
 
@@ -91,7 +91,7 @@ class FewerSteps:
         """Return a setting per number of steps."""
         return [_fewer(setup, count) for count in setup.options.counts(setup.options.fewer)]
 
-    def form(self, setup: Setup, _entries: Sequence[Entry]) -> tuple[Form, Data]:
+    def form(self, setup: Setup, entries: Sequence[Entry]) -> tuple[Form, Data]:
         """Return the form."""
         return whole_model(setup), {}
 

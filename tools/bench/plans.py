@@ -66,7 +66,7 @@ class Plans:
             if distinct[plan.strategies] == name
         ]
 
-    def form(self, setup: Setup, _entries: Sequence[Entry]) -> tuple[Form, Data]:
+    def form(self, setup: Setup, entries: Sequence[Entry]) -> tuple[Form, Data]:
         """Return the form."""
         return whole_model(setup), {}
 
