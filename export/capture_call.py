@@ -15,11 +15,8 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.pipeline.denoiser import (
-    check_not_accelerated,
-    replace_forward,
-    transformer_of,
-)
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 
 

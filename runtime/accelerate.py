@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
@@ -22,15 +25,13 @@ from ditfastattn.runtime.generation import naming_generation
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
 from ditfastattn.runtime.options import BackendOptions, parse_options
-from ditfastattn.runtime.pipeline.denoiser import (
-    Forward,
-    check_not_hooked,
-    denoiser_name,
-    plan_forward,
-    restore_forward,
-    transformer_of,
-)
+from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call
+from ditfastattn.runtime.pipeline.compilation import Compilation, give_back, set_aside
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import Forward, plan_forward, restore_forward
+from ditfastattn.runtime.pipeline.generation_end import stop_watching, warn_if_unused
 from ditfastattn.runtime.pipeline.guidance import current_guidance
+from ditfastattn.runtime.pipeline.hooks import check_not_cached, check_parts_not_hooked
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 log = logging.getLogger(__name__)
@@ -63,24 +64,23 @@ def accelerate(
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
-    if not is_opaque(loaded):
-        check_not_hooked(module)
     scheduler = getattr(pipeline, "scheduler", None)
     if loaded is not None and scheduler is not None:
         check_sampler(loaded, scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
     chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
+    _check_hooks(module, loaded)
     restore(pipeline)
-    name = denoiser_name(pipeline)
-    around = getattr(pipeline, name)
-    setattr(pipeline, name, module)  # a torch.compile around it would compile what runs compiled
-
-    if is_opaque(loaded):
-        compiled = getattr(around, "dynamo_ctx", lambda forward: forward)
-        plan_forward(module, lambda own: _opaque(compiled(own), module, pipeline, chosen))
+    model = OpaqueModel(module, loaded, chosen.timestep) if is_opaque(loaded) else None
+    compilation = set_aside(module)
+    compilation.take_from(pipeline, module)
+    watch = _PipelineWatch(ref(pipeline), ref(module), loaded, compilation)
+    if model is not None:
+        plan_forward(module, lambda own: _opaque(own, model, compilation, watch))
     else:
-        plan_forward(module, lambda forward: _planned(forward, pipeline, chosen))
+        plan_forward(module, lambda own: _planned(own, chosen, watch))
+    warn_if_unused(pipeline, module, lambda: watch.calls)
     return pipeline
 
 
@@ -107,18 +107,20 @@ class _DynamoGraph:
 class _PlannedForward:
     """Run the forward of one module, compiled; each call first looks at the pipeline's sampler."""
 
-    def __init__(self, forward: Forward, pipeline: Any, options: BackendOptions) -> None:
+    def __init__(self, forward: Forward, options: BackendOptions, watch: _PipelineWatch) -> None:
         self._compiled: Any = torch.compile(forward, backend=_backend, fullgraph=True)
-        self._options = options
-        self._sampler = _SamplerWatch(ref(pipeline), options.plan)
+        self._options, self._watch = options, watch
         self._functions: WeakKeyDictionary[_DynamoGraph, PlannedFunction] = WeakKeyDictionary()
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        with naming_generation(self._sampler.generation()):
+        with self._watch.call():
             token = _under_way.set(self)
             try:
                 with many_compilations():  # models of one class count together
                     return self._compiled(*args, **kwargs)
+            except TorchDynamoException:
+                self._watch.check_hooks()  # a better reason, if that is one
+                raise
             finally:
                 _under_way.reset(token)
 
@@ -133,44 +135,67 @@ class _PlannedForward:
 _under_way: ContextVar[_PlannedForward] = ContextVar("ditfastattn_planned_forward")
 
 
-def _planned(forward: Forward, pipeline: Any, options: BackendOptions) -> Forward:
-    planned = _PlannedForward(forward, pipeline, options)
+def _planned(forward: Forward, options: BackendOptions, watch: _PipelineWatch) -> Forward:
+    planned = _PlannedForward(forward, options, watch)
+    return lambda *args, **kwargs: planned(args, kwargs)
 
-    @functools.wraps(forward)
+
+def _opaque(
+    forward: Forward, model: OpaqueModel, compilation: Compilation, watch: _PipelineWatch
+) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return planned(args, kwargs)
+        with watch.call():
+            return model(compilation.of(forward), args, kwargs)
 
     return run
 
 
-def _opaque(forward: Forward, module: Any, pipeline: Any, options: BackendOptions) -> Forward:
-    assert options.plan is not None
-    model = OpaqueModel(module, options.plan, options.timestep)
-    sampler = _SamplerWatch(ref(pipeline), options.plan)
+class _PipelineWatch:
+    """Look at the pipeline that calls a transformer, and at its sampler, before each call."""
 
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with naming_generation(sampler.generation()):
-            return model(forward, args, kwargs)
-
-    return run
-
-
-class _SamplerWatch:
-    """Look at a pipeline's sampler before each call of its transformer."""
-
-    def __init__(self, pipeline: ref[Any], plan: Plan | None) -> None:
-        self._pipeline, self._plan = pipeline, plan
+    def __init__(
+        self,
+        pipeline: ref[Any],
+        module: ref[nn.Module],
+        plan: Plan | None,
+        compilation: Compilation,
+    ) -> None:
+        self._pipeline, self._module, self._plan = pipeline, module, plan
+        self._compilation = compilation
+        self.calls = 0
         self._accepted: list[Any] = [None, None, None]  # compared last, by identity
         self._timesteps: object | None = None  # of the generation under way
 
-    def generation(self) -> object | None:
-        """Check the sampler; return what stands for the generation under way, None if unknown.
+    @contextmanager
+    def call(self) -> Generator[None]:
+        """Check the sampler of the pipeline that calls; the call runs within.
 
         Raises:
             ConfigError: the sampler is not the plan's.
         """
-        pipeline = self._pipeline()
+        self.calls += 1
+        module, own = self._module(), self._pipeline()
+        caller = None if module is None else calling_pipeline(module)
+        if module is not None and caller is not None:
+            self._compilation.take_from(caller, module)
+        try:
+            with naming_generation(self._generation(own if caller is None else caller)):
+                yield
+        except ConfigError as error:
+            call = "" if module is None or caller is None else describe_call(module)
+            explained = _explained(error, call, caller is not own)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def check_hooks(self) -> None:
+        """Raise ``ConfigError`` if hooks have come since that the plan cannot run with."""
+        module = self._module()
+        if module is not None:
+            _check_hooks(module, self._plan)
+
+    def _generation(self, pipeline: Any) -> object | None:
+        """Check the sampler; return what stands for the generation under way, None if unknown."""
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
             return None
@@ -178,6 +203,8 @@ class _SamplerWatch:
         stable = timesteps is getattr(scheduler, "timesteps", None)
         begins = stable and timesteps is not self._timesteps
         self._timesteps = timesteps if stable else None
+        if begins:
+            self.check_hooks()
         if self._plan is not None:
             self._check(self._plan, scheduler, pipeline, begins)
         return self._timesteps
@@ -195,6 +222,22 @@ class _SamplerWatch:
             self._accepted[:] = found
 
 
+def _check_hooks(module: nn.Module, plan: Plan | None) -> None:
+    """Raise ``ConfigError`` if ``module`` has hooks that ``plan`` cannot run with."""
+    check_not_cached(module)
+    if not is_opaque(plan):
+        check_parts_not_hooked(module)
+
+
+def _explained(error: ConfigError, call: str, shared: bool) -> ConfigError | None:
+    """Return ``error`` with the ``call`` of the pipeline, where that helps to understand it."""
+    if call and shared:
+        what = f"{call} shares the transformer that was accelerated with another pipeline"
+        remedy = "calibrate a plan with this pipeline, or restore() the transformer"
+        return ConfigError(f"{what}\n{error}", remedy=remedy)
+    return ConfigError(f"{error}\n  call:     {call}") if "=" in call else None
+
+
 def restore(pipeline: Any) -> Any:
     """Undo ``accelerate``: the transformer runs as it did before; return the pipeline.
 
@@ -204,5 +247,7 @@ def restore(pipeline: Any) -> Any:
         ConfigError: the pipeline has no transformer.
     """
     module = transformer_of(pipeline, "restore(pipeline)")
+    stop_watching(pipeline)
     restore_forward(module)
+    give_back(module)
     return pipeline

@@ -26,7 +26,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.generation import named_generation
 from ditfastattn.runtime.matching import check_fingerprint, mismatch
-from ditfastattn.runtime.pipeline.denoiser import Forward
+from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 
 log = logging.getLogger(__name__)

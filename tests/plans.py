@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.analysis.fingerprint import module_fingerprint
+from ditfastattn.passes.analysis.output_site import OUTPUT
+from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Calibration, Plan, PlannedSite
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward
+from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.runtime.search.judge.targets import Target
@@ -42,6 +44,31 @@ def plan_for(
         return record_plan(
             session, rows, session.timesteps, Calibration(method="manual", target=recorded)
         )
+
+
+def opaque_plan_for(pipeline: Any, call: Mapping[str, Any], strategies: Sequence[Strategy]) -> Plan:
+    """Return a plan that takes ``strategies[step]`` for the whole output, and calls it as it is.
+
+    The transformer's output is shaped like its latent.
+    """
+    plan = plan_for(pipeline, call, strategies)
+    shape = plan.inputs["hidden_states"]
+    output = PlannedSite(
+        name=OUTPUT,
+        kind=SiteKind.OUTPUT,
+        tokens=shape[1] * shape[2],
+        heads=1,
+        head_dim=shape[0],
+        window=0,
+        latent="hidden_states",
+    )
+    changes = {
+        "model": module_fingerprint(pipeline.transformer),
+        "inputs": {"hidden_states": shape},
+        "sites": (output,),
+        "strategies": tuple((strategy,) for strategy in strategies),
+    }
+    return plan.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

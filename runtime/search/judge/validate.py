@@ -19,11 +19,8 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
-from ditfastattn.runtime.pipeline.denoiser import (
-    check_not_accelerated,
-    denoiser_name,
-    transformer_of,
-)
+from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
+from ditfastattn.runtime.pipeline.forwards import check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import (
     check_layout,
     detect_cfg_layout,

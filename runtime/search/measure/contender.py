@@ -12,7 +12,8 @@ from torch import Tensor
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
-from ditfastattn.runtime.pipeline.denoiser import denoiser_name, replace_forward, transformer_of
+from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
+from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_pairs
 

@@ -29,14 +29,10 @@ from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import check_shapes
-from ditfastattn.runtime.pipeline.denoiser import (
-    Forward,
-    check_not_accelerated,
-    check_not_hooked,
-    replace_forward,
-    transformer_of,
-)
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
+from ditfastattn.runtime.pipeline.hooks import check_not_hooked
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.captured_model import (

@@ -17,7 +17,8 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import check_fingerprint
 from ditfastattn.runtime.opaque import is_opaque
-from ditfastattn.runtime.pipeline.denoiser import check_not_accelerated, transformer_of
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind

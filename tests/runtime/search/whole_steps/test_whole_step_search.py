@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import ditfastattn
 from ditfastattn import ConfigError, Plan, Strategy, Target
-from ditfastattn.runtime.pipeline.denoiser import replace_forward, transformer_of
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps

@@ -1,0 +1,54 @@
+"""Which pipeline calls a transformer: several may share one, as ``from_pipe`` makes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+_NAMES = ("transformer", "unet")
+_OWNERS = ("self", "components", "pipeline", "pipe")  # first arguments of what runs a pipeline
+
+
+def calling_pipeline(module: nn.Module) -> Any:
+    """Return the pipeline on the stack that holds ``module``, compiled or not; None if none does.
+
+    Only the stack can tell: a call carries nothing of the pipeline that makes it.
+    """
+    return next((owner for owner, _ in _callers() if holds(owner, module)), None)
+
+
+def describe_call(module: nn.Module) -> str:
+    """Return the call of the pipeline that calls ``module``, with what shortens its schedule."""
+    for owner, frame in _callers():
+        if holds(owner, module):
+            strength = frame.f_locals.get("strength")
+            given = "" if strength is None else f"strength={strength}"
+            return f"{type(owner).__name__}({given})"
+    return ""
+
+
+def holds(pipeline: Any, module: nn.Module) -> bool:
+    """Return whether ``module`` is the denoiser of ``pipeline``, compiled or not."""
+    held = _held_by(pipeline)
+    return held is not None and (held is module or getattr(held, "_orig_mod", None) is module)
+
+
+def _callers() -> Iterator[tuple[Any, FrameType]]:
+    """Yield what may be a pipeline on the stack, from the inside out."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and (first := code.co_varnames[0]) in _OWNERS:
+            yield frame.f_locals.get(first), frame
+        frame = frame.f_back
+
+
+def _held_by(owner: Any) -> Any:
+    if isinstance(owner, nn.Module):
+        return None
+    known: dict[str, Any] = getattr(owner, "__dict__", {})
+    return next((known[name] for name in _NAMES if known.get(name) is not None), None)
