@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
@@ -118,6 +118,8 @@ class _PlannedForward:
             try:
                 with many_compilations():  # models of one class count together
                     return self._compiled(*args, **kwargs)
+            except FailOnRecompileLimitHit as error:
+                raise _too_many() from error
             except TorchDynamoException:
                 self._watch.check_hooks()  # a better reason, if that is one
                 raise
@@ -220,6 +222,14 @@ class _PipelineWatch:
         if any(one is not other for one, other in zip(found, self._accepted, strict=True)):
             check_sampler(plan, scheduler, found[2])
             self._accepted[:] = found
+
+
+def _too_many() -> ConfigError:
+    return ConfigError(
+        "too many transformers of different structures or shapes were compiled in this process",
+        where="accelerate(pipeline)",
+        remedy="call torch._dynamo.reset(), which forgets all that was compiled, and run again",
+    )
 
 
 def _check_hooks(module: nn.Module, plan: Plan | None) -> None:

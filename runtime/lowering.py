@@ -166,3 +166,12 @@ def many_compilations() -> Generator[None]:
     """
     with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
         yield
+
+
+def expect_many_compilations() -> None:
+    """Let Dynamo compile one class of models many times from now on, in this process.
+
+    For models that ``torch.compile`` was given outside of ``many_compilations``: each plan is a
+    backend of its own to Dynamo.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
+from ditfastattn.runtime.lowering import expect_many_compilations
 from ditfastattn.runtime.options import parse_options
 
 
@@ -29,4 +30,5 @@ def ditfastattn(
     Raises:
         ConfigError: an option is wrong, or the plan cannot be read.
     """
+    expect_many_compilations()  # Dynamo's limit of 8 would let the ninth plan run dense
     return PlannedFunction(module, parse_options(options, mode))

@@ -16,7 +16,7 @@ from diffusers.hooks.pyramid_attention_broadcast import (
 from torch import Tensor, nn
 
 import ditfastattn
-from ditfastattn import ConfigError, Plan, Strategy
+from ditfastattn import ConfigError, Plan, Strategy, Target
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.helpers import attentive_pipeline
@@ -191,6 +191,28 @@ def test_a_cache_of_diffusers_is_refused(plan: Plan) -> None:
     cached(pipeline.transformer)
     with pytest.raises(ConfigError, match=r"a cache of its own[\s\S]*disable_cache"):
         ditfastattn.accelerate(pipeline, plan, lowering="eager")
+
+
+def test_whole_steps_are_not_calibrated_over_a_cache() -> None:
+    pipeline = attentive_pipeline()
+    cached(pipeline.transformer)
+    target = Target.min_speedup(1.5)
+    with pytest.raises(ConfigError, match=r"a cache of its own[\s\S]*disable_cache"):
+        ditfastattn.calibrate(pipeline, CALL, target=target, method="whole-steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", PARTS)
+def test_whole_steps_are_calibrated_with_hooks_of_parts(parts: str) -> None:
+    pipeline = attentive_pipeline()
+    PARTS[parts](pipeline.transformer)
+    dense = run(pipeline)
+    target = Target.min_speedup(1.5)
+    plan = ditfastattn.calibrate(pipeline, CALL, target=target, method="whole-steps")
+    ditfastattn.accelerate(pipeline, plan)
+    assert not torch.equal(run(pipeline), dense)
+    ditfastattn.restore(pipeline)
+    assert torch.equal(run(pipeline), dense)
 
 
 def test_a_cache_that_comes_later_is_refused_until_it_is_gone(plan: Plan) -> None:

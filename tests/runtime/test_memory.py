@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 import ditfastattn
-from ditfastattn import CfgLayout, Plan, Strategy
+from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.runtime import specializations
 from ditfastattn.runtime.model_state import ModelState
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
@@ -103,6 +103,66 @@ def test_fifty_accelerated_models_leave_no_memory(restored: bool, plan: Plan) ->
     assert not any(model() for model in alive)
     # torch keeps the source of each graph that it has generated code for, here 0.15 MiB a round.
     assert resident_bytes() - begun < 16 * MEBIBYTE
+
+
+def shared_layers(plan: Plan, number: int) -> Plan:
+    """Return ``plan`` with another choice of sites at its last step for each ``number``."""
+    *rows, last = plan.strategies
+    bits = [number >> place & 1 for place in range(len(last))]
+    row = tuple(s if bit else Strategy.FULL for s, bit in zip(last, bits, strict=True))
+    return plan.model_copy(update={"strategies": (*rows, row)})
+
+
+@pytest.mark.parametrize("plans", [pytest.param(55, marks=pytest.mark.slow), 10])
+def test_many_plans_run_in_one_process(
+    plans: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    made = pipeline()
+    monkeypatch.setattr("ditfastattn.runtime.lowering._COMPILATIONS", 2)  # all share what is one
+    known, begun = 0, 0
+    for number in range(plans):
+        ditfastattn.accelerate(made, shared_layers(plan, number % 16), lowering="eager")
+        generate(made, Prompt(CALL, 3))
+        gc.collect()
+        if number == 4:
+            known, begun = len(specializations._registry), resident_bytes()
+    assert len(specializations._registry) == known
+    assert resident_bytes() - begun < 16 * MEBIBYTE
+
+
+def test_the_ninth_plan_of_torch_compile_runs_too(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)  # is set back at the end
+    made = pipeline()
+    for number in range(10):
+        options: dict[str, Any] = {"plan": shared_layers(plan, number), "lowering": "eager"}
+        plain = made.transformer
+        compiled: Any = torch.compile(plain, backend="ditfastattn", options=options)
+        made.transformer = compiled
+        generate(made, Prompt(CALL, 3))
+        made.transformer = plain
+        assert options["plan"] in [report.plan for report in ditfastattn.reports()]
+
+
+def test_too_many_structures_are_an_error_with_the_remedy(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("ditfastattn.runtime.lowering._COMPILATIONS", 1)
+    for number, wanted in ((1, True), (2, False)):
+        config = TINY_DIGITS | {"num_layers": number}
+        scheduler: Any = DDIMScheduler()
+        made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
+        made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+        ditfastattn.accelerate(made, lowering="eager", dense=True)
+        if wanted:
+            generate(made, Prompt(CALL, 0))
+            continue
+        with pytest.raises(ConfigError, match=r"too many transformers[\s\S]*reset\(\)"):
+            generate(made, Prompt(CALL, 0))
 
 
 def test_models_of_many_structures_may_be_accelerated() -> None:

@@ -21,6 +21,7 @@ from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
+from ditfastattn.runtime.pipeline.hooks import check_not_cached
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.session import open_session
@@ -102,6 +103,7 @@ def identify(
 ) -> Subject:
     """Return what ``pipeline`` generates ``prompt`` with; captured where that is possible."""
     module = transformer_of(pipeline, "calibrate(pipeline)")
+    check_not_cached(module)
     scale = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
     captured = None
     if not opaque and denoiser_name(pipeline) == "transformer":
