@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
 
@@ -21,26 +19,33 @@ from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
-from ditfastattn.runtime.generation import naming_generation
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
 from ditfastattn.runtime.options import BackendOptions, parse_options
-from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call
 from ditfastattn.runtime.pipeline.compilation import Compilation, give_back, set_aside
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.pipeline.forwards import Forward, plan_forward, restore_forward
+from ditfastattn.runtime.pipeline.forwards import (
+    Forward,
+    plan_forward,
+    planned_forward,
+    restore_forward,
+)
 from ditfastattn.runtime.pipeline.generation_end import stop_watching, warn_if_unused
-from ditfastattn.runtime.pipeline.guidance import current_guidance
-from ditfastattn.runtime.pipeline.hooks import check_not_cached, check_parts_not_hooked
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.pipeline_watch import PipelineWatch, check_hooks
+from ditfastattn.runtime.plan_choice import Candidate, OnMismatch, PlanChoice
 
 log = logging.getLogger(__name__)
 
 
+AnyPlan = Plan | str | os.PathLike[str]
+
+
 def accelerate(
     pipeline: Any,
-    plan: Plan | str | os.PathLike[str] | None = None,
+    plan: AnyPlan | Sequence[AnyPlan] | None = None,
     *,
+    on_mismatch: str = OnMismatch.ERROR,
     mode: str | None = None,
     **options: Any,
 ) -> Any:
@@ -53,7 +58,10 @@ def accelerate(
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.
-        plan: the plan, or its path; without one the first generation calibrates itself.
+        plan: the plan, or its path; without one the first generation calibrates itself. Of several
+            the first one runs that is for a generation's sampler, steps, guidance and shapes.
+        on_mismatch: what becomes of a generation that no plan is for: ``"error"``, or ``"dense"``:
+            it runs dense, with a warning for each reason, and is counted (``dense_generations``).
         mode: a mode of ``torch.compile``, such as ``"reduce-overhead"``.
         **options: the backend's other options, as ``torch.compile(options=...)`` takes them.
 
@@ -63,25 +71,106 @@ def accelerate(
     """
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
-    loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    plans = _loaded(plan)
+    otherwise = _on_mismatch(on_mismatch)
     scheduler = getattr(pipeline, "scheduler", None)
-    if loaded is not None and scheduler is not None:
-        check_sampler(loaded, scheduler)
+    if len(plans) > 1 or otherwise is OnMismatch.DENSE:
+        _check_choice(plans, scheduler)
+    elif plans[0] is not None and scheduler is not None:
+        check_sampler(plans[0], scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
-    chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
-    _check_hooks(module, loaded)
+    chosen = [
+        parse_options({**options, **({} if one is None else {"plan": one})}, mode) for one in plans
+    ]
+    check_hooks(module, plans)
     restore(pipeline)
-    model = OpaqueModel(module, loaded, chosen.timestep) if is_opaque(loaded) else None
+    models = {
+        index: OpaqueModel(module, one, chosen[index].timestep)
+        for index, one in enumerate(plans)
+        if one is not None and is_opaque(one)
+    }
     compilation = set_aside(module)
     compilation.take_from(pipeline, module)
-    watch = _PipelineWatch(ref(pipeline), ref(module), loaded, compilation)
-    if model is not None:
-        plan_forward(module, lambda own: _opaque(own, model, compilation, watch))
-    else:
-        plan_forward(module, lambda own: _planned(own, chosen, watch))
+    watch = PipelineWatch(ref(pipeline), ref(module), plans, compilation)
+
+    def choose(own: Forward) -> PlanChoice:
+        compiled: Any = torch.compile(own, backend=_backend, fullgraph=True)
+        runs = (
+            _opaque(own, models[index], compilation)
+            if index in models
+            else _PlannedForward(compiled, chosen[index], watch)
+            for index in range(len(plans))
+        )
+        candidates = [Candidate(*pair) for pair in zip(plans, runs, strict=True)]
+        return PlanChoice(module, candidates, _dense(own, compilation), otherwise)
+
+    plan_forward(module, lambda own: _Chosen(choose(own), watch))
     warn_if_unused(pipeline, module, lambda: watch.calls)
     return pipeline
+
+
+def dense_generations(pipeline: Any) -> dict[str, int]:
+    """Return how many generations ran dense since ``accelerate``, as no plan was for them.
+
+    They are counted by reason; see ``on_mismatch``.
+
+    Raises:
+        ConfigError: the pipeline has no transformer, or is not accelerated.
+    """
+    run = planned_forward(transformer_of(pipeline, "dense_generations(pipeline)"))
+    if not isinstance(run, _Chosen):
+        raise ConfigError(
+            "the pipeline is not accelerated",
+            where="dense_generations(pipeline)",
+            remedy="call accelerate(pipeline, plan) first",
+        )
+    return dict(run.choice.dense_generations)
+
+
+def _loaded(plan: AnyPlan | Sequence[AnyPlan] | None) -> tuple[Plan | None, ...]:
+    if plan is None:
+        return (None,)
+    given = [plan] if isinstance(plan, (Plan, str, os.PathLike)) else plan
+    found = tuple(one if isinstance(one, Plan) else Plan.load(one) for one in given)
+    if not found:
+        raise ConfigError(
+            "there is no plan",
+            where="accelerate(plan)",
+            got="an empty sequence",
+            expected="a plan, several, or None to calibrate one in the first generation",
+        )
+    return found
+
+
+def _on_mismatch(given: str) -> OnMismatch:
+    try:
+        return OnMismatch(given)
+    except ValueError as error:
+        raise ConfigError(
+            "not a way to deal with a generation that no plan is for",
+            where="accelerate(on_mismatch)",
+            got=given,
+            expected=", ".join(OnMismatch),
+        ) from error
+
+
+def _check_choice(plans: Sequence[Plan | None], scheduler: Any) -> None:
+    """Raise ``ConfigError`` where the generations that plans are chosen for cannot be told."""
+    if None in plans:
+        raise ConfigError(
+            "a first generation that calibrates cannot run dense",
+            where="accelerate(on_mismatch)",
+            got=OnMismatch.DENSE,
+            remedy="give a plan",
+        )
+    if getattr(scheduler, "timesteps", None) is None:
+        raise ConfigError(
+            "a plan is chosen as a generation begins, which the pipeline does not show",
+            where="accelerate(pipeline)",
+            got="no scheduler with timesteps" if scheduler is None else type(scheduler).__name__,
+            remedy="give one plan, and on_mismatch='error'",
+        )
 
 
 def _backend(graph: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
@@ -105,26 +194,24 @@ class _DynamoGraph:
 
 
 class _PlannedForward:
-    """Run the forward of one module, compiled; each call first looks at the pipeline's sampler."""
+    """Run the forward of one module, compiled, by one plan."""
 
-    def __init__(self, forward: Forward, options: BackendOptions, watch: _PipelineWatch) -> None:
-        self._compiled: Any = torch.compile(forward, backend=_backend, fullgraph=True)
-        self._options, self._watch = options, watch
+    def __init__(self, compiled: Forward, options: BackendOptions, watch: PipelineWatch) -> None:
+        self._compiled, self._options, self._watch = compiled, options, watch
         self._functions: WeakKeyDictionary[_DynamoGraph, PlannedFunction] = WeakKeyDictionary()
 
-    def __call__(self, args: Any, kwargs: Any) -> Any:
-        with self._watch.call():
-            token = _under_way.set(self)
-            try:
-                with many_compilations():  # models of one class count together
-                    return self._compiled(*args, **kwargs)
-            except FailOnRecompileLimitHit as error:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _under_way.set(self)
+        try:
+            with many_compilations():  # models of one class count together
+                return self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            self._watch.check_hooks()  # a better reason, if that is one
+            if isinstance(error, FailOnRecompileLimitHit):
                 raise _too_many() from error
-            except TorchDynamoException:
-                self._watch.check_hooks()  # a better reason, if that is one
-                raise
-            finally:
-                _under_way.reset(token)
+            raise
+        finally:
+            _under_way.reset(token)
 
     def function(self, graph: _DynamoGraph) -> PlannedFunction:
         """Return what runs ``graph`` by the plan."""
@@ -137,91 +224,23 @@ class _PlannedForward:
 _under_way: ContextVar[_PlannedForward] = ContextVar("ditfastattn_planned_forward")
 
 
-def _planned(forward: Forward, options: BackendOptions, watch: _PipelineWatch) -> Forward:
-    planned = _PlannedForward(forward, options, watch)
-    return lambda *args, **kwargs: planned(args, kwargs)
+def _opaque(own: Forward, model: OpaqueModel, compilation: Compilation) -> Forward:
+    return lambda *args, **kwargs: model(compilation.of(own), args, kwargs)
 
 
-def _opaque(
-    forward: Forward, model: OpaqueModel, compilation: Compilation, watch: _PipelineWatch
-) -> Forward:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with watch.call():
-            return model(compilation.of(forward), args, kwargs)
-
-    return run
+def _dense(own: Forward, compilation: Compilation) -> Forward:
+    return lambda *args, **kwargs: compilation.of(own)(*args, **kwargs)
 
 
-class _PipelineWatch:
-    """Look at the pipeline that calls a transformer, and at its sampler, before each call."""
+class _Chosen:
+    """Run each call by the plan that was chosen for its generation."""
 
-    def __init__(
-        self,
-        pipeline: ref[Any],
-        module: ref[nn.Module],
-        plan: Plan | None,
-        compilation: Compilation,
-    ) -> None:
-        self._pipeline, self._module, self._plan = pipeline, module, plan
-        self._compilation = compilation
-        self.calls = 0
-        self._accepted: list[Any] = [None, None, None]  # compared last, by identity
-        self._timesteps: object | None = None  # of the generation under way
+    def __init__(self, choice: PlanChoice, watch: PipelineWatch) -> None:
+        self.choice, self._watch = choice, watch
 
-    @contextmanager
-    def call(self) -> Generator[None]:
-        """Check the sampler of the pipeline that calls; the call runs within.
-
-        Raises:
-            ConfigError: the sampler is not the plan's.
-        """
-        self.calls += 1
-        module, own = self._module(), self._pipeline()
-        caller = None if module is None else calling_pipeline(module)
-        if module is not None and caller is not None:
-            self._compilation.take_from(caller, module)
-        try:
-            with naming_generation(self._generation(own if caller is None else caller)):
-                yield
-        except ConfigError as error:
-            call = "" if module is None or caller is None else describe_call(module)
-            explained = _explained(error, call, caller is not own)
-            if explained is None:
-                raise
-            raise explained from error
-
-    def check_hooks(self) -> None:
-        """Raise ``ConfigError`` if hooks have come since that the plan cannot run with."""
-        module = self._module()
-        if module is not None:
-            _check_hooks(module, self._plan)
-
-    def _generation(self, pipeline: Any) -> object | None:
-        """Check the sampler; return what stands for the generation under way, None if unknown."""
-        scheduler = getattr(pipeline, "scheduler", None)
-        if scheduler is None:
-            return None
-        timesteps: object | None = getattr(scheduler, "timesteps", None)  # set once a generation
-        stable = timesteps is getattr(scheduler, "timesteps", None)
-        begins = stable and timesteps is not self._timesteps
-        self._timesteps = timesteps if stable else None
-        if begins:
-            self.check_hooks()
-        if self._plan is not None:
-            self._check(self._plan, scheduler, pipeline, begins)
-        return self._timesteps
-
-    def _check(self, plan: Plan, scheduler: Any, pipeline: Any, begins: bool) -> None:
-        # The guidance is compared where a generation begins: a pipeline may change it later. A
-        # scheduler that counts has no index before a generation's first step.
-        if getattr(scheduler, "step_index", None) is not None:
-            return
-        begins = begins or hasattr(scheduler, "step_index")
-        scale = current_guidance(pipeline) if begins else self._accepted[2]
-        found = [scheduler, scheduler.config, scale]
-        if any(one is not other for one, other in zip(found, self._accepted, strict=True)):
-            check_sampler(plan, scheduler, found[2])
-            self._accepted[:] = found
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._watch.call() as moment:
+            return self.choice(moment, args, kwargs)
 
 
 def _too_many() -> ConfigError:
@@ -230,22 +249,6 @@ def _too_many() -> ConfigError:
         where="accelerate(pipeline)",
         remedy="call torch._dynamo.reset(), which forgets all that was compiled, and run again",
     )
-
-
-def _check_hooks(module: nn.Module, plan: Plan | None) -> None:
-    """Raise ``ConfigError`` if ``module`` has hooks that ``plan`` cannot run with."""
-    check_not_cached(module)
-    if not is_opaque(plan):
-        check_parts_not_hooked(module)
-
-
-def _explained(error: ConfigError, call: str, shared: bool) -> ConfigError | None:
-    """Return ``error`` with the ``call`` of the pipeline, where that helps to understand it."""
-    if call and shared:
-        what = f"{call} shares the transformer that was accelerated with another pipeline"
-        remedy = "calibrate a plan with this pipeline, or restore() the transformer"
-        return ConfigError(f"{what}\n{error}", remedy=remedy)
-    return ConfigError(f"{error}\n  call:     {call}") if "=" in call else None
 
 
 def restore(pipeline: Any) -> Any:

@@ -91,7 +91,8 @@ class Replacement:
         known = self._before
         own = known.own if isinstance(known, ReplacedMethod) else known or module.forward
         self._module = module
-        self.method = place[name] = ReplacedMethod(own, make(own), note)
+        self.made = make(own)
+        self.method = place[name] = ReplacedMethod(own, self.made, note)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None: a copy runs as it is."""
@@ -140,6 +141,12 @@ def restore_forward(module: nn.Module) -> None:
     replacement: Replacement | None = vars(module).pop(_PLANNED, None)
     if replacement is not None:
         replacement.undo(module)
+
+
+def planned_forward(module: nn.Module) -> Forward | None:
+    """Return what ``plan_forward`` has put in place; None if ``module`` does not run by a plan."""
+    replacement: Replacement | None = vars(module).get(_PLANNED)
+    return None if replacement is None else replacement.made
 
 
 def is_planned(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from ditfastattn.exporting import build, export, verify
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.accelerate import accelerate, restore
+from ditfastattn.runtime.accelerate import accelerate, dense_generations, restore
 from ditfastattn.runtime.load import load
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.search.calibrate import calibrate
@@ -46,6 +46,7 @@ __all__ = [
     "build",
     "calibrate",
     "check_sampler",
+    "dense_generations",
     "export",
     "load",
     "reports",
