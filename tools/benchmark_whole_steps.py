@@ -31,7 +31,6 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.whole_steps.calibrate import repeated
 from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
 from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
@@ -93,11 +92,11 @@ def _plans(checkpoint: Checkpoint, steps: int, wanted: Sequence[int], out: Path)
     paths = {number: out / f"plan-{steps}-{number}.json" for number in wanted}
     if not all(path.exists() for path in paths.values()):
         pipeline = DEMO.open()
-        first = [prompt(seed, steps) for seed in range(4)]
+        first = [prompt(seed, steps) for seed in range(FITTED_ON)]
         subject = identify(pipeline, first[0], CfgLayout.COND_FIRST, "timestep")
         request = Request(
             Target.min_psnr(30.0),
-            repeated(first, FITTED_ON),
+            tuple(first),
             (),
             CfgLayout.COND_FIRST,
             "timestep",
