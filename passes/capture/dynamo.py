@@ -7,7 +7,7 @@ buffers) or *dynamic* (the arguments of the call).
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,22 @@ def plain_numbers(inputs: Sequence[GraphInput], args: Sequence[Any]) -> list[Any
     return [argument.numpy()[()] if entry.number else argument for entry, argument in pairs]
 
 
+def refuse_autocast(tensors: Iterable[Tensor]) -> None:
+    """Raise ``ConfigError`` where autocast is on for the device of one of ``tensors``.
+
+    Operators are captured before autocast would cast their arguments: a graph is of one set of
+    dtypes, and equal graphs are compiled once.
+    """
+    for kind in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(kind):
+            raise ConfigError(
+                "a plan runs a model in its own dtype, not under autocast",
+                where="a call of the transformer",
+                got=f"torch.autocast({kind!r}, {torch.get_autocast_dtype(kind)})",
+                remedy="load the pipeline in that dtype (torch_dtype=...), and leave autocast off",
+            )
+
+
 def capture(
     module: GraphModule,
     inputs: Sequence[GraphInput],
@@ -76,14 +92,15 @@ def capture(
     So do the tensors at the positions ``constants``.
 
     Raises:
-        ConfigError: the graph writes in place, so that steps could not be rewritten safely, or its
-            shapes depend on data.
+        ConfigError: the graph writes in place, so that steps could not be rewritten safely, its
+            shapes depend on data, or autocast is on.
     """
     given = {
         index: item
         for index, item in enumerate(args)
         if isinstance(item, Tensor) and index not in constants
     }
+    refuse_autocast(given.values())
     positions = list(given)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given.values()]
