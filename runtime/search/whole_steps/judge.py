@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ditfastattn.runtime.opaque import OpaqueModel
-from ditfastattn.runtime.pipeline.denoiser import Forward, replace_forward, transformer_of
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
 from ditfastattn.runtime.pipeline.model_call import with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
