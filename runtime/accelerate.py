@@ -72,7 +72,8 @@ def accelerate(
     chosen = parse_options({**options, **({} if loaded is None else {"plan": loaded})}, mode)
     _check_hooks(module, loaded)
     restore(pipeline)
-    model = OpaqueModel(module, loaded, chosen.timestep) if is_opaque(loaded) else None
+    whole = loaded if is_opaque(loaded) else None
+    model = None if whole is None else OpaqueModel(module, whole, chosen.timestep)
     compilation = set_aside(module)
     compilation.take_from(pipeline, module)
     watch = _PipelineWatch(ref(pipeline), ref(module), loaded, compilation)
