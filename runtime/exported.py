@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ditfastattn.passes.analysis.sites import SiteReport
+from ditfastattn.passes.capture.dynamo import refuse_autocast
 from ditfastattn.passes.capture.exported import capture_exported, flat_tensors
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.schema import Plan
@@ -60,6 +61,7 @@ class PlannedProgram:
         """
         tensors = flat_tensors(self._program, args, kwargs)
         self._check_shapes(tensors)
+        refuse_autocast(tensors)
         results = self._specialization.step(tensors)
         structure: Any = self._program.call_spec.out_spec
         return pytree.tree_unflatten(list(results), structure)

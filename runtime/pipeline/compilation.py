@@ -98,7 +98,8 @@ def _compiler_of_call(compiled: Forward) -> Callable[[Forward], Forward]:
             where="transformer.compile()",
             remedy="use pipeline.transformer = torch.compile(pipeline.transformer) instead",
         )
-    return compiler
+    made: Callable[[Forward], Forward] = compiler
+    return made
 
 
 def _refuse(*_args: Any, **_kwargs: Any) -> NoReturn:

@@ -14,13 +14,13 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.pipeline.hooks import ACCELERATE, DIFFUSERS
+from ditfastattn.runtime.pipeline.hooks import ACCELERATE, DIFFUSERS, SPLITS_INPUTS
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class ReplacedMethod:
         functools.update_wrapper(self, own)
         self.own, self._made, self._note = own, made, note
 
-    @torch.compiler.disable(reason=_UNTRACED)  # type: ignore[untyped-decorator]  # torch
+    @torch.compiler.disable(reason=_UNTRACED)  # type: ignore[untyped-decorator, no-untyped-call]  # torch
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call what was made, or the object's own method once that is undone."""
         return self._made(*args, **kwargs)
@@ -59,7 +59,7 @@ class ReplacedMethod:
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         """Return the own method of the copy under way."""
         self._warn()
-        return cast(Forward, copy.deepcopy(self.own, memo))
+        return copy.deepcopy(self.own, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the object's own method."""
@@ -177,7 +177,20 @@ def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _innermost(module: nn.Module) -> tuple[dict[str, Any], str]:
-    """Return the place of the forward that is around no other one of ``module``."""
+    """Return the place of the forward that is around no other one of ``module``.
+
+    What splits a model's inputs over processes stays within: it is part of what is called.
+    """
+    registry: Any = vars(module).get(DIFFUSERS)
+    names = getattr(registry, "_hook_order", ())
+    splits = [number for number, name in enumerate(names) if name.startswith(SPLITS_INPUTS)]
+    if splits:
+        around = map(vars, registry._fn_refs[splits[-1] + 1 :])
+        outer = next(around, None)
+        if outer is not None:
+            return outer, "original_forward" if outer["original_forward"] else _OUTERMOST
+        held = vars(module).get(ACCELERATE)
+        return vars(module), ACCELERATE if _is_around(held, module) else _OUTERMOST
     found = (
         (place, name) for place, name in _places(module) if not _is_around(place[name], module)
     )

@@ -29,7 +29,12 @@ def warn_if_unused(pipeline: Any, module: nn.Module, calls: Callable[[], int]) -
     if end is not None:
         watch = _Watch(module, calls, _timesteps(pipeline))
         owner = ref(pipeline)
-        vars(pipeline)[_END] = ReplacedMethod(end, lambda: (watch.look(owner()), end())[1])
+
+        def ended() -> None:
+            watch.look(owner())
+            end()
+
+        vars(pipeline)[_END] = ReplacedMethod(end, ended)
 
 
 def stop_watching(pipeline: Any) -> None:

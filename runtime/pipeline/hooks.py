@@ -14,6 +14,7 @@ from ditfastattn.core.errors import ConfigError
 
 ACCELERATE = "_old_forward"  # in a module's dict: the forward that accelerate's hook wraps
 DIFFUSERS = "_diffusers_hook"  # there too: the registry of diffusers' hooks
+SPLITS_INPUTS = "cp_"  # begins the names of diffusers' hooks for context parallelism
 
 _WHOLE_STEPS = "calibrate a plan of whole steps with the hooks in place (method='whole-steps')"
 _REMEDIES = {

@@ -124,7 +124,7 @@ def test_compiling_an_accelerated_module_is_refused(plan: Plan) -> None:
 def test_a_plan_that_does_not_run_is_warned_of_once(
     plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipeline = attentive_pipeline()
+    pipeline: Any = attentive_pipeline()
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     accelerated = pipeline.transformer
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):

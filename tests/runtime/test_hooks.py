@@ -59,7 +59,7 @@ class Counting(ModelHook):
     """Count the calls of a module."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # diffusers
         self.calls = 0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,8 @@ class Replacing(Counting):
     """Count the calls too, in place of the module's forward."""
 
     def new_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.fn_ref.original_forward(*args, **kwargs)
+        reference: Any = self.fn_ref
+        return reference.original_forward(*args, **kwargs)
 
 
 @pytest.mark.parametrize("kind", slow_but({Replacing}, [Counting, Replacing]))
@@ -107,7 +108,7 @@ def test_a_plan_runs_beneath_a_hook_and_is_restored(
 
 
 def test_a_plan_is_restored_beneath_what_is_not_known(plan: Plan) -> None:
-    pipeline = attentive_pipeline()
+    pipeline: Any = attentive_pipeline()
     dense = run(pipeline)
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     inner = pipeline.transformer.forward

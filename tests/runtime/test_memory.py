@@ -131,20 +131,17 @@ def test_many_plans_run_in_one_process(
     assert resident_bytes() - begun < 16 * MEBIBYTE
 
 
-def test_the_ninth_plan_of_torch_compile_runs_too(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ninth_plan_of_torch_compile_runs_too(plan: Plan) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)  # is set back at the end
     made = pipeline()
-    for number in range(10):
-        options: dict[str, Any] = {"plan": shared_layers(plan, number), "lowering": "eager"}
-        plain = made.transformer
-        compiled: Any = torch.compile(plain, backend="ditfastattn", options=options)
-        made.transformer = compiled
-        generate(made, Prompt(CALL, 3))
-        made.transformer = plain
-        assert options["plan"] in [report.plan for report in ditfastattn.reports()]
+    plain: Any = made.transformer
+    with torch._dynamo.config.patch(recompile_limit=8):  # it is set back at the end
+        for number in range(10):
+            options: dict[str, Any] = {"plan": shared_layers(plan, number), "lowering": "eager"}
+            compiled: Any = torch.compile(plain, backend="ditfastattn", options=options)
+            made.transformer = compiled
+            generate(made, Prompt(CALL, 3))
+            assert options["plan"] in [report.plan for report in ditfastattn.reports()]
 
 
 def test_too_many_structures_are_an_error_with_the_remedy(
