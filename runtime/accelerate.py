@@ -52,9 +52,11 @@ def accelerate(
     """Compile ``pipeline.transformer`` by ``plan``, in place, and return the pipeline.
 
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
-    A pipeline that is accelerated already gets the new plan. A second transformer, of low-noise
-    steps, stays as it is. The scheduler, its config, and the
-    guidance scale if the pipeline exposes it, are compared with the plan's as generations begin.
+    A ``torch.compile`` around it is set aside. A copy of it (deepcopy, pickle) runs dense, with its
+    own weights. A pipeline that is accelerated already gets the new plan. A second transformer, of
+    low-noise steps, stays as it is. The scheduler, its config, and the guidance scale if the
+    pipeline exposes it, are compared with the plan's as generations begin; they are those of the
+    pipeline that calls, where several share the transformer.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.

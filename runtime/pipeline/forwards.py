@@ -185,9 +185,9 @@ def _innermost(module: nn.Module) -> tuple[dict[str, Any], str]:
     names = getattr(registry, "_hook_order", ())
     splits = [number for number, name in enumerate(names) if name.startswith(SPLITS_INPUTS)]
     if splits:
-        around = map(vars, registry._fn_refs[splits[-1] + 1 :])
-        outer = next(around, None)
-        if outer is not None:
+        beyond = registry._fn_refs[splits[-1] + 1 :]
+        if beyond:
+            outer: dict[str, Any] = vars(beyond[0])
             return outer, "original_forward" if outer["original_forward"] else _OUTERMOST
         held = vars(module).get(ACCELERATE)
         return vars(module), ACCELERATE if _is_around(held, module) else _OUTERMOST

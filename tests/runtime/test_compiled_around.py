@@ -99,10 +99,11 @@ def test_what_is_compiled_after_runs_by_the_plan(fullgraph: bool, plan: Plan) ->
     dense = run(pipeline)
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     run(pipeline)
-    for _ in range(2):
-        wrap(pipeline, graphs, fullgraph=fullgraph)
-        held = pipeline.transformer
-        assert difference(run(pipeline), expected) < TOLERANCE
+    wrap(pipeline, graphs, fullgraph=fullgraph)
+    assert difference(run(pipeline), expected) < TOLERANCE
+    wrap(pipeline, graphs, fullgraph=fullgraph)
+    held = pipeline.transformer
+    assert difference(run(pipeline), expected) < TOLERANCE
     opaque = len(plan.sites) == 1
     assert bool(graphs.made) == opaque  # the steps that run are compiled
     ditfastattn.restore(pipeline)

@@ -150,7 +150,7 @@ def test_too_many_structures_are_an_error_with_the_remedy(
     torch._dynamo.reset()
     monkeypatch.setattr("ditfastattn.runtime.lowering._COMPILATIONS", 1)
     for number, wanted in ((1, True), (2, False)):
-        config = TINY_DIGITS | {"num_layers": number}
+        config: dict[str, Any] = TINY_DIGITS | {"num_layers": number}
         scheduler: Any = DDIMScheduler()
         made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
         made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
