@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from weakref import ref
 
 from torch import nn
@@ -98,8 +98,7 @@ def _compiler_of_call(compiled: Forward) -> Callable[[Forward], Forward]:
             where="transformer.compile()",
             remedy="use pipeline.transformer = torch.compile(pipeline.transformer) instead",
         )
-    made: Callable[[Forward], Forward] = compiler
-    return made
+    return cast(Callable[[Forward], Forward], compiler)
 
 
 def _refuse(*_args: Any, **_kwargs: Any) -> NoReturn:

@@ -28,6 +28,7 @@ from tests.tiny_pipelines import (
     load_saved,
     tiny_flux_img2img_pipeline,
 )
+from tests.works_with import works_with
 
 STEPS = 4
 
@@ -186,6 +187,12 @@ def test_without_a_plan_the_first_generation_calibrates_one(
     assert "calibrates" in caplog.text
 
 
+@works_with(
+    "Hooks and offloading",
+    "offloading of the whole model (accelerate), before or after `accelerate`",
+    "works",
+    "the plan runs beneath it",
+)
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_offloading_hooks_may_come_before_or_after(
     digits: tuple[Any, dict[str, Any], Plan], hooked_first: bool

@@ -18,6 +18,7 @@ from ditfastattn import ConfigError, Plan, Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.helpers import attentive_pipeline
 from tests.plans import opaque_plan_for, plan_for
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
 STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
@@ -72,6 +73,12 @@ def compile_inside(pipeline: Any, graphs: Graphs, **options: Any) -> None:
 WAYS: dict[str, Callable[..., None]] = {"torch.compile": wrap, "compile()": compile_inside}
 
 
+@works_with(
+    "torch.compile",
+    "`torch.compile(transformer)` or `transformer.compile()` before `accelerate`",
+    "works",
+    "set aside, and given back by `restore`; what is called as it is stays compiled",
+)
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_was_compiled_before_runs_by_the_plan_and_is_given_back(
@@ -92,6 +99,12 @@ def test_what_was_compiled_before_runs_by_the_plan_and_is_given_back(
     assert graphs.made
 
 
+@works_with(
+    "torch.compile",
+    "`pipeline.transformer = torch.compile(pipeline.transformer)` after `accelerate`",
+    "works",
+    "set aside as the next generation begins, and given back by `restore`",
+)
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_what_is_compiled_after_runs_by_the_plan(fullgraph: bool, plan: Plan) -> None:
     expected = planned_images(plan)
@@ -111,6 +124,12 @@ def test_what_is_compiled_after_runs_by_the_plan(fullgraph: bool, plan: Plan) ->
     assert difference(run(pipeline), dense) < TOLERANCE
 
 
+@works_with(
+    "torch.compile",
+    "`transformer.compile()` after `accelerate`",
+    "refused",
+    "compile first",
+)
 def test_compiling_an_accelerated_module_is_refused(plan: Plan) -> None:
     pipeline = attentive_pipeline()
     dense = run(pipeline)
@@ -122,6 +141,12 @@ def test_compiling_an_accelerated_module_is_refused(plan: Plan) -> None:
     assert difference(run(pipeline), dense) < TOLERANCE
 
 
+@works_with(
+    "Copies",
+    "another transformer put into an accelerated pipeline",
+    "runs dense, with a warning",
+    "once, as a generation ends",
+)
 def test_a_plan_that_does_not_run_is_warned_of_once(
     plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import attentive_pipeline
 from tests.plans import opaque_plan_for, plan_for
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
 STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
@@ -57,6 +58,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@works_with(
+    "Copies",
+    "`copy.deepcopy`, pickle or `torch.save` of an accelerated pipeline",
+    "runs dense, with a warning",
+    "the copy has its own weights; the original keeps its plan",
+)
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_runs_its_own_weights(
     way: str, plan: Plan, caplog: pytest.LogCaptureFixture
@@ -82,6 +89,12 @@ def test_a_copy_runs_its_own_weights(
     assert torch.equal(run(pipeline), planned)
 
 
+@works_with(
+    "Copies",
+    "`accelerate` with such a copy",
+    "works",
+    "each is restored by itself",
+)
 def test_a_copy_is_accelerated_and_restored_by_itself(plan: Plan) -> None:
     torch._dynamo.reset()
     pipeline = attentive_pipeline()
@@ -116,6 +129,12 @@ def spawned(pipeline: Any, results: Any) -> None:
     results.put(run(pipeline).tolist())
 
 
+@works_with(
+    "Copies",
+    "an accelerated pipeline handed to a spawned process",
+    "runs dense, with a warning",
+    "call `accelerate` there",
+)
 @pytest.mark.slow
 def test_a_spawned_process_runs_its_copy_dense(plan: Plan) -> None:
     torch._dynamo.reset()

@@ -23,6 +23,7 @@ from tests.helpers import attentive_pipeline
 from tests.plans import opaque_plan_for, plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
 STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
@@ -75,6 +76,12 @@ class Replacing(Counting):
         return reference.original_forward(*args, **kwargs)
 
 
+@works_with(
+    "Hooks and offloading",
+    "a hook of diffusers around the whole transformer, before or after `accelerate`",
+    "works",
+    "the plan runs beneath it",
+)
 @pytest.mark.parametrize("kind", slow_but({Replacing}, [Counting, Replacing]))
 @pytest.mark.parametrize("hooked_first", [True, False])
 @pytest.mark.parametrize("removed_first", [True, False])
@@ -137,6 +144,12 @@ def cast_layers(transformer: Any) -> None:
 PARTS = {"group-block": offload_blocks, "group-leaf": offload_leaves, "casting": cast_layers}
 
 
+@works_with(
+    "Hooks and offloading",
+    "group offloading (blocks, leaves), layerwise casting (fp8 storage): whole-step plans",
+    "works",
+    "calibrate with the hooks in place",
+)
 @pytest.mark.parametrize("parts", PARTS)
 def test_whole_steps_run_with_hooks_of_parts(parts: str) -> None:
     pipeline = attentive_pipeline()
@@ -156,6 +169,12 @@ def opaque_plan_for_hooked(pipeline: Any) -> Plan:
     return plan.model_copy(update={"model": module_fingerprint(pipeline.transformer)})
 
 
+@works_with(
+    "Hooks and offloading",
+    "group offloading or layerwise casting before `accelerate`: plans of sites",
+    "refused",
+    "a graph cannot move or cast weights part by part",
+)
 @pytest.mark.parametrize("parts", PARTS)
 def test_hooks_of_parts_are_refused_by_plans_of_sites(parts: str, captured: Plan) -> None:
     pipeline = attentive_pipeline()
@@ -164,6 +183,12 @@ def test_hooks_of_parts_are_refused_by_plans_of_sites(parts: str, captured: Plan
         ditfastattn.accelerate(pipeline, captured, lowering="eager")
 
 
+@works_with(
+    "Hooks and offloading",
+    "group offloading or layerwise casting after `accelerate`: plans of sites",
+    "refused",
+    "as the next generation begins; `restore` leaves the hooks",
+)
 @pytest.mark.parametrize("parts", PARTS)
 def test_hooks_that_come_later_are_refused_as_a_generation_begins(
     parts: str, captured: Plan
@@ -231,6 +256,12 @@ def test_a_cache_that_comes_later_is_refused_until_it_is_gone(plan: Plan) -> Non
     assert torch.equal(run(pipeline), dense)
 
 
+@works_with(
+    "Hooks and offloading",
+    "`enable_cache` of diffusers",
+    "refused",
+    "`disable_cache` first: a plan takes its place",
+)
 def test_enabling_a_cache_is_refused() -> None:
     make, given = TINY_PIPELINES["flux"]
     pipeline, call = make(), {"num_inference_steps": len(STRATEGIES), **given}

@@ -34,6 +34,7 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.plans import plan_for
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
 MEBIBYTE = 2**20
@@ -113,6 +114,12 @@ def shared_layers(plan: Plan, number: int) -> Plan:
     return plan.model_copy(update={"strategies": (*rows, row)})
 
 
+@works_with(
+    "Several plans",
+    "fifty plans in one process, one after the other",
+    "works",
+    "what is compiled is shared",
+)
 @pytest.mark.parametrize("plans", [pytest.param(55, marks=pytest.mark.slow), 10])
 def test_many_plans_run_in_one_process(
     plans: int, plan: Plan, monkeypatch: pytest.MonkeyPatch

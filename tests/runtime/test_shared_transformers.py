@@ -17,6 +17,7 @@ from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import attentive_pipeline
 from tests.plans import opaque_plan_for, plan_for
 from tests.tiny_pipelines import IMG2IMG_ARGUMENTS, TINY_PIPELINES
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
 STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
@@ -50,6 +51,12 @@ def sharing(pipeline: Any, **changes: Any) -> Any:
     return made
 
 
+@works_with(
+    "Pipelines that share a transformer",
+    "`from_pipe`: another pipeline calls the accelerated transformer",
+    "works",
+    "its own scheduler and guidance are checked",
+)
 def test_the_scheduler_and_guidance_of_the_pipeline_that_calls_are_checked(plan: Plan) -> None:
     pipeline = attentive_pipeline()
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
@@ -75,6 +82,12 @@ def test_a_pipeline_is_checked_where_the_accelerated_one_is_gone(plan: Plan) -> 
         run(other)
 
 
+@works_with(
+    "Pipelines that share a transformer",
+    "`restore` of one of them",
+    "works",
+    "all run dense",
+)
 def test_restoring_one_restores_all(plan: Plan) -> None:
     pipeline = attentive_pipeline()
     dense = run(pipeline)
@@ -86,6 +99,12 @@ def test_restoring_one_restores_all(plan: Plan) -> None:
     assert torch.equal(run(other), dense)
 
 
+@works_with(
+    "Pipelines that share a transformer",
+    "an image-to-image pipeline of another `strength` than the plan is for",
+    "refused",
+    "the error names the pipeline and its strength",
+)
 def test_the_strength_is_named_where_it_shortens_the_schedule() -> None:
     make, given = TINY_PIPELINES["flux"]
     pipeline = make()
