@@ -207,10 +207,10 @@ class _PlannedForward:
         try:
             with many_compilations():  # models of one class count together
                 return self._compiled(*args, **kwargs)
-        except TorchDynamoException as error:
+        except FailOnRecompileLimitHit as error:  # it is no TorchDynamoException
+            raise _too_many() from error
+        except TorchDynamoException:
             self._watch.check_hooks()  # a better reason, if that is one
-            if isinstance(error, FailOnRecompileLimitHit):
-                raise _too_many() from error
             raise
         finally:
             _under_way.reset(token)
