@@ -140,13 +140,14 @@ class Specialization:
         return explicit.state(plan, lambda: plan.generation(self._where))
 
     def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        anew = model.begins_anew(named_generation())
+        name = named_generation()
+        anew = model.begins_anew(name)
         if model.calibration is None:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
         latents = [tensors[index] for index in self._latents]
-        if not model.calibration.is_complete(now, latents, anew):
+        if not model.calibration.is_complete(now, latents, anew, name is not None):
             return model.calibration.step(now, latents, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
