@@ -183,9 +183,11 @@ def belongs_elsewhere(own: Place, others: Sequence[Place], shown: Shown) -> bool
 
 
 def _fits_better(other: Place, own: Place, shown: Shown) -> bool:
-    names = other.trace.name, own.trace.name
-    if shown.name is not None and names[0] is not names[1] and shown.name in names:
-        return shown.name is names[0]
+    if shown.name is not None and other.trace.name is not own.trace.name:
+        if shown.name is other.trace.name:
+            return True
+        if shown.name is own.trace.name:
+            return False
     if other.trace.began_like(own.trace):
         return False  # one may go on for the other, or run again what was cancelled
     theirs, mine = (place.trace.conditions(place.branch, shown) for place in (other, own))

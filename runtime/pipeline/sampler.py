@@ -37,7 +37,8 @@ def counting_steps(pipeline: Any) -> Generator[Callable[[], int]]:
 
     It stays 0 where there is no scheduler, or where the pipeline does not call it.
     """
-    scheduler, count = getattr(pipeline, "scheduler", None), 0
+    scheduler: Any = getattr(pipeline, "scheduler", None)
+    count = 0
     own = getattr(scheduler, "step", None)
     if own is None or "step" in vars(scheduler):
         yield lambda: 0

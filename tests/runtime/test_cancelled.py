@@ -27,7 +27,7 @@ from tests.requests import (
 from tests.tiers import slow_but
 
 SCHEDULES = {"falling": TIMESTEPS, "repeated": REPEATED, "colliding": (996.0, 996.0, 500.0, 500.0)}
-NEXT = {"the same": {}, "another seed": {"seed": 2}, "another prompt": {"label": 4}}
+NEXT: dict[str, Any] = {"the same": {}, "another seed": {"seed": 2}, "another prompt": {"label": 4}}
 CASES = list(product(("dropped", "raised", "interrupted"), KINDS, SCHEDULES, NEXT))
 QUICK = {
     ("dropped", ("accelerated", "separate"), "repeated", "another seed"),

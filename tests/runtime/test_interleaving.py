@@ -23,7 +23,7 @@ from tests.requests import (
     uniform_plan,
 )
 
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "seed": {"seed": 2},
     "prompt": {"label": 4},
     "seed and prompt": {"seed": 2, "label": 4},

@@ -171,11 +171,12 @@ class Session:
         calls = self.layout.calls
         self.steps = len(self._seen) // calls
         if not self._calls_are_regular(stepper):
+            often = "once" if calls == 1 else "twice"
             raise ConfigError(
-                "a generation must call the transformer equally often at each step",
+                f"a generation must call the transformer {often} a step",
                 where="a generation",
                 got=phases(self._counted()),
-                expected=f"{calls} call(s) a step, as guidance has it ({self.layout})",
+                expected=f"cfg_layout {self.layout}, from the first step to the last",
                 remedy="keep guidance as it is from the first step to the last, without further "
                 "calls such as skip-layer guidance; or say how it runs by cfg_layout",
             )
