@@ -94,6 +94,25 @@ class StepClock:
         """Return whether the last call was the last one of its generation."""
         return self.step == len(self.timesteps) - 1
 
+    @property
+    def calls(self) -> int:
+        """Return how many calls a generation has."""
+        return len(self.timesteps)
+
+    @property
+    def repeats_first(self) -> int | None:
+        """Return the next call's number, if a generation is under way and it may begin anew there.
+
+        Its timestep is that of the first call then.
+        """
+        following = self.step + 1
+        within = 0 < following < len(self.timesteps)
+        return following if within and self.matches(self.timesteps[0], following) else None
+
+    def matches(self, value: float, step: int) -> bool:
+        """Return whether ``value`` is the timestep of a step, but for rounding."""
+        return abs(value - self.timesteps[step]) <= self._tolerances[step]
+
     def tick(self, timestep: TimestepReader, wait: bool = False, anew: bool = False) -> int:
         """Return the step of this call; 0 begins a new generation.
 
@@ -119,7 +138,7 @@ class StepClock:
         self._unchecked.clear()
 
     def _locate(self, value: float, expected: Sequence[int]) -> int:
-        found = next((step for step in expected if self._matches(value, step)), None)
+        found = next((step for step in expected if self.matches(value, step)), None)
         if found is None:
             raise self._mismatch(value, expected[0])
         return found
@@ -127,11 +146,8 @@ class StepClock:
     def _check_arrived(self) -> None:
         while self._unchecked and self._unchecked[0][1].ready():
             step, timestep = self._unchecked.pop(0)
-            if not self._matches(timestep.value(), step):
+            if not self.matches(timestep.value(), step):
                 raise self._mismatch(timestep.value(), step)
-
-    def _matches(self, value: float, step: int) -> bool:
-        return abs(value - self.timesteps[step]) <= self._tolerances[step]
 
     def _mismatch(self, value: float, step: int) -> ConfigError:
         self.reset()
@@ -141,5 +157,6 @@ class StepClock:
             got=value,
             expected=self.timesteps[step],
             remedy="use the plan's scheduler and step count, finish or restart generations from "
-            "the first step, or calibrate a plan for this schedule",
+            "the first step, or calibrate a plan for this schedule; where generations take turns "
+            "on one thread, give each its `ditfastattn.generation()`",
         )

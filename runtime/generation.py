@@ -5,9 +5,7 @@ Graphs that torch runs and graphs of a bundle are stepped alike, so both use thi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,29 +14,11 @@ from torch import Tensor
 from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 from ditfastattn.runtime.caches import Caches
+from ditfastattn.runtime.calls import FIRST, Call, Calls
 from ditfastattn.runtime.clock import StepClock, TimestepReader
 from ditfastattn.runtime.hoisted import HoistedPerGeneration
 from ditfastattn.runtime.matching import check_halves
-
-_named: ContextVar[object | None] = ContextVar("ditfastattn_generation", default=None)
-
-
-@contextmanager
-def naming_generation(name: object | None) -> Generator[None]:
-    """Let calls of a model belong to the generation that the object ``name`` stands for.
-
-    Where a caller knows of generations, nothing needs to be told from timesteps alone.
-    """
-    token = _named.set(name)
-    try:
-        yield
-    finally:
-        _named.reset(token)
-
-
-def named_generation() -> object | None:
-    """Return what stands for the generation under way, where the caller has named it."""
-    return _named.get()
+from ditfastattn.runtime.trace import NOTHING, Shown
 
 
 @dataclass
@@ -55,17 +35,6 @@ class GuidanceBranch:
         self.hoisted.clear()
 
 
-@dataclass(frozen=True)
-class Call:
-    """Say which call of a generation this is: its step, and its guidance branch in that step."""
-
-    step: int
-    branch: int
-
-
-_FIRST = Call(0, 0)
-
-
 class Generation:
     """Follow one generation of one model in one thread.
 
@@ -73,39 +42,44 @@ class Generation:
     """
 
     def __init__(
-        self, schedules: Sequence[SlotSchedule], clock: StepClock, on_trial: bool = False
+        self,
+        schedules: Sequence[SlotSchedule],
+        clock: StepClock,
+        on_trial: bool = False,
+        halves: int = 1,
     ) -> None:
         """Take one schedule of slots per guidance branch; ``clock`` counts all calls.
 
-        ``on_trial`` means that the plan has not served a whole generation yet.
+        ``on_trial`` means that the plan has not served a whole generation yet. ``halves`` says how
+        many guidance branches a batch holds.
         """
         self.branches = tuple(map(GuidanceBranch, schedules))
         self.on_trial = on_trial
-        self._clock = clock
+        self._calls = Calls(clock, len(self.branches), halves)
         self._latents: list[Tensor] = []  # of step 0's first call, until its second one
 
-    def advance(self, timestep: TimestepReader, anew: bool = False) -> Call:
+    def advance(self, timestep: TimestepReader, shown: Shown = NOTHING) -> Call:
         """Return which call this is; the first one of a generation forgets the one before.
 
-        ``anew`` means that this call is known not to belong to the generation under way.
+        What the call has ``shown`` decides where its timestep does not.
 
         Raises:
             ConfigError: the timesteps are not those of the plan, in order.
+            InterleavedError: the call goes on with a generation that is not the one under way.
         """
-        ended = self._clock.at_end
-        number = self._clock.tick(timestep, wait=self.on_trial, anew=anew)
-        call = Call(*divmod(number, len(self.branches)))
-        if call == _FIRST:
+        ended = self._calls.at_end
+        call = self._calls.advance(timestep, shown, wait=self.on_trial)
+        if call == FIRST:
             self.on_trial = self.on_trial and not ended
-            self._begin()
+            self._clear()
         return call
 
     def reset(self) -> None:
         """Forget the generation under way: the next call is the first of another."""
-        self._clock.reset()
-        self._begin()
+        self._calls.reset()
+        self._clear()
 
-    def _begin(self) -> None:
+    def _clear(self) -> None:
         """Forget the generation before, in all branches at once.
 
         The first call of a step may hand outputs to the second one, at the first step too.
@@ -142,8 +116,12 @@ class Generation:
         branch = self.branches[call.branch]
         return branch.caches.read(branch.slots, call.step, slots, device, hoisted)
 
-    def write(self, call: Call, values: Mapping[Slot, Tensor]) -> None:
-        """Keep what ``call`` has returned for its slots; hand on what the second branch adopts."""
+    def write(self, call: Call, values: Mapping[Slot, Tensor], output: Tensor) -> None:
+        """Keep what ``call`` has returned for its slots; hand on what the second branch adopts.
+
+        ``output`` is what the model has returned, of which a little is remembered.
+        """
+        self._calls.returned(output)
         branch, following = self.branches[call.branch], self.branches[call.branch + 1 :]
         branch.caches.write(branch.slots, call.step, values)
         if call.step == branch.slots.steps - 1:

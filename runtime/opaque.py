@@ -9,7 +9,6 @@ clock alone, so all processes of a sharded model decide alike.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +22,17 @@ from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.calls import FIRST, Call, Calls, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.generation import named_generation
+from ditfastattn.runtime.current_generation import (
+    PerGeneration,
+    explicit_generation,
+    named_generation,
+)
 from ditfastattn.runtime.matching import check_fingerprint, mismatch
 from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
+from ditfastattn.runtime.trace import Shown, show
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +53,8 @@ class _Branch:
 
 @dataclass
 class _Generation:
-    clock: StepClock
+    calls: Calls
     branches: tuple[_Branch, ...]
-    name: object | None = None
 
 
 class OpaqueModel:
@@ -68,7 +72,7 @@ class OpaqueModel:
         self._module_type = type(module)
         self._column = [row[0] for row in plan.strategies]
         self._most = max((strategy.outputs_read for strategy in self._column), default=0)
-        self._threads = threading.local()
+        self._generations = PerGeneration(self._begin)
         ran = sum(strategy.computes for strategy in self._column)
         log.info("opaque model: %d of %d steps run; it is called as it is", ran, len(self._column))
 
@@ -84,29 +88,30 @@ class OpaqueModel:
         """
         arguments = bound_arguments(self._module_type, args, kwargs)
         self._check(arguments)
-        generation = self._generation()
-        name = named_generation()
-        anew, generation.name = name is not None and name is not generation.name, name
-        timestep = torch.as_tensor(arguments[self._timestep])
-        number = generation.clock.tick(read_timestep(timestep), anew=anew)
-        step, place = divmod(number, len(generation.branches))
-        if number == 0:
-            generation.branches = tuple(_Branch() for _ in generation.branches)
+        generation = self._generations.current()
         try:
-            return self._step(generation.branches[place], step, place, forward, arguments, kwargs)
+            timestep = torch.as_tensor(arguments[self._timestep])
+            call = generation.calls.advance(read_timestep(timestep), self._shown(arguments))
+            if call == FIRST:
+                generation.branches = tuple(_Branch() for _ in generation.branches)
+            branch = generation.branches[call.branch]
+            result = self._step(branch, call, forward, arguments)
+            generation.calls.returned(output_of(result))
+            return result
+        except InterleavedError:
+            raise  # the generation under way goes on
         except BaseException:
-            generation.clock.reset()
+            generation.calls.reset()
             raise
 
     def _step(
         self,
         branch: _Branch,
-        step: int,
-        place: int,
+        call: Call,
         forward: Forward,
         arguments: Mapping[str, Any],
-        kwargs: Mapping[str, Any],
     ) -> Any:
+        step, place = call.step, call.branch
         strategy = self._column[step]
         if not strategy.computes:
             made = self._reuse(branch, strategy, step, place, arguments[self._site.latent])
@@ -148,15 +153,20 @@ class OpaqueModel:
             outputs[0].dtype
         )
 
-    def _generation(self) -> _Generation:
-        found: _Generation | None = getattr(self._threads, "generation", None)
-        if found is None:
-            calls = self._plan.sampler.cfg_layout.calls
-            timesteps = [t for t in self._plan.sampler.timesteps for _ in range(calls)]
-            clock = StepClock(timesteps, f"argument {self._timestep!r}")
-            found = _Generation(clock, tuple(_Branch() for _ in range(calls)))
-            self._threads.generation = found
-        return found
+    def _begin(self) -> _Generation:
+        layout = self._plan.sampler.cfg_layout
+        timesteps = [t for t in self._plan.sampler.timesteps for _ in range(layout.calls)]
+        clock = StepClock(timesteps, f"argument {self._timestep!r}")
+        calls = Calls(clock, layout.calls, 2 if layout.batched else 1)
+        return _Generation(calls, tuple(_Branch() for _ in range(layout.calls)))
+
+    def _shown(self, arguments: Mapping[str, Any]) -> Shown:
+        name, latent = named_generation(), self._site.latent
+        if explicit_generation() is not None:
+            return show((), (), name)
+        tensors = {key: item for key, item in arguments.items() if isinstance(item, Tensor)}
+        conditions = sorted(tensors.keys() - {latent, self._timestep})
+        return show([tensors[latent]], [tensors[key] for key in conditions], name)
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         for name, expected in self._plan.inputs.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.generation import naming_generation
+from ditfastattn.runtime.current_generation import naming_generation
 from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call
 from ditfastattn.runtime.pipeline.compilation import Compilation

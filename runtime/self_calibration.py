@@ -47,11 +47,14 @@ class SelfCalibration:
         if options.on_progress is None:
             self._announce()
 
-    def is_complete(self, timestep: float, latents: Sequence[Tensor], anew: bool = False) -> bool:
+    def is_complete(
+        self, timestep: float, latents: Sequence[Tensor], anew: bool = False, named: bool = False
+    ) -> bool:
         """Return whether a call begins the next generation; ``anew`` where that is known.
 
         Timesteps fall or rise, as the first ones do; one against that direction is of the next
-        generation. Those that rounding has made equal belong to steps of their own.
+        generation. Those that rounding has made equal belong to steps of their own: to any number
+        of them where the sampler has ``named`` the generation.
 
         Raises:
             ConfigError: the generation has one step, or calls the model twice a step.
@@ -61,14 +64,14 @@ class SelfCalibration:
         first, last = self._timesteps[0], self._timesteps[-1]
         direction = next((known - first for known in self._timesteps if known != first), 0.0)
         if direction == 0.0 and timestep == first:
-            self._check_progress(timestep, latents)
+            self._check_progress(timestep, latents, named)
         return (timestep - last) * direction < 0.0
 
-    def _check_progress(self, timestep: float, latents: Sequence[Tensor]) -> None:
+    def _check_progress(self, timestep: float, latents: Sequence[Tensor], named: bool) -> None:
         """Raise ``ConfigError`` if another call with the first timestep cannot be a step."""
         calls = len(self._timesteps) + 1
         moved = not all(map(torch.equal, self._latents, latents))
-        if moved and calls <= _MOST_ALIKE:
+        if moved and (named or calls <= _MOST_ALIKE):
             return
         raise ConfigError(
             f"{calls} calls in a row came with the first timestep",

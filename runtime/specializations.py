@@ -29,8 +29,10 @@ from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
 from ditfastattn.passes.rewrites.pipeline import switches
+from ditfastattn.runtime.calls import Call, InterleavedError
 from ditfastattn.runtime.clock import read_timestep
-from ditfastattn.runtime.generation import Call, Generation, named_generation
+from ditfastattn.runtime.current_generation import explicit_generation, named_generation
+from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
     split_as_planned,
@@ -42,6 +44,7 @@ from ditfastattn.runtime.model_state import ModelState, ModelStates
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
+from ditfastattn.runtime.trace import show
 from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
 from ditfastattn.runtime.variants import CompiledVariants
 
@@ -72,6 +75,7 @@ class Specialization:
         self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latents = latent_candidates(captured)
         arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
+        self._conditions = sorted(arguments - {self._timestep, *self._latents})
         self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, *self._latents})
         self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
         self._variants = CompiledVariants(captured, self._once, self._each, options)
@@ -97,13 +101,14 @@ class Specialization:
             return self._variants.run_dense(tensors)
         owner = None if self._owner is None else tensors[self._owner]
         model = self.models.of(owner, lambda: self._meet(tensors))
-        anew = model.begins_anew(named_generation())
         try:
             if model.plan is None:
-                return self._calibrate(model, tensors, anew)
-            return self._run_planned(model, model.plan, tensors, anew)
+                return self._calibrate(model, tensors)
+            return self._run_planned(model, model.plan, tensors)
+        except InterleavedError:
+            raise  # the generation under way goes on
         except BaseException:
-            model.reset()
+            self._forget(model)
             raise
 
     def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
@@ -119,22 +124,35 @@ class Specialization:
     def reset(self) -> None:
         """Forget the generations under way in this thread."""
         for model in self.models.here():
-            model.reset()
+            self._forget(model)
 
-    def _calibrate(
-        self, model: ModelState, tensors: Sequence[Tensor], anew: bool
-    ) -> tuple[Any, ...]:
+    def _forget(self, model: ModelState) -> None:
+        model.reset()
+        if model.plan is not None:
+            self._generation(model, model.plan).reset()
+
+    def _generation(self, model: ModelState, plan: UnrolledPlan) -> Generation:
+        """Return the state of the generation that the caller names, or of this thread's."""
+        own, explicit = model.generation, explicit_generation()
+        assert own is not None
+        if explicit is None or own.on_trial:
+            return own
+        return explicit.state(plan, lambda: plan.generation(self._where))
+
+    def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        name = named_generation()
+        anew = model.begins_anew(name)
         if model.calibration is None:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
         latents = [tensors[index] for index in self._latents]
-        if not model.calibration.is_complete(now, latents, anew):
+        if not model.calibration.is_complete(now, latents, anew, name is not None):
             return model.calibration.step(now, latents, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
         log.warning("ditfastattn: calibrated: %s", summary(plan))
-        return self._run_planned(model, self._take_plan(model, plan), tensors, anew=True)
+        return self._run_planned(model, self._take_plan(model, plan), tensors)
 
     def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
         """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
@@ -155,10 +173,16 @@ class Specialization:
         return f"argument {self.options.timestep!r}"
 
     def _advance(
-        self, model: ModelState, generation: Generation, timestep: Tensor, anew: bool
+        self, model: ModelState, generation: Generation, tensors: Sequence[Tensor]
     ) -> Call:
+        name = named_generation()
+        if explicit_generation() is None:
+            latents = [tensors[index] for index in self._latents]
+            shown = show(latents, [tensors[index] for index in self._conditions], name)
+        else:
+            shown = show((), (), name)
         try:
-            return generation.advance(read_timestep(timestep), anew)
+            return generation.advance(read_timestep(tensors[self._timestep]), shown)
         except ConfigError as error:
             if not generation.on_trial:
                 raise
@@ -173,11 +197,10 @@ class Specialization:
             ) from error
 
     def _run_planned(
-        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor], anew: bool
+        self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        generation, timestep = model.generation, tensors[self._timestep]
-        assert generation is not None
-        call = self._advance(model, generation, timestep, anew)
+        generation, timestep = self._generation(model, plan), tensors[self._timestep]
+        call = self._advance(model, generation, tensors)
         if call.step == 0 and plan.shares_guidance:
             # Once a generation, as on a device it waits.
             names = (self.captured.inputs[index].name for index in self._latents)

@@ -16,7 +16,7 @@ from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.matching import planned_sites
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a context of a generation keeps its state by this very plan
 class UnrolledPlan:
     """A plan, and the step program of each guidance branch."""
 
@@ -44,7 +44,8 @@ class UnrolledPlan:
         """
         calls = [timestep for timestep in self.plan.sampler.timesteps for _ in self.programs]
         schedules = [program.slots for program in self.programs]
-        return Generation(schedules, StepClock(calls, where), on_trial)
+        halves = 2 if self.plan.sampler.cfg_layout.batched else 1
+        return Generation(schedules, StepClock(calls, where), on_trial, halves)
 
 
 def unroll_plan(

@@ -17,7 +17,8 @@ from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import NOTHING, StepProgram
 from ditfastattn.passes.rewrites.pipeline import rewrite
-from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.calls import Call
+from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
@@ -77,7 +78,7 @@ class CompiledVariants:
         variant = self._compiled(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
         kept = dict(zip(variant.writes, returned[self._results :], strict=True))
-        generation.write(call, kept)
+        generation.write(call, kept, returned[0])
         return tuple(returned[: self._results])
 
     def _compiled(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +20,17 @@ from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers
+from ditfastattn.runtime.calls import Call, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.generation import Call, Generation
+from ditfastattn.runtime.current_generation import (
+    PerGeneration,
+    explicit_generation,
+    named_generation,
+)
+from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
 from ditfastattn.runtime.matching import warn_of_unchecked_latents
+from ditfastattn.runtime.trace import Shown, show
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
@@ -41,8 +47,8 @@ class Config(dict[str, Any]):
 
 
 @dataclass
-class _ThreadState:
-    """The generation under way in one thread, and the memory that its caches are written into."""
+class _State:
+    """The generation under way, and the memory that its caches are written into."""
 
     generation: Generation
     buffers: Buffers = field(default_factory=Buffers)
@@ -96,7 +102,7 @@ class BundleTransformer(nn.Module):
         self._reads = tuple(map(slots_read, manifest.variants))
         self._writes = tuple(map(slots_written, manifest.variants))
         self._slots = {parse_slot(spec.name): spec for spec in manifest.slots}
-        self._threads = threading.local()
+        self._states = PerGeneration(self._begin)
         if manifest.shares_guidance and not manifest.latent:
             warn_of_unchecked_latents([spec.name for spec in manifest.inputs])
 
@@ -118,7 +124,7 @@ class BundleTransformer(nn.Module):
 
     def reset(self) -> None:
         """Forget the generation under way in this thread, for example after an interrupted one."""
-        self._state().generation.reset()
+        self._states.current().generation.reset()
 
     def generate(self, noise: Tensor, **conditions: Any) -> Tensor:
         """Return the latents of a whole generation, by the bundle's unrolled loop.
@@ -151,9 +157,11 @@ class BundleTransformer(nn.Module):
             EngineError: the runtime failed.
         """
         given = self.bind(args, kwargs)
-        state = self._state()
+        state = self._states.current()
         try:
             results = self._step(state, given)
+        except InterleavedError:
+            raise  # the generation under way goes on
         except BaseException:
             state.generation.reset()
             raise
@@ -167,20 +175,17 @@ class BundleTransformer(nn.Module):
         """Return ``results`` as the model's forward would, called with ``given``."""
         return tuple(results) if given.get("return_dict", True) is False else _output(results)
 
-    def _state(self) -> _ThreadState:
-        if not hasattr(self._threads, "state"):
-            clock = StepClock(
-                self.manifest.sampler.timesteps, f"argument {self.manifest.timestep!r}"
-            )
-            self._threads.state = _ThreadState(Generation([self._schedule], clock))
-        found: _ThreadState = self._threads.state
-        return found
+    def _begin(self) -> _State:
+        sampler = self.manifest.sampler
+        clock = StepClock(sampler.timesteps, f"argument {self.manifest.timestep!r}")
+        halves = 2 if sampler.cfg_layout.batched else 1
+        return _State(Generation([self._schedule], clock, halves=halves))
 
-    def _step(self, state: _ThreadState, given: Mapping[str, Any]) -> list[Tensor]:
+    def _step(self, state: _State, given: Mapping[str, Any]) -> list[Tensor]:
         manifest, generation = self.manifest, state.generation
         batch = self._arguments.batch(given)
         inputs = self._arguments.tensors(manifest.inputs, given, batch)
-        call = self._advance(generation, inputs[manifest.timestep])
+        call = self._advance(generation, inputs)
         state.keep_batch(call.step, batch)
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
@@ -195,14 +200,24 @@ class BundleTransformer(nn.Module):
         wanted = [(spec.sizes(batch), spec.torch_dtype) for spec in specs]
         free = state.buffers.take(wanted, self._device, generation.branches[0].caches)
         self._engines[index](tensors, [*results, *free])
-        generation.write(call, dict(zip(written, free, strict=True)))
+        generation.write(call, dict(zip(written, free, strict=True)), results[0])
         return results
 
-    def _advance(self, generation: Generation, timestep: Tensor) -> Call:
+    def _advance(self, generation: Generation, inputs: Mapping[str, Tensor]) -> Call:
         if self.manifest.plan_sha256:
-            return generation.advance(read_timestep(timestep))
+            timestep = read_timestep(inputs[self.manifest.timestep])
+            return generation.advance(timestep, self._shown(inputs))
         generation.reset()  # one dense step, at any timestep
         return Call(0, 0)
+
+    def _shown(self, inputs: Mapping[str, Tensor]) -> Shown:
+        manifest = self.manifest
+        if explicit_generation() is not None:
+            return show((), (), named_generation())
+        latents = [item for name, item in inputs.items() if name == manifest.latent]
+        others = (manifest.latent, manifest.timestep)
+        conditions = [item for name, item in inputs.items() if name not in others]
+        return show(latents, conditions, named_generation())
 
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
         return torch.empty(spec.sizes(batch), dtype=spec.torch_dtype, device=self._device)

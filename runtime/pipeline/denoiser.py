@@ -16,6 +16,12 @@ def denoiser_name(pipeline: Any) -> str:
     return "unet" if unet and not transformer else "transformer"
 
 
+def second_of(pipeline: Any) -> nn.Module | None:
+    """Return the transformer that takes over the low-noise steps, if there is one."""
+    second = getattr(pipeline, "transformer_2", None)
+    return second if isinstance(second, nn.Module) else None
+
+
 def transformer_of(pipeline: Any, where: str) -> nn.Module:
     """Return the denoiser of ``pipeline``, without a ``torch.compile`` around it.
 
@@ -23,6 +29,14 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
         ConfigError: the pipeline has none.
     """
     transformer = getattr(pipeline, denoiser_name(pipeline), None)
+    if transformer is None and second_of(pipeline) is not None:
+        raise ConfigError(
+            "the pipeline has a transformer_2 alone, and a plan is of `transformer`",
+            where=where,
+            got=f"{type(pipeline).__name__} with transformer=None",
+            expected="a pipeline whose `transformer` is loaded",
+            remedy="load the pipeline with its first transformer; the second one always runs dense",
+        )
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
             "the pipeline has no transformer",
@@ -32,3 +46,16 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
         )
     plain: nn.Module = getattr(transformer, "_orig_mod", transformer)
     return plain
+
+
+def never_called(pipeline: Any, where: str) -> ConfigError:
+    """Return the error for a generation that did not call the pipeline's ``transformer``."""
+    if second_of(pipeline) is None:
+        return ConfigError("the pipeline did not call its transformer", where=where)
+    return ConfigError(
+        "the pipeline called its transformer_2 alone, and a plan is of `transformer`",
+        where=where,
+        got="every timestep is below the boundary at which transformer_2 takes over",
+        expected="a generation that calls `transformer` too",
+        remedy="lower boundary_ratio, or begin at an earlier timestep (more strength or steps)",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import mismatch
-from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.prompts import argument_of
+from ditfastattn.runtime.pipeline.sampler import counting_steps
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,14 @@ def check_layout(plan: Plan, found: CfgLayout) -> None:
         raise mismatch("sampler.cfg_layout", found, plan.sampler.cfg_layout, what="pipeline")
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Hold a generation's first two calls, and whether the scheduler stepped between them."""
+
+    calls: Sequence[Arguments]
+    stepped: bool
+
+
 class _Seen(Exception):  # noqa: N818  # it ends a generation and reports no error
     """End a generation."""
 
@@ -81,29 +91,31 @@ def detect_cfg_layout(
         return CfgLayout.NONE
     guided = _observe(pipeline, {**call})
     plain = _observe(pipeline, {**call, name: 1.0})
-    for argument, conditions in plain[0].items():
-        layout = _compare(conditions, guided[0].get(argument))
+    for argument, conditions in plain.calls[0].items():
+        layout = _compare(conditions, guided.calls[0].get(argument))
         if layout is not CfgLayout.NONE:
             log.info("guidance: batched, %s (seen at the argument %s)", layout, argument)
             return layout
     if _of_one_step(plain, guided, timestep):
-        return _separate(plain[0], guided, timestep)
+        return _separate(plain.calls[0], guided.calls, timestep)
     log.info("guidance: none, or an input of the model: share-cfg is not considered")
     return CfgLayout.NONE
 
 
-def _of_one_step(plain: Sequence[Arguments], guided: Sequence[Arguments], timestep: str) -> bool:
+def _of_one_step(plain: _Begun, guided: _Begun, timestep: str) -> bool:
     """Return whether the first two calls with guidance are of one step.
 
-    They have the same timestep then. Where rounding gives two steps the same one too, as the plain
-    calls show, they must also agree in all else that changes from step to step.
+    The scheduler does not step between them, and they have the same timestep. Where a scheduler is
+    not seen, and rounding gives two steps the same timestep, as the plain calls show, they must
+    also agree in all else that changes from step to step.
     """
-    if not _agree(guided, timestep):
+    if guided.stepped or not _agree(guided.calls, timestep):
         return False
-    if not _agree(plain, timestep):
+    if plain.stepped or not _agree(plain.calls, timestep):
         return True
-    moving = [name for name in plain[0] if name in plain[1] and not _agree(plain, name)]
-    return all(_agree(guided, name) for name in moving)
+    first, second = plain.calls
+    moving = [name for name in first if name in second and not _agree(plain.calls, name)]
+    return all(_agree(guided.calls, name) for name in moving)
 
 
 def _agree(calls: Sequence[Arguments], name: str) -> bool:
@@ -142,9 +154,10 @@ def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
     return CfgLayout.COND_FIRST if first else CfgLayout.UNCOND_FIRST
 
 
-def _observe(pipeline: Any, call: dict[str, Any]) -> list[Arguments]:
+def _observe(pipeline: Any, call: dict[str, Any]) -> _Begun:
     """Return the tensors of a generation's first two calls of the transformer; end it there."""
     seen: list[Arguments] = []
+    stepped: list[int] = []
     denoiser = transformer_of(pipeline, "a generation")
     names = list(inspect.signature(denoiser.forward).parameters)
 
@@ -152,17 +165,19 @@ def _observe(pipeline: Any, call: dict[str, Any]) -> list[Arguments]:
         named = dict(zip(names, args, strict=False)) | kwargs
         tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
         seen.append({name: item.detach().clone() for name, item in tensors.items() if item.dim()})
+        stepped.append(steps())
         if len(seen) == 2:
             raise _Seen
 
     handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
     try:
         generator = torch.Generator().manual_seed(0)
-        pipeline(**{**call, "generator": generator})
+        with counting_steps(pipeline) as steps:
+            pipeline(**{**call, "generator": generator})
     except _Seen:
         pass
     finally:
         handle.remove()
     if not seen:
-        raise ConfigError("the pipeline did not call its transformer", where="a generation")
-    return seen
+        raise never_called(pipeline, "a generation")
+    return _Begun(seen, stepped[-1] > stepped[0])

@@ -12,6 +12,20 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
+# Arguments of diffusers' pipelines whose lists are of the whole call, and not of its images.
+_WHOLE = frozenset(
+    {
+        "callback_on_step_end_tensor_inputs",
+        "control_guidance_end",
+        "control_guidance_start",
+        "controlnet_conditioning_scale",
+        "ip_adapter_image",
+        "ip_adapter_image_embeds",
+        "sigmas",
+        "skip_guidance_layers",
+        "timesteps",
+    }
+)
 HELD_OUT_SEED = 500  # added to the seed, where held-out prompts repeat the same calls
 
 
@@ -26,10 +40,16 @@ class Prompt:
 def split_prompts(call: Mapping[str, Any], seed: int) -> list[Prompt]:
     """Return one prompt per image of ``call``, whose lists hold an entry per image.
 
+    Lists of values of the schedule, such as ``sigmas``, are of every image.
+
     Raises:
         ConfigError: lists of different lengths.
     """
-    lists = {name: item for name, item in call.items() if isinstance(item, (list, tuple))}
+    lists = {
+        name: item
+        for name, item in call.items()
+        if isinstance(item, (list, tuple)) and name not in _WHOLE
+    }
     lengths = {len(item) for item in lists.values()}
     if len(lengths) > 1 or 0 in lengths:
         raise ConfigError(

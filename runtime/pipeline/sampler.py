@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -27,6 +29,32 @@ def describe_sampler(
         guidance_scale=guidance_scale,
         cfg_layout=cfg_layout,
     )
+
+
+@contextmanager
+def counting_steps(pipeline: Any) -> Generator[Callable[[], int]]:
+    """Count how often the pipeline's scheduler steps; yield what returns the count so far.
+
+    It stays 0 where there is no scheduler, or where the pipeline does not call it.
+    """
+    scheduler: Any = getattr(pipeline, "scheduler", None)
+    count = 0
+    own = getattr(scheduler, "step", None)
+    if own is None or "step" in vars(scheduler):
+        yield lambda: 0
+        return
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return own(*args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield lambda: count
+    finally:
+        del scheduler.step
 
 
 def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = None) -> None:

@@ -127,6 +127,7 @@ def calibrate(
     narrow = attention_only or resolved is not Method.GLOBAL
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, head_groups)
     with holding as checkpoint, opening as session:
+        _check_steps(session.steps)
         device = session.example[0].device.type
         sites = allowed_windows(session.sites, forms, device)
         session.take_sites(_with_caches_in(cache_dtype, session, sites))
@@ -245,6 +246,17 @@ def _with_caches_in(
             remedy="leave cache_dtype out",
         )
     return made
+
+
+def _check_steps(count: int) -> None:
+    if count < 2:
+        raise ConfigError(
+            "a generation of one step has nothing to reuse",
+            where="calibrate(call)",
+            got=f"{count} step",
+            expected="2 steps or more: a plan reuses what earlier steps have computed",
+            remedy="give the call more steps, by num_inference_steps, sigmas or strength",
+        )
 
 
 def _check_head_groups(count: int) -> None:

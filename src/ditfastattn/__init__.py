@@ -23,6 +23,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.accelerate import accelerate, dense_generations, restore
+from ditfastattn.runtime.current_generation import generation
 from ditfastattn.runtime.load import load
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.search.calibrate import calibrate
@@ -48,6 +49,7 @@ __all__ = [
     "check_sampler",
     "dense_generations",
     "export",
+    "generation",
     "load",
     "reports",
     "reset",

@@ -197,7 +197,7 @@ def test_caches_are_written_into_what_dropped_caches_leave(tmp_path: Path) -> No
     bundle = load(tmp_path / "bundle")
     expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
     assert largest_difference(tiny.run(bundle), expected) < 1e-4
-    buffers, slots = bundle._state().buffers, len(bundle.manifest.slots)
+    buffers, slots = bundle._states.current().buffers, len(bundle.manifest.slots)
     assert slots <= buffers.count <= 2 * slots
     made = buffers.count
     assert largest_difference(tiny.run(bundle), expected) < 1e-4

@@ -84,9 +84,13 @@ def call_at(
 def generate(
     model: Any, tiny: TinyModel, timesteps: Sequence[float], seed: int = 0, **dtype: torch.dtype
 ) -> list[Tensor]:
-    """Run a generation whose latents at each step ``seed`` fixes."""
-    calls = (call_at(tiny, t, 100 * seed + step, **dtype) for step, t in enumerate(timesteps))
-    return [model(**call)[0] for call in calls]
+    """Run a generation whose latents ``seed`` fixes; each is near the one before."""
+    latents, results = noise(100 * seed, 1, 4, 8, 8), []
+    for step, t in enumerate(timesteps):
+        latents = latents + 0.3 * noise(100 * seed + step, 1, 4, 8, 8)
+        call = call_at(tiny, t, 0, **dtype) | {"hidden_states": latents.repeat(BATCH, 1, 1, 1)}
+        results.append(model(**call)[0])
+    return results
 
 
 def branch_call(tiny: TinyModel, timestep: float, image: int, branch: int) -> dict[str, Any]:
@@ -239,9 +243,13 @@ def test_different_images_are_refused_where_a_mask_comes_first(
     tiny = TinyModel(Masked().eval(), call)
     model = Stepped(tiny, plan=plan_of(tiny, (F, C, C, C), TIMES, layout))
     first, second = call(0, BATCH), call(0, BATCH)
+    second["hidden_states"] = noise(9, BATCH, 4, 8, 8)
     if layout is CfgLayout.SEPARATE:
         model(**first)
-    second["hidden_states"] = noise(9, BATCH, 4, 8, 8)
+        model(**second)  # it may be the first call of another generation, and is computed in full
+        with pytest.raises(ConfigError, match="unexpected timestep"):
+            model(**call(1, BATCH))
+        return
     with pytest.raises(ConfigError, match=r"hidden_states: the plan shares guidance"):
         model(**second)
 

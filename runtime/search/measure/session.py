@@ -7,10 +7,12 @@ schedulers, guidance and decoding are the user's own.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +31,12 @@ from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import check_shapes
-from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
 from ditfastattn.runtime.pipeline.hooks import check_not_hooked
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
-from ditfastattn.runtime.pipeline.sampler import describe_sampler
+from ditfastattn.runtime.pipeline.sampler import counting_steps, describe_sampler
 from ditfastattn.runtime.search.measure.captured_model import (
     CapturedModel,
     ModelOptions,
@@ -91,6 +93,9 @@ class Session:
         self._model: CapturedModel | None = None
         self._stepper: Stepper | None = None
         self._seen: list[float] = []
+        self._after: list[int] = []  # how often the scheduler had stepped before each call
+        self._sampled: Callable[[], int] = lambda: 0
+        self._stepped = False  # the scheduler, in the last generation
 
     @property
     def captured(self) -> CapturedGraph:
@@ -160,20 +165,35 @@ class Session:
         stepper = _CountingStepper(self)
         self._generate(stepper, prompt)
         self.forward_seconds = stepper.seconds
+        if not self._seen:
+            raise never_called(self.pipeline, "a generation")
         # Rounding may give several steps the same timestep, so calls are counted, not timesteps.
         calls = self.layout.calls
         self.steps = len(self._seen) // calls
-        if (
-            max(stepper.calls, default=0) > calls
-            or self._seen[::calls] != self._seen[calls - 1 :: calls]
-        ):
+        if not self._calls_are_regular(stepper):
+            often = "once" if calls == 1 else "twice"
             raise ConfigError(
-                "a generation must call the transformer once a step",
-                where="the timesteps of one generation",
-                got=", ".join(f"{item:g}" for item in self._seen[:6]) + ", ...",
-                expected="one call per step, or two where guidance takes two calls",
-                remedy="use a scheduler of one call per step",
+                f"a generation must call the transformer {often} a step",
+                where="a generation",
+                got=phases(self._counted()),
+                expected=f"cfg_layout {self.layout}, from the first step to the last",
+                remedy="keep guidance as it is from the first step to the last, without further "
+                "calls such as skip-layer guidance; or say how it runs by cfg_layout",
             )
+
+    def _calls_are_regular(self, stepper: _CountingStepper) -> bool:
+        calls, seen = self.layout.calls, self._seen
+        if self._stepped:
+            return all(count == calls for count in Counter(self._after).values())
+        return max(stepper.calls) <= calls and seen[::calls] == seen[calls - 1 :: calls]
+
+    def _counted(self) -> list[str]:
+        """Return what each step did with the transformer."""
+        if self._stepped:
+            counts = list(Counter(self._after).values())
+        else:  # runs of one timestep are steps, as far as can be seen
+            counts = [len(list(run)) for _, run in groupby(self._seen)]
+        return [f"{count} call" if count == 1 else f"{count} calls" for count in counts]
 
     def run(self, stepper: Stepper, prompt: Prompt) -> Any:
         """Generate with ``stepper``; return what the pipeline returns first: the images.
@@ -193,10 +213,13 @@ class Session:
         return images
 
     def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
-        self._stepper, self._seen = stepper, []
+        self._stepper, self._seen, self._after = stepper, [], []
         token = _active.set(self)
         try:
-            return generate(self.pipeline, prompt)
+            with counting_steps(self.pipeline) as self._sampled:
+                images = generate(self.pipeline, prompt)
+                self._stepped = self._sampled() > 0
+                return images
         finally:
             _active.reset(token)
             self.timesteps = tuple(self._seen[:: self.layout.calls])
@@ -206,6 +229,7 @@ class Session:
         if self._model is None:
             self._model = capture_model(module, inputs, args, self._options)
         tensors = [item for item in args if isinstance(item, Tensor)]
+        self._check_rows(tensors)
         check_shapes(
             self._known.captured,
             self._known.example,
@@ -213,9 +237,46 @@ class Session:
             "a search must call one graph of the transformer, at one shape",
             "give every prompt the same number of images, resolution and length",
         )
+        self._after.append(self._sampled())
         self._seen.append(read_timestep(tensors[self._known.timestep]).value())
         assert self._stepper is not None
         return self._stepper.step(tensors)
+
+    def _check_rows(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse a generation that changes how many rows it calls the transformer with."""
+        known = self._known
+        wanted, got = (_rows(known.captured, given) for given in (known.example, tensors))
+        if wanted == got or not self._seen:
+            return
+        step = self._sampled() if self._sampled() else len(self._seen) // self.layout.calls
+        rows = [f"{wanted} row(s)"] * step + [f"{got} row(s)"]
+        within = bool(self._sampled()) and self._after[-1] == self._sampled()
+        raise ConfigError(
+            "the transformer was called with another number of rows within a generation",
+            where="a generation",
+            got=f"{wanted} row(s), then {got} row(s) at step {step}: a further call, such as that "
+            "of skip-layer guidance"
+            if within
+            else f"{phases(rows)} on: guidance was switched {'off' if got < wanted else 'on'}",
+            expected="the same calls at each step",
+            remedy="keep guidance as it is from the first step to the last",
+        )
+
+
+def _rows(captured: CapturedGraph, tensors: Sequence[Tensor]) -> int:
+    pairs = zip(captured.inputs, tensors, strict=False)
+    return max((len(item) for entry, item in pairs if not entry.static and item.dim()), default=0)
+
+
+def phases(steps: Sequence[str]) -> str:
+    """Return what each of ``steps`` did, equal ones in a row together."""
+    parts, first = [], 0
+    for done, run in groupby(steps):
+        last = first + len(list(run)) - 1
+        where = f"step {first}" if first == last else f"steps {first}-{last}"
+        parts.append(f"{done} at {where}")
+        first = last + 1
+    return ", ".join(parts)
 
 
 class _CountingStepper:

@@ -1,0 +1,201 @@
+"""Calls of a generation are counted, and what is unusual about them is said as it was seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ditfastattn
+from ditfastattn import CfgLayout, ConfigError, Target, accelerate, calibrate, restore
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from tests.runtime.test_pipelines import Pipeline
+from tests.tiny_pipelines import TINY_PIPELINES, tiny_two_stage_wan_pipeline
+
+
+class Colliding(Pipeline):
+    """Give the transformer one timestep at two steps in a row, and call it once a step.
+
+    The model's output is added to the latents too little to show in half precision.
+    """
+
+    def __call__(
+        self,
+        labels: list[int],
+        num_inference_steps: int = 6,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            rows = latents.bfloat16().float()
+            given = self.scheduler.timesteps[step // 2 * 2] if guidance_scale != 1.0 else timestep
+            with torch.no_grad():
+                out = self._predict(rows, given, torch.tensor(labels))
+            moved = self.scheduler.step(out, timestep, latents).prev_sample
+            latents = latents if step % 2 == 0 else moved  # too small a step
+        return latents
+
+
+def test_steps_of_one_timestep_are_not_taken_for_guidance_in_two_calls() -> None:
+    pipeline: Any = Colliding("cond-first")
+    call: dict[str, Any] = {"labels": [1, 2]}
+    assert detect_cfg_layout(pipeline, call) is CfgLayout.NONE
+    plan = calibrate(pipeline, call, target=Target.threshold(0.2))
+    assert plan.sampler.steps == 6
+    accelerate(pipeline, plan, lowering="eager")
+    images = [generate(pipeline, Prompt(call, 5)) for _ in range(2)]
+    restore(pipeline)
+    assert torch.equal(*images)
+
+
+class Still(Pipeline):
+    """Give the transformer the same first timestep at every step, as of a clean first frame."""
+
+    def _given(self, timestep: Tensor) -> Tensor:
+        return timestep * 0
+
+
+def test_without_a_plan_steps_of_one_timestep_are_counted() -> None:
+    pipeline: Any = Still("cond-first")
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 7}
+    accelerate(pipeline, lowering="eager", threshold=0.2, cfg_layout="cond-first")
+    first, *others = (generate(pipeline, Prompt(call, 5)) for _ in range(4))
+    restore(pipeline)
+    assert all(float((other - first).abs().max()) < 1e-5 for other in others)
+
+
+class Cutoff(Pipeline):
+    """Switch guidance off after two steps."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__(order)
+        self.on = 2
+
+    def __call__(
+        self,
+        labels: list[int],
+        num_inference_steps: int = 5,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
+        classes = torch.tensor(labels)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            halves = [classes]
+            if guidance_scale != 1.0 and step < self.on:
+                halves = [classes, torch.full_like(classes, 10)]
+            calls = halves if self.order == "separate" else [torch.cat(halves)]
+            with torch.no_grad():
+                found = [self._predict(latents, timestep, part) for part in calls]
+                self._more(step, latents, timestep, classes)
+            latents = self.scheduler.step(
+                torch.cat(found)[: len(latents)], timestep, latents
+            ).prev_sample
+        return latents
+
+    def _more(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
+        """Do nothing more."""
+
+
+class SkipLayer(Cutoff):
+    """Call the transformer once more at some steps, as skip-layer guidance does."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__(order)
+        self.on = 99
+
+    def _more(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
+        if 1 <= step < 3:
+            self._predict(latents, timestep, classes)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "seen"),
+    [
+        (Cutoff("cond-first"), r"2 row\(s\) at steps 0-1, 1 row\(s\) at step 2 on: guidance was"),
+        (Cutoff("separate"), r"2 calls at steps 0-1, 1 call at steps 2-4"),
+        (SkipLayer("cond-first"), r"2 row\(s\), then 1 row\(s\) at step 1: a further call"),
+        (SkipLayer("separate"), r"2 calls at step 0, 3 calls at steps 1-2, 2 calls at steps 3-4"),
+    ],
+    ids=["cutoff", "cutoff-separate", "skip-layer", "skip-layer-separate"],
+)
+def test_guidance_that_changes_within_a_generation_is_named(pipeline: Any, seen: str) -> None:
+    with pytest.raises(ConfigError, match=seen) as raised:
+        calibrate(pipeline, {"labels": [1]}, target=Target.min_psnr(20.0))
+    assert "prompt" not in str(raised.value)
+    assert "scheduler" not in str(raised.value)
+
+
+# What a call's lists are ----------------------------------------------------------------------
+
+
+class Scheduled(Pipeline):
+    """Take a schedule as a list, as pipelines of flow matching do."""
+
+    def __call__(  # type: ignore[override]  # it takes one argument more
+        self,
+        labels: list[int],
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        latents = super().__call__(labels, len(sigmas or [1.0]), guidance_scale, generator)
+        return latents.sigmoid()  # an image's values
+
+
+def test_a_list_of_the_schedule_is_of_every_image() -> None:
+    sigmas = [1.0, 0.7, 0.4, 0.1]
+    first, second = split_prompts({"labels": [1, 2], "sigmas": sigmas}, 7)
+    assert (first.call, first.seed) == ({"labels": [1], "sigmas": sigmas}, 7)
+    assert (second.call, second.seed) == ({"labels": [2], "sigmas": sigmas}, 8)
+    (alone,) = split_prompts({"prompt": "a cat", "sigmas": sigmas}, 0)
+    assert alone.call["sigmas"] == sigmas
+
+
+def test_a_schedule_of_sigmas_is_calibrated() -> None:
+    call = {"labels": [1], "sigmas": [1.0, 0.7, 0.4, 0.1]}
+    for target in (Target.threshold(0.2), Target.min_psnr(20.0)):
+        options: Any = {"objective": "flops", "lowering": "eager"}
+        plan = calibrate(Scheduled("cond-first"), call, target=target, **options)
+        assert plan.sampler.steps == 4
+
+
+def test_a_generation_of_one_step_is_refused() -> None:
+    call: dict[str, Any] = {"labels": [1], "sigmas": [1.0]}
+    with pytest.raises(ConfigError, match="one step has nothing to reuse"):
+        calibrate(Scheduled("cond-first"), call, target=Target.min_psnr(20.0))
+
+
+# Two experts ------------------------------------------------------------------------------------
+
+
+def two_experts() -> tuple[Any, dict[str, Any]]:
+    return tiny_two_stage_wan_pipeline(), {"num_inference_steps": 4, **TINY_PIPELINES["wan"][1]}
+
+
+def test_a_pipeline_of_the_second_expert_alone_is_refused_by_name() -> None:
+    pipeline, call = two_experts()
+    pipeline.transformer = None
+    for refused in (
+        lambda: calibrate(pipeline, call),
+        lambda: accelerate(pipeline),
+        lambda: ditfastattn.restore(pipeline),
+    ):
+        with pytest.raises(ConfigError, match=r"transformer_2 alone[\s\S]*transformer=None"):
+            refused()
+
+
+@pytest.mark.parametrize("layout", [None, CfgLayout.SEPARATE])
+def test_a_generation_of_the_second_expert_alone_is_refused_by_name(
+    layout: CfgLayout | None,
+) -> None:
+    pipeline, call = two_experts()
+    pipeline.register_to_config(boundary_ratio=1.1)
+    with pytest.raises(ConfigError, match=r"called its transformer_2 alone[\s\S]*boundary_ratio"):
+        calibrate(pipeline, call, cfg_layout=layout)
