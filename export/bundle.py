@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_bytes_atomically
 from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
@@ -32,7 +33,7 @@ from ditfastattn.export.step_graphs import (
 )
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest
+from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Manifest
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.clock import tolerances
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
@@ -116,7 +117,7 @@ def export_model(
             manifest = _Writer(prepared, partial, chosen, schedule).write()
         finally:
             partial.weights.close()
-        partial.put_in_place(Path(out))
+        partial.put_in_place(Path(out), {*manifest.files, MANIFEST})
     return manifest
 
 
@@ -183,7 +184,7 @@ class _Writer:
 
     def _file(self, model: Any, file: str) -> None:
         path = self._partial.folder / file
-        path.write_bytes(model.SerializeToString())
+        write_bytes_atomically(path, model.SerializeToString())
         self._partial.weights.flush()
         lint(path)
 

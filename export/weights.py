@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Final
 
 import onnx
 import torch
 from onnx import TensorProto
+from pydantic import Field
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import naming_faults
+from ditfastattn.core.records import Record
+from ditfastattn.runtime.bundle.specs import Natural
 
 INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph
 _PAGE: Final = 4096  # large tensors begin on a page, so that runtimes can map them
@@ -61,10 +65,29 @@ def inline_tensor(name: str, tensor: Tensor) -> TensorProto:
     return made
 
 
-@dataclass(frozen=True)
-class _Place:
-    offset: int
-    length: int
+class Place(Record, frozen=True):
+    """Say where a tensor's content lies."""
+
+    offset: Natural
+    length: Natural
+
+
+class Stored(Record, frozen=True):
+    """Record what a file of weights holds: its ``size``, and the place of each content by hash."""
+
+    size: Natural
+    places: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], Place]
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the file in ``path`` holds all of it, unchanged."""
+        if not path.is_file() or path.stat().st_size < self.size:
+            return False
+        with path.open("rb") as file:
+            for key, place in self.places.items():
+                file.seek(place.offset)
+                if hashlib.sha256(file.read(place.length)).hexdigest() != key:
+                    return False
+        return True
 
 
 @dataclass
@@ -74,39 +97,46 @@ class Weights:
     path: Path
     location: str  # as the graphs name it: relative to their folder
     size: int = 0
-    _places: dict[bytes, _Place] = field(default_factory=dict)
+    _places: dict[str, Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Open an empty file, or continue after the first ``size`` bytes."""
-        self._file = self.path.open("r+b" if self.size else "wb")
-        self._file.truncate(self.size)
-        self._file.seek(self.size)
+        with naming_faults(self.path):
+            self._file = self.path.open("r+b" if self.size else "wb")
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
 
     @classmethod
-    def resumed(cls, path: Path, location: str, state: Mapping[str, Any]) -> Weights:
-        """Resume from ``state``, or start anew if it is empty."""
-        places = {
-            bytes.fromhex(key): _Place(*place) for key, place in state.get("places", {}).items()
-        }
-        return cls(path, location, state.get("size", 0), places)
+    def resumed(cls, path: Path, location: str, stored: Stored | None) -> Weights:
+        """Continue the file that holds ``stored``, or start anew if there is none."""
+        if stored is None:
+            return cls(path, location)
+        return cls(path, location, stored.size, dict(stored.places))
 
-    def state(self) -> dict[str, Any]:
-        """Return what ``resumed`` takes, as JSON."""
-        places = {key.hex(): [p.offset, p.length] for key, p in self._places.items()}
-        return {"size": self.size, "places": places}
+    def stored(self) -> Stored:
+        """Return what ``resumed`` takes."""
+        return Stored(size=self.size, places=self._places)
 
     def flush(self) -> None:
         """Make what was stored so far readable by others."""
-        self._file.flush()
+        with naming_faults(self.path):
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until what was stored so far is on the disk."""
+        self.flush()
+        with naming_faults(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming_faults(self.path):
+            self._file.close()
 
     def store(self, name: str, tensor: Tensor) -> TensorProto:
         """Return an initializer called ``name`` that refers to the content of ``tensor``."""
         data = raw_bytes(tensor)
-        key = hashlib.sha256(data).digest()
+        key = hashlib.sha256(data).hexdigest()
         if key not in self._places:
             self._places[key] = self._append(data)
         place = self._places[key]
@@ -117,11 +147,12 @@ class Weights:
             made.external_data.append(onnx.StringStringEntryProto(key=key_, value=str(item)))
         return made
 
-    def _append(self, data: bytes) -> _Place:
+    def _append(self, data: bytes) -> Place:
         alignment = _PAGE if len(data) >= _PAGE else _WORD
         padding = -self.size % alignment
-        self._file.write(b"\0" * padding)
-        self._file.write(data)
-        place = _Place(self.size + padding, len(data))
+        with naming_faults(self.path):
+            self._file.write(b"\0" * padding)
+            self._file.write(data)
+        place = Place(offset=self.size + padding, length=len(data))
         self.size = place.offset + place.length
         return place
