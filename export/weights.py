@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import onnx
 import torch
@@ -22,6 +22,7 @@ from ditfastattn.runtime.bundle.specs import Natural
 INLINE_BYTES: Final = 1024  # smaller tensors stay in the graph
 _PAGE: Final = 4096  # large tensors begin on a page, so that runtimes can map them
 _WORD: Final = 64
+_PART: Final = 2**24  # of a file that is read piece by piece
 
 ONNX_TYPES: Final[dict[torch.dtype, int]] = {
     torch.float32: TensorProto.FLOAT,
@@ -73,21 +74,28 @@ class Place(Record, frozen=True):
 
 
 class Stored(Record, frozen=True):
-    """Record what a file of weights holds: its ``size``, and the place of each content by hash."""
+    """Record what a file of weights holds: its size and hash, and each content's place by hash."""
 
     size: Natural
+    sha256: str
     places: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], Place]
 
     def holds(self, path: Path) -> bool:
-        """Return whether the file in ``path`` holds all of it, unchanged."""
-        if not path.is_file() or path.stat().st_size < self.size:
-            return False
-        with path.open("rb") as file:
-            for key, place in self.places.items():
-                file.seek(place.offset)
-                if hashlib.sha256(file.read(place.length)).hexdigest() != key:
-                    return False
-        return True
+        """Return whether the file in ``path`` begins with it, unchanged."""
+        return path.is_file() and _hash_of_first(path, self.size).hexdigest() == self.sha256
+
+
+def _hash_of_first(path: Path, size: int) -> Any:
+    """Return the hash of the first ``size`` bytes of a file, to be continued."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0:
+            part = file.read(min(size, _PART))
+            if not part:
+                break
+            found.update(part)
+            size -= len(part)
+    return found
 
 
 @dataclass
@@ -105,6 +113,7 @@ class Weights:
             self._file = self.path.open("r+b" if self.size else "wb")
             self._file.truncate(self.size)
             self._file.seek(self.size)
+            self._hash = _hash_of_first(self.path, self.size)
 
     @classmethod
     def resumed(cls, path: Path, location: str, stored: Stored | None) -> Weights:
@@ -115,7 +124,7 @@ class Weights:
 
     def stored(self) -> Stored:
         """Return what ``resumed`` takes."""
-        return Stored(size=self.size, places=self._places)
+        return Stored(size=self.size, sha256=self._hash.hexdigest(), places=self._places)
 
     def flush(self) -> None:
         """Make what was stored so far readable by others."""
@@ -151,8 +160,9 @@ class Weights:
         alignment = _PAGE if len(data) >= _PAGE else _WORD
         padding = -self.size % alignment
         with naming_faults(self.path):
-            self._file.write(b"\0" * padding)
-            self._file.write(data)
+            for part in (b"\0" * padding, data):
+                self._file.write(part)
+                self._hash.update(part)
         place = Place(offset=self.size + padding, length=len(data))
         self.size = place.offset + place.length
         return place

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,68 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> No
     (bundle / "weights.bin").symlink_to(outside)
     with pytest.raises(ConfigError, match="outside the bundle"):
         load(bundle)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.bin", "plan.json", "variant_00.onnx"])
+def test_what_is_not_a_regular_file_is_refused(name: str, bundle: Path) -> None:
+    path = bundle / name
+    path.unlink()
+    os.mkfifo(path)  # to open one waits for a writer
+    with pytest.raises(ConfigError, match=rf"{name}(.|\n)*expected: a regular file"):
+        load(bundle)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ConfigError, match=rf"{name}(.|\n)*symbolic links"):
+        load(bundle)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 2000 + "x", "a\nb"])
+def test_a_name_that_no_file_has_is_refused(name: str, bundle: Path) -> None:
+    spec = {"bytes": 1, "sha256": "0" * 64}
+    edit(bundle, lambda data: data["files"].update({name: spec}))
+    with pytest.raises(ConfigError, match="not the name of a file of a bundle"):
+        load(bundle)
+    with pytest.raises(ConfigError, match="there is no bundle"):
+        load(bundle / name)
+
+
+@pytest.mark.parametrize("ending", ["json", "textproto", "onnxtxt", "bin"])
+def test_a_graph_is_onnx_whatever_its_name(ending: str, bundle: Path) -> None:
+    expected, tiny = tiny_dit().run(load(bundle)), tiny_dit()
+    name = f"graph.{ending}"
+
+    def rename(data: Data) -> None:
+        (bundle / "variant_00.onnx").rename(bundle / name)
+        data["files"][name] = data["files"].pop("variant_00.onnx")
+        data["variants"][0]["file"] = name
+
+    edit(bundle, rename)
+    assert largest_difference(tiny.run(load(bundle)), expected) == 0.0
+
+
+def test_a_graph_that_is_another_file_is_refused(bundle: Path) -> None:
+    edit(bundle, lambda data: data["variants"][0].update(file="plan.json"))
+    with pytest.raises(ConfigError, match="not ONNX"):
+        load(bundle)
+
+
+def test_nan_in_both_halves_is_the_same_latent(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, uniform_strategies(sites, Strategy.SHARE_CFG), tmp_path / "bundle")
+    call = tiny.call(0, 4)
+    (result,) = load(tmp_path / "bundle")(**{**call, "hidden_states": call["hidden_states"] * nan})
+    assert bool(result.isnan().all())  # as the model's own
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_an_empty_batch_is_refused(planned: bool, bundle: Path, tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    if not planned:
+        export_tiny(tiny, None, tmp_path / "dense")
+    empty = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in tiny.call(0, 4).items()}
+    with pytest.raises(ConfigError, match="the batch is empty"):
+        load(bundle if planned else tmp_path / "dense")(**empty)
 
 
 def refer_elsewhere(path: Path, location: str) -> None:
