@@ -27,6 +27,7 @@ from ditfastattn.export.step_graphs import (
     StepGraph,
     describe,
     hoisted_graph_of,
+    size_of,
     spec,
     variant_graph,
     write_graph,
@@ -180,7 +181,7 @@ class _Writer:
             self._file(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
             partial.keep(file, key)
         self._report(file)
-        return describe(graph, file)
+        return describe(graph, partial.folder / file)
 
     def _file(self, model: Any, file: str) -> None:
         path = self._partial.folder / file
@@ -216,6 +217,7 @@ class _Writer:
         self._report(LOOP_FILE)
         return LoopSpec(
             file=LOOP_FILE,
+            size=size_of(self._partial.folder / LOOP_FILE, (loop.noise, *loop.conditions)),
             noise=spec(loop.noise),
             noise_scale=schedule.noise_scale,
             conditions=tuple(map(spec, loop.conditions)),

@@ -19,11 +19,10 @@ from ditfastattn.core.files import (
     naming_faults,
     replace_folder,
     standing,
-    write_text_atomically,
 )
 from ditfastattn.core.locks import sole_writer
 from ditfastattn.core.records import Record
-from ditfastattn.core.strict_json import read_json
+from ditfastattn.core.strict_json import read_sealed, write_sealed
 from ditfastattn.export.weights import Stored, Weights
 from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
 
@@ -72,7 +71,8 @@ class PartialBundle:
         if not os.path.lexists(path):
             return None
         try:
-            return _State.from_json(read_json(path, "the state of the export"), str(path), "")
+            state = read_sealed(path, "the state of the export")
+            return _State.from_json(state, str(path), "")
         except ConfigError as error:
             log.warning("ditfastattn: an interrupted export cannot resume: %s", error)
             return None
@@ -89,7 +89,7 @@ class PartialBundle:
         self.weights.sync()
         self.done[file] = _Done(key=key, sha256=file_hash(self.folder / file))
         state = _State(request=self.request, done=self.done, weights=self.weights.stored())
-        write_text_atomically(self.folder / _STATE, state.model_dump_json())
+        write_sealed(self.folder / _STATE, state.model_dump(mode="json"))
 
     def close(self) -> None:
         """End writing weights."""

@@ -45,7 +45,15 @@ class BundleArguments:
         """
         manifest = self._manifest
         spec = next(spec for spec in manifest.inputs if spec.shape)
-        batch = len(_lookup(spec.name, given))
+        shape = _lookup(spec.name, given).shape
+        batch = shape[0] if shape else 0
+        if not batch:
+            raise ConfigError(
+                "the batch is empty",
+                where=f"argument {spec.name!r}",
+                got=f"a tensor of shape {list(shape)}",
+                expected="at least one row",
+            )
         if manifest.fixed_batch and batch != manifest.fixed_batch:
             raise ConfigError(
                 "the bundle was exported for another batch",

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.bundle.specs import TensorSpec
+from ditfastattn.runtime.bundle.graph_size import measure
+from ditfastattn.runtime.bundle.specs import ELEMENT_TYPES, ITEM_BYTES, GraphSize, TensorSpec
 
 INSTALL: Final = 'pip install "ditfastattn[onnx]"'
 _EXPORT_AGAIN: Final = "do not load bundles of unknown origin; export it again"
-
-ELEMENT_TYPES: Final[Mapping[torch.dtype, int]] = {  # of onnx.TensorProto
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int16: 5,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-_ITEM_BYTES: Final = {number: dtype.itemsize for dtype, number in ELEMENT_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,22 +50,25 @@ def read_graph(
     weights: WeightsFile,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    size: GraphSize,
 ) -> GraphFile:
     """Return the graph that ``content`` holds, which was read from ``path``.
 
     Raises:
-        ConfigError: it is not ONNX; it has other ``inputs`` or ``outputs``, refers to another file
-            than the weights, or beyond their end; or it is not as an export writes it.
+        ConfigError: it is not ONNX; it has other ``inputs`` or ``outputs``, or is larger, than the
+            manifest says; it refers to another file than the weights, or beyond their end; or it is
+            not as an export writes it.
     """
     model = _parse(path, content)
-    _check_nodes(path, model.graph)
+    _check_nodes(path, model)
     _check_ports(path, model.graph, inputs, outputs)
-    external = [
-        tensor
+    _check_size(path, measure(model, inputs), size)
+    held = [
+        _weight(path, tensor, weights)
         for tensor in model.graph.initializer
-        if tensor.external_data or tensor.data_location == tensor.EXTERNAL
+        if not _lies_within(path, tensor)
     ]
-    return GraphFile(path, content, tuple(_weight(path, tensor, weights) for tensor in external))
+    return GraphFile(path, content, tuple(held))
 
 
 def _parse(path: Path, content: bytes) -> Any:
@@ -95,10 +84,24 @@ def _parse(path: Path, content: bytes) -> Any:
         raise ConfigError("the graph is not ONNX", where=str(path), got=error) from error
 
 
-def _check_nodes(path: Path, graph: Any) -> None:
-    """Refuse what no export writes: graphs within nodes, foreign operators, hidden tensors."""
+def _check_nodes(path: Path, model: Any) -> None:
+    """Refuse what no export writes.
+
+    Such as graphs within nodes, operators of others, weights that lie elsewhere, and nodes that no
+    input reaches: runtimes compute these while they load.
+    """
+    graph = model.graph
+    reached = {value.name for value in graph.input}
     for node in graph.node:
         where = f"{path}: {node.name or node.op_type}"
+        if reached.isdisjoint(node.input):
+            raise ConfigError(
+                "the node depends on no input of the graph",
+                where=where,
+                got=node.op_type,
+                remedy=_EXPORT_AGAIN,
+            )
+        reached.update(node.output)
         if node.domain not in ("", "ai.onnx"):
             raise ConfigError(
                 "the node is not an operator of ONNX",
@@ -117,8 +120,13 @@ def _check_nodes(path: Path, graph: Any) -> None:
                     where=where,
                     remedy=_EXPORT_AGAIN,
                 )
-    if graph.sparse_initializer:
-        raise ConfigError("the graph has sparse weights", where=str(path), remedy=_EXPORT_AGAIN)
+    for what, found in (
+        ("sparse weights", graph.sparse_initializer),
+        ("functions", model.functions),
+        ("steps of training", model.training_info),
+    ):
+        if found:
+            raise ConfigError(f"the graph has {what}", where=str(path), remedy=_EXPORT_AGAIN)
 
 
 def _check_ports(
@@ -141,11 +149,38 @@ def _check_ports(
             )
 
 
+def _check_size(path: Path, found: GraphSize, expected: GraphSize) -> None:
+    if found.nodes != expected.nodes or found.exceeds(expected):
+        raise ConfigError(
+            "the graph is larger or smaller than the manifest says",
+            where=str(path),
+            got=found,
+            expected=expected,
+            remedy=_EXPORT_AGAIN,
+        )
+
+
 def _described(value: Any) -> tuple[int, tuple[int | str, ...]]:
     """Return the element type and the dimensions of a graph's input or output."""
     tensor = value.type.tensor_type
     dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return tensor.elem_type, dims
+
+
+def _lies_within(path: Path, tensor: Any) -> bool:
+    """Return whether the graph itself holds an initializer's content, all of it."""
+    if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
+        return False
+    size = math.prod(tensor.dims) * ITEM_BYTES.get(tensor.data_type, -1)
+    if size != len(tensor.raw_data):
+        raise ConfigError(
+            "the graph holds a tensor of another size than it says",
+            where=f"{path}: {tensor.name}",
+            got=f"{len(tensor.raw_data)} bytes",
+            expected=f"{size} bytes",
+            remedy=_EXPORT_AGAIN,
+        )
+    return True
 
 
 def _weight(path: Path, tensor: Any, weights: WeightsFile) -> Weight:
@@ -161,7 +196,7 @@ def _weight(path: Path, tensor: Any, weights: WeightsFile) -> Weight:
             remedy=_EXPORT_AGAIN,
         )
     offset, length = (_natural(entries.get(key)) for key in ("offset", "length"))
-    size = math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0)
+    size = math.prod(tensor.dims) * ITEM_BYTES.get(tensor.data_type, 0)
     if length != size or not 0 < size <= len(weights.content) - offset:
         raise ConfigError(
             "the graph refers to other weights than its tensor needs",
@@ -170,7 +205,7 @@ def _weight(path: Path, tensor: Any, weights: WeightsFile) -> Weight:
             expected=f"{size} bytes of a file of {len(weights.content)}",
             remedy=_EXPORT_AGAIN,
         )
-    bits = np.dtype(f"u{_ITEM_BYTES[tensor.data_type]}")  # numpy knows no bfloat16
+    bits = np.dtype(f"u{ITEM_BYTES[tensor.data_type]}")  # numpy knows no bfloat16
     content = np.frombuffer(weights.content, bits, size // bits.itemsize, offset)
     return Weight(tensor.name, tensor.data_type, content.reshape(tuple(tensor.dims)))
 

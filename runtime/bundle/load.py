@@ -11,7 +11,7 @@ from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
 from ditfastattn.runtime.bundle.graph_file import GraphFile, WeightsFile, read_graph
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions
-from ditfastattn.runtime.bundle.specs import TensorSpec, VariantSpec
+from ditfastattn.runtime.bundle.specs import LoopSpec, TensorSpec, VariantSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _open_loop(opened: OpenBundle, options: SessionOptions) -> OnnxGraph:
             remedy="export it with loop=True (--loop), or step it by a pipeline",
         )
     latents = loop.noise.model_copy(update={"name": loop.latents})
-    graph = _read(opened, loop.file, (loop.noise, *loop.conditions), (latents,))
+    graph = _read(opened, loop, (loop.noise, *loop.conditions), (latents,))
     found = OnnxGraph(graph, loop.graph_inputs, [loop.latents], options)
     opened.check_unchanged()
     return found
@@ -75,16 +75,20 @@ def _open_loop(opened: OpenBundle, options: SessionOptions) -> OnnxGraph:
 def open_graph(opened: OpenBundle, spec: VariantSpec, options: SessionOptions) -> OnnxGraph:
     """Open one graph of a bundle."""
     inputs, outputs = _signature(opened.manifest, spec)
-    graph = _read(opened, spec.file, inputs, outputs)
+    graph = _read(opened, spec, inputs, outputs)
     return OnnxGraph(graph, spec.graph_inputs, opened.manifest.graph_outputs(spec), options)
 
 
 def _read(
-    opened: OpenBundle, file: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    opened: OpenBundle,
+    spec: VariantSpec | LoopSpec,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
 ) -> GraphFile:
     name = opened.manifest.weights
     weights = WeightsFile(name, opened.content(name))
-    return read_graph(opened.path(file), bytes(opened.content(file)), weights, inputs, outputs)
+    path, content = opened.path(spec.file), bytes(opened.content(spec.file))
+    return read_graph(path, content, weights, inputs, outputs, spec.size)
 
 
 def _signature(manifest: Manifest, graph: VariantSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -32,7 +32,7 @@ from ditfastattn.runtime.bundle.specs import (
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
 EXPORT_AGAIN: Final = "export the bundle again (`ditfastattn export`)"
@@ -65,7 +65,7 @@ class Manifest(Record, frozen=True):
         files: every file of the bundle.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     ditfastattn: str
     opset: Positive
     model: ModelSpec

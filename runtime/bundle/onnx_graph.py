@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, EngineError
-from ditfastattn.runtime.bundle.graph_file import ELEMENT_TYPES, INSTALL, GraphFile
+from ditfastattn.runtime.bundle.graph_file import INSTALL, GraphFile
+from ditfastattn.runtime.bundle.specs import ELEMENT_TYPES
 
 _ON_CUDA = (
     "CUDAExecutionProvider",

@@ -14,11 +14,13 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from ditfastattn import ConfigError, EngineError, Strategy, load
 from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
@@ -74,10 +76,10 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         load(bundle)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_manifest_of_another_version_is_refused(bundle: Path, version: int) -> None:
     edit(bundle, lambda data: data.update(schema_version=version))
-    message = rf"another schema version(.|\n)*got: +{version}(.|\n)*expected: +2"
+    message = rf"another schema version(.|\n)*got: +{version}(.|\n)*expected: +3"
     with pytest.raises(ConfigError, match=message):
         load(bundle)
 
@@ -184,6 +186,84 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
     spec = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     edit(bundle, lambda data: data["files"].update({path.name: spec}))
     with pytest.raises(ConfigError, match="not the bundle's weights"):
+        load(bundle)
+
+
+def bomb(graph: onnx.GraphProto) -> None:
+    """Compute 4 GiB of zeros from a size alone."""
+    zeros = helper.make_node("ConstantOfShape", ["gib"], ["zeros"])
+    graph.initializer.append(numpy_helper.from_array(np.array([2**30]), "gib"))
+    graph.node.insert(0, zeros)
+
+
+def bomb_of_an_input(graph: onnx.GraphProto) -> None:
+    """Compute as much, from the shape of an input."""
+    times = numpy_helper.from_array(np.array([2**27, 1, 1, 1]), "times")
+    graph.initializer.append(times)
+    graph.node.insert(0, helper.make_node("Shape", ["hidden_states"], ["shape"]))
+    graph.node.insert(1, helper.make_node("Mul", ["shape", "times"], ["large"]))
+    graph.node.insert(2, helper.make_node("ConstantOfShape", ["large"], ["zeros"]))
+
+
+def branch(graph: onnx.GraphProto) -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    graph.node.insert(
+        0, helper.make_node("If", ["timestep"], [], then_branch=inner, else_branch=inner)
+    )
+
+
+def huge_tensor(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(onnx.TensorProto(name="huge", data_type=1, dims=[2**40]))
+
+
+def hidden_file(graph: onnx.GraphProto) -> None:
+    tensor = onnx.TensorProto(name="file", data_type=1, dims=[1])
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    graph.node.insert(0, helper.make_node("Where", ["timestep"], ["out"], value=tensor))
+
+
+def beyond_the_end(graph: onnx.GraphProto) -> None:
+    tensor = next(t for t in graph.initializer if t.external_data)
+    for entry in tensor.external_data:
+        if entry.key == "offset":
+            entry.value = str(2**40)
+
+
+def foreign(graph: onnx.GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Gelu", ["timestep"], ["out"], domain="com.microsoft"))
+
+
+def dead_node(graph: onnx.GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Identity", ["timestep"], ["out"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (bomb, "depends on no input"),
+        (bomb_of_an_input, "larger or smaller than the manifest says"),
+        (branch, "holds a graph"),
+        (huge_tensor, "tensor of another size"),
+        (hidden_file, "refers to a file that is not the bundle's weights"),
+        (beyond_the_end, "other weights than its tensor needs"),
+        (foreign, "not an operator of ONNX"),
+        (dead_node, "larger or smaller than the manifest says"),
+    ],
+)
+def test_a_graph_that_no_export_writes_is_refused_before_a_runtime_reads_it(
+    change: Callable[[onnx.GraphProto], None],
+    said: str,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = bundle / "variant_00.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    spec = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    edit(bundle, lambda data: data["files"].update({path.name: spec}))
+    monkeypatch.setattr(import_onnxruntime(), "InferenceSession", None)
+    with pytest.raises(ConfigError, match=said):
         load(bundle)
 
 

@@ -62,23 +62,16 @@ def test_a_damaged_record_of_the_state_is_no_obstacle(
     assert "cannot resume" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["missing weights", "another place", "a key that is not hex"])
-def test_a_state_of_another_shape_is_no_obstacle(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_record_of_the_state_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny, rows = tiny_dit(), mixed_rows()
     whole = export_tiny(tiny, rows, tmp_path / "whole")
     interrupt_before("variant_01", rows, tmp_path / "bundle", monkeypatch)
     state = tmp_path / ".bundle.partial" / "partial.json"
     text = state.read_text()
-    if change == "missing weights":
-        text = text.replace('"weights"', '"other"')
-    elif change == "another place":
-        text = text.replace("4096", "8192")
-    else:
-        text = text.replace('"places":{"', '"places":{"z')
-    assert text != state.read_text()
-    state.write_text(text)
+    assert "4096" in text  # where a tensor lies
+    state.write_text(text.replace("4096", "8192"))
     assert export_anew(tiny, rows, tmp_path / "bundle").files == whole.files
 
 

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import make_folder, write_text_atomically
+from ditfastattn.core.files import make_folder
 from ditfastattn.core.locks import sole_writer
-from ditfastattn.core.strict_json import read_json
+from ditfastattn.core.strict_json import read_sealed, write_sealed
 from ditfastattn.core.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Checkpoint:
         found = _read_json(path) if path.exists() else None
         if found is None:
             make_folder(self._folder)
-            write_text_atomically(path, json.dumps(wanted, indent=1) + "\n")
+            write_sealed(path, wanted)
             return False
         differing = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
         if differing:
@@ -79,7 +79,7 @@ class Checkpoint:
         """Keep JSON ``data`` under ``name``."""
         path = self._path(f"{name}.json")
         if path is not None:
-            write_text_atomically(path, json.dumps(data) + "\n")
+            write_sealed(path, data)
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors: what ``name`` holds, or what ``make`` returns, kept."""
@@ -121,7 +121,7 @@ def open_checkpoint(plan: Path, restart: bool = False) -> Generator[Checkpoint]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return read_json(path, "the checkpoint")
+        return read_sealed(path, "the checkpoint")
     except ConfigError as error:
         _warn(error)
         return None

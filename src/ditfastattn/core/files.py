@@ -163,7 +163,7 @@ def exchange(first: Path, second: Path) -> bool:
 def standing(path: Path) -> Path:
     """Return ``path``, or where its folder stands if replacing it was interrupted."""
     old = _set_aside(path)
-    return old if not os.path.lexists(path) and old.is_dir() else path
+    return old if not os.path.lexists(path) and os.path.isdir(old) else path
 
 
 def _set_aside(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import open_regular
+from ditfastattn.core.files import open_regular, write_text_atomically
 
 MOST_BYTES: Final = 256 * 2**20
 _DEEPEST: Final = 64
@@ -45,15 +46,18 @@ def read_text(path: Path, what: str, remedy: str = "", *, most_bytes: int = MOST
         ) from error
 
 
-def parse_json(text: str, where: str, what: str, remedy: str = "") -> Any:
-    """Return the JSON in ``text``: no key twice, no NaN or infinity, not nested deeply.
+def parse_json(text: str, where: str, what: str, remedy: str = "", *, finite: bool = True) -> Any:
+    """Return the JSON in ``text``: no key twice, not nested deeply, if ``finite`` no NaN nor infinity.
 
     Raises:
         ConfigError: it is something else.
     """
     try:
         data = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse if finite else float,
+            parse_float=_finite,
         )
         _check(data)
     except RecursionError as error:
@@ -61,6 +65,35 @@ def parse_json(text: str, where: str, what: str, remedy: str = "") -> Any:
     except ValueError as error:
         raise _not_strict(what, where, error, remedy) from error
     return data
+
+
+def write_sealed(path: Path, data: Any) -> None:
+    """Write JSON ``data`` that only we read again, with a hash that tells of any change.
+
+    It may hold infinities, such as the PSNR of equal images.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    content = json.dumps(data)
+    sealed = {"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content}
+    write_text_atomically(path, json.dumps(sealed) + "\n")
+
+
+def read_sealed(path: Path, what: str) -> Any:
+    """Return what ``write_sealed`` wrote to ``path``; ``what`` names it, as "the checkpoint".
+
+    Raises:
+        ConfigError: it is missing, or was changed since.
+    """
+    sealed = read_json(path, what)
+    content = sealed.get("content") if isinstance(sealed, dict) else None
+    if not isinstance(content, str) or sealed != {
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "content": content,
+    }:
+        raise ConfigError(f"{what} was changed since it was written", where=str(path))
+    return parse_json(content, str(path), what, finite=False)
 
 
 def _not_strict(what: str, where: str, got: object, remedy: str) -> ConfigError:
