@@ -39,4 +39,4 @@ def _bytes(value: Any) -> int:
     known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in dims)
     if not known or tensor.elem_type not in ITEM_BYTES:
         return -1
-    return ITEM_BYTES[tensor.elem_type] * math.prod(dim.dim_value for dim in dims)
+    return ITEM_BYTES[tensor.elem_type] * math.prod(int(dim.dim_value) for dim in dims)

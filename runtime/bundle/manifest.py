@@ -7,9 +7,11 @@ to lie in the folder and its content to match the manifest.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
@@ -35,6 +37,7 @@ PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 3
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
+_SEAL: Final = "sha256"  # of all other entries
 EXPORT_AGAIN: Final = "export the bundle again (`ditfastattn export`)"
 
 
@@ -170,7 +173,7 @@ class Manifest(Record, frozen=True):
 
     def save(self, folder: Path) -> None:
         """Write the manifest, the last file of a bundle: without it there is no bundle."""
-        write_text_atomically(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        write_text_atomically(folder / MANIFEST, manifest_text(json.loads(self.model_dump_json())))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -207,7 +210,21 @@ def parse_manifest(text: str, where: str) -> Manifest:
             expected=SCHEMA_VERSION,
             remedy=f"{EXPORT_AGAIN}, or use the ditfastattn that wrote it",
         )
+    if data.pop(_SEAL, None) != _seal(data):
+        raise ConfigError(
+            "the manifest has changed since it was exported", where=where, remedy=EXPORT_AGAIN
+        )
     return Manifest.from_json(data, where, EXPORT_AGAIN)
+
+
+def manifest_text(data: Mapping[str, Any]) -> str:
+    """Return the text of a manifest of this ``data``, with a hash that tells of any change."""
+    rest = {key: item for key, item in data.items() if key != _SEAL}
+    return json.dumps({**rest, _SEAL: _seal(rest)}, indent=1) + "\n"
+
+
+def _seal(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -61,8 +61,17 @@ def test_content_is_on_the_disk_before_its_name(
 ) -> None:
     seen: list[str] = []
     sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: seen.append("sync") or sync(handle))
-    monkeypatch.setattr(os, "replace", lambda *names: seen.append("rename") or rename(*names))
+
+    def synced(handle: int) -> None:
+        seen.append("sync")
+        sync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        seen.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
     write_text_atomically(tmp_path / "plan.json", "new")
     assert seen == ["sync", "rename", "sync"]  # the file; its folder
 

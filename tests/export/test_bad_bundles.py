@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from ditfastattn import ConfigError, EngineError, Strategy, load
-from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
+from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash, manifest_text
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, import_onnxruntime
 from tests.export.helpers import export_tiny
 from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
@@ -51,13 +51,22 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
 def edit(bundle: Path, change: Callable[[Data], Any]) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     change(data)
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(manifest_text(data))
 
 
 def test_a_truncated_file_is_named_with_its_sizes(bundle: Path) -> None:
     weights = bundle / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"weights\.bin: the file is incomplete(.|\n)*bytes"):
+        load(bundle)
+
+
+def test_a_changed_number_of_the_manifest_is_noticed(bundle: Path) -> None:
+    text = (bundle / MANIFEST).read_text()
+    changed = text.replace('"factors": [', '"factors": [ ').replace('"steps": 6', '"steps": 7')
+    assert changed != text
+    (bundle / MANIFEST).write_text(changed)
+    with pytest.raises(ConfigError, match="manifest has changed since it was exported"):
         load(bundle)
 
 
@@ -350,7 +359,7 @@ def test_any_manifest_is_run_or_refused(bundle: Path, whole: Path, data: st.Data
     for _ in range(data.draw(st.integers(1, 3))):
         if places(content):
             damage(content, data)
-    (bundle / MANIFEST).write_text(json.dumps(content))
+    (bundle / MANIFEST).write_text(manifest_text(content))
     tiny = tiny_dit()
     with suppress(ConfigError, EngineError):  # any other error fails
         tiny.run(load(bundle))

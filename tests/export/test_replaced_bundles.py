@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, load
+from ditfastattn.core.files import open_regular
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
@@ -102,7 +103,11 @@ def test_a_file_written_in_place_while_it_is_loaded_is_refused(
 ) -> None:
     first, second = two_bundles(tmp_path)
     content = (second / "weights.bin").read_bytes()
-    before_session(1, lambda: (first / "weights.bin").write_bytes(content) and None, monkeypatch)
+
+    def write() -> None:
+        (first / "weights.bin").write_bytes(content)
+
+    before_session(1, write, monkeypatch)
     with pytest.raises(ConfigError, match=r"weights\.bin: the file was changed(.|\n)*remedy"):
         load(first)
 
@@ -114,7 +119,7 @@ def test_a_bundle_replaced_while_its_files_are_opened_is_read_again(
     first, second = two_bundles(tmp_path)
     tiny = tiny_dit()
     expected = tiny.run(load(second))
-    opened = files.open_regular
+    opened = open_regular
     calls: list[Path] = []
 
     def opening(path: Path, *args: Any) -> Any:

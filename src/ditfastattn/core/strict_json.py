@@ -47,7 +47,7 @@ def read_text(path: Path, what: str, remedy: str = "", *, most_bytes: int = MOST
 
 
 def parse_json(text: str, where: str, what: str, remedy: str = "", *, finite: bool = True) -> Any:
-    """Return the JSON in ``text``: no key twice, not nested deeply, if ``finite`` no NaN nor infinity.
+    """Return the JSON in ``text``: no key twice, nested little, and ``finite`` numbers alone.
 
     Raises:
         ConfigError: it is something else.
