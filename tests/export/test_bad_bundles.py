@@ -169,6 +169,17 @@ def test_nan_in_both_halves_is_the_same_latent(tmp_path: Path) -> None:
     assert bool(result.isnan().all())  # as the model's own
 
 
+def test_latents_that_overflow_are_refused_where_torch_and_runtimes_part(bundle: Path) -> None:
+    tiny = tiny_dit()
+    loaded, call = load(bundle), tiny.call(0, 4)
+    with pytest.raises(ConfigError, match="too large to be computed with"):
+        loaded(**{**call, "hidden_states": call["hidden_states"] * 1e37})
+    large = {**call, "hidden_states": call["hidden_states"] * 1e14}
+    with torch.no_grad():
+        expected = tiny.model(**large)[0]
+    assert float((loaded(**large)[0] - expected).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("planned", [True, False])
 def test_an_empty_batch_is_refused(planned: bool, bundle: Path, tmp_path: Path) -> None:
     tiny = tiny_dit()
