@@ -120,8 +120,11 @@ def built(folder: Path) -> None:
     """Build "engines" of a bundle, all but the builder being real."""
 
     def run(job: Job, *_: object) -> None:
-        job.log.write_text("VERBOSE: nothing\n")
-        job.engine.write_bytes(job.graph.read_bytes()[:100])
+        try:
+            job.log.write_text("VERBOSE: nothing\n")
+            job.engine.write_bytes(job.graph.read_bytes()[:100])
+        except OSError as error:  # as the worker's is reported
+            raise EngineError(f"the builder failed: {error}") from error
 
     module = sys.modules[build.__module__]
     with (

@@ -67,7 +67,7 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("disk full")
 
     monkeypatch.setattr("ditfastattn.passes.plan.schema.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match=r"plan\.json: cannot write the file(.|\n)*disk full"):
         parse(plan_data(inputs={})).save(path)
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
@@ -98,8 +98,9 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
             {"sites": plan_data()["sites"] * 2, "strategies": [[FULL, FULL]] * 3},
             r"sites: 'blocks.0.attn' occurs 2 times",
         ),
-        ({"sampler": plan_data()["sampler"] | {"timesteps": [3.0, nan, 1.0]}}, "finite number"),
-        ({"sampler": plan_data()["sampler"] | {"guidance_scale": inf}}, "finite number"),
+        ({"sampler": plan_data()["sampler"] | {"timesteps": [3.0, nan, 1.0]}}, "NaN is not JSON"),
+        ({"sampler": plan_data()["sampler"] | {"guidance_scale": inf}}, "Infinity is not JSON"),
+        ({"sampler": plan_data()["sampler"] | {"guidance_scale": "inf"}}, "finite number"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) -> None:
