@@ -40,6 +40,7 @@ from ditfastattn.tools.faults.subject import (
 
 _MOST: Final = 999  # changes of the disk
 _CALIBRATIONS: Final = 8  # searches that are interrupted
+_MIDWAY: Final = 30  # changes of the disk that an export and a search make before they are killed
 _BAD: Final[tuple[Any, ...]] = (None, -1, 0, 1e308, 2**70, "", "x", "\ud800", [], {}, True, [[]])
 
 
@@ -274,7 +275,7 @@ def damaged_plan(scene: Scene, cut: bool) -> Iterator[str]:
 def damaged_export(scene: Scene, cut: bool) -> Iterator[str]:
     """Damage what an interrupted export has left, and export again."""
     out = scene.place(False)
-    _fails(scene, out.parent, 60, False, lambda: scene.export(out))
+    _fails(scene, out.parent, _MIDWAY, False, lambda: scene.export(out))
     partial_folder = out.with_name(".bundle.partial")
     kept = scene.root / "kept"
     shutil.rmtree(kept, ignore_errors=True)
@@ -295,7 +296,7 @@ def damaged_search(scene: Scene, cut: bool) -> Iterator[str]:
     wanted = scene.plan_found
     out = scene.place(False).with_name("plan.json")
     work = partial(calibrated, scene.pipeline, out)
-    _fails(scene, out.parent, 40, False, work)
+    _fails(scene, out.parent, _MIDWAY, False, work)
     checkpoint, kept = out.with_name("plan.json.search"), scene.root / "kept"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(checkpoint, kept)
