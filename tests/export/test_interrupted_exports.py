@@ -12,6 +12,7 @@ import pytest
 
 from ditfastattn import ConfigError, Strategy, load
 from ditfastattn.export.bundle import export_model
+from ditfastattn.runtime.bundle.manifest import read_manifest
 from tests.export.helpers import export_anew, export_tiny
 from tests.helpers import (
     capture_every_site,
@@ -109,13 +110,13 @@ def test_a_full_disk_is_named_and_the_export_resumes(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", failing)
             try:
-                manifest = export_anew(tiny, rows, tmp_path / "bundle")
+                export_anew(tiny, rows, tmp_path / "bundle")
                 break
             except ConfigError as error:
                 said.append(str(error))
         if load(tmp_path / "bundle").manifest.files != whole.files:
             assert largest_difference(tiny.run(load(tmp_path / "bundle")), before) == 0.0
-    assert len(said) > 5
+    assert 5 < len(said) < 98
     assert all("No space left" in text and str(tmp_path) in text for text in said)
-    assert manifest.files == whole.files
+    assert read_manifest(tmp_path / "bundle").files == whole.files
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "whole"]

@@ -53,11 +53,13 @@ _PLAYED = Library("played", _Module(_Targets), "1")
 def subject() -> DigitsPipeline:
     """Return an untrained pipeline whose every layer matters to its images."""
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(**(MODEL_CONFIG | _SIZES)).eval()
+    config: dict[str, Any] = MODEL_CONFIG | _SIZES
+    model = DiTTransformer2DModel(**config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1)
-    pipeline = DigitsPipeline(model, DDIMScheduler(clip_sample=False))
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    pipeline = DigitsPipeline(model, scheduler)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     return pipeline
 

@@ -44,7 +44,8 @@ class Checkpoint:
         path = self._folder / "request.json"
         wanted = json.loads(json.dumps(request, default=str))
         found = _read_json(path) if path.exists() else None
-        if found is None:
+        if found is None:  # what lies there may be another search's
+            shutil.rmtree(self._folder, ignore_errors=True)
             make_folder(self._folder)
             write_sealed(path, wanted)
             return False
