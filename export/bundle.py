@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_bytes_atomically
 from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
@@ -26,13 +27,14 @@ from ditfastattn.export.step_graphs import (
     StepGraph,
     describe,
     hoisted_graph_of,
+    size_of,
     spec,
     variant_graph,
     write_graph,
 )
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest
+from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Manifest
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.clock import tolerances
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
@@ -116,7 +118,7 @@ def export_model(
             manifest = _Writer(prepared, partial, chosen, schedule).write()
         finally:
             partial.weights.close()
-        partial.put_in_place(Path(out))
+        partial.put_in_place(Path(out), {*manifest.files, MANIFEST})
     return manifest
 
 
@@ -179,11 +181,11 @@ class _Writer:
             self._file(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
             partial.keep(file, key)
         self._report(file)
-        return describe(graph, file)
+        return describe(graph, partial.folder / file)
 
     def _file(self, model: Any, file: str) -> None:
         path = self._partial.folder / file
-        path.write_bytes(model.SerializeToString())
+        write_bytes_atomically(path, model.SerializeToString())
         self._partial.weights.flush()
         lint(path)
 
@@ -215,6 +217,7 @@ class _Writer:
         self._report(LOOP_FILE)
         return LoopSpec(
             file=LOOP_FILE,
+            size=size_of(self._partial.folder / LOOP_FILE, (loop.noise, *loop.conditions)),
             noise=spec(loop.noise),
             noise_scale=schedule.noise_scale,
             conditions=tuple(map(spec, loop.conditions)),

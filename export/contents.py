@@ -59,11 +59,19 @@ def make_manifest(
         hoisted=contents.hoisted,
         loop=contents.loop,
         weights=weights,
-        files={
-            path.name: FileSpec(bytes=path.stat().st_size, sha256=file_hash(path))
-            for path in sorted(folder.iterdir())
-        },
+        files=_files(folder, contents, weights, plan is not None),
     )
+
+
+def _files(folder: Path, contents: Contents, weights: str, planned: bool) -> dict[str, FileSpec]:
+    """Describe what was written; what else lies in ``folder`` is not the bundle's."""
+    names = {weights, *(variant.file for variant in contents.variants)}
+    names |= {made.file for made in (contents.hoisted, contents.loop) if made is not None}
+    names |= {PLAN_FILE} if planned else set()
+    return {
+        name: FileSpec(bytes=(folder / name).stat().st_size, sha256=file_hash(folder / name))
+        for name in sorted(names)
+    }
 
 
 def _model(prepared: PreparedModel) -> ModelSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, cast
 
 import onnx
@@ -26,7 +27,15 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.hoist_invariants import hoisted_graph
 from ditfastattn.passes.rewrites.merge_linears import merge_linears
 from ditfastattn.passes.rewrites.pipeline import rewrite
-from ditfastattn.runtime.bundle.specs import BATCH, Dtype, Multiple, TensorSpec, VariantSpec
+from ditfastattn.runtime.bundle.graph_size import measure
+from ditfastattn.runtime.bundle.specs import (
+    BATCH,
+    Dtype,
+    GraphSize,
+    Multiple,
+    TensorSpec,
+    VariantSpec,
+)
 
 HOISTED_FILE = "hoisted.onnx"
 
@@ -160,15 +169,21 @@ def write_graph(step: StepGraph, weights: Weights, name: str) -> onnx.ModelProto
     return finish(emitter, name, used, list(zip(labels, returned, strict=True)), BATCH)
 
 
-def describe(step: StepGraph, file: str) -> VariantSpec:
-    """Return the manifest's entry of ``step``."""
+def describe(step: StepGraph, path: Path) -> VariantSpec:
+    """Return the manifest's entry of ``step``, which was written to ``path``."""
     used = {value.name for value in used_inputs(step)}
     return VariantSpec(
-        file=file,
+        file=path.name,
+        size=size_of(path, used_inputs(step)),
         inputs=tuple(v.name for v in step.inputs if v.name in used and v.name not in step.reads),
         reads=tuple((slot, slot) for slot in step.reads if slot in used),
         writes=tuple((slot, written_name(slot)) for slot in step.writes),
     )
+
+
+def size_of(path: Path, inputs: Sequence[Value]) -> GraphSize:
+    """Return how large the graph in ``path`` is."""
+    return measure(onnx.load(str(path), load_external_data=False), [*map(spec, inputs)])
 
 
 def spec(value: Value) -> TensorSpec:

@@ -56,7 +56,19 @@ class _DeviceTimestep:
 
 
 def read_timestep(tensor: Tensor) -> TimestepReader:
-    """Begin to read the first element of ``tensor``, on the host at once, on a GPU in passing."""
+    """Begin to read the first element of ``tensor``, on the host at once, on a GPU in passing.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not tensor.numel():
+        raise ConfigError(
+            "the timestep is empty",
+            where="a call of the model",
+            got=f"a tensor of shape {list(tensor.shape)}",
+            expected="one timestep, or one per image",
+            remedy="call the model with at least one image",
+        )
     return _DeviceTimestep(tensor) if tensor.is_cuda else _HostTimestep(tensor)
 
 

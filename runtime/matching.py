@@ -79,7 +79,7 @@ def check_halves(first: Tensor, second: Tensor, where: str) -> None:
     A plan that shares guidance copies one half over the other. Were the halves different images,
     generated without guidance, one would silently replace the other.
     """
-    if first.shape != second.shape or not torch.equal(first, second):
+    if not _same(first, second):
         raise ConfigError(
             "the plan shares guidance, but its halves hold different latents",
             where=where,
@@ -87,6 +87,15 @@ def check_halves(first: Tensor, second: Tensor, where: str) -> None:
             expected="the same latents twice, for the conditional and the unconditional half",
             remedy="run with the plan's guidance, or calibrate a plan without guidance",
         )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Return whether both hold the same numbers; NaN is the same as NaN."""
+    if first.shape != second.shape:
+        return False
+    return torch.equal(first, second) or torch.allclose(
+        first, second, rtol=0.0, atol=0.0, equal_nan=True
+    )
 
 
 def warn_of_unchecked_latents(inputs: Sequence[str]) -> None:

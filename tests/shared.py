@@ -113,7 +113,9 @@ def share_rewritten(variants: Variants, session: Session) -> None:
 _begin_variants = Variants.__init__
 
 
-def run_job_once(job: Job, time_limit: float, on_progress: Progress) -> None:
+def run_job_once(
+    job: Job, time_limit: float, on_progress: Progress, lock: int | None = None
+) -> None:
     """Build an engine, or take one of the same graph, weights, target and shapes with its log."""
     graph = json.loads(job.request())
     for path in ("onnx", "engine", "log"):
@@ -131,7 +133,7 @@ def run_job_once(job: Job, time_limit: float, on_progress: Progress) -> None:
             job.target,
             job.profiles,
         )
-        run_job(made, time_limit, lambda phase, done: told.append((phase, done)))
+        run_job(made, time_limit, lambda phase, done: told.append((phase, done)), lock)
         (folder / "progress.json").write_text(json.dumps(told))
 
     folder = made_once("engines", json.dumps([graph, content]), make)

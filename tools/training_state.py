@@ -6,17 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditfastattn.core.files import replacing, write_text_atomically
-
-
-def write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Save ``tensors`` so that ``path`` is either the old or the new file, never a part."""
-    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(copies, temporary)
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.strict_json import read_json
+from ditfastattn.core.tensor_files import read_tensors, write_tensors
 
 
 class TrainingState:
@@ -40,7 +34,7 @@ class TrainingState:
         tensors |= {f"average.{name}": value for name, value in average.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        write_atomically(self.tensors, tensors)
+        write_tensors(self.tensors, {name: item.clone() for name, item in tensors.items()})
         write_text_atomically(self.progress, json.dumps(progress, indent=2))
 
     def load(
@@ -53,8 +47,8 @@ class TrainingState:
         """Restore the saved state; return its progress, empty for a new run."""
         if not self.progress.exists():
             return {}
-        progress: dict[str, object] = json.loads(self.progress.read_text())
-        tensors = load_file(self.tensors)
+        progress: dict[str, object] = read_json(self.progress, "the progress")
+        tensors = read_tensors(self.tensors)
         model.load_state_dict(_under("model.", tensors))
         average.update(_under("average.", tensors))
         if progress["stage"] == same_stage:

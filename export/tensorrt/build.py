@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -18,19 +17,15 @@ import onnx
 import torch
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import sole_writer
+from ditfastattn.core.files import make_folder, naming_faults, sweep, temporary_beside
+from ditfastattn.core.locks import sole_writer
 from ditfastattn.export.lint import lint, nodes_of
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import WORKER, Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
 from ditfastattn.export.tensorrt.switch import make_switch
-from ditfastattn.runtime.bundle.manifest import (
-    MANIFEST,
-    Manifest,
-    check_files,
-    file_hash,
-    read_manifest,
-)
+from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
+from ditfastattn.runtime.bundle.manifest import Manifest, file_hash
 from ditfastattn.runtime.bundle.specs import FileSpec, TensorSpec, VariantSpec
 from ditfastattn.runtime.tensorrt.engines import (
     ENGINES_FOLDER,
@@ -39,7 +34,7 @@ from ditfastattn.runtime.tensorrt.engines import (
     EngineSpec,
     Layout,
     SwitchSpec,
-    check_engine,
+    read_engine,
     read_engines,
 )
 from ditfastattn.runtime.tensorrt.library import CURRENT, Library, find_library
@@ -61,16 +56,17 @@ def build(folder: str | os.PathLike[str], options: BuildOptions | None = None) -
         EngineError: a build failed; engines built before are kept.
     """
     chosen = options or BuildOptions()
-    root = Path(folder)
-    manifest = read_manifest(root)
-    check_files(root, manifest)
+    bundle = open_bundle(folder)
+    root, manifest = bundle.root, bundle.manifest
     library = find_library(chosen.library)
     _check_target(library, chosen.target)
     layout, reason = choose_layout(root, manifest, chosen)
     out = root / ENGINES_FOLDER / chosen.target
-    out.mkdir(parents=True, exist_ok=True)
-    with sole_writer(out / ".lock", out, "another build is writing these engines"):
-        builder = _Builder(root, manifest, library, chosen, out)
+    make_folder(out)
+    what, remedy = "another build is writing these engines", "wait for it, or stop it"
+    with sole_writer(out / ".lock", out, what, remedy) as lock:
+        sweep(out)
+        builder = _Builder(bundle, library, chosen, out, lock)
         several = len(manifest.variants) > 1
         if several and chosen.layout is Layout.AUTO and layout is Layout.VARIANTS:
             first = builder.first()
@@ -128,25 +124,23 @@ def _graphs(
         return
     made = make_switch(root, manifest, rows)
     # Beside the weights, which the graph names by a relative path.
-    handle, path = tempfile.mkstemp(dir=root, prefix=".switch.", suffix=".onnx")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(made.model.SerializeToString())
-        yield [_Graph(SWITCH_FILE, Path(path), {}), *once], made.spec  # its batch is fixed
-    finally:
-        Path(path).unlink()
+    with temporary_beside(root / SWITCH_FILE) as path:
+        with naming_faults(path):
+            path.write_bytes(made.model.SerializeToString())
+        yield [_Graph(SWITCH_FILE, path, {}), *once], made.spec  # its batch is fixed
 
 
 class _Builder:
     def __init__(
         self,
-        root: Path,
-        manifest: Manifest,
+        bundle: OpenBundle,
         library: Library,
         options: BuildOptions,
         out: Path,
+        lock: int,
     ) -> None:
-        self._root, self._manifest, self._library = root, manifest, library
+        self._bundle, self._lock = bundle, lock
+        self._root, self._manifest, self._library = bundle.root, bundle.manifest, library
         self._options, self._out = options, out
         self._known = _known(out)
 
@@ -173,6 +167,8 @@ class _Builder:
             if path.name not in kept:
                 path.unlink()
                 path.with_suffix(".log").unlink(missing_ok=True)
+        for path in self._out.glob("*.engine.partial"):
+            path.unlink()  # of workers that were killed
         return engines
 
     def _described(self, layout: Layout, reason: str, switch: SwitchSpec | None) -> Engines:
@@ -186,7 +182,7 @@ class _Builder:
             layout=layout,
             reason=reason,
             rows=rows_of(self._manifest, self._options.images, layout),
-            manifest_sha256=file_hash(self._root / MANIFEST),
+            manifest_sha256=self._bundle.manifest_sha256,
             switch=switch,
         )
 
@@ -203,7 +199,9 @@ class _Builder:
         log = engine.with_suffix(".log")
         job = Job(engines.library, graph.path, engine, log, engines.target, profiles)
         began = time.monotonic()
-        run_job(job, options.time_limit, partial(options.on_progress, graph.name))
+        self._bundle.check_in_place()  # the builder opens files by their names
+        run_job(job, options.time_limit, partial(options.on_progress, graph.name), self._lock)
+        self._bundle.check_in_place()
         content = FileSpec(bytes=engine.stat().st_size, sha256=file_hash(engine))
         found = read_log(log)
         model = onnx.load(str(graph.path), load_external_data=False)
@@ -267,7 +265,7 @@ def _known(out: Path) -> dict[str, EngineSpec]:
     found: dict[str, EngineSpec] = {}
     for spec in before:
         try:
-            check_engine(out, spec)
+            read_engine(out, spec)
         except ConfigError:
             continue
         found[spec.key] = spec

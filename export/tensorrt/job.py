@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ditfastattn.core.errors import EngineError
+from ditfastattn.core.files import naming_faults
 
 Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 WORKER: Final = Path(__file__).with_name("worker.py")
@@ -54,8 +55,13 @@ class Job:
         )
 
 
-def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], None]) -> None:
+def run_job(
+    job: Job, time_limit: float, on_progress: Callable[[str, float], None], lock: int | None = None
+) -> None:
     """Build; call ``on_progress`` with the builder's phase, and how much of it is done (0 to 1).
+
+    The worker holds ``lock``, a descriptor, as long as it lives: if this process is killed, no
+    other build begins before the worker is gone.
 
     Raises:
         EngineError: the builder refused the graph, crashed, or took longer than ``time_limit``
@@ -63,11 +69,18 @@ def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], Non
     """
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
-        request.write_text(job.request(), encoding="utf-8")
+        with naming_faults(request):
+            request.write_text(job.request(), encoding="utf-8")
         # -P: modules beside the worker must not shadow others.
         command = [sys.executable, "-P", str(WORKER), str(request)]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            stdin=subprocess.PIPE,  # it ends with this process, and the worker with it
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=() if lock is None else (lock,),
+            text=True,
+            errors="replace",
         )
         errors: list[str] = []
         listening = [
@@ -85,6 +98,8 @@ def run_job(job: Job, time_limit: float, on_progress: Callable[[str, float], Non
             process.wait()
             for thread in listening:
                 thread.join()
+            if process.stdin is not None:
+                process.stdin.close()
             Path(f"{job.engine}.partial").unlink(missing_ok=True)
     if code:
         how = f"crashed with {signal.Signals(-code).name}" if code < 0 else "failed"

@@ -2,7 +2,8 @@
 
 Run as a script with the path of a request in JSON (see ``Job.request``). It imports nothing but the
 library, so that it starts at once. It prints a line for every step of progress, and writes the
-builder's messages to the request's log.
+builder's messages to the request's log. It ends when its standard input does: whoever started it is
+gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,23 @@ def main(path: str) -> str:
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             return "the builder made no engine"
-        temporary = Path(request["engine"] + ".partial")
-        temporary.write_bytes(memoryview(engine))
-        os.replace(temporary, request["engine"])
+        _write(Path(request["engine"]), engine)
     return ""
+
+
+def _write(path: Path, engine: Any) -> None:
+    temporary = Path(f"{path}.partial")
+    with temporary.open("wb") as file:
+        file.write(memoryview(engine))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _end_with_starter() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)  # the builder cannot be interrupted
 
 
 def _network_flags(library: Any) -> int:
@@ -93,6 +108,7 @@ def _monitor(library: Any) -> Any:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_starter, daemon=True).start()
     reason = main(sys.argv[1])
     if reason:
         print(reason, file=sys.stderr)

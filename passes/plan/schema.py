@@ -6,7 +6,6 @@ an impossible schedule is a ``ConfigError``), and refuses a model or sampler oth
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -24,6 +22,7 @@ from pydantic import (
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.core.records import Record
+from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import (
     GUIDANCE_COMPARES,
@@ -282,45 +281,20 @@ class Plan(Record, frozen=True):
         Raises:
             ConfigError: the file is absent, not JSON, of another version, or not a valid plan.
         """
-        where = os.fspath(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                "cannot read the plan", where=where, got=error, remedy="run `ditfastattn calibrate`"
-            ) from error
-        return cls.parse(text, where)
+        text = read_text(Path(path), "the plan", "run `ditfastattn calibrate`")
+        return cls.parse(text, os.fspath(path))
 
     @classmethod
     def parse(cls, text: str, where: str = "plan") -> Plan:
         """Read a plan from JSON ``text``; errors as in ``load``."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                "the plan is not JSON", where=where, got=error, remedy="calibrate it again"
-            ) from error
+        data = parse_json(text, where, "the plan", "calibrate it again")
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise ConfigError(
                 "the plan has another schema version",
                 where=f"{where}: schema_version",
-                got=version,
+                got=repr(version)[:80],
                 expected=SCHEMA_VERSION,
                 remedy="calibrate it again, or use the ditfastattn that wrote it",
             )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(
-                first["msg"],
-                where=f"{where}: {'.'.join(str(part) for part in first['loc']) or 'plan'}",
-                got=_shortened(first.get("input")),
-                remedy="correct the field or calibrate again",
-            ) from error
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+        return cls.from_json(data, where, "correct the field or calibrate again")

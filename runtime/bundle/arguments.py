@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.specs import TensorSpec
+
+_LARGEST_LATENT: Final = 1e15  # norms square them, and sum the squares
 
 
 class BundleArguments:
@@ -45,7 +47,15 @@ class BundleArguments:
         """
         manifest = self._manifest
         spec = next(spec for spec in manifest.inputs if spec.shape)
-        batch = len(_lookup(spec.name, given))
+        shape = _lookup(spec.name, given).shape
+        batch = shape[0] if shape else 0
+        if not batch:
+            raise ConfigError(
+                "the batch is empty",
+                where=f"argument {spec.name!r}",
+                got=f"a tensor of shape {list(shape)}",
+                expected="at least one row",
+            )
         if manifest.fixed_batch and batch != manifest.fixed_batch:
             raise ConfigError(
                 "the bundle was exported for another batch",
@@ -72,6 +82,26 @@ class BundleArguments:
             ConfigError: one is missing, or has another shape or dtype.
         """
         return {spec.name: _tensor(spec, given, batch, self._device) for spec in specs}
+
+
+def check_range(name: str, latent: Tensor) -> None:
+    """Refuse latents whose squares overflow: there runtimes and torch compute different things.
+
+    It is not asked on a GPU, which would have to be waited for.
+
+    Raises:
+        ConfigError: they are that large.
+    """
+    if latent.device.type != "cpu":
+        return
+    largest = float(latent.abs().max())
+    if largest > _LARGEST_LATENT:
+        raise ConfigError(
+            "the latents are too large to be computed with",
+            where=f"argument {name!r}",
+            got=f"{largest:g}",
+            expected=f"at most {_LARGEST_LATENT:g}; noise is about 1",
+        )
 
 
 def _lookup(name: str, given: Mapping[str, Any]) -> Any:

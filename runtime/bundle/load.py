@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.bundle.manifest import Manifest, check_files, read_manifest
-from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions, check_graph
-from ditfastattn.runtime.bundle.specs import TensorSpec, VariantSpec
+from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
+from ditfastattn.runtime.bundle.graph_file import GraphFile, WeightsFile, read_graph
+from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions
+from ditfastattn.runtime.bundle.specs import LoopSpec, TensorSpec, VariantSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 
 log = logging.getLogger(__name__)
@@ -38,45 +39,56 @@ def load(
     Raises:
         ConfigError: the bundle is incomplete or not valid, or a provider did not load.
     """
-    root = Path(folder)
-    manifest = read_manifest(root)
-    check_files(root, manifest)
+    opened = open_bundle(folder)
+    manifest = opened.manifest
     options = SessionOptions(tuple(providers), threads, share_threads, low_memory)
-    graphs = [open_graph(root, manifest, variant, options) for variant in manifest.variants]
+    graphs = [open_graph(opened, variant, options) for variant in manifest.variants]
     hoisted = None
     if manifest.hoisted is not None:
-        hoisted = open_graph(root, manifest, manifest.hoisted, options)
-    log.info("%s: %d graphs on %s", root, len(graphs), ", ".join(graphs[0].providers))
+        hoisted = open_graph(opened, manifest.hoisted, options)
+    opened.check_unchanged()
+    opened.keep_only({manifest.weights, *([manifest.loop.file] if manifest.loop else [])})
+    log.info("%s: %d graphs on %s", opened.root, len(graphs), ", ".join(graphs[0].providers))
 
     def open_loop() -> OnnxGraph:
-        return _open_loop(root, manifest, options)
+        return _open_loop(opened, options)
 
     device, loaded = graphs[0].device, graphs[0].providers
     return BundleTransformer(manifest, graphs, hoisted, device, open_loop, loaded)
 
 
-def _open_loop(root: Path, manifest: Manifest, options: SessionOptions) -> OnnxGraph:
-    loop = manifest.loop
+def _open_loop(opened: OpenBundle, options: SessionOptions) -> OnnxGraph:
+    loop = opened.manifest.loop
     if loop is None:
         raise ConfigError(
             "the bundle has no unrolled loop",
-            where=str(root),
+            where=str(opened.root),
             remedy="export it with loop=True (--loop), or step it by a pipeline",
         )
-    path = root / loop.file
     latents = loop.noise.model_copy(update={"name": loop.latents})
-    check_graph(path, manifest.weights, (loop.noise, *loop.conditions), (latents,))
-    return OnnxGraph(path, loop.graph_inputs, [loop.latents], options)
+    graph = _read(opened, loop, (loop.noise, *loop.conditions), (latents,))
+    found = OnnxGraph(graph, loop.graph_inputs, [loop.latents], options)
+    opened.check_unchanged()
+    return found
 
 
-def open_graph(
-    root: Path, manifest: Manifest, spec: VariantSpec, options: SessionOptions
-) -> OnnxGraph:
-    """Open one graph of a bundle whose files have been checked."""
-    path = root / spec.file
-    inputs, outputs = _signature(manifest, spec)
-    check_graph(path, manifest.weights, inputs, outputs)
-    return OnnxGraph(path, spec.graph_inputs, manifest.graph_outputs(spec), options)
+def open_graph(opened: OpenBundle, spec: VariantSpec, options: SessionOptions) -> OnnxGraph:
+    """Open one graph of a bundle."""
+    inputs, outputs = _signature(opened.manifest, spec)
+    graph = _read(opened, spec, inputs, outputs)
+    return OnnxGraph(graph, spec.graph_inputs, opened.manifest.graph_outputs(spec), options)
+
+
+def _read(
+    opened: OpenBundle,
+    spec: VariantSpec | LoopSpec,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> GraphFile:
+    name = opened.manifest.weights
+    weights = WeightsFile(name, opened.content(name))
+    path, content = opened.path(spec.file), bytes(opened.content(spec.file))
+    return read_graph(path, content, weights, inputs, outputs, spec.size)
 
 
 def _signature(manifest: Manifest, graph: VariantSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:

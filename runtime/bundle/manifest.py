@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.files import repr_path, standing, write_text_atomically
 from ditfastattn.core.records import Record
+from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.runtime.bundle.specs import (
     FileSpec,
@@ -32,8 +34,11 @@ from ditfastattn.runtime.bundle.specs import (
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
-SCHEMA_VERSION = 2
-_EXPORT_AGAIN = "export the bundle again (`ditfastattn export`)"
+SCHEMA_VERSION = 3
+_MOST_BYTES: Final = 64 * 2**20
+_LONGEST_NAME: Final = 255  # bytes
+_SEAL: Final = "sha256"  # of all other entries
+EXPORT_AGAIN: Final = "export the bundle again (`ditfastattn export`)"
 
 
 class Manifest(Record, frozen=True):
@@ -63,7 +68,7 @@ class Manifest(Record, frozen=True):
         files: every file of the bundle.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     ditfastattn: str
     opset: Positive
     model: ModelSpec
@@ -92,6 +97,8 @@ class Manifest(Record, frozen=True):
             path = PurePosixPath(name)
             if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
                 raise ValueError(f"{name!r} is not inside the bundle")
+            if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+                raise ValueError(f"{name[:40]!a} is not the name of a file of a bundle")
         return files
 
     @model_validator(mode="after")
@@ -166,7 +173,7 @@ class Manifest(Record, frozen=True):
 
     def save(self, folder: Path) -> None:
         """Write the manifest, the last file of a bundle: without it there is no bundle."""
-        write_text_atomically(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        write_text_atomically(folder / MANIFEST, manifest_text(json.loads(self.model_dump_json())))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -175,74 +182,49 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         ConfigError: there is none, it is of another version, or it is not valid.
     """
-    path = Path(folder) / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "there is no bundle", where=str(path), got=error, remedy=_EXPORT_AGAIN
-        ) from error
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            "the manifest is not JSON", where=str(path), got=error, remedy=_EXPORT_AGAIN
-        ) from error
+    root = standing(Path(folder))
+    return parse_manifest(read_manifest_text(root), repr_path(root / MANIFEST))
+
+
+def read_manifest_text(root: Path) -> str:
+    """Return the text of the manifest in ``root``.
+
+    Raises:
+        ConfigError: there is none, or it is no text.
+    """
+    path = root / MANIFEST
+    if not os.path.lexists(path):
+        raise ConfigError("there is no bundle", where=repr_path(path), remedy=EXPORT_AGAIN)
+    return read_text(path, "the manifest", EXPORT_AGAIN, most_bytes=_MOST_BYTES)
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Return the manifest that ``text`` holds; errors as in ``read_manifest``."""
+    data = parse_json(text, where, "the manifest", EXPORT_AGAIN)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ConfigError(
             "the bundle is of another schema version",
-            where=f"{path}: schema_version",
-            got=version,
+            where=f"{where}: schema_version",
+            got=repr(version)[:80],
             expected=SCHEMA_VERSION,
-            remedy=f"{_EXPORT_AGAIN}, or use the ditfastattn that wrote it",
+            remedy=f"{EXPORT_AGAIN}, or use the ditfastattn that wrote it",
         )
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
+    if data.pop(_SEAL, None) != _seal(data):
         raise ConfigError(
-            first["msg"],
-            where=f"{path}: {'.'.join(str(part) for part in first['loc']) or 'manifest'}",
-            got=repr(first.get("input"))[:120],
-            remedy=_EXPORT_AGAIN,
-        ) from error
+            "the manifest has changed since it was exported", where=where, remedy=EXPORT_AGAIN
+        )
+    return Manifest.from_json(data, where, EXPORT_AGAIN)
 
 
-def check_files(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Compare each file of the bundle with the manifest.
+def manifest_text(data: Mapping[str, Any]) -> str:
+    """Return the text of a manifest of this ``data``, with a hash that tells of any change."""
+    rest = {key: item for key, item in data.items() if key != _SEAL}
+    return json.dumps({**rest, _SEAL: _seal(rest)}, indent=1) + "\n"
 
-    Raises:
-        ConfigError: a file is absent, a link out of the bundle, truncated or changed.
-    """
-    root = Path(folder).resolve()
-    for name, spec in manifest.files.items():
-        path = root / name
-        where = str(path)
-        if root not in path.resolve().parents:
-            raise ConfigError(
-                "the file lies outside the bundle", where=where, got=path.resolve(), expected=root
-            )
-        if not path.is_file():
-            raise ConfigError("the file is missing", where=where, remedy=_EXPORT_AGAIN)
-        size = path.stat().st_size
-        if size != spec.bytes:
-            raise ConfigError(
-                "the file is incomplete",
-                where=where,
-                got=f"{size} bytes",
-                expected=f"{spec.bytes} bytes",
-                remedy="copy the bundle again, or export it again",
-            )
-        found = file_hash(path)
-        if found != spec.sha256:
-            raise ConfigError(
-                "the file has changed since it was exported",
-                where=where,
-                got=f"sha256 {found}",
-                expected=f"sha256 {spec.sha256}",
-                remedy="copy the bundle again, or export it again",
-            )
+
+def _seal(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -5,33 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, EngineError
-from ditfastattn.runtime.bundle.specs import TensorSpec
+from ditfastattn.runtime.bundle.graph_file import INSTALL, GraphFile
+from ditfastattn.runtime.bundle.specs import ELEMENT_TYPES
 
-_INSTALL = 'pip install "ditfastattn[onnx]"'
 _ON_CUDA = (
     "CUDAExecutionProvider",
     "TensorrtExecutionProvider",
     "NvTensorRTRTXExecutionProvider",
 )
-_ELEMENT_TYPES = {  # of onnx.TensorProto
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int16: 5,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
     except ImportError as error:
-        raise ConfigError("ONNX Runtime is not installed", got=error, remedy=_INSTALL) from error
+        raise ConfigError("ONNX Runtime is not installed", got=error, remedy=INSTALL) from error
     return onnxruntime
 
 
@@ -92,96 +79,38 @@ def _session_options(options: SessionOptions) -> Any:
     return made
 
 
-def check_graph(
-    path: Path, weights: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
-) -> None:
-    """Raise ``ConfigError`` unless the graph matches the manifest.
-
-    It must refer to no file but ``weights`` beside it, and have these ``inputs`` and ``outputs``.
-    """
-    model = _read(path)
-    _check_location(path, model, weights)
-    for kind, values, specs in (
-        ("inputs", model.graph.input, inputs),
-        ("outputs", model.graph.output, outputs),
-    ):
-        found = {value.name: _described(value) for value in values}
-        wanted = {spec.name: (_ELEMENT_TYPES[spec.torch_dtype], spec.dims) for spec in specs}
-        if found != wanted:
-            name = min(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-            raise ConfigError(
-                f"the {kind} of the graph differ from the manifest",
-                where=f"{path}: {name}",
-                got=found.get(name, "none of that name"),
-                expected=wanted.get(name, "none of that name"),
-                remedy="export the bundle again (`ditfastattn export`)",
-            )
-
-
-def _described(value: Any) -> tuple[int, tuple[int | str, ...]]:
-    """Return the element type and the dimensions of a graph's input or output."""
-    tensor = value.type.tensor_type
-    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-    return tensor.elem_type, dims
-
-
-def _read(path: Path) -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise ConfigError("onnx is not installed", got=error, remedy=_INSTALL) from error
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
-
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except DecodeError as error:
-        raise ConfigError("the graph is not ONNX", where=str(path), got=error) from error
-
-
-def _check_location(path: Path, model: Any, weights: str) -> None:
-    for tensor in _tensors(model.graph):
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value != weights:
-                raise ConfigError(
-                    "the graph refers to a file that is not the bundle's weights",
-                    where=f"{path}: {tensor.name}",
-                    got=entry.value,
-                    expected=weights,
-                    remedy="do not load bundles of unknown origin; export it again",
-                )
-
-
-def _tensors(graph: Any) -> list[Any]:
-    """Return every tensor that a graph holds, those of its nodes and inner graphs included."""
-    found = list(graph.initializer)
-    for sparse in graph.sparse_initializer:
-        found += [sparse.values, sparse.indices]
-    for node in graph.node:
-        for attribute in node.attribute:
-            found += [attribute.t, *attribute.tensors]
-            for inner in [attribute.g, *attribute.graphs]:
-                found += _tensors(inner)
-    return found
-
-
 class OnnxGraph:
     """Hold a session, and run it on tensors in the order of ``inputs`` and ``outputs``."""
 
     def __init__(
-        self, path: Path, inputs: Sequence[str], outputs: Sequence[str], options: SessionOptions
+        self,
+        graph: GraphFile,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        options: SessionOptions,
     ) -> None:
-        """Open the session.
+        """Open the session; it reads no files.
 
         Raises:
             ConfigError: ONNX Runtime refuses the graph, or lacks a requested provider.
         """
+        path = graph.path
         runtime = import_onnxruntime()
         missing = sorted({*options.providers} - {*runtime.get_available_providers()})
         if missing:
             raise _no_provider(str(path), missing, runtime.get_available_providers())
         made = _session_options(options)
+        # Views of the weights file: whoever holds the session must hold them.
+        self._weights = [
+            runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.content, weight.kind)
+            for weight in graph.weights
+        ]
         try:
-            session = runtime.InferenceSession(str(path), made, providers=list(options.providers))
+            if graph.weights:
+                made.add_external_initializers([w.name for w in graph.weights], self._weights)
+            session = runtime.InferenceSession(
+                graph.content, made, providers=list(options.providers)
+            )
         except Exception as error:  # onnxruntime raises types that it does not export
             raise ConfigError(
                 "ONNX Runtime refuses the graph",
@@ -225,7 +154,7 @@ class OnnxGraph:
 
     def _place(self, tensor: Tensor) -> tuple[Any, ...]:
         index = self._device.index or 0
-        kind = _ELEMENT_TYPES[tensor.dtype]
+        kind = ELEMENT_TYPES[tensor.dtype]
         return self._device.type, index, kind, tuple(tensor.shape), tensor.data_ptr()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -20,6 +21,21 @@ Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal[
     "float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
 ]
+
+
+ELEMENT_TYPES: Final[Mapping[torch.dtype, int]] = {  # of onnx.TensorProto
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int16: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+ITEM_BYTES: Final = {number: dtype.itemsize for dtype, number in ELEMENT_TYPES.items()}
 
 
 def _slot_name(text: str) -> str:
@@ -89,6 +105,24 @@ class SlotSpec(TensorSpec, frozen=True):
         return self
 
 
+class GraphSize(Record, frozen=True):
+    """Describe how large a graph is.
+
+    Attributes:
+        nodes: how many nodes it has.
+        largest: the bytes of the largest value that it computes, at the least batch.
+        unknown: how many values have a size that only running the graph shows.
+    """
+
+    nodes: Natural
+    largest: Natural
+    unknown: Natural = 0
+
+    def exceeds(self, other: GraphSize) -> bool:
+        """Return whether the values ask for more than those of ``other``."""
+        return self.largest > other.largest or self.unknown > other.unknown
+
+
 class VariantSpec(Record, frozen=True):
     """Describe one graph: the inputs of the model and slots it reads, the slots it writes.
 
@@ -96,6 +130,7 @@ class VariantSpec(Record, frozen=True):
     """
 
     file: str
+    size: GraphSize
     inputs: tuple[str, ...]
     reads: tuple[tuple[SlotName, str], ...]
     writes: tuple[tuple[SlotName, str], ...]
@@ -130,6 +165,7 @@ class LoopSpec(Record, frozen=True):
     """
 
     file: str
+    size: GraphSize
     noise: TensorSpec
     noise_scale: float
     conditions: tuple[TensorSpec, ...]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.runtime.bundle.arguments import BundleArguments
+from ditfastattn.runtime.bundle.arguments import BundleArguments, check_range
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
@@ -187,6 +187,8 @@ class BundleTransformer(nn.Module):
         inputs = self._arguments.tensors(manifest.inputs, given, batch)
         call = self._advance(generation, inputs)
         state.keep_batch(call.step, batch)
+        if call.step == 0 and manifest.latent:
+            check_range(manifest.latent, inputs[manifest.latent])
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
             generation.check_latents(call, {name: inputs[manifest.latent]})

@@ -5,17 +5,18 @@ They lie in the bundle's folder ``engines``, in a folder named after their targe
 
 from __future__ import annotations
 
+import hashlib
 import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.files import open_regular, repr_path, write_text_atomically
 from ditfastattn.core.records import Record
-from ditfastattn.runtime.bundle.manifest import file_hash
+from ditfastattn.core.strict_json import read_json
 from ditfastattn.runtime.bundle.specs import FileSpec, Natural, Positive, TensorSpec
 
 ENGINES: Final = "engines.json"
@@ -133,7 +134,7 @@ class Engines(Record, frozen=True):
     @classmethod
     def _inside(cls, engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
         for spec in engines:
-            if Path(spec.file).name != spec.file:
+            if Path(spec.file).name != spec.file or not spec.file.isprintable():
                 raise ValueError(f"{spec.file!r} is not a file name")
         return engines
 
@@ -153,33 +154,28 @@ def read_engines(folder: str | os.PathLike[str]) -> Engines:
         ConfigError: there is none, or it is not valid.
     """
     path = Path(folder) / ENGINES
-    try:
-        return Engines.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "no engines were built here", where=str(path), got=error, remedy=_REMEDY
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            first["msg"],
-            where=f"{path}: {'.'.join(str(part) for part in first['loc']) or 'content'}",
-            got=repr(first.get("input"))[:120],
-            remedy=_REMEDY,
-        ) from error
+    if not os.path.lexists(path):
+        raise ConfigError("no engines were built here", where=repr_path(path), remedy=_REMEDY)
+    return Engines.from_json(read_json(path, "the list of engines", _REMEDY), str(path), _REMEDY)
 
 
-def check_engine(folder: Path, spec: EngineSpec) -> Path:
-    """Return the engine's path.
+def read_engine(folder: Path, spec: EngineSpec) -> bytes:
+    """Return the content of an engine, which is what was built.
 
     Raises:
         ConfigError: it is missing, or has changed.
     """
     path = folder / spec.file
     if path.is_symlink() or not path.is_file():
-        raise ConfigError("the engine is missing", where=str(path), remedy=_REMEDY)
-    if path.stat().st_size != spec.content.bytes or file_hash(path) != spec.content.sha256:
+        raise ConfigError("the engine is missing", where=repr_path(path), remedy=_REMEDY)
+    with open_regular(path, "cannot read the engine", _REMEDY) as file:
+        content = file.read(spec.content.bytes + 1)
+    if len(content) != spec.content.bytes or _hash(content) != spec.content.sha256:
         raise ConfigError(
-            "the engine has changed since it was built", where=str(path), remedy=_REMEDY
+            "the engine has changed since it was built", where=repr_path(path), remedy=_REMEDY
         )
-    return path
+    return content
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -25,11 +25,12 @@ class TensorRTGraph:
         self,
         library: Library,
         path: Path,
+        content: bytes,
         inputs: Sequence[str],
         outputs: Sequence[str],
         device: torch.device,
     ) -> None:
-        """Load the engine in ``path``, whose content was checked.
+        """Load the engine whose ``content`` was read from ``path``, and checked.
 
         Raises:
             ConfigError: TensorRT refuses it, or its inputs or outputs are not these.
@@ -37,7 +38,7 @@ class TensorRTGraph:
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._log)  # must outlive the engine
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise ConfigError(
                 "TensorRT refuses the engine",

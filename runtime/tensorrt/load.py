@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.bundle.manifest import (
-    MANIFEST,
-    Manifest,
-    check_files,
-    file_hash,
-    read_manifest,
-)
+from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
+from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.specs import VariantSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer, Engine
 from ditfastattn.runtime.tensorrt.engines import (
@@ -26,7 +21,7 @@ from ditfastattn.runtime.tensorrt.engines import (
     SWITCH_FILE,
     Engines,
     Layout,
-    check_engine,
+    read_engine,
     read_engines,
 )
 from ditfastattn.runtime.tensorrt.graph import CudaGraph, TensorRTGraph
@@ -51,9 +46,8 @@ def load(
         ConfigError: there is no GPU; no engines were built for it from this bundle; they are
             incomplete; their library is not installed.
     """
-    root = Path(folder)
-    manifest = read_manifest(root)
-    check_files(root, manifest)
+    opened = open_bundle(folder)
+    root = opened.root
     if not torch.cuda.is_available():
         raise ConfigError(
             "TensorRT engines run on an NVIDIA GPU, and there is none here",
@@ -62,7 +56,7 @@ def load(
         )
     device = torch.device("cuda", torch.cuda.current_device())
     out = root / ENGINES_FOLDER / (target or _own_target(root, device))
-    return load_engines(root, manifest, out, device, cuda_graphs)
+    return load_engines(opened, out, device, cuda_graphs)
 
 
 def _own_target(root: Path, device: torch.device) -> str:
@@ -82,18 +76,18 @@ def _own_target(root: Path, device: torch.device) -> str:
 
 
 def load_engines(
-    root: Path, manifest: Manifest, out: Path, device: torch.device, cuda_graphs: bool = False
+    bundle: OpenBundle, out: Path, device: torch.device, cuda_graphs: bool = False
 ) -> BundleTransformer:
     """Return a transformer that runs the engines in ``out`` on ``device``."""
     engines = read_engines(out)
-    if engines.manifest_sha256 != file_hash(root / MANIFEST):
+    if engines.manifest_sha256 != bundle.manifest_sha256:
         raise ConfigError(
             "the engines were built from another bundle", where=str(out), remedy=_BUILD
         )
     library = find_library(engines.library)
     opened = _EngineFolder(library, engines, out, device, cuda_graphs)
-    hoisted = opened.hoisted(manifest)
-    manifest, variants = opened.steps(manifest)
+    hoisted = opened.hoisted(bundle.manifest)
+    manifest, variants = opened.steps(bundle.manifest)
     log.info("%s: %s, %s", out, engines.layout.value, engines.reason)
     if engines.layout is not Layout.LOOP:
         manifest = manifest.model_copy(update={"loop": None})  # it was not built
@@ -173,6 +167,6 @@ class _EngineFolder:
                 got=f"none of {graph}",
                 remedy="finish the build (`ditfastattn build`)",
             )
-        path = check_engine(self._out, spec)
-        opened = TensorRTGraph(self._library, path, inputs, outputs, self._device)
+        path, content = self._out / spec.file, read_engine(self._out, spec)
+        opened = TensorRTGraph(self._library, path, content, inputs, outputs, self._device)
         return CudaGraph(opened) if self._cuda_graphs else opened

@@ -10,17 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from ditfastattn import ConfigError, EngineError, Strategy, load
-from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash
+from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash, manifest_text
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, import_onnxruntime
 from tests.export.helpers import export_tiny
 from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
@@ -48,13 +51,22 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
 def edit(bundle: Path, change: Callable[[Data], Any]) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     change(data)
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(manifest_text(data))
 
 
 def test_a_truncated_file_is_named_with_its_sizes(bundle: Path) -> None:
     weights = bundle / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"weights\.bin: the file is incomplete(.|\n)*bytes"):
+        load(bundle)
+
+
+def test_a_changed_number_of_the_manifest_is_noticed(bundle: Path) -> None:
+    text = (bundle / MANIFEST).read_text()
+    changed = text.replace('"factors": [', '"factors": [ ').replace('"steps": 6', '"steps": 7')
+    assert changed != text
+    (bundle / MANIFEST).write_text(changed)
+    with pytest.raises(ConfigError, match="manifest has changed since it was exported"):
         load(bundle)
 
 
@@ -73,10 +85,10 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         load(bundle)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_manifest_of_another_version_is_refused(bundle: Path, version: int) -> None:
     edit(bundle, lambda data: data.update(schema_version=version))
-    message = rf"another schema version(.|\n)*got: +{version}(.|\n)*expected: +2"
+    message = rf"another schema version(.|\n)*got: +{version}(.|\n)*expected: +3"
     with pytest.raises(ConfigError, match=message):
         load(bundle)
 
@@ -105,6 +117,79 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> No
         load(bundle)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "weights.bin", "plan.json", "variant_00.onnx"])
+def test_what_is_not_a_regular_file_is_refused(name: str, bundle: Path) -> None:
+    path = bundle / name
+    path.unlink()
+    os.mkfifo(path)  # to open one waits for a writer
+    with pytest.raises(ConfigError, match=rf"{name}(.|\n)*expected: a regular file"):
+        load(bundle)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ConfigError, match=rf"{name}(.|\n)*symbolic links"):
+        load(bundle)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 2000 + "x", "a\nb"])
+def test_a_name_that_no_file_has_is_refused(name: str, bundle: Path) -> None:
+    spec = {"bytes": 1, "sha256": "0" * 64}
+    edit(bundle, lambda data: data["files"].update({name: spec}))
+    with pytest.raises(ConfigError, match="not the name of a file of a bundle"):
+        load(bundle)
+    with pytest.raises(ConfigError, match="there is no bundle"):
+        load(bundle / name)
+
+
+@pytest.mark.parametrize("ending", ["json", "textproto", "onnxtxt", "bin"])
+def test_a_graph_is_onnx_whatever_its_name(ending: str, bundle: Path) -> None:
+    expected, tiny = tiny_dit().run(load(bundle)), tiny_dit()
+    name = f"graph.{ending}"
+
+    def rename(data: Data) -> None:
+        (bundle / "variant_00.onnx").rename(bundle / name)
+        data["files"][name] = data["files"].pop("variant_00.onnx")
+        data["variants"][0]["file"] = name
+
+    edit(bundle, rename)
+    assert largest_difference(tiny.run(load(bundle)), expected) == 0.0
+
+
+def test_a_graph_that_is_another_file_is_refused(bundle: Path) -> None:
+    edit(bundle, lambda data: data["variants"][0].update(file="plan.json"))
+    with pytest.raises(ConfigError, match="not ONNX"):
+        load(bundle)
+
+
+def test_nan_in_both_halves_is_the_same_latent(tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    _, sites = capture_every_site(tiny)
+    export_tiny(tiny, uniform_strategies(sites, Strategy.SHARE_CFG), tmp_path / "bundle")
+    call = tiny.call(0, 4)
+    (result,) = load(tmp_path / "bundle")(**{**call, "hidden_states": call["hidden_states"] * nan})
+    assert bool(result.isnan().all())  # as the model's own
+
+
+def test_latents_that_overflow_are_refused_where_torch_and_runtimes_part(bundle: Path) -> None:
+    tiny = tiny_dit()
+    loaded, call = load(bundle), tiny.call(0, 4)
+    with pytest.raises(ConfigError, match="too large to be computed with"):
+        loaded(**{**call, "hidden_states": call["hidden_states"] * 1e37})
+    large = {**call, "hidden_states": call["hidden_states"] * 1e14}
+    with torch.no_grad():
+        expected = tiny.model(**large)[0]
+    assert float((loaded(**large)[0] - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_an_empty_batch_is_refused(planned: bool, bundle: Path, tmp_path: Path) -> None:
+    tiny = tiny_dit()
+    if not planned:
+        export_tiny(tiny, None, tmp_path / "dense")
+    empty = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in tiny.call(0, 4).items()}
+    with pytest.raises(ConfigError, match="the batch is empty"):
+        load(bundle if planned else tmp_path / "dense")(**empty)
+
+
 def refer_elsewhere(path: Path, location: str) -> None:
     model = onnx.load(path, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
@@ -121,6 +206,84 @@ def test_a_graph_that_refers_to_another_file_is_refused(location: str, bundle: P
     spec = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     edit(bundle, lambda data: data["files"].update({path.name: spec}))
     with pytest.raises(ConfigError, match="not the bundle's weights"):
+        load(bundle)
+
+
+def bomb(graph: onnx.GraphProto) -> None:
+    """Compute 4 GiB of zeros from a size alone."""
+    zeros = helper.make_node("ConstantOfShape", ["gib"], ["zeros"])
+    graph.initializer.append(numpy_helper.from_array(np.array([2**30]), "gib"))
+    graph.node.insert(0, zeros)
+
+
+def bomb_of_an_input(graph: onnx.GraphProto) -> None:
+    """Compute as much, from the shape of an input."""
+    times = numpy_helper.from_array(np.array([2**27, 1, 1, 1]), "times")
+    graph.initializer.append(times)
+    graph.node.insert(0, helper.make_node("Shape", ["hidden_states"], ["shape"]))
+    graph.node.insert(1, helper.make_node("Mul", ["shape", "times"], ["large"]))
+    graph.node.insert(2, helper.make_node("ConstantOfShape", ["large"], ["zeros"]))
+
+
+def branch(graph: onnx.GraphProto) -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    graph.node.insert(
+        0, helper.make_node("If", ["timestep"], [], then_branch=inner, else_branch=inner)
+    )
+
+
+def huge_tensor(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(onnx.TensorProto(name="huge", data_type=1, dims=[2**40]))
+
+
+def hidden_file(graph: onnx.GraphProto) -> None:
+    tensor = onnx.TensorProto(name="file", data_type=1, dims=[1])
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    graph.node.insert(0, helper.make_node("Where", ["timestep"], ["out"], value=tensor))
+
+
+def beyond_the_end(graph: onnx.GraphProto) -> None:
+    tensor = next(t for t in graph.initializer if t.external_data)
+    for entry in tensor.external_data:
+        if entry.key == "offset":
+            entry.value = str(2**40)
+
+
+def foreign(graph: onnx.GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Gelu", ["timestep"], ["out"], domain="com.microsoft"))
+
+
+def dead_node(graph: onnx.GraphProto) -> None:
+    graph.node.insert(0, helper.make_node("Identity", ["timestep"], ["out"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (bomb, "depends on no input"),
+        (bomb_of_an_input, "larger or smaller than the manifest says"),
+        (branch, "holds a graph"),
+        (huge_tensor, "tensor of another size"),
+        (hidden_file, "refers to a file that is not the bundle's weights"),
+        (beyond_the_end, "other weights than its tensor needs"),
+        (foreign, "not an operator of ONNX"),
+        (dead_node, "larger or smaller than the manifest says"),
+    ],
+)
+def test_a_graph_that_no_export_writes_is_refused_before_a_runtime_reads_it(
+    change: Callable[[onnx.GraphProto], None],
+    said: str,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = bundle / "variant_00.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    spec = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    edit(bundle, lambda data: data["files"].update({path.name: spec}))
+    monkeypatch.setattr(import_onnxruntime(), "InferenceSession", None)
+    with pytest.raises(ConfigError, match=said):
         load(bundle)
 
 
@@ -207,7 +370,7 @@ def test_any_manifest_is_run_or_refused(bundle: Path, whole: Path, data: st.Data
     for _ in range(data.draw(st.integers(1, 3))):
         if places(content):
             damage(content, data)
-    (bundle / MANIFEST).write_text(json.dumps(content))
+    (bundle / MANIFEST).write_text(manifest_text(content))
     tiny = tiny_dit()
     with suppress(ConfigError, EngineError):  # any other error fails
         tiny.run(load(bundle))

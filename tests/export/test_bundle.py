@@ -27,6 +27,7 @@ from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading
+from ditfastattn.runtime.bundle.graph_file import GraphFile
 from ditfastattn.runtime.bundle.manifest import MANIFEST, read_manifest
 from tests.export.helpers import export_anew, export_once, export_tiny
 from tests.helpers import (
@@ -132,8 +133,8 @@ class Evaluated:
     device = torch.device("cpu")
     providers = ("ReferenceEvaluator",)
 
-    def __init__(self, path: Path, inputs: Any, outputs: Any, _options: Any) -> None:
-        self.evaluator = ReferenceEvaluator(str(path))
+    def __init__(self, graph: GraphFile, inputs: Any, outputs: Any, _options: Any) -> None:
+        self.evaluator = ReferenceEvaluator(str(graph.path))
         self.inputs, self.outputs = inputs, list(outputs)
 
     def __call__(self, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +21,7 @@ from typer.testing import CliRunner
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyError
+from ditfastattn.core.locks import sole_writer
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import linear_schedule
@@ -423,3 +427,49 @@ def test_engines_json_is_read_strictly(tmp_path: Path) -> None:
     (tmp_path / ENGINES).write_text('{"schema_version": 2}')
     with pytest.raises(ConfigError, match="schema_version"):
         read_engines(tmp_path)
+
+
+KILLED = """
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from ditfastattn.core.locks import sole_writer
+from ditfastattn.export.tensorrt.job import Job, run_job
+folder = Path(sys.argv[1])
+job = Job("fake_trt", folder / "a.onnx", folder / "a.engine", folder / "a.log", "current", {})
+with sole_writer(folder / ".lock", folder, "taken") as lock:
+    run_job(job, 600.0, lambda phase, done: None, lock)
+"""
+
+
+def is_over(process: int) -> bool:
+    """Return whether a process has ended, even if nobody has asked for its exit status."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_build_whose_parent_was_killed_ends_before_another_begins(tmp_path: Path) -> None:
+    (tmp_path / "fake_trt.py").write_text(
+        FAKE.replace("how = ", "print(1, 1, os.getpid(), sep='\\t', file=open('pid', 'w')); how = ")
+    )
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    paths = [str(tmp_path), str(Path(__file__).parents[2] / "src")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FAKE": "hang"}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path) as parent:
+        pid = tmp_path / "pid"
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    worker = int(pid.read_text().split()[-1])
+    for _ in range(600):
+        if is_over(worker):
+            break
+        time.sleep(0.05)
+    assert is_over(worker)
+    with sole_writer(tmp_path / ".lock", tmp_path, "taken"):
+        assert not list(tmp_path.glob("*.engine*"))

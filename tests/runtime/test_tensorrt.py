@@ -18,7 +18,8 @@ from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
 from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.tensorrt.switch import make_switch
-from ditfastattn.runtime.bundle.manifest import MANIFEST, Manifest, check_files, file_hash
+from ditfastattn.runtime.bundle.files import open_bundle
+from ditfastattn.runtime.bundle.manifest import MANIFEST, Manifest, file_hash
 from ditfastattn.runtime.bundle.specs import FileSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.tensorrt import load as loading
@@ -162,8 +163,7 @@ def play(
         switch=switch,
     )
     engines.save(out)
-    check_files(root, manifest)
-    return loading.load_engines(root, manifest, out, CPU)
+    return loading.load_engines(open_bundle(root), out, CPU)
 
 
 @pytest.mark.parametrize("layout", [Layout.VARIANTS, Layout.SWITCH])
@@ -212,7 +212,7 @@ def test_bad_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = root / ENGINES_FOLDER / "played"
 
     def reload() -> None:
-        loading.load_engines(root, manifest, out, CPU)
+        loading.load_engines(open_bundle(root), out, CPU)
 
     engine = out / "variant_00.onnx.engine"
     whole, described = engine.read_text(), (out / "engines.json").read_text()

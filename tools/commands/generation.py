@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.strict_json import parse_json, read_json, read_text
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 
 _INDEX = "model_index.json"
@@ -75,12 +75,7 @@ def _load(name: str, dtype: torch.dtype) -> Any:
 
 
 def _class_name(index: Path) -> str:
-    try:
-        data = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "cannot read the pipeline's index", where=str(index), got=error
-        ) from error
+    data = read_json(index, "the pipeline's index")
     return str(data.get("_class_name")) if isinstance(data, dict) else ""
 
 
@@ -126,10 +121,7 @@ def _conditions(known: Any, classes: str, prompts: Path | None) -> dict[str, Any
             where="the command line",
             expected="--prompts FILE, a text file with one prompt per line",
         )
-    try:
-        lines = prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("cannot read the prompts", where=str(prompts), got=error) from error
+    lines = read_text(prompts, "the prompts").splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ConfigError("the file holds no prompt", where=str(prompts), expected="one per line")
@@ -153,10 +145,7 @@ def integers(text: str, option: str) -> list[int]:
 def _json_object(text: str) -> dict[str, Any]:
     if not text:
         return {}
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ConfigError("not valid JSON", where="--call", got=text) from error
+    data = parse_json(text, "--call", "the argument")
     if not isinstance(data, dict):
         raise ConfigError("not a JSON object", where="--call", got=text, expected='{"height": 512}')
     return data

@@ -8,18 +8,22 @@ piece that is there is read, not measured again. One process at a time holds the
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import replacing, sole_writer, write_text_atomically
+from ditfastattn.core.files import make_folder
+from ditfastattn.core.locks import sole_writer
+from ditfastattn.core.strict_json import read_sealed, write_sealed
+from ditfastattn.core.tensor_files import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -40,9 +44,10 @@ class Checkpoint:
         path = self._folder / "request.json"
         wanted = json.loads(json.dumps(request, default=str))
         found = _read_json(path) if path.exists() else None
-        if found is None:
-            _make(self._folder)
-            write_text_atomically(path, json.dumps(wanted, indent=1) + "\n")
+        if found is None:  # what lies there may be another search's
+            shutil.rmtree(self._folder, ignore_errors=True)
+            make_folder(self._folder)
+            write_sealed(path, wanted)
             return False
         differing = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
         if differing:
@@ -75,20 +80,19 @@ class Checkpoint:
         """Keep JSON ``data`` under ``name``."""
         path = self._path(f"{name}.json")
         if path is not None:
-            write_text_atomically(path, json.dumps(data) + "\n")
+            write_sealed(path, data)
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors: what ``name`` holds, or what ``make`` returns, kept."""
         path = self._path(f"{name}.safetensors")
         if path is not None and path.exists():
             try:
-                return load_file(path)
-            except (OSError, SafetensorError):
-                path.unlink()  # not ours, or damaged: it is measured again
+                return read_tensors(path)
+            except ConfigError as error:
+                _warn(error)
         made = make()
         if path is not None:
-            with replacing(path) as temporary:
-                save_file({key: item.contiguous() for key, item in made.items()}, temporary)
+            write_tensors(path, made)
         return made
 
     def discard(self) -> None:
@@ -108,7 +112,7 @@ def open_checkpoint(plan: Path, restart: bool = False) -> Generator[Checkpoint]:
         ConfigError: another process is writing this plan.
     """
     folder = plan.with_name(plan.name + ".search")
-    _make(plan.parent)
+    make_folder(plan.parent)
     lock, what = plan.with_name(f".{plan.name}.lock"), "another search is writing this plan"
     with sole_writer(lock, plan, what, "wait for it, stop it, or write to another file"):
         if restart:
@@ -116,15 +120,13 @@ def open_checkpoint(plan: Path, restart: bool = False) -> Generator[Checkpoint]:
         yield Checkpoint(folder)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("cannot make the folder", where=str(folder), got=error) from error
-
-
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # not ours, or damaged: it is measured again
+        return read_sealed(path, "the checkpoint")
+    except ConfigError as error:
+        _warn(error)
+        return None
+
+
+def _warn(error: ConfigError) -> None:
+    log.warning("ditfastattn: a damaged checkpoint is measured again: %s", error)

@@ -26,6 +26,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(parts))
 
 
+class FileError(ConfigError):
+    """Report a file that cannot be read or written: it is missing, the disk is full, and so on."""
+
+
 class TargetMissedError(ConfigError):
     """Report a target that no plan reaches, or that a plan misses on the prompts measured."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("disk full")
 
     monkeypatch.setattr("ditfastattn.passes.plan.schema.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match=r"plan\.json: cannot write the file(.|\n)*disk full"):
         parse(plan_data(inputs={})).save(path)
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
@@ -97,8 +98,9 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
             {"sites": plan_data()["sites"] * 2, "strategies": [[FULL, FULL]] * 3},
             r"sites: 'blocks.0.attn' occurs 2 times",
         ),
-        ({"sampler": plan_data()["sampler"] | {"timesteps": [3.0, nan, 1.0]}}, "finite number"),
-        ({"sampler": plan_data()["sampler"] | {"guidance_scale": inf}}, "finite number"),
+        ({"sampler": plan_data()["sampler"] | {"timesteps": [3.0, nan, 1.0]}}, "NaN is not JSON"),
+        ({"sampler": plan_data()["sampler"] | {"guidance_scale": inf}}, "Infinity is not JSON"),
+        ({"sampler": plan_data()["sampler"] | {"guidance_scale": "inf"}}, "finite number"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -121,6 +123,35 @@ def test_an_absent_or_broken_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(json.dumps(plan_data())[:-9])
     with pytest.raises(ConfigError, match="not JSON"):
         Plan.load(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"merge_variants"', '"schema_version": 3, "merge_variants"', "occurs 2 times"),
+        ('"steps": 3', '"steps": NaN', "NaN is not JSON"),
+        ('"strength": 0.1', '"strength": "NaN"', "NaN is not a number"),
+        ('"device": ""', r'"device": "\ud800"', "surrogates not allowed"),
+        ('"beta_start": 0.0001', f'"a": {"[" * 99}{"]" * 99}', "nested more than 64 deep"),
+        ('"beta_start": 0.0001', f'"a": {"[" * 10**5}{"]" * 10**5}', "nested more than 64 deep"),
+    ],
+)
+def test_json_that_two_readers_read_differently_is_refused(
+    old: str, new: str, said: str, tmp_path: Path
+) -> None:
+    text = parse(plan_data()).model_dump_json().replace(":", ": ").replace(": :", ":")
+    assert old in text
+    (tmp_path / "plan.json").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=said):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", "loop", "pipe"])
+def test_what_is_not_a_file_is_not_a_plan(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")  # to open one waits for a writer
+    with pytest.raises(ConfigError, match="cannot read the plan"):
+        Plan.load(tmp_path / name)
 
 
 json_values = st.recursive(

@@ -15,6 +15,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import Plan, Target, calibrate
+from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
 from tests.helpers import tiny_digits_pipeline
 
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 8, "guidance_scale": 2.0}
@@ -94,3 +95,23 @@ def test_a_killed_search_resumes_and_finds_the_same_plan(
     assert found.calibration.held_out == expected.calibration.held_out
     assert expected.changed > 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"sha256": "0", "content": "{}"}', None])
+def test_pieces_of_a_search_that_nobody_knows_are_not_taken(
+    damage: str | None, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    with open_checkpoint(plan) as checkpoint:
+        checkpoint.begin({"target": 1})
+        checkpoint.put("piece", {"psnr": float("inf")})
+        assert checkpoint.peek("piece") == {"psnr": float("inf")}
+    request = tmp_path / "plan.json.search" / "request.json"
+    if damage is None:
+        request.unlink()
+    else:
+        request.write_text(damage)
+    with open_checkpoint(plan) as checkpoint:
+        assert not checkpoint.begin({"target": 2})
+        assert checkpoint.peek("piece") is None
+        assert checkpoint.begin({"target": 2})

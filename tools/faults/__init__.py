@@ -1,0 +1,1 @@
+"""Inject faults, and count what becomes of them: see ``run.py``."""

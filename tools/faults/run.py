@@ -1,0 +1,85 @@
+"""Inject faults into calibrate, export, build and load, and count what becomes of them.
+
+    python -m ditfastattn.tools.faults.run --out benchmarks/faults.md
+
+A fault is *survived* if what follows is right, or an error that says what is wrong (a
+``ConfigError`` or ``EngineError``); *raw* if it ends in another exception; *wrong* if the result
+is not what it should be, or something is left behind. Raw and wrong must be 0.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.tools.faults.scenes import Scene, scenes
+from ditfastattn.tools.measure import machine
+
+app = typer.Typer(pretty_exceptions_enable=False)
+Counts = dict[str, Counter[str]]
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="File for the table.")] = Path("benchmarks/faults.md"),
+    trials: Annotated[int, typer.Option(help="Trials of each random kind.")] = 200,
+    only: Annotated[str, typer.Option(help="Only the kinds whose name holds this.")] = "",
+) -> None:
+    """Run all kinds of faults, and write the table. Exit with 1 if some were raw or wrong."""
+    torch.set_num_threads(1)  # processes are forked
+    began = time.monotonic()
+    found = counted(trials, only, typer.echo)
+    write_text_atomically(out, as_markdown(found, trials, time.monotonic() - began))
+    if any(counts["raw"] or counts["wrong"] for counts in found.values()):
+        raise typer.Exit(1)
+
+
+def counted(trials: int, only: str, tell: Callable[[str], object]) -> Counts:
+    """Return how often each kind of fault ended how."""
+    found: Counts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        scene = Scene(Path(folder), random.Random(0), trials)
+        for name, play in scenes().items():
+            if only in name:
+                began = time.monotonic()
+                found[name] = Counter(play(scene))
+                tell(f"{name}: {dict(found[name])}, {time.monotonic() - began:.0f} s")
+    return found
+
+
+def as_markdown(found: Counts, trials: int, seconds: float) -> str:
+    """Return the table."""
+    kinds = ("survived", "raw", "wrong")
+    rows = [
+        f"| {' | '.join([name, str(counts.total()), *(str(counts[kind]) for kind in kinds)])} |"
+        for name, counts in found.items()
+    ]
+    about = machine()
+    return "\n".join(
+        [
+            "# Faults",
+            "",
+            f"`python -m ditfastattn.tools.faults.run --trials {trials}`, {seconds:.0f} s on "
+            f"{about['device']}, torch {about['torch']}. A fault is *survived* if what follows is "
+            "right or a clear error, *raw* if it ends in another exception, *wrong* if the result "
+            "is not what it should be, or something is left behind.",
+            "",
+            "| fault | trials | survived | raw | wrong |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    app()
