@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.runtime.generation import Generation
-from ditfastattn.runtime.hoisted import HoistedPerTimestep
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan
 
@@ -28,7 +27,6 @@ class ModelState:
     plan: UnrolledPlan | None = None
     generation: Generation | None = None
     calibration: SelfCalibration | None = None
-    hoisted: HoistedPerTimestep = field(default_factory=HoistedPerTimestep)
     _name: object | None = None  # of the generation under way, where the caller has named it
 
     def begins_anew(self, name: object | None) -> bool:

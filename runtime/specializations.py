@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,7 @@ from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.generation import Call, Generation, named_generation
@@ -71,20 +71,15 @@ class Specialization:
         # A dense run needs no clock.
         self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latents = latent_candidates(captured)
-        arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
-        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, *self._latents})
-        self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
-        self._variants = CompiledVariants(captured, self._once, self._each, options)
+        varying = {self._timestep, *self._latents}
+        disabled = self._runs_dense or HOIST_PER_GENERATION in switches().off
+        self._hoisted = HoistedGraph(captured, varying, options, disabled)
+        self._variants = CompiledVariants(captured, self._hoisted, options)
         self._plans: dict[Fingerprint, UnrolledPlan] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
         self._lock = threading.RLock()
         self.models = ModelStates()
         _log_sites(self.report)
-
-    def _hoist(self, name: str, varying: Collection[int]) -> HoistedGraph:
-        """Return what the pass ``name`` hoists; nothing where it is disabled."""
-        disabled = self._runs_dense or name in switches().off
-        return HoistedGraph(self.captured, varying, self.options, disabled)
 
     @property
     def _runs_dense(self) -> bool:
@@ -183,10 +178,7 @@ class Specialization:
             names = (self.captured.inputs[index].name for index in self._latents)
             latents = (tensors[index] for index in self._latents)
             generation.check_latents(call, dict(zip(names, latents, strict=True)))
-        hoisted = {
-            **generation.branches[call.branch].hoisted.at(self._once, tensors),
-            **model.hoisted.at(self._each, call.step, timestep, tensors),
-        }
+        hoisted = generation.branches[call.branch].hoisted.at(self._hoisted, tensors)
         return self._variants.run(plan, generation, call, hoisted, tensors)
 
     def reports(self) -> list[RunReport]:
@@ -197,7 +189,7 @@ class Specialization:
                 plan,
                 self.report,
                 dense=dense,
-                hoisted=self._once.flops,
+                hoisted=self._hoisted.flops,
                 hoisted_bytes=self._hoisted_bytes(plan),
                 calls=self._variants.flops(plan),
             )
@@ -205,7 +197,7 @@ class Specialization:
         ]
 
     def _hoisted_bytes(self, unrolled: UnrolledPlan) -> int:
-        return unrolled.hoisted_bytes(self._once.bytes, self._each.bytes)
+        return unrolled.hoisted_bytes(self._hoisted.bytes)
 
 
 def _log_sites(report: SiteReport) -> None:
