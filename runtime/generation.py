@@ -63,7 +63,7 @@ class Call:
     branch: int
 
 
-_FIRST = Call(0, 0)
+FIRST = Call(0, 0)
 
 
 class Generation:
@@ -95,7 +95,7 @@ class Generation:
         ended = self._clock.at_end
         number = self._clock.tick(timestep, wait=self.on_trial, anew=anew)
         call = Call(*divmod(number, len(self.branches)))
-        if call == _FIRST:
+        if call == FIRST:
             self.on_trial = self.on_trial and not ended
             self._begin()
         return call

@@ -24,6 +24,7 @@ class ModelState:
     """
 
     identity: Fingerprint
+    weights: Fingerprint  # of as much of them as is checked, as the last generation began
     plan: UnrolledPlan | None = None
     generation: Generation | None = None
     calibration: SelfCalibration | None = None
@@ -67,6 +68,10 @@ class ModelStates:
         made = make()
         known[id(owner)] = _Entry(_weak(owner, known), made)
         return made
+
+    def forget(self, owner: Tensor | None) -> None:
+        """Drop this thread's state of the model with the parameter ``owner``."""
+        self._entries().pop(id(owner), None)
 
     def here(self) -> list[ModelState]:
         """Return the states of this thread."""

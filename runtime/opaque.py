@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import OPAQUE, module_fingerprint
+from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint, module_fingerprint
 from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.generation import named_generation
-from ditfastattn.runtime.matching import check_fingerprint, mismatch
+from ditfastattn.runtime.matching import (
+    check_fingerprint,
+    mismatch,
+    warn_of_unsampled_change,
+)
+from ditfastattn.runtime.options import WeightsCheck
 from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 
@@ -56,13 +62,22 @@ class _Generation:
 class OpaqueModel:
     """Call one module at the steps that its plan runs, and make its outputs at the others."""
 
-    def __init__(self, module: nn.Module, plan: Plan, timestep: str = "timestep") -> None:
-        """Match ``plan`` with the module.
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        timestep: str = "timestep",
+        check: WeightsCheck = WeightsCheck.SAMPLED,
+    ) -> None:
+        """Match ``plan`` with the module; ``check`` its weights as each generation begins.
 
         Raises:
             ConfigError: the plan is for another model.
         """
-        check_fingerprint(module_fingerprint(module), plan.model)
+        self._sampled = module_fingerprint(module)
+        check_fingerprint(self._sampled, plan.model)
+        self._module, self._compared = weakref.ref(module), check
+        self._weights = self._identify()
         (self._site,) = plan.sites
         self._plan, self._timestep = plan, timestep
         self._module_type = type(module)
@@ -93,10 +108,32 @@ class OpaqueModel:
         if number == 0:
             generation.branches = tuple(_Branch() for _ in generation.branches)
         try:
+            if number == 0:
+                self._check_weights()
             return self._step(generation.branches[place], step, place, forward, arguments, kwargs)
         except BaseException:
             generation.clock.reset()
             raise
+
+    def _check_weights(self) -> None:
+        """Match the plan again where weights have changed since the last generation began."""
+        now, module = self._identify(), self._module()
+        if now == self._weights or module is None:
+            return
+        sampled = module_fingerprint(module)
+        check_fingerprint(sampled, self._plan.model)
+        if sampled == self._sampled:
+            warn_of_unsampled_change()
+        self._weights, self._sampled = now, sampled
+
+    def _identify(self) -> Fingerprint | None:
+        """Return what is compared of the weights; None where that is nothing."""
+        module = self._module()
+        if module is None or self._compared is WeightsCheck.NEVER:
+            return None
+        if any(item.is_meta for item in (*module.parameters(), *module.buffers())):
+            return None  # offloaded part by part: each part's weights come with its call
+        return module_fingerprint(module, self._compared.samples)
 
     def _step(
         self,

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
+from ditfastattn.passes.analysis.fingerprint import (
+    SAMPLES,
+    Fingerprint,
+    fingerprint,
+    hash_tensors,
+)
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import attentions
@@ -30,16 +35,18 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.clock import read_timestep
-from ditfastattn.runtime.generation import Call, Generation, named_generation
+from ditfastattn.runtime.generation import FIRST, Call, Generation, named_generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
+    check_fingerprint,
     split_as_planned,
     static_tensors,
     timestep_position,
     warn_of_unchecked_latents,
+    warn_of_unsampled_change,
 )
 from ditfastattn.runtime.model_state import ModelState, ModelStates
-from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.options import BackendOptions, WeightsCheck
 from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
@@ -90,8 +97,7 @@ class Specialization:
         """Run one step on the flat tensor inputs."""
         if self._runs_dense:
             return self._variants.run_dense(tensors)
-        owner = None if self._owner is None else tensors[self._owner]
-        model = self.models.of(owner, lambda: self._meet(tensors))
+        model = self.models.of(self._owner_of(tensors), lambda: self._meet(tensors))
         anew = model.begins_anew(named_generation())
         try:
             if model.plan is None:
@@ -101,15 +107,37 @@ class Specialization:
             model.reset()
             raise
 
+    def _owner_of(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        return None if self._owner is None else tensors[self._owner]
+
     def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
         """Return a new state of the model whose parameters are in ``tensors``."""
-        static = static_tensors(self.captured, tensors)
-        model = ModelState(fingerprint(self.captured, self._whole_sites, static))
+        identity = self._identify(tensors, SAMPLES)
+        model = ModelState(identity, self._identify(tensors, self.options.check_weights.samples))
         known = self._plans.get(model.identity)
         plan = known.plan if known is not None else self.options.plan
         if plan is not None:
             self._take_plan(model, plan)
         return model
+
+    def _identify(self, tensors: Sequence[Tensor], samples: int) -> Fingerprint:
+        static = static_tensors(self.captured, tensors)
+        return fingerprint(self.captured, self._whole_sites, static, samples)
+
+    def _has_other_weights(self, model: ModelState, tensors: Sequence[Tensor]) -> bool:
+        """Return whether weights have changed since the last generation of ``model`` began."""
+        check = self.options.check_weights
+        if check is WeightsCheck.NEVER:
+            return False
+        return model.weights != self._identify(tensors, check.samples)
+
+    def _meet_again(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Begin a generation of a ``model`` whose weights have changed, as with another model."""
+        owner = self._owner_of(tensors)
+        self.models.forget(owner)
+        if self.models.of(owner, lambda: self._meet(tensors)).identity == model.identity:
+            warn_of_unsampled_change()
+        return self.step(tensors)
 
     def reset(self) -> None:
         """Forget the generations under way in this thread."""
@@ -134,13 +162,15 @@ class Specialization:
     def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
         """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
         with self._lock:
-            unrolled = self._plans.get(model.identity)
+            unrolled = self._plans.get(plan.model)
             if unrolled is None:
                 unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
-                self._plans[model.identity] = unrolled
+                self._plans[plan.model] = unrolled
                 log_plan(unrolled, self._hoisted_bytes(unrolled))
                 if unrolled.shares_guidance and not self._latents:
                     warn_of_unchecked_latents(self.captured.dynamic_names)
+            else:
+                check_fingerprint(model.identity, plan.model)
         model.plan = unrolled
         model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
         return unrolled
@@ -173,6 +203,8 @@ class Specialization:
         generation, timestep = model.generation, tensors[self._timestep]
         assert generation is not None
         call = self._advance(model, generation, timestep, anew)
+        if call == FIRST and self._has_other_weights(model, tensors):
+            return self._meet_again(model, tensors)
         if call.step == 0 and plan.shares_guidance:
             # Once a generation, as on a device it waits.
             names = (self.captured.inputs[index].name for index in self._latents)
