@@ -14,6 +14,7 @@ from torch.fx import Node
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 
 OPAQUE = "module:"  # begins the structure of a model whose inside is not captured
@@ -72,7 +73,8 @@ def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint
 
     Its structure is that of its parameters and buffers; weights are hashed as in ``fingerprint``.
     """
-    named = [*module.named_parameters(), *module.named_buffers()]
+    whole = [*module.named_parameters(), *module.named_buffers()]
+    named = [part for name, item in whole for part in parts(item, name)]
     structure = [type(module).__name__, *((name, list(item.shape)) for name, item in named)]
     plain = [item for name, item in named if not _ADAPTER.search(name)]
     adapters = [_digest(item, samples) for name, item in named if _ADAPTER.search(name)]
