@@ -24,8 +24,8 @@ DEFAULT_THRESHOLD = 0.075
 class WeightsCheck(StrEnum):
     """Say how much of the weights is compared with what it was, as each generation begins."""
 
-    SAMPLED = "sampled"  # what a plan's fingerprint covers
-    FULL = "full"
+    SAMPLED = "sampled"  # what a plan's fingerprint covers: milliseconds a generation
+    FULL = "full"  # reads and hashes every byte of the model
     NEVER = "never"  # a plan is still compared with the model that first runs by it
 
     @property

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _INERT: Any = torch._C._disabled_torch_function_impl  # of parameters, for example
 
 # The same object for each call: models are known by their parameters.
-_bare: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_bare: Any = WeakTensorKeyDictionary()
 
 
 def plain_tensors(arguments: Iterable[Any]) -> list[Tensor]:

@@ -34,15 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.save_pretrained(made / "base")
     for seed, (name, alpha) in enumerate({"style": 8, "subject": 8, "faint": 4}.items(), start=1):
         torch.manual_seed(seed)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
         config = LoraConfig(
             r=4,
             lora_alpha=alpha,
             init_lora_weights=False,  # lora_B gets weights: zeros would change nothing
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+            target_modules=targets,
         )
         pipeline.transformer.add_adapter(config, adapter_name=name)
         layers = get_peft_model_state_dict(pipeline.transformer, adapter_name=name)
-        metadata = {"r": 4, "lora_alpha": alpha, "target_modules": list(config.target_modules)}
+        metadata = {"r": 4, "lora_alpha": alpha, "target_modules": targets}
         pipeline.save_lora_weights(
             made / name,
             transformer_lora_layers=layers,

@@ -42,20 +42,19 @@ def torchao(config: str) -> Callable[[nn.Module], None]:
 def gguf(module: nn.Module) -> None:
     """Replace linears as loading a GGUF file into diffusers does."""
     files: Any = pytest.importorskip("gguf")
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
-
+    linears: Any = pytest.importorskip("diffusers.quantizers.gguf.utils")
     for name, linear in list(module.named_modules()):
         if type(linear) is not nn.Linear or linear.in_features % 32:
             continue
         kind = files.GGMLQuantizationType.Q8_0
         packed = torch.from_numpy(files.quants.quantize(linear.weight.detach().numpy(), kind))
-        made = GGUFLinear(
+        made = linears.GGUFLinear(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
             compute_dtype=torch.float32,
         )
-        made.weight = GGUFParameter(packed, quant_type=kind)
+        made.weight = linears.GGUFParameter(packed, quant_type=kind)
         made.bias = linear.bias
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, made)
