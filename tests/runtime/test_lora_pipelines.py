@@ -17,6 +17,7 @@ from ditfastattn import ConfigError, Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"num_inference_steps": 4, **TINY_PIPELINES["sd3"][1]}
 SEED = 5
@@ -112,6 +113,12 @@ def test_a_fused_adapter_is_saved_and_has_a_plan_of_its_own(
     assert not hasattr(again.transformer, "peft_config")
 
 
+@works_with(
+    "Weights",
+    "LoRA: `set_adapters` with another scale",
+    "works",
+    "with a warning",
+)
 def test_another_scale_of_a_loaded_adapter_is_warned_of(
     pipeline: Any, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -125,6 +132,12 @@ def test_another_scale_of_a_loaded_adapter_is_warned_of(
     assert torch.equal(run(pipeline), expected)
 
 
+@works_with(
+    "Weights",
+    "LoRA: `load_lora_weights(..., hotswap=True)`",
+    "works",
+    "nothing is compiled again; other adapters than the plan's are warned of",
+)
 @pytest.mark.parametrize("other", ["subject", "faint"])
 def test_adapters_are_hot_swapped_without_compiling_again(
     other: str, pipeline: Any, folder: Path

@@ -19,6 +19,7 @@ from tests.helpers import randomize
 from tests.plans import mixed_plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import T5_DIM, TINY_PIPELINES
+from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"num_inference_steps": 4, **TINY_PIPELINES["pixart"][1]}
 PROMPT = Prompt(CALL, 5)
@@ -87,6 +88,12 @@ def pipeline(quantize: Callable[[nn.Module], None]) -> Any:
     return made
 
 
+@works_with(
+    "Weights",
+    "quantized: torchao's int8 weights, int8 dynamic and fp8 weights; GGUF",
+    "works",
+    "exact against the same model dense",
+)
 @pytest.mark.parametrize("name", slow_but({"int8-weights", "int8-dynamic", "gguf"}, QUANTIZED))
 def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
     made = pipeline(QUANTIZED[name])

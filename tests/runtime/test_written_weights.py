@@ -27,6 +27,7 @@ from tests.helpers import (
     tiny_dit,
     uniform_strategies,
 )
+from tests.works_with import works_with
 
 OTHER = r"plan\.model\.weights[\s\S]*remedy: .*give it the plan's weights again"
 CALIBRATES = "this first generation calibrates"
@@ -82,6 +83,12 @@ def write_back(model: nn.Module, weights: list[torch.Tensor]) -> None:
         parameter.data.copy_(weight)
 
 
+@works_with(
+    "Weights",
+    'written between generations, as EMA does, with `check_weights="never"`',
+    "works",
+    "the next generation is of the weights that the model then holds",
+)
 @pytest.mark.parametrize("writing", [in_data, in_place, as_other_data])
 @pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_written_weights_count_from_the_next_generation_on(
@@ -96,6 +103,12 @@ def test_written_weights_count_from_the_next_generation_on(
     assert largest_difference(after, tiny.run(tiny.model)) == 0.0
 
 
+@works_with(
+    "Weights",
+    "written between generations",
+    "refused",
+    "until the plan's own weights are back",
+)
 @pytest.mark.parametrize("check", ["sampled", "full"])
 def test_a_plan_of_other_weights_is_refused_until_its_own_are_back(check: str) -> None:
     tiny = copied(tiny_dit())

@@ -35,6 +35,7 @@ from tests.helpers import (
     mixed_strategies,
     uniform_strategies,
 )
+from tests.works_with import works_with
 
 
 def found(tiny: TinyModel) -> tuple[str, ...]:
@@ -102,6 +103,12 @@ def steady(tiny: TinyModel) -> TinyModel:
     return TinyModel(tiny.model, call)
 
 
+@works_with(
+    "Torch",
+    "`torch.inference_mode` around a generation",
+    "works",
+    "what is hoisted is computed once, as under `torch.no_grad`",
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_is_hoisted_runs_once_per_generation(mode: Any, runs: list[int]) -> None:
     _, sites = capture_every_site(TINY_MODELS["pixart"]())
