@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
+from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
@@ -98,7 +99,7 @@ def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
         inputs = describe_inputs(module)
 
         def run(*args: Any) -> Any:
-            tensors = tuple(item for item in args if isinstance(item, Tensor))
+            tensors = tuple(plain_tensors(args))
             found.append(CapturedCall(capture(module, inputs, args), tensors))
             return module(*args)
 

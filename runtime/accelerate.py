@@ -88,7 +88,7 @@ def accelerate(
     check_hooks(module, plans)
     restore(pipeline)
     models = {
-        index: OpaqueModel(module, one, chosen[index].timestep)
+        index: OpaqueModel(module, one, chosen[index].timestep, chosen[index].check_weights)
         for index, one in enumerate(plans)
         if one is not None and is_opaque(one)
     }

@@ -22,6 +22,7 @@ from ditfastattn.passes.capture.dynamo import (
     plain_numbers,
     refuse_autocast,
 )
+from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.specializations import Specialization, specialization_of
 
@@ -47,7 +48,7 @@ class PlannedFunction:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run one step on the flat inputs of the graph."""
         plain = plain_numbers(self._inputs, args) if self._numbers else args
-        tensors = [argument for argument in plain if isinstance(argument, Tensor)]
+        tensors = plain_tensors(plain)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise ConfigError(
                 "the ditfastattn backend runs inference only",

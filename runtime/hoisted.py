@@ -1,9 +1,10 @@
-"""Hoist values out of the step loop: compute them once per generation, or once per timestep.
+"""Hoist values out of the step loop: compute them once per generation.
 
-Pipelines hand over the same prompt embeddings at every step. If they do not, or if an embedding was
-written to, the values that depend on it are computed again. Values that depend on the timestep
-alone are the same in every generation of a schedule, until the weights they are computed from
-change. Either way the result is exact.
+Pipelines hand over the same prompt embeddings at every step. If they do not, or if an embedding or
+a weight was written to, the values that depend on it are computed again, so the result is exact.
+
+No value that depends on a weight outlives its generation: no counter sees what is written through
+``parameter.data``, so only the next generation is sure to compute with what the model then holds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.flops import Flops, count_flops
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
@@ -24,6 +26,7 @@ from ditfastattn.passes.rewrites.hoist_invariants import (
     find_hoisted,
     hoisted_graph,
 )
+from ditfastattn.runtime.clock import TimestepReader, read_timestep
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
 
@@ -67,70 +70,96 @@ class HoistedGraph:
         return dict(zip(self._slots, self._run(tensors), strict=True))
 
 
+class _Source:
+    """Notice another tensor in the place of one, and writes to it.
+
+    Inference mode does not count writes: there the content is compared, if it is ``copied``.
+    """
+
+    def __init__(self, tensor: Tensor, copied: bool) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._state = _version(tensor), tensor.data_ptr()  # `parameter.data = other` moves it
+        self._copy = tensor.clone() if copied and tensor.is_inference() else None
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Return whether ``tensor`` is the one known, and no counted write has changed it."""
+        state = _version(tensor), tensor.data_ptr()
+        return self._tensor() is tensor and self._state == state
+
+    def differs(self, tensor: Tensor) -> TimestepReader | None:
+        """Begin to compare the content; None where counting writes is enough."""
+        if self._copy is None:
+            return None
+        bits = _BITS.get(tensor.dtype.itemsize, tensor.dtype)  # NaN is like itself
+        return read_timestep((self._copy.view(bits) != tensor.view(bits)).any())
+
+
 @dataclass
 class HoistedPerGeneration:
-    """Values hoisted for one generation, and the inputs that they were computed from."""
+    """Values hoisted for one generation, and what they were computed from."""
 
     values: Values = field(default_factory=dict)
-    sources: list[tuple[Tensor, int]] = field(default_factory=list)
+    _arguments: list[_Source] = field(default_factory=list)
+    _weights: list[_Source] = field(default_factory=list)
+    _comparing: list[TimestepReader] = field(default_factory=list)  # on a device, not to wait
 
     def clear(self) -> None:
         """Forget them."""
-        self.values, self.sources = NO_VALUES, []
+        self.values, self._arguments, self._weights = NO_VALUES, [], []
 
     def at(self, graph: HoistedGraph, tensors: Sequence[Tensor]) -> Values:
         """Return the values for a step on ``tensors``, computed unless they are known."""
         if not graph.nodes:
             return NO_VALUES
-        return self.of([tensors[i] for i in graph.arguments], lambda: graph(tensors))
+        arguments = [tensors[i] for i in graph.arguments]
+        weights = [tensors[i] for i in graph.weights]
+        return self.of(arguments, lambda: graph(tensors), weights)
 
-    def of(self, arguments: Sequence[Tensor], compute: Callable[[], Values]) -> Values:
-        """Return the values for ``arguments``; compute them where those are new or changed."""
-        now = [(tensor, _version(tensor)) for tensor in arguments]
-        unchanged = len(self.sources) == len(now) > 0 and all(
-            before is after and version == was and was >= 0
-            for (before, was), (after, version) in zip(self.sources, now, strict=True)
-        )
-        if not unchanged:
-            self.values, self.sources = compute(), now
+    def of(
+        self,
+        arguments: Sequence[Tensor],
+        compute: Callable[[], Values],
+        weights: Sequence[Tensor] = (),
+    ) -> Values:
+        """Return the values for ``arguments``; compute them where any tensor is new or changed.
+
+        Raises:
+            ConfigError: on a device, an argument was written to in inference mode.
+        """
+        self._check_compared()
+        if not self._are_known(arguments, weights):
+            self.values = compute()
+            self._arguments = [_Source(tensor, copied=True) for tensor in arguments]
+            self._weights = [_Source(tensor, copied=False) for tensor in weights]
         return self.values
 
+    def _are_known(self, arguments: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+        known = [*self._arguments, *self._weights]
+        now = [*arguments, *weights]
+        if not self._arguments or len(known) != len(now):
+            return False
+        pairs = list(zip(known, now, strict=True))
+        if not all(source.is_known(tensor) for source, tensor in pairs):
+            return False
+        found = [source.differs(tensor) for source, tensor in pairs]
+        compared = [reader for reader in found if reader is not None]
+        if any(reader.ready() and reader.value() for reader in compared):
+            return False
+        self._comparing += [reader for reader in compared if not reader.ready()]
+        return True
 
-@dataclass
-class HoistedPerTimestep:
-    """Values hoisted for each timestep of a schedule, for all generations of one model."""
-
-    steps: dict[int, tuple[Tensor, Values]] = field(default_factory=dict)
-    weights: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
-
-    def at(
-        self, graph: HoistedGraph, step: int, timestep: Tensor, tensors: Sequence[Tensor]
-    ) -> Values:
-        """Return the values of ``step``, computed unless they are known for ``timestep``."""
-        if not graph.nodes:
-            return NO_VALUES
-        if step == 0 and not self._same_weights(graph, tensors):
-            self.steps.clear()
-            weights = (tensors[index] for index in graph.weights)
-            self.weights = [(weakref.ref(weight), _version(weight)) for weight in weights]
-        known = self.steps.get(step)
-        if known is None or not _same_timestep(known[0], timestep):
-            known = self.steps[step] = timestep.clone(), graph(tensors)
-        return known[1]
-
-    def _same_weights(self, graph: HoistedGraph, tensors: Sequence[Tensor]) -> bool:
-        weights = [tensors[index] for index in graph.weights]
-        return len(weights) == len(self.weights) and all(
-            reference() is weight and was == _version(weight) >= 0
-            for (reference, was), weight in zip(self.weights, weights, strict=True)
-        )
+    def _check_compared(self) -> None:
+        while self._comparing and self._comparing[0].ready():
+            if self._comparing.pop(0).value():
+                self._comparing.clear()
+                raise ConfigError(
+                    "a condition was written to in the middle of a generation",
+                    where="a call in inference mode, which does not count writes",
+                    remedy="hand over a new tensor, or use torch.no_grad()",
+                )
 
 
-def _same_timestep(known: Tensor, timestep: Tensor) -> bool:
-    """Compare on the host; on a device, where that would wait, trust the clock for one number."""
-    if timestep.device.type == "cpu":
-        return torch.equal(known, timestep)
-    return timestep.dim() == 0 or timestep.numel() == 1 or not any(timestep.stride())
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _version(tensor: Tensor) -> int:

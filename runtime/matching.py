@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -108,6 +109,14 @@ def warn_of_unchecked_latents(inputs: Sequence[str]) -> None:
     )
 
 
+def warn_of_unsampled_change() -> None:
+    """Warn that weights have changed, and a plan's fingerprint cannot tell for which it is."""
+    log.warning(
+        "ditfastattn: the model's weights have changed since the last generation, in elements "
+        "that a plan's fingerprint does not cover: the plan may be for others"
+    )
+
+
 def split_as_planned(plan: Plan, captured: CapturedGraph, sites: Sequence[Site]) -> CapturedGraph:
     """Return ``captured`` with the heads of its ``sites`` split by the groups of ``plan``.
 
@@ -174,28 +183,47 @@ def _as_planned(site: Site, planned: PlannedSite) -> Site:
 
 
 def check_fingerprint(got: Fingerprint, expected: Fingerprint) -> None:
-    """Raise ``ConfigError`` unless both are of the same model, dtype, weights and adapters."""
+    """Raise ``ConfigError`` unless both are of the same model, dtype and weights.
+
+    Both must have adapters, or neither; that they are others is warned of.
+    """
     if got.structure != expected.structure:
         raise mismatch("model.structure", got.structure, expected.structure)
     if got.dtype != expected.dtype:
         raise mismatch("model.dtype", got.dtype, expected.dtype)
+    if bool(got.lora) != bool(expected.lora):
+        raise _lora_mismatch(got.lora, expected.lora)
     if got.lora != expected.lora:
-        raise _other_lora(got.lora, expected.lora)
+        _warn_of_other_adapters(got.lora, expected.lora)
     if got.weights != expected.weights:
-        remedy = f"{_RECALIBRATE}; fusing LoRA adapters changes the weights"
+        remedy = (
+            f"{_RECALIBRATE}, or give it the plan's weights again; "
+            "fusing LoRA adapters changes the weights"
+        )
         raise mismatch("model.weights", got.weights, expected.weights, remedy=remedy)
 
 
-def _other_lora(got: str, expected: str) -> ConfigError:
+@functools.cache
+def _warn_of_other_adapters(got: str, expected: str) -> None:
+    """Warn once of adapters that were swapped: the plan still runs, as it does for other prompts.
+
+    Adapters are exchanged as often as prompts are, and change a model as little.
+    """
+    log.warning(
+        "ditfastattn: the model's LoRA adapters, or their scale, differ from those that the plan "
+        "was calibrated with (%s, not %s): it runs, but its quality was measured with the others",
+        got,
+        expected,
+    )
+
+
+def _lora_mismatch(got: str, expected: str) -> ConfigError:
     if not expected:
         what = "the model has LoRA adapters that the plan was not calibrated with"
         remedy = "unload the adapters, or calibrate a plan with them"
-    elif not got:
+    else:
         what = "the plan was calibrated with LoRA adapters; the model has none"
         remedy = "load (or unfuse) the plan's adapters, or calibrate a plan without them"
-    else:
-        what = "the model's LoRA adapters, or their scale, differ from the plan's"
-        remedy = "load the plan's adapters at the plan's scale, or calibrate a plan with these"
     return ConfigError(
         what,
         where="plan.model.lora",

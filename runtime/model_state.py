@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.runtime.generation import Generation
-from ditfastattn.runtime.hoisted import HoistedPerTimestep
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan
 
@@ -25,10 +24,10 @@ class ModelState:
     """
 
     identity: Fingerprint
+    weights: Fingerprint  # of as much of them as is checked, as the last generation began
     plan: UnrolledPlan | None = None
     generation: Generation | None = None
     calibration: SelfCalibration | None = None
-    hoisted: HoistedPerTimestep = field(default_factory=HoistedPerTimestep)
     _name: object | None = None  # of the generation under way, where the caller has named it
 
     def begins_anew(self, name: object | None) -> bool:
@@ -69,6 +68,10 @@ class ModelStates:
         made = make()
         known[id(owner)] = _Entry(_weak(owner, known), made)
         return made
+
+    def forget(self, owner: Tensor | None) -> None:
+        """Drop this thread's state of the model with the parameter ``owner``."""
+        self._entries().pop(id(owner), None)
 
     def here(self) -> list[ModelState]:
         """Return the states of this thread."""

@@ -9,6 +9,7 @@ clock alone, so all processes of a sharded model decide alike.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import OPAQUE, module_fingerprint
+from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint, module_fingerprint
 from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
@@ -29,7 +30,12 @@ from ditfastattn.runtime.current_generation import (
     explicit_generation,
     named_generation,
 )
-from ditfastattn.runtime.matching import check_fingerprint, mismatch
+from ditfastattn.runtime.matching import (
+    check_fingerprint,
+    mismatch,
+    warn_of_unsampled_change,
+)
+from ditfastattn.runtime.options import WeightsCheck
 from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.trace import Shown, show
@@ -60,13 +66,22 @@ class _Generation:
 class OpaqueModel:
     """Call one module at the steps that its plan runs, and make its outputs at the others."""
 
-    def __init__(self, module: nn.Module, plan: Plan, timestep: str = "timestep") -> None:
-        """Match ``plan`` with the module.
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        timestep: str = "timestep",
+        check: WeightsCheck = WeightsCheck.SAMPLED,
+    ) -> None:
+        """Match ``plan`` with the module; ``check`` its weights as each generation begins.
 
         Raises:
             ConfigError: the plan is for another model.
         """
-        check_fingerprint(module_fingerprint(module), plan.model)
+        self._sampled = module_fingerprint(module)
+        check_fingerprint(self._sampled, plan.model)
+        self._module, self._compared = weakref.ref(module), check
+        self._weights = self._identify()
         (self._site,) = plan.sites
         self._plan, self._timestep = plan, timestep
         self._module_type = type(module)
@@ -94,6 +109,7 @@ class OpaqueModel:
             call = generation.calls.advance(read_timestep(timestep), self._shown(arguments))
             if call == FIRST:
                 generation.branches = tuple(_Branch() for _ in generation.branches)
+                self._check_weights()
             branch = generation.branches[call.branch]
             result = self._step(branch, call, forward, arguments)
             generation.calls.returned(output_of(result))
@@ -103,6 +119,26 @@ class OpaqueModel:
         except BaseException:
             generation.calls.reset()
             raise
+
+    def _check_weights(self) -> None:
+        """Match the plan again where weights have changed since the last generation began."""
+        now, module = self._identify(), self._module()
+        if now == self._weights or module is None:
+            return
+        sampled = module_fingerprint(module)
+        check_fingerprint(sampled, self._plan.model)
+        if sampled == self._sampled:
+            warn_of_unsampled_change()
+        self._weights, self._sampled = now, sampled
+
+    def _identify(self) -> Fingerprint | None:
+        """Return what is compared of the weights; None where that is nothing."""
+        module = self._module()
+        if module is None or self._compared is WeightsCheck.NEVER:
+            return None
+        if any(item.is_meta for item in (*module.parameters(), *module.buffers())):
+            return None  # offloaded part by part: each part's weights come with its call
+        return module_fingerprint(module, self._compared.samples)
 
     def _step(
         self,

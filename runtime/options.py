@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from torch._inductor import list_mode_options
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.fingerprint import SAMPLES
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.solve.greedy import Progress
 
 DEFAULT_THRESHOLD = 0.075
+
+
+class WeightsCheck(StrEnum):
+    """Say how much of the weights is compared with what it was, as each generation begins."""
+
+    SAMPLED = "sampled"  # what a plan's fingerprint covers: milliseconds a generation
+    FULL = "full"  # reads and hashes every byte of the model
+    NEVER = "never"  # a plan is still compared with the model that first runs by it
+
+    @property
+    def samples(self) -> int:
+        """Return how many elements of each tensor to look at."""
+        return sys.maxsize if self is WeightsCheck.FULL else SAMPLES
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,7 @@ class BackendOptions:
         cfg_layout: the order of the guidance halves, for a self-calibration.
         steps: the length of the generation where known, for a self-calibration's estimate.
         timestep: the name of the model argument that holds the timestep.
+        check_weights: how much of the weights is compared as each generation begins.
         lowering: the code generator.
         outline: compile equal blocks once for all step variants; ``False``, and CUDA graphs
             (``mode="reduce-overhead"``), compile each variant as one graph.
@@ -42,6 +59,7 @@ class BackendOptions:
     cfg_layout: CfgLayout = CfgLayout.NONE
     steps: int = 0
     timestep: str = "timestep"
+    check_weights: WeightsCheck = WeightsCheck.SAMPLED
     lowering: Lowering = Lowering.INDUCTOR
     outline: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +72,7 @@ _PUBLIC = (
     "threshold",
     "cfg_layout",
     "timestep",
+    "check_weights",
     "lowering",
     "outline",
     "inductor",
@@ -92,6 +111,9 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Backen
         threshold=float(threshold),
         cfg_layout=_member(CfgLayout, "cfg_layout", given.get("cfg_layout", CfgLayout.NONE)),
         timestep=str(given.get("timestep", "timestep")),
+        check_weights=_member(
+            WeightsCheck, "check_weights", given.get("check_weights", WeightsCheck.SAMPLED)
+        ),
         lowering=_member(Lowering, "lowering", given.get("lowering", Lowering.INDUCTOR)),
         outline=bool(given.get("outline", True)),
         inductor=inductor,

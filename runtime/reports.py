@@ -22,7 +22,7 @@ class RunReport:
 
     ``planned`` covers one generation, hoisted values included; it is None until every variant of
     the plan has been compiled, which the first generation does. ``ahead_bytes`` is the memory of
-    the hoisted values that are kept: those of the generation, and those of each of its timesteps.
+    the hoisted values, which are kept for a generation.
     """
 
     plan: Plan

@@ -10,14 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint, hash_tensors
+from ditfastattn.passes.analysis.fingerprint import (
+    SAMPLES,
+    Fingerprint,
+    fingerprint,
+    hash_tensors,
+)
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import attentions
@@ -27,21 +32,23 @@ from ditfastattn.passes.graph.ir import constant_tensors, graph_text, outputs
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, HOIST_PER_TIMESTEP
+from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
-from ditfastattn.runtime.calls import Call, InterleavedError
+from ditfastattn.runtime.calls import FIRST, Call, InterleavedError
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import explicit_generation, named_generation
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
+    check_fingerprint,
     split_as_planned,
     static_tensors,
     timestep_position,
     warn_of_unchecked_latents,
+    warn_of_unsampled_change,
 )
 from ditfastattn.runtime.model_state import ModelState, ModelStates
-from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.options import BackendOptions, WeightsCheck
 from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.trace import show
@@ -75,20 +82,16 @@ class Specialization:
         self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latents = latent_candidates(captured)
         arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
-        self._conditions = sorted(arguments - {self._timestep, *self._latents})
-        self._once = self._hoist(HOIST_PER_GENERATION, {self._timestep, *self._latents})
-        self._each = self._hoist(HOIST_PER_TIMESTEP, arguments - {self._timestep})
-        self._variants = CompiledVariants(captured, self._once, self._each, options)
+        varying = {self._timestep, *self._latents}
+        self._conditions = sorted(arguments - varying)
+        disabled = self._runs_dense or HOIST_PER_GENERATION in switches().off
+        self._hoisted = HoistedGraph(captured, varying, options, disabled)
+        self._variants = CompiledVariants(captured, self._hoisted, options)
         self._plans: dict[Fingerprint, UnrolledPlan] = {}
         self._owner = next((i for i, entry in enumerate(captured.inputs) if entry.static), None)
         self._lock = threading.RLock()
         self.models = ModelStates()
         _log_sites(self.report)
-
-    def _hoist(self, name: str, varying: Collection[int]) -> HoistedGraph:
-        """Return what the pass ``name`` hoists; nothing where it is disabled."""
-        disabled = self._runs_dense or name in switches().off
-        return HoistedGraph(self.captured, varying, self.options, disabled)
 
     @property
     def _runs_dense(self) -> bool:
@@ -99,8 +102,7 @@ class Specialization:
         """Run one step on the flat tensor inputs."""
         if self._runs_dense:
             return self._variants.run_dense(tensors)
-        owner = None if self._owner is None else tensors[self._owner]
-        model = self.models.of(owner, lambda: self._meet(tensors))
+        model = self.models.of(self._owner_of(tensors), lambda: self._meet(tensors))
         try:
             if model.plan is None:
                 return self._calibrate(model, tensors)
@@ -111,15 +113,37 @@ class Specialization:
             self._forget(model)
             raise
 
+    def _owner_of(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        return None if self._owner is None else tensors[self._owner]
+
     def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
         """Return a new state of the model whose parameters are in ``tensors``."""
-        static = static_tensors(self.captured, tensors)
-        model = ModelState(fingerprint(self.captured, self._whole_sites, static))
+        identity = self._identify(tensors, SAMPLES)
+        model = ModelState(identity, self._identify(tensors, self.options.check_weights.samples))
         known = self._plans.get(model.identity)
         plan = known.plan if known is not None else self.options.plan
         if plan is not None:
             self._take_plan(model, plan)
         return model
+
+    def _identify(self, tensors: Sequence[Tensor], samples: int) -> Fingerprint:
+        static = static_tensors(self.captured, tensors)
+        return fingerprint(self.captured, self._whole_sites, static, samples)
+
+    def _has_other_weights(self, model: ModelState, tensors: Sequence[Tensor]) -> bool:
+        """Return whether weights have changed since the last generation of ``model`` began."""
+        check = self.options.check_weights
+        if check is WeightsCheck.NEVER:
+            return False
+        return model.weights != self._identify(tensors, check.samples)
+
+    def _meet_again(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Begin a generation of a ``model`` whose weights have changed, as with another model."""
+        owner = self._owner_of(tensors)
+        self.models.forget(owner)
+        if self.models.of(owner, lambda: self._meet(tensors)).identity == model.identity:
+            warn_of_unsampled_change()
+        return self.step(tensors)
 
     def reset(self) -> None:
         """Forget the generations under way in this thread."""
@@ -157,13 +181,15 @@ class Specialization:
     def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
         """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
         with self._lock:
-            unrolled = self._plans.get(model.identity)
+            unrolled = self._plans.get(plan.model)
             if unrolled is None:
                 unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
-                self._plans[model.identity] = unrolled
+                self._plans[plan.model] = unrolled
                 log_plan(unrolled, self._hoisted_bytes(unrolled))
                 if unrolled.shares_guidance and not self._latents:
                     warn_of_unchecked_latents(self.captured.dynamic_names)
+            else:
+                check_fingerprint(model.identity, plan.model)
         model.plan = unrolled
         model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
         return unrolled
@@ -199,17 +225,17 @@ class Specialization:
     def _run_planned(
         self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
-        generation, timestep = self._generation(model, plan), tensors[self._timestep]
+        generation = self._generation(model, plan)
         call = self._advance(model, generation, tensors)
+        if call == FIRST and self._has_other_weights(model, tensors):
+            generation.reset()
+            return self._meet_again(model, tensors)
         if call.step == 0 and plan.shares_guidance:
             # Once a generation, as on a device it waits.
             names = (self.captured.inputs[index].name for index in self._latents)
             latents = (tensors[index] for index in self._latents)
             generation.check_latents(call, dict(zip(names, latents, strict=True)))
-        hoisted = {
-            **generation.branches[call.branch].hoisted.at(self._once, tensors),
-            **model.hoisted.at(self._each, call.step, timestep, tensors),
-        }
+        hoisted = generation.branches[call.branch].hoisted.at(self._hoisted, tensors)
         return self._variants.run(plan, generation, call, hoisted, tensors)
 
     def reports(self) -> list[RunReport]:
@@ -220,7 +246,7 @@ class Specialization:
                 plan,
                 self.report,
                 dense=dense,
-                hoisted=self._once.flops,
+                hoisted=self._hoisted.flops,
                 hoisted_bytes=self._hoisted_bytes(plan),
                 calls=self._variants.flops(plan),
             )
@@ -228,7 +254,7 @@ class Specialization:
         ]
 
     def _hoisted_bytes(self, unrolled: UnrolledPlan) -> int:
-        return unrolled.hoisted_bytes(self._once.bytes, self._each.bytes)
+        return unrolled.hoisted_bytes(self._hoisted.bytes)
 
 
 def _log_sites(report: SiteReport) -> None:

@@ -33,9 +33,9 @@ class UnrolledPlan:
         """Return the most bytes that caches take at any time."""
         return sum(program.slots.peak_bytes for program in self.programs)
 
-    def hoisted_bytes(self, per_generation: int, per_timestep: int) -> int:
-        """Return the bytes of all hoisted values, given those of one branch and one timestep."""
-        return len(self.programs) * per_generation + self.plan.sampler.steps * per_timestep
+    def hoisted_bytes(self, per_branch: int) -> int:
+        """Return the bytes of all hoisted values, given those of one guidance branch."""
+        return len(self.programs) * per_branch
 
     def generation(self, where: str, on_trial: bool = False) -> Generation:
         """Return the state of a generation that has not begun; ``where`` names the timestep.

@@ -43,13 +43,12 @@ class CompiledVariants:
     def __init__(
         self,
         captured: CapturedGraph,
-        per_generation: HoistedGraph,
-        per_timestep: HoistedGraph,
+        hoisted: HoistedGraph,
         options: BackendOptions,
     ) -> None:
-        """Take the graph, and the graphs of the values that are hoisted out of it."""
+        """Take the graph, and the graph of the values that are hoisted out of it."""
         self._captured, self._options = captured, options
-        self._hoisted = per_generation.nodes, per_timestep.nodes
+        self._hoisted = hoisted.nodes
         self._results = len(outputs(captured.module.graph))
         self._lock = threading.RLock()
         self._known: dict[_Key, CompiledVariant] = {}
@@ -101,7 +100,7 @@ class CompiledVariants:
             if key not in self._known:
                 label = f"variant-{len(self._known):02d}"
                 module = rewrite(
-                    self._captured, program.sites, actions, layout, label, *self._hoisted
+                    self._captured, program.sites, actions, layout, label, self._hoisted
                 )
                 reads, writes = read_slots(module.graph), written_slots(module.graph)
                 example = [*tensors, *read(reads)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,11 +14,14 @@ from torch.fx import Node
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
+from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 
 OPAQUE = "module:"  # begins the structure of a model whose inside is not captured
-_SAMPLES = 4096
-_ADAPTER = "lora_"  # PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector
+SAMPLES = 4096  # elements of each tensor that a plan's fingerprint covers
+# PEFT: lora_A, lora_B, lora_embedding_A, lora_magnitude_vector; the scale, where adapters may be
+# hot-swapped, is a tensor too.
+_ADAPTER = re.compile(r"lora_|\.scaling\.")
 
 
 class Fingerprint(Record, frozen=True):
@@ -33,11 +37,14 @@ class Fingerprint(Record, frozen=True):
 
 
 def fingerprint(
-    captured: CapturedGraph, sites: Sequence[Site], static: Sequence[Tensor]
+    captured: CapturedGraph,
+    sites: Sequence[Site],
+    static: Sequence[Tensor],
+    samples: int = SAMPLES,
 ) -> Fingerprint:
     """Return the fingerprint of ``captured`` with ``sites`` over its ``static`` inputs, in order.
 
-    About 4096 evenly spaced elements of each parameter and buffer are hashed, with its
+    About ``samples`` evenly spaced elements of each parameter and buffer are hashed, with its
     shape, so that a model of any size takes seconds; a change to other elements goes unnoticed.
     """
     structure = [
@@ -49,30 +56,31 @@ def fingerprint(
     weights: list[Tensor] = []
     adapters: list[str] = []
     for (name, node), tensor in zip(named, static, strict=True):
-        if _ADAPTER in name:
-            adapters.append(f"{_digest(tensor)} {_scaling(node)}")
+        if _ADAPTER.search(name):
+            adapters.append(f"{_digest(tensor, samples)} {_scaling(node)}")
         else:
             weights.append(tensor)
     return Fingerprint(
         structure=_sha256(json.dumps(structure).encode()),
-        weights=hash_tensors(weights),
+        weights=hash_tensors(weights, samples),
         dtype=_main_dtype(weights),
         lora=_join(adapters) if adapters else "",
     )
 
 
-def module_fingerprint(module: nn.Module) -> Fingerprint:
+def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint:
     """Return the fingerprint of a module whose inside is not captured.
 
     Its structure is that of its parameters and buffers; weights are hashed as in ``fingerprint``.
     """
-    named = [*module.named_parameters(), *module.named_buffers()]
+    whole = [*module.named_parameters(), *module.named_buffers()]
+    named = [part for name, item in whole for part in parts(item, name)]
     structure = [type(module).__name__, *((name, list(item.shape)) for name, item in named)]
-    plain = [item for name, item in named if _ADAPTER not in name]
-    adapters = [_digest(item) for name, item in named if _ADAPTER in name]
+    plain = [item for name, item in named if not _ADAPTER.search(name)]
+    adapters = [_digest(item, samples) for name, item in named if _ADAPTER.search(name)]
     return Fingerprint(
         structure=OPAQUE + _sha256(json.dumps(structure).encode()),
-        weights=hash_tensors(plain),
+        weights=hash_tensors(plain, samples),
         dtype=_main_dtype(plain),
         lora=_join(adapters) if adapters else "",
     )
@@ -83,9 +91,9 @@ def _main_dtype(tensors: Sequence[Tensor]) -> str:
     return str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "none"
 
 
-def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a hash of ``tensors``, in any order."""
-    return _join(_digest(tensor) for tensor in tensors)
+def hash_tensors(tensors: Iterable[Tensor], samples: int = SAMPLES) -> str:
+    """Return a hash of about ``samples`` elements of each of ``tensors``, in any order."""
+    return _join(_digest(tensor, samples) for tensor in tensors)
 
 
 def _scaling(adapter: Node) -> list[str]:
@@ -120,9 +128,9 @@ def _join(digests: Iterable[str]) -> str:
     return _sha256("".join(sorted(digests)).encode())
 
 
-def _digest(tensor: Tensor) -> str:
+def _digest(tensor: Tensor, samples: int) -> str:
     flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous().cpu()
+    sample = flat[:: max(1, flat.numel() // samples)].contiguous().cpu()
     header = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
     return _sha256(header + sample.view(torch.uint8).numpy().tobytes())
 

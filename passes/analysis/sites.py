@@ -213,7 +213,7 @@ def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
     if ancestry.is_static(node):
         return "it does not depend on the model's inputs"
     if latent and latent not in ancestry.roots(node):
-        return "it does not depend on the latent: it is computed once per generation, or timestep"
+        return "it depends on the conditions or the timestep, and not on the latent"
     dropout = argument(node, 4, "dropout_p", 0.0)
     return "attention dropout is active: call model.eval()" if dropout else ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.functionalize import functionalize
+from ditfastattn.passes.capture.plain_tensors import parts, rebuilt
 from ditfastattn.passes.capture.recognize_attention import recognize_attention
 from ditfastattn.passes.graph.ir import empty_like
 from ditfastattn.passes.graph.origin import is_marked_static, readable_path
@@ -89,7 +91,7 @@ def capture(
 ) -> CapturedGraph:
     """Trace ``module`` at the shapes of ``args``; numbers among ``args`` become constants.
 
-    So do the tensors at the positions ``constants``.
+    So do the tensors at the positions ``constants``. The graph takes ``plain_tensors(args)``.
 
     Raises:
         ConfigError: the graph writes in place, so that steps could not be rewritten safely, its
@@ -101,21 +103,25 @@ def capture(
         if isinstance(item, Tensor) and index not in constants
     }
     refuse_autocast(given.values())
-    positions = list(given)
+    flat = [
+        (index, name, part)
+        for index, tensor in given.items()
+        for name, part in parts(tensor, inputs[index].name)
+    ]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given.values()]
+    fakes = [mode.from_tensor(part, static_shapes=True) for _, _, part in flat]
 
     def call(*tensors: Tensor) -> Any:
-        full = list(args)
-        for index, tensor in zip(positions, tensors, strict=True):
-            full[index] = tensor
+        full, plain = list(args), iter(tensors)
+        for index, tensor in given.items():
+            full[index] = rebuilt(tensor, plain)
         return Interpreter(module).run(*full)
 
     with torch.no_grad(), fx_traceback.preserve_node_meta(), _data_dependence_refused():
         traced = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-    kept = tuple(inputs[index] for index in positions)
+    kept = tuple(replace(inputs[index], name=name) for index, name, _ in flat)
     dynamo_nodes = module.graph.find_nodes(op="placeholder")
-    for index, node in zip(positions, traced.graph.find_nodes(op="placeholder"), strict=True):
+    for (index, _, _), node in zip(flat, traced.graph.find_nodes(op="placeholder"), strict=True):
         # Inductor reads this to know which inputs keep their address between calls.
         node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
     _share_mode(traced, mode)

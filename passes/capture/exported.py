@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import capture
+from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.graph.ir import aten, calls, clone
 from ditfastattn.passes.graph.origin import mark_static
 
@@ -79,7 +80,7 @@ def flat_tensors(
     """Return the inputs of the captured graph, in its order; errors as in ``flat_inputs``."""
     constants = _constants(program)
     flat = enumerate(flat_inputs(program, args, kwargs))
-    return [item for index, item in flat if isinstance(item, Tensor) and index not in constants]
+    return plain_tensors(item for index, item in flat if index not in constants)
 
 
 def _ordered(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

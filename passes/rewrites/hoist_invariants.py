@@ -15,8 +15,8 @@ After::
     %6 = aten.linear.default(%0, %3): float32[2, 64, 16]
     ...
 
-What depends on the timestep alone (its embedding; with adaLN-single every modulation) is found and
-moved the same way, and then computed once per timestep of the schedule.
+What depends on the timestep alone (its embedding; with adaLN-single every modulation) stays in the
+step: kept for the next generation, it would be of weights that may have been written since.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.keep_apart import keep_caches_apart
 
 HOIST_PER_GENERATION = "hoist-invariants"
-HOIST_PER_TIMESTEP = "fold-timesteps"
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class HoistInvariants:
 def find_hoisted(captured: CapturedGraph, varying: Collection[int]) -> tuple[str, ...]:
     """Return the nodes to hoist: the last ones that cost matrix products and never change.
 
-    ``varying`` holds the flat positions of the inputs that may change: latent and timestep for what
-    one generation shares; all arguments but the timestep for what its timesteps decide.
+    ``varying`` holds the flat positions of the inputs that may change: latent and timestep.
     """
     changes: dict[Node, bool] = {}
     depends: dict[Node, bool] = {}  # on an argument of the call, and not on parameters alone

@@ -23,7 +23,7 @@ from ditfastattn.passes.rewrites.base import Pass, PassResult
 from ditfastattn.passes.rewrites.eliminate_dead_code import EliminateDeadCode
 from ditfastattn.passes.rewrites.fit_outputs import FitOutputs
 from ditfastattn.passes.rewrites.hoist_batch_slices import HoistBatchSlices
-from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_TIMESTEP, HoistInvariants
+from ditfastattn.passes.rewrites.hoist_invariants import HoistInvariants
 from ditfastattn.passes.rewrites.merge_heads import MergeHeads
 from ditfastattn.passes.rewrites.narrow_caches import NarrowCaches
 from ditfastattn.passes.rewrites.reuse_outputs import ReuseOutputs
@@ -40,7 +40,6 @@ def variant_passes(
     actions: Sequence[SiteAction],
     layout: CfgLayout,
     per_generation: tuple[str, ...] = (),
-    per_timestep: tuple[str, ...] = (),
 ) -> tuple[Pass, ...]:
     """Return the passes of one step variant, in the order they run."""
     pairs = tuple(zip(sites, actions, strict=True))
@@ -69,7 +68,6 @@ def variant_passes(
         ),
         NarrowCaches(tuple(sites)),
         HoistInvariants(per_generation),
-        HoistInvariants(per_timestep, HOIST_PER_TIMESTEP),
         HoistBatchSlices(),
         EliminateDeadCode(),
     )
@@ -85,11 +83,10 @@ def rewrite(
     layout: CfgLayout,
     label: str = "variant",
     per_generation: tuple[str, ...] = (),
-    per_timestep: tuple[str, ...] = (),
 ) -> GraphModule:
     """Return a new graph for one step variant; ``captured`` is left as it is.
 
-    ``per_generation`` and ``per_timestep`` name the nodes whose hoisted values the variant reads.
+    ``per_generation`` names the nodes whose hoisted values the variant reads.
 
     Raises:
         ConfigError: a knob names an unknown pass.
@@ -102,9 +99,7 @@ def rewrite(
     verifier = Verifier(module, inputs, results)  # the dense graph was verified at its capture
     done: list[str] = []
     _dump(knobs, label, 0, "dense", module)
-    passes = variant_passes(
-        sites, _fuelled(actions, knobs.fuel), layout, per_generation, per_timestep
-    )
+    passes = variant_passes(sites, _fuelled(actions, knobs.fuel), layout, per_generation)
     for step in passes:
         if step.name in off:
             log.info("%s: %s: off: %s", label, step.name, off[step.name])

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from ditfastattn import ConfigError, Plan, Strategy
+from ditfastattn.runtime import matching
 from tests.helpers import (
     TINY_MODELS,
     TinyModel,
@@ -25,12 +26,13 @@ from tests.tiers import slow_but
 
 UNKNOWN = r"plan.model.lora: the model has LoRA adapters that the plan was not calibrated with"
 ABSENT = r"plan.model.lora: the plan was calibrated with LoRA adapters; the model has none"
-OTHER = r"plan.model.lora: the model's LoRA adapters, or their scale, differ"
+OTHER = "the model's LoRA adapters, or their scale, differ from those that the plan was calibrated"
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
+def _fresh() -> None:
     torch._dynamo.reset()
+    matching._warn_of_other_adapters.cache_clear()
 
 
 def config(alpha: int = 8) -> LoraConfig:
@@ -75,6 +77,11 @@ def assert_runs(tiny: TinyModel, plan: Plan, compiled: Any = None) -> None:
     assert largest_difference(got, expected) < 1e-5
 
 
+def graphs() -> int:
+    """Return how many graphs Dynamo has captured."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def assert_refused(tiny: TinyModel, plan: Plan, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny.run(planned(tiny.model, plan), steps=1)
@@ -92,24 +99,55 @@ def test_a_plan_belongs_to_the_model_with_or_without_adapters(name: str) -> None
     assert_refused(base, with_adapters, ABSENT + r"[\s\S]*got: +no adapters[\s\S]*remedy: +load")
 
 
-def test_another_scale_or_other_adapter_weights_are_refused() -> None:
-    plan = plan_for(with_lora(tiny_dit()))
-    assert_refused(with_lora(tiny_dit(), alpha=4), plan, OTHER)  # a scale of 1 leaves no constant
-    assert_refused(with_lora(tiny_dit(), alpha=2), plan, OTHER)
-    assert_refused(with_lora(tiny_dit(), seed=1), plan, OTHER)
+@pytest.mark.parametrize(
+    "other",
+    [{"alpha": 4}, {"alpha": 2}, {"seed": 1}],
+    ids=str,  # a scale of 1 leaves no constant
+)
+def test_another_scale_and_other_adapters_run_with_a_warning(
+    other: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = with_lora(tiny_dit())
+    plan = plan_for(own)
+    assert_runs(own, plan)
+    assert OTHER not in caplog.text
+    assert_runs(with_lora(tiny_dit(), **other), plan)
+    assert caplog.text.count(OTHER) == 1
 
 
-def test_a_scale_set_on_a_compiled_model_is_refused_until_it_is_set_back() -> None:
+def test_a_scale_set_on_a_compiled_model_counts_from_the_next_generation_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     adapted = sd3_with_lora()
     model: Any = adapted.model
     plan = plan_for(adapted)
     compiled = planned(model, plan)
-    for scale in (0.5, 0.25):  # from the second value on, Dynamo passes the scale as a tensor
+    for scale in (0.5, 0.25, 1.0):  # after the first value, Dynamo passes the scale as a tensor
         model.set_adapters("style", scale)
-        with pytest.raises(ConfigError, match=OTHER):
-            adapted.run(compiled, steps=1)
-    model.set_adapters("style", 1.0)
-    assert_runs(adapted, plan, compiled)
+        assert_runs(adapted, plan, compiled)
+    assert caplog.text.count(OTHER) == 2
+
+
+def test_adapters_of_equal_rank_are_swapped_without_compiling_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapted = sd3_with_lora()
+    model: Any = adapted.model
+    plan = plan_for(adapted)
+    torch.manual_seed(1)
+    model.add_adapter(config(), adapter_name="subject")
+    model.set_adapter("style")
+    compiled = planned(model, plan)
+    before = graphs()
+    outputs = {}
+    for _ in range(3):
+        for name in ("style", "subject"):
+            model.set_adapter(name)
+            assert_runs(adapted, plan, compiled)
+            outputs[name] = adapted.run(compiled)
+            assert graphs() - before == len(outputs)  # once, when an adapter is first active
+    assert largest_difference(outputs["style"], outputs["subject"]) > 1e-3
+    assert caplog.text.count(OTHER) == 1
 
 
 def test_unloaded_or_disabled_adapters_leave_the_base_model_its_plan() -> None:
@@ -166,8 +204,8 @@ def test_each_of_several_adapters_counts_with_its_own_scale() -> None:
 
     plan = plan_for(build(1.0, 0.5))
     assert plan_for(build(1.0, 0.5)).model == plan.model
-    assert_refused(build(0.5, 1.0), plan, OTHER)
-    assert_refused(sd3_with_lora(), plan, OTHER)
+    assert plan_for(build(0.5, 1.0)).model.lora != plan.model.lora
+    assert plan_for(sd3_with_lora()).model.lora != plan.model.lora
 
 
 def test_a_wrapped_model_is_the_model_itself() -> None:

@@ -33,7 +33,8 @@ from tests.helpers import (
     tiny_dit,
     uniform_strategies,
 )
-from tests.plans import plan_for
+from tests.plans import mixed_plan_for, plan_for
+from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
@@ -53,13 +54,19 @@ def states() -> list[ModelState]:
     return [state for found in specializations._registry for state in found.models.here()]
 
 
-def accelerated_round(plan: Plan | None, restored: bool, seed: int) -> weakref.ref[Any]:
+def accelerated_round(
+    plan: Plan | None,
+    restored: bool,
+    seed: int,
+    make: Callable[[], Any] = pipeline,
+    call: dict[str, Any] = CALL,
+) -> weakref.ref[Any]:
     """Create a pipeline, accelerate it, run it, and drop it; return a reference to its model."""
-    made = pipeline()
+    made = make()
     options: dict[str, Any] = {} if plan else {"threshold": 0.3}
     ditfastattn.accelerate(made, plan, lowering="eager", **options)
     for _ in range(2):
-        generate(made, Prompt(CALL, seed))
+        generate(made, Prompt(call, seed))
     if restored:
         ditfastattn.restore(made)
     return weakref.ref(made.transformer)
@@ -167,6 +174,23 @@ def test_too_many_structures_are_an_error_with_the_remedy(
             continue
         with pytest.raises(ConfigError, match=r"too many transformers[\s\S]*reset\(\)"):
             generate(made, Prompt(CALL, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart", "wan"])  # text is hoisted; guidance takes two calls
+def test_fifty_pipelines_leave_no_memory(name: str) -> None:
+    make, own = TINY_PIPELINES[name]
+    call = {**own, "num_inference_steps": 2}
+    chosen = mixed_plan_for(make(), call).plan
+    alive: list[weakref.ref[Any]] = []
+    begun = 0
+    for seed in range(60):
+        alive.append(accelerated_round(chosen, False, seed, make, call))
+        gc.collect()
+        if seed == 9:
+            begun = resident_bytes()
+    assert not any(model() for model in alive)
+    assert resident_bytes() - begun < 16 * MEBIBYTE  # of torch's own, as above
 
 
 def test_models_of_many_structures_may_be_accelerated() -> None:

@@ -16,6 +16,7 @@ from ditfastattn.passes.analysis.site import Site, attentions
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import capture
+from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.verify import verify
 from ditfastattn.passes.rewrites.split_heads import Groups, groups_of, split_heads
@@ -67,7 +68,7 @@ def capture_model(
     report = find_sites(captured)
     if not options.sites_of(report.sites):
         raise _no_attention(report)
-    tensors = tuple(item for item in args if isinstance(item, Tensor))
+    tensors = tuple(plain_tensors(args))
     identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
     position = timestep_position(captured, options.timestep)
     split = _split(captured, report.sites, options.head_groups)

@@ -25,6 +25,7 @@ from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
+from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.rewrites.split_heads import Groups
@@ -228,7 +229,7 @@ class Session:
         """Run one call of the transformer: ``module`` on the arguments ``args``."""
         if self._model is None:
             self._model = capture_model(module, inputs, args, self._options)
-        tensors = [item for item in args if isinstance(item, Tensor)]
+        tensors = plain_tensors(args)
         self._check_rows(tensors)
         check_shapes(
             self._known.captured,

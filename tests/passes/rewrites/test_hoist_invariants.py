@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.helpers import (
     mixed_strategies,
     uniform_strategies,
 )
+from tests.works_with import works_with
 
 
 def found(tiny: TinyModel) -> tuple[str, ...]:
@@ -66,13 +68,7 @@ def test_there_is_nothing_to_hoist_where_only_a_table_is_read() -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of what is hoisted per generation."""
-    monkeypatch.setenv("DITFASTATTN_DISABLE", "fold-timesteps")
-    return count_hoisted_runs(monkeypatch)
-
-
-def count_hoisted_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of all hoisted graphs."""
+    """Count the runs of what is hoisted."""
     counted: list[int] = []
     lower = lowering.lower
 
@@ -107,15 +103,23 @@ def steady(tiny: TinyModel) -> TinyModel:
     return TinyModel(tiny.model, call)
 
 
-def test_what_is_hoisted_runs_once_per_generation(runs: list[int]) -> None:
-    tiny = steady(TINY_MODELS["pixart"]())
-    _, sites = capture_every_site(tiny)
+@works_with(
+    "Torch",
+    "`torch.inference_mode` around a generation",
+    "works",
+    "what is hoisted is computed once, as under `torch.no_grad`",
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_hoisted_runs_once_per_generation(mode: Any, runs: list[int]) -> None:
+    _, sites = capture_every_site(TINY_MODELS["pixart"]())
     rows = mixed_strategies(sites, seed=4)
-    model = planned(tiny, rows)
-    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
-    for generation in (1, 2):
-        assert largest_difference(tiny.run(model), expected) < 1e-5
-        assert len(runs) == generation
+    with mode():
+        tiny = steady(TINY_MODELS["pixart"]())
+        model = planned(tiny, rows)
+        expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+        for generation in (1, 2):
+            assert largest_difference(tiny.run(model), expected) < 1e-5
+            assert len(runs) == generation
 
 
 def test_an_all_full_plan_stays_bitwise_dense(runs: list[int]) -> None:
@@ -126,13 +130,15 @@ def test_an_all_full_plan_stays_bitwise_dense(runs: list[int]) -> None:
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", ["another tensor", "written in place"])
-def test_changed_conditions_are_noticed(change: str, runs: list[int]) -> None:
+def test_changed_conditions_are_noticed(change: str, mode: Any, runs: list[int]) -> None:
     tiny = TINY_MODELS["pixart"]()
     _, sites = capture_every_site(tiny)
     text = tiny.call(0, 4)["encoder_hidden_states"]
 
     def call(step: int, batch: int) -> dict[str, Any]:
+        nonlocal text
         given = text + step
         if change == "written in place":
             text.add_(1.0)
@@ -143,70 +149,35 @@ def test_changed_conditions_are_noticed(change: str, runs: list[int]) -> None:
     changing = TinyModel(tiny.model, call)
     model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
     start = text.clone()
-    got = changing.run(model)
-    text.copy_(start)
-    assert largest_difference(got, changing.run(tiny.model)) < 1e-6
+    with mode():
+        text = text.clone()  # in inference mode its writes are not counted
+        got = changing.run(model)
+        text.copy_(start)
+        assert largest_difference(got, changing.run(tiny.model)) < 1e-6
     assert len(runs) == len(got)
 
 
-@pytest.fixture
-def timestep_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the runs of what is hoisted per timestep."""
-    monkeypatch.setenv("DITFASTATTN_DISABLE", "hoist-invariants")
-    return count_hoisted_runs(monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
-def test_what_a_timestep_decides_is_computed_once_per_timestep(
-    name: str, timestep_runs: list[int]
+@pytest.mark.parametrize("replaced", [False, True], ids=["written in place", "replaced"])
+def test_weights_that_change_within_a_generation_are_noticed(
+    replaced: bool, runs: list[int]
 ) -> None:
-    tiny = TINY_MODELS[name]()
-    _, sites = capture_every_site(tiny)
-    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
-    for _ in range(2):
-        result = tiny.run(model)
-        assert largest_difference(result, tiny.run(tiny.model)) == 0.0
-        assert len(timestep_runs) == len(result)
-
-
-def test_the_timesteps_embedding_leaves_the_variants() -> None:
     tiny = TINY_MODELS["pixart"]()
-    captured, sites = capture_every_site(tiny)
-    timestep = timestep_position(captured, "timestep")
-    arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
-    nodes = find_hoisted(captured, arguments - {timestep})
-    assert nodes
-    once = hoisted_graph(captured, nodes)
-    actions = [DENSE] * len(sites)
-    whole = rewrite(captured, sites, actions, CfgLayout.COND_FIRST)
-    folded = rewrite(captured, sites, actions, CfgLayout.COND_FIRST, per_timestep=nodes)
-    left, moved = count_flops(folded.graph), count_flops(once.graph)
-    assert moved.linear > 0
-    assert left.total + moved.total == count_flops(whole.graph).total
-    assert captured.node("timestep").name not in {
-        source.name for node in folded.graph.nodes for source in node.all_input_nodes
-    }
-
-
-def test_changed_weights_and_changed_timesteps_are_noticed(timestep_runs: list[int]) -> None:
-    tiny = TINY_MODELS["dit"]()
-    _, sites = capture_every_site(tiny)
-    model = planned(tiny, uniform_strategies(sites, Strategy.FULL))
-    tiny.run(model)
-    before = len(timestep_runs)
-    with torch.no_grad():
-        for name, parameter in tiny.model.named_parameters():
-            if "timestep_embedder" in name:
-                parameter.mul_(1.5)
-    result = tiny.run(model)
-    assert len(timestep_runs) == 2 * before
-    assert largest_difference(result, tiny.run(tiny.model)) == 0.0
+    model = copy.deepcopy(tiny.model)
+    keys: Any = model.get_submodule("transformer_blocks.0.attn2.to_k")
 
     def call(step: int, batch: int) -> dict[str, Any]:
-        own = tiny.call(step, batch)
-        later = torch.arange(batch) > 0  # only the first element is the schedule's
-        return {**own, "timestep": own["timestep"] - 3 * later}
+        if step == 3 and replaced:
+            keys.weight.data = 2.0 * keys.weight.data
+        elif step == 3:
+            keys.weight.mul_(2.0)
+        return steady_call(step, batch)
 
-    other = TinyModel(tiny.model, call)
-    assert largest_difference(other.run(model), other.run(tiny.model)) == 0.0
-    assert len(timestep_runs) == 3 * before
+    steady_call = steady(tiny).call
+    changing = TinyModel(model, call)
+    _, sites = capture_every_site(tiny)
+    compiled = planned(TinyModel(model, steady_call), uniform_strategies(sites, Strategy.FULL))
+    start = keys.weight.data.clone()
+    got = changing.run(compiled)
+    keys.weight.data.copy_(start)
+    assert largest_difference(got, changing.run(model)) == 0.0
+    assert len(runs) == 2

@@ -47,7 +47,6 @@ def test_the_pipeline_reads_at_a_glance() -> None:
         "merge-heads",
         "narrow-caches",
         "hoist-invariants",
-        "fold-timesteps",
         "hoist-batch-slices",
         "eliminate-dead-code",
     )
