@@ -95,6 +95,12 @@ def digits(folder: Path) -> tuple[Any, dict[str, Any], Plan]:
     return pipeline, call, planned(pipeline, call)
 
 
+@works_with(
+    "Copies and processes",
+    "`save_pretrained` of an accelerated pipeline",
+    "works",
+    "the plan is not part of what is saved",
+)
 def test_the_plan_may_be_a_file_and_saving_is_unaffected(
     digits: tuple[Any, dict[str, Any], Plan], tmp_path: Path
 ) -> None:
@@ -109,6 +115,12 @@ def test_the_plan_may_be_a_file_and_saving_is_unaffected(
     assert torch.equal(run(again, call), expected)
 
 
+@works_with(
+    "Other calls than the plan's",
+    "another number of steps, another scheduler",
+    "refused",
+    "both by name",
+)
 def test_another_step_count_and_another_scheduler_are_refused(
     digits: tuple[Any, dict[str, Any], Plan],
 ) -> None:
@@ -139,6 +151,12 @@ def test_the_sampler_is_compared_as_each_generation_begins(folder: Path) -> None
     assert torch.equal(run(pipeline, {**call, "guidance_scale": 4.0}), expected)
 
 
+@works_with(
+    "Other calls than the plan's",
+    "another resolution, another transformer",
+    "refused",
+    "see several plans",
+)
 def test_another_resolution_and_another_structure_are_refused(folder: Path) -> None:
     pipeline, call = loaded("pixart", folder)
     plan = planned(pipeline, call)
@@ -154,6 +172,12 @@ def test_another_resolution_and_another_structure_are_refused(folder: Path) -> N
         run(pipeline, call)
 
 
+@works_with(
+    "Other calls than the plan's",
+    "`calibrate` of an accelerated pipeline",
+    "refused",
+    "`restore` it first",
+)
 def test_an_accelerated_pipeline_is_not_calibrated_before_it_is_restored(
     digits: tuple[Any, dict[str, Any], Plan],
 ) -> None:
@@ -216,6 +240,11 @@ def test_offloading_hooks_may_come_before_or_after(
     assert torch.equal(run(pipeline, call), dense)
 
 
+@works_with(
+    "Pipelines",
+    "several images per prompt, `callback_on_step_end`",
+    "works",
+)
 def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
     pipeline, call = loaded("sd3", folder)
     ditfastattn.accelerate(pipeline, planned(pipeline, call), lowering="eager")
@@ -231,6 +260,12 @@ def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
     assert seen == list(range(STEPS))
 
 
+@works_with(
+    "Pipelines",
+    "image-to-image, which begins in the middle of its schedule",
+    "works",
+    "another `strength` is refused",
+)
 def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
     pipeline: Any = tiny_flux_img2img_pipeline()
     call = {**IMG2IMG_ARGUMENTS, "strength": 0.5, "num_inference_steps": 2 * STEPS}

@@ -34,6 +34,7 @@ from tests.helpers import (
     tiny_sd3,
     uniform_strategies,
 )
+from tests.works_with import works_with
 
 EAGER = {"lowering": "eager"}
 
@@ -115,6 +116,12 @@ def test_a_plan_that_changes_nothing_says_so(caplog: pytest.LogCaptureFixture) -
     assert "the plan changes nothing" in caplog.text
 
 
+@works_with(
+    "Pipelines",
+    "another batch size",
+    "works",
+    "compiled once more",
+)
 def test_another_batch_size_works_and_keeps_its_own_caches() -> None:
     tiny = tiny_dit()
     plan = plan_for(tiny)
@@ -129,6 +136,11 @@ def test_another_batch_size_works_and_keeps_its_own_caches() -> None:
     assert largest_difference(small, alone) < 1e-5
 
 
+@works_with(
+    "Other calls than the plan's",
+    "prompts of another length, where the pipeline does not pad them",
+    "refused",
+)
 def test_another_text_length_is_refused_by_name() -> None:
     tiny = tiny_sd3()
     compiled = planned(tiny, plan=plan_for(tiny))
@@ -147,6 +159,11 @@ def test_images_without_guidance_are_refused_by_a_plan_that_shares_it() -> None:
         planned(tiny, plan=plan)(**call)
 
 
+@works_with(
+    "Weights",
+    "other weights than the plan's",
+    "refused",
+)
 def test_other_weights_are_refused() -> None:
     plan = plan_for(tiny_dit(seed=0))
     other = tiny_dit(seed=1)
@@ -154,6 +171,11 @@ def test_other_weights_are_refused() -> None:
         other.run(planned(other, plan=plan), steps=1)
 
 
+@works_with(
+    "Weights",
+    "another dtype than the plan's",
+    "refused",
+)
 def test_another_dtype_is_refused() -> None:
     tiny = tiny_dit()
     plan = plan_for(tiny)
@@ -184,6 +206,11 @@ def test_an_interrupted_generation_can_be_reset() -> None:
     assert largest_difference(tiny.run(compiled), expected(tiny, plan)) < 1e-5
 
 
+@works_with(
+    "Pipelines",
+    "schedulers that call the model twice a step (Heun)",
+    "refused",
+)
 def test_two_calls_per_step_are_refused_with_the_remedy() -> None:
     tiny = tiny_dit()
     compiled = planned(tiny)
@@ -193,6 +220,12 @@ def test_two_calls_per_step_are_refused_with_the_remedy() -> None:
             compiled(**tiny.call(0, 4))
 
 
+@works_with(
+    "Torch",
+    "`torch.inference_mode`",
+    "works",
+    "exact",
+)
 def test_inference_mode_works() -> None:
     tiny = tiny_dit()
     plan = plan_for(tiny)
@@ -202,12 +235,24 @@ def test_inference_mode_works() -> None:
     assert largest_difference(got, expected(tiny, plan)) < 1e-5
 
 
+@works_with(
+    "Torch",
+    "gradients",
+    "refused",
+    "inference only",
+)
 def test_gradients_are_refused() -> None:
     tiny = tiny_dit()
     with pytest.raises(ConfigError, match=r"inference only[\s\S]*torch.no_grad"):
         planned(tiny, dense=True)(**tiny.call(0, 4))
 
 
+@works_with(
+    "Copies and processes",
+    "two models of one structure",
+    "works",
+    "one compilation, caches apart",
+)
 def test_two_models_that_share_a_graph_never_share_caches() -> None:
     first, second = tiny_dit(seed=0), tiny_dit(seed=1)
     options: dict[str, Any] = {**EAGER, "threshold": 0.2, "cfg_layout": CfgLayout.COND_FIRST}
@@ -229,6 +274,12 @@ def test_two_models_that_share_a_graph_never_share_caches() -> None:
     assert largest_difference(alone[0], alone[1]) > 1e-3
 
 
+@works_with(
+    "Threads and turns",
+    "two threads",
+    "works",
+    "each with caches of its own",
+)
 def test_two_threads_never_share_caches() -> None:
     tiny = tiny_dit()
     plan = plan_for(tiny)

@@ -74,7 +74,7 @@ WAYS: dict[str, Callable[..., None]] = {"torch.compile": wrap, "compile()": comp
 
 
 @works_with(
-    "torch.compile",
+    "Torch",
     "`torch.compile(transformer)` or `transformer.compile()` before `accelerate`",
     "works",
     "set aside, and given back by `restore`; what is called as it is stays compiled",
@@ -100,7 +100,7 @@ def test_what_was_compiled_before_runs_by_the_plan_and_is_given_back(
 
 
 @works_with(
-    "torch.compile",
+    "Torch",
     "`pipeline.transformer = torch.compile(pipeline.transformer)` after `accelerate`",
     "works",
     "set aside as the next generation begins, and given back by `restore`",
@@ -125,7 +125,7 @@ def test_what_is_compiled_after_runs_by_the_plan(fullgraph: bool, plan: Plan) ->
 
 
 @works_with(
-    "torch.compile",
+    "Torch",
     "`transformer.compile()` after `accelerate`",
     "refused",
     "compile first",
@@ -142,7 +142,7 @@ def test_compiling_an_accelerated_module_is_refused(plan: Plan) -> None:
 
 
 @works_with(
-    "Copies",
+    "Copies and processes",
     "another transformer put into an accelerated pipeline",
     "runs dense, with a warning",
     "once, as a generation ends",

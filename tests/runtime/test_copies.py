@@ -59,7 +59,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @works_with(
-    "Copies",
+    "Copies and processes",
     "`copy.deepcopy`, pickle or `torch.save` of an accelerated pipeline",
     "runs dense, with a warning",
     "the copy has its own weights; the original keeps its plan",
@@ -90,7 +90,7 @@ def test_a_copy_runs_its_own_weights(
 
 
 @works_with(
-    "Copies",
+    "Copies and processes",
     "`accelerate` with such a copy",
     "works",
     "each is restored by itself",
@@ -130,7 +130,7 @@ def spawned(pipeline: Any, results: Any) -> None:
 
 
 @works_with(
-    "Copies",
+    "Copies and processes",
     "an accelerated pipeline handed to a spawned process",
     "runs dense, with a warning",
     "call `accelerate` there",

@@ -212,6 +212,12 @@ def cached(transformer: Any) -> None:
     apply_pyramid_attention_broadcast(transformer, config)
 
 
+@works_with(
+    "Hooks and offloading",
+    "`enable_cache()` before `accelerate`",
+    "refused",
+    "a plan takes its place",
+)
 def test_a_cache_of_diffusers_is_refused(plan: Plan) -> None:
     pipeline = attentive_pipeline()
     cached(pipeline.transformer)

@@ -23,6 +23,7 @@ from tests.helpers import (
     tiny_sd3,
 )
 from tests.tiers import slow_but
+from tests.works_with import works_with
 
 UNKNOWN = r"plan.model.lora: the model has LoRA adapters that the plan was not calibrated with"
 ABSENT = r"plan.model.lora: the plan was calibrated with LoRA adapters; the model has none"
@@ -99,6 +100,12 @@ def test_a_plan_belongs_to_the_model_with_or_without_adapters(name: str) -> None
     assert_refused(base, with_adapters, ABSENT + r"[\s\S]*got: +no adapters[\s\S]*remedy: +load")
 
 
+@works_with(
+    "Weights",
+    "other LoRA adapters, or another scale, than the plan's",
+    "works",
+    "with a warning",
+)
 @pytest.mark.parametrize(
     "other",
     [{"alpha": 4}, {"alpha": 2}, {"seed": 1}],
@@ -128,6 +135,12 @@ def test_a_scale_set_on_a_compiled_model_counts_from_the_next_generation_on(
     assert caplog.text.count(OTHER) == 2
 
 
+@works_with(
+    "Weights",
+    "LoRA adapters of equal rank swapped by PEFT",
+    "works",
+    "without compiling again",
+)
 def test_adapters_of_equal_rank_are_swapped_without_compiling_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -150,6 +163,11 @@ def test_adapters_of_equal_rank_are_swapped_without_compiling_again(
     assert caplog.text.count(OTHER) == 1
 
 
+@works_with(
+    "Weights",
+    "adapters unloaded or disabled",
+    "works",
+)
 def test_unloaded_or_disabled_adapters_leave_the_base_model_its_plan() -> None:
     plan = plan_for(tiny_sd3())
     adapted = sd3_with_lora()
@@ -163,6 +181,12 @@ def test_unloaded_or_disabled_adapters_leave_the_base_model_its_plan() -> None:
     assert_runs(adapted, plan)
 
 
+@works_with(
+    "Weights",
+    "`fuse_lora()`",
+    "refused",
+    "fused adapters are other weights",
+)
 @pytest.mark.slow  # test_lora_pipelines.py fuses a loaded adapter by default
 def test_fused_adapters_are_other_weights() -> None:
     adapted = sd3_with_lora()

@@ -74,6 +74,11 @@ def accelerated(pipeline: Any, plan: Plan) -> Any:
     return ditfastattn.accelerate(pipeline, plan, lowering="eager")
 
 
+@works_with(
+    "Weights",
+    "`load_lora_weights`, then `calibrate` and `accelerate`",
+    "works",
+)
 def test_a_plan_is_of_the_adapter_that_was_loaded(pipeline: Any, folder: Path) -> None:
     base, dense = mixed_plan_for(pipeline, CALL), run(pipeline)
     expected = run(accelerated(pipeline, base.plan))

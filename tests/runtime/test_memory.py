@@ -98,6 +98,12 @@ def test_an_accelerated_model_dies_with_all_its_state(
         assert (len(states()), len(specializations._registry)) == known
 
 
+@works_with(
+    "Copies and processes",
+    "fifty pipelines, accelerated and dropped",
+    "works",
+    "no memory stays",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("restored", [True, False], ids=["restored", "kept"])
 def test_fifty_accelerated_models_leave_no_memory(restored: bool, plan: Plan) -> None:

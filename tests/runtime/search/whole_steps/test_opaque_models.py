@@ -23,6 +23,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from ditfastattn.tools.zoo import ZOO
 from tests.tiny_pipelines import TINY_PIPELINES
+from tests.works_with import works_with
 
 STEPS = 6
 SHARDED = Path(__file__).parent / "sharded.py"
@@ -48,6 +49,12 @@ class LoopPipeline:
         return (latent,)
 
 
+@works_with(
+    "Models",
+    "classes that Dynamo cannot capture (Lumina 2, Mochi): whole-step plans",
+    "works",
+    "called as they are",
+)
 @pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "MochiTransformer3DModel"])
 def test_a_class_that_breaks_dynamo_runs_by_whole_steps(
     name: str, caplog: pytest.LogCaptureFixture
@@ -83,6 +90,12 @@ def opaque_plan(pipeline: Any, call: dict[str, Any]) -> Plan:
     return calibrate_whole_steps(pipeline, prompts, unseen, options)
 
 
+@works_with(
+    "Torch",
+    "`torch.compile(transformer)` beneath a whole-step plan of a model called as it is",
+    "works",
+    "what runs stays compiled",
+)
 def test_a_compiled_transformer_stays_compiled() -> None:
     torch._dynamo.reset()
     make, given = TINY_PIPELINES["pixart"]
@@ -134,6 +147,12 @@ def test_its_graph_is_not_run_by_such_a_plan() -> None:
         generate(pipeline, Prompt(call, 9))
 
 
+@works_with(
+    "Models",
+    "a transformer sharded by diffusers' context parallelism: whole-step plans",
+    "works",
+    "all ranks decide alike",
+)
 def test_a_transformer_sharded_over_two_processes_decides_alike(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

@@ -22,6 +22,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from tests.helpers import tiny_digits_pipeline
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
+from tests.works_with import works_with
 
 STEPS = 6
 SEED = 9
@@ -94,6 +95,11 @@ def test_captured_opaque_and_plain_torch_agree(name: str) -> None:
     assert float((generate(pipeline, prompt) - images).abs().max()) > 1e-4
 
 
+@works_with(
+    "Models",
+    "a U-Net (Stable Diffusion 1.5's class): whole-step plans",
+    "works",
+)
 def test_a_unet_runs_by_whole_steps() -> None:
     pipeline = tiny_unet_pipeline()
     call = {"prompt": "a cat", "num_inference_steps": STEPS, "height": 8, "width": 8}
@@ -157,6 +163,12 @@ def pixart() -> tuple[Any, dict[str, Any], Plan]:
     return pipeline, call, searched(pipeline, call, opaque=True)
 
 
+@works_with(
+    "Other calls than the plan's",
+    "another guidance scale than a whole-step plan's",
+    "refused",
+    "`retarget` fits it anew",
+)
 @pytest.mark.parametrize("opaque", [False, True], ids=["captured", "opaque"])
 def test_another_guidance_scale_is_refused(opaque: bool) -> None:
     torch._dynamo.reset()
@@ -200,6 +212,11 @@ def test_an_interrupted_generation_leaves_nothing(
     assert torch.equal(again, images)
 
 
+@works_with(
+    "Other calls than the plan's",
+    "whole steps where guidance is rescaled (QwenImage)",
+    "refused",
+)
 def test_rescaled_guidance_is_refused_with_the_reason() -> None:
     make, given = TINY_PIPELINES["qwenimage"]
     with pytest.raises(ConfigError, match="something else at step 0, such as rescaled guidance"):
