@@ -14,6 +14,7 @@ from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from tests.runtime.test_pipelines import Pipeline
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_two_stage_wan_pipeline
+from tests.works_with import works_with
 
 
 class Colliding(Pipeline):
@@ -115,6 +116,12 @@ class SkipLayer(Cutoff):
             self._predict(latents, timestep, classes)
 
 
+@works_with(
+    "Guidance",
+    "`calibrate` of guidance that changes within a generation (cutoff, skip-layer)",
+    "refused",
+    "what was seen at which steps",
+)
 @pytest.mark.parametrize(
     ("pipeline", "seen"),
     [

@@ -25,6 +25,7 @@ from tests.requests import (
     uniform_plan,
 )
 from tests.tiers import slow_but
+from tests.works_with import works_with
 
 SCHEDULES = {"falling": TIMESTEPS, "repeated": REPEATED, "colliding": (996.0, 996.0, 500.0, 500.0)}
 NEXT: dict[str, Any] = {"the same": {}, "another seed": {"seed": 2}, "another prompt": {"label": 4}}
@@ -74,6 +75,12 @@ def cancel(
             request.run(run)
 
 
+@works_with(
+    "Generations in turns",
+    "a generation that is cancelled (Ctrl-C, an error, dropped), at any call",
+    "works",
+    "the next one equals a clean one; two calls a step, one seed, no scheduler: refused once",
+)
 @pytest.mark.parametrize(("way", "kind", "schedule", "following"), slow_but(QUICK, CASES))
 def test_the_next_generation_equals_a_clean_one(
     way: str,

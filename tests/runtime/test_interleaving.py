@@ -22,6 +22,7 @@ from tests.requests import (
     take_turns,
     uniform_plan,
 )
+from tests.works_with import works_with
 
 OTHERS: dict[str, Any] = {
     "seed": {"seed": 2},
@@ -48,6 +49,12 @@ def assert_never_mixed(found: Served, expected: list[Tensor]) -> None:
     assert (found.refused is None) == (len(found.outputs) == len(expected))
 
 
+@works_with(
+    "Generations in turns",
+    "generations in turns on one thread, call by call or step by step, without a context",
+    "refused",
+    "as far as latents and conditions show; see `ditfastattn.generation`",
+)
 @pytest.mark.parametrize("calls", [1, 2, 3])
 @pytest.mark.parametrize("other", OTHERS)
 def test_generations_in_turns_are_not_mixed(
@@ -92,6 +99,12 @@ def test_the_generation_that_began_last_goes_on_where_another_is_refused(
     assert largest_difference([*outputs, *going], expected) == 0.0
 
 
+@works_with(
+    "Generations in turns",
+    "generations in turns, each within its `ditfastattn.generation()`",
+    "works",
+    "exact",
+)
 @pytest.mark.parametrize("calls", [1, 2])
 def test_contexts_keep_generations_in_turns_apart(model: tuple[Any, Request], calls: int) -> None:
     run, first = model
@@ -104,6 +117,12 @@ def test_contexts_keep_generations_in_turns_apart(model: tuple[Any, Request], ca
         assert largest_difference(served.outputs, wanted) == 0.0
 
 
+@works_with(
+    "Generations in turns",
+    "tasks of asyncio, and steps on changing threads, within `ditfastattn.generation()`",
+    "works",
+    "exact; one thread at a time",
+)
 def test_a_context_serves_tasks_of_asyncio_and_moves_between_threads(
     model: tuple[Any, Request],
 ) -> None:
