@@ -10,6 +10,7 @@ is not what it should be, or something is left behind. Raw and wrong must be 0.
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from ditfastattn.tools.measure import machine
 
 app = typer.Typer(pretty_exceptions_enable=False)
 Counts = dict[str, Counter[str]]
+_KINDS = ("survived", "raw", "wrong")
 
 
 @app.command()
@@ -34,11 +36,14 @@ def run(
     trials: Annotated[int, typer.Option(help="Trials of each random kind.")] = 200,
     only: Annotated[str, typer.Option(help="Only the kinds whose name holds this.")] = "",
 ) -> None:
-    """Run all kinds of faults, and write the table. Exit with 1 if some were raw or wrong."""
+    """Run all kinds of faults, and write the table. Exit with 1 if some were raw or wrong.
+
+    With ``--only``, the other rows of a table that is there stay.
+    """
     torch.set_num_threads(1)  # processes are forked
-    began = time.monotonic()
     found = counted(trials, only, typer.echo)
-    write_text_atomically(out, as_markdown(found, trials, time.monotonic() - began))
+    known = recorded(out.read_text(encoding="utf-8")) if only and out.exists() else {}
+    write_text_atomically(out, as_markdown(known | found, trials))
     if any(counts["raw"] or counts["wrong"] for counts in found.values()):
         raise typer.Exit(1)
 
@@ -56,11 +61,18 @@ def counted(trials: int, only: str, tell: Callable[[str], object]) -> Counts:
     return found
 
 
-def as_markdown(found: Counts, trials: int, seconds: float) -> str:
+def recorded(table: str) -> Counts:
+    """Return the counts that a table holds."""
+    rows = re.findall(r"^\| (.+) \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$", table, re.M)
+    return {
+        name: Counter(dict(zip(_KINDS, map(int, counts), strict=True))) for name, *counts in rows
+    }
+
+
+def as_markdown(found: Counts, trials: int) -> str:
     """Return the table."""
-    kinds = ("survived", "raw", "wrong")
     rows = [
-        f"| {' | '.join([name, str(counts.total()), *(str(counts[kind]) for kind in kinds)])} |"
+        f"| {' | '.join([name, str(counts.total()), *(str(counts[kind]) for kind in _KINDS)])} |"
         for name, counts in found.items()
     ]
     about = machine()
@@ -68,7 +80,7 @@ def as_markdown(found: Counts, trials: int, seconds: float) -> str:
         [
             "# Faults",
             "",
-            f"`python -m ditfastattn.tools.faults.run --trials {trials}`, {seconds:.0f} s on "
+            f"`python -m ditfastattn.tools.faults.run --trials {trials}` on "
             f"{about['device']}, torch {about['torch']}. A fault is *survived* if what follows is "
             "right or a clear error, *raw* if it ends in another exception, *wrong* if the result "
             "is not what it should be, or something is left behind.",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import ditfastattn
-from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.errors import ConfigError, EngineError
 from ditfastattn.core.files import replace_folder
 from ditfastattn.core.locks import sole_writer
 from ditfastattn.export import prepare
@@ -123,7 +123,7 @@ def _fails(scene: Scene, folder: Path, at: int, full: bool, work: Callable[[], o
     try:
         with scene.disk.failing(folder, at, full):
             work()
-    except ConfigError:
+    except (ConfigError, EngineError):
         return "survived"
     except Exception:  # whatever is not an error of ours
         return "raw"
