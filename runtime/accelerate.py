@@ -76,10 +76,11 @@ def accelerate(
     plans = _loaded(plan)
     otherwise = _on_mismatch(on_mismatch)
     scheduler = getattr(pipeline, "scheduler", None)
-    if len(plans) > 1 or otherwise is OnMismatch.DENSE:
+    first, *others = plans
+    if others or otherwise is OnMismatch.DENSE:
         _check_choice(plans, scheduler)
-    elif plans[0] is not None and scheduler is not None:
-        check_sampler(plans[0], scheduler)
+    elif first is not None and scheduler is not None:
+        check_sampler(first, scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
     chosen = [

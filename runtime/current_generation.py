@@ -62,8 +62,8 @@ def generation() -> GenerationContext:
     of another generation than the one that began last is refused where that shows: by its
     timestep, by the scheduler's timesteps, or by latents and conditions that go on with what the
     other one has computed. It does not show between generations of one seed and equal conditions,
-    nor of one seed where the sampler adds much noise of its own; where these take turns, the
-    context is needed. Inside the context only timesteps are compared.
+    nor where the sampler adds much noise of its own (DDIM with eta=1 in few steps); where these
+    take turns, the context is needed. Inside the context only timesteps are compared.
     """
     return GenerationContext()
 
