@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
 
@@ -242,6 +243,11 @@ class _Chosen:
         self.choice, self._watch = choice, watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for item in (*args, *kwargs.values()):
+            if isinstance(item, Tensor) and item.dim() > 0 and len(item) == 0:
+                raise ConfigError(
+                    "the batch is empty", where="a call of the transformer", got=list(item.shape)
+                )
         with self._watch.call() as moment:
             return self.choice(moment, args, kwargs)
 

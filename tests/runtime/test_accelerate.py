@@ -293,3 +293,12 @@ def test_guidance_is_found_as_each_pipeline_runs_it(folder: Path) -> None:
         "ltx": CfgLayout.UNCOND_FIRST,
         "qwenimage": CfgLayout.SEPARATE,
     }
+
+
+def test_an_empty_batch_is_refused_by_name(digits: tuple[Any, dict[str, Any], Plan]) -> None:
+    pipeline, _, plan = digits
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    shape = plan.inputs["hidden_states"]
+    call = {"hidden_states": torch.zeros(0, *shape), "timestep": torch.zeros(0)}
+    with pytest.raises(ConfigError, match="the batch is empty"):
+        pipeline.transformer(**call, class_labels=torch.zeros(0, dtype=torch.long))
