@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint, module_fingerprint
+from ditfastattn.passes.analysis.fingerprint import (
+    OPAQUE,
+    Fingerprint,
+    is_offloaded,
+    module_fingerprint,
+    module_structure,
+)
 from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
@@ -78,12 +84,11 @@ class OpaqueModel:
         Raises:
             ConfigError: the plan is for another model.
         """
-        self._sampled = module_fingerprint(module)
-        check_fingerprint(self._sampled, plan.model)
-        self._module, self._compared = weakref.ref(module), check
-        self._weights = self._identify()
         (self._site,) = plan.sites
         self._plan, self._timestep = plan, timestep
+        self._module, self._compared = weakref.ref(module), check
+        self._sampled = self._matched(module)
+        self._weights = self._identify()
         self._module_type = type(module)
         self._column = [row[0] for row in plan.strategies]
         self._most = max((strategy.outputs_read for strategy in self._column), default=0)
@@ -120,13 +125,31 @@ class OpaqueModel:
             generation.calls.reset()
             raise
 
+    def _matched(self, module: nn.Module) -> Fingerprint | None:
+        """Match the plan with ``module``; return its fingerprint, None where it is offloaded.
+
+        Raises:
+            ConfigError: the plan is for another model.
+        """
+        if is_offloaded(module):
+            structure = module_structure(module)
+            if structure != self._plan.model.structure:
+                raise mismatch("model.structure", structure, self._plan.model.structure)
+            log.warning(
+                "ditfastattn: weights are not compared with the plan's: they are moved in part by "
+                "part while the model runs"
+            )
+            return None
+        found = module_fingerprint(module)
+        check_fingerprint(found, self._plan.model)
+        return found
+
     def _check_weights(self) -> None:
         """Match the plan again where weights have changed since the last generation began."""
         now, module = self._identify(), self._module()
-        if now == self._weights or module is None:
+        if now is None or now == self._weights or module is None:
             return
-        sampled = module_fingerprint(module)
-        check_fingerprint(sampled, self._plan.model)
+        sampled = self._matched(module)
         if sampled == self._sampled:
             warn_of_unsampled_change()
         self._weights, self._sampled = now, sampled
@@ -134,10 +157,8 @@ class OpaqueModel:
     def _identify(self) -> Fingerprint | None:
         """Return what is compared of the weights; None where that is nothing."""
         module = self._module()
-        if module is None or self._compared is WeightsCheck.NEVER:
+        if module is None or self._compared is WeightsCheck.NEVER or is_offloaded(module):
             return None
-        if any(item.is_meta for item in (*module.parameters(), *module.buffers())):
-            return None  # offloaded part by part: each part's weights come with its call
         return module_fingerprint(module, self._compared.samples)
 
     def _step(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
@@ -72,18 +73,42 @@ def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint
     """Return the fingerprint of a module whose inside is not captured.
 
     Its structure is that of its parameters and buffers; weights are hashed as in ``fingerprint``.
+
+    Raises:
+        ConfigError: the weights are not in memory.
     """
-    whole = [*module.named_parameters(), *module.named_buffers()]
-    named = [part for name, item in whole for part in parts(item, name)]
-    structure = [type(module).__name__, *((name, list(item.shape)) for name, item in named)]
+    if is_offloaded(module):
+        raise ConfigError(
+            "the transformer's weights are moved in part by part while it runs",
+            where=type(module).__name__,
+            expected="weights that can be compared with a plan's",
+            remedy="calibrate first, and call enable_sequential_cpu_offload() then",
+        )
+    named = _tensors_of(module)
     plain = [item for name, item in named if not _ADAPTER.search(name)]
     adapters = [_digest(item, samples) for name, item in named if _ADAPTER.search(name)]
     return Fingerprint(
-        structure=OPAQUE + _sha256(json.dumps(structure).encode()),
+        structure=module_structure(module),
         weights=hash_tensors(plain, samples),
         dtype=_main_dtype(plain),
         lora=_join(adapters) if adapters else "",
     )
+
+
+def module_structure(module: nn.Module) -> str:
+    """Return a hash of the names and shapes of the parameters and buffers of ``module``."""
+    shapes = ((name, list(item.shape)) for name, item in _tensors_of(module))
+    return OPAQUE + _sha256(json.dumps([type(module).__name__, *shapes]).encode())
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether weights of ``module`` are not in memory until a part of it runs."""
+    return any(item.is_meta for item in (*module.parameters(), *module.buffers()))
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    whole = [*module.named_parameters(), *module.named_buffers()]
+    return [part for name, item in whole for part in parts(item, name)]
 
 
 def _main_dtype(tensors: Sequence[Tensor]) -> str:

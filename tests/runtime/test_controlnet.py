@@ -25,9 +25,11 @@ def controlled() -> Any:
     """Return the tiny pipeline of Stable Diffusion 3 with a ControlNet of one layer."""
     parts: dict[str, Any] = tiny_sd3_pipeline().components
     config = parts["transformer"].config
-    names = ("attention_head_dim", "num_attention_heads", "in_channels", "out_channels")
-    names += ("sample_size", "patch_size", "pos_embed_max_size", "joint_attention_dim")
-    names += ("caption_projection_dim", "pooled_projection_dim")
+    names = [
+        *("attention_head_dim", "num_attention_heads", "in_channels", "out_channels"),
+        *("sample_size", "patch_size", "pos_embed_max_size", "joint_attention_dim"),
+        *("caption_projection_dim", "pooled_projection_dim"),
+    ]
     net = SD3ControlNetModel(
         **{name: config[name] for name in names}, num_layers=1, extra_conditioning_channels=0
     )

@@ -7,12 +7,10 @@ schedulers, guidance and decoding are the user's own.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +35,8 @@ from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
 from ditfastattn.runtime.pipeline.hooks import check_not_hooked
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
-from ditfastattn.runtime.pipeline.sampler import counting_steps, describe_sampler
+from ditfastattn.runtime.pipeline.sampler import describe_sampler
+from ditfastattn.runtime.search.measure.call_log import CallLog
 from ditfastattn.runtime.search.measure.captured_model import (
     CapturedModel,
     ModelOptions,
@@ -93,10 +92,7 @@ class Session:
         self.timestep = timestep
         self._model: CapturedModel | None = None
         self._stepper: Stepper | None = None
-        self._seen: list[float] = []
-        self._after: list[int] = []  # how often the scheduler had stepped before each call
-        self._sampled: Callable[[], int] = lambda: 0
-        self._stepped = False  # the scheduler, in the last generation
+        self._log = CallLog()  # of the generation under way, or the last one
 
     @property
     def captured(self) -> CapturedGraph:
@@ -166,35 +162,20 @@ class Session:
         stepper = _CountingStepper(self)
         self._generate(stepper, prompt)
         self.forward_seconds = stepper.seconds
-        if not self._seen:
+        if not self._log.timesteps:
             raise never_called(self.pipeline, "a generation")
-        # Rounding may give several steps the same timestep, so calls are counted, not timesteps.
         calls = self.layout.calls
-        self.steps = len(self._seen) // calls
-        if not self._calls_are_regular(stepper):
+        self.steps = len(self._log.timesteps) // calls
+        if not self._log.is_regular(calls, stepper.calls):
             often = "once" if calls == 1 else "twice"
             raise ConfigError(
                 f"a generation must call the transformer {often} a step",
                 where="a generation",
-                got=phases(self._counted()),
+                got=self._log.described(),
                 expected=f"cfg_layout {self.layout}, from the first step to the last",
                 remedy="keep guidance as it is from the first step to the last, without further "
                 "calls such as skip-layer guidance; or say how it runs by cfg_layout",
             )
-
-    def _calls_are_regular(self, stepper: _CountingStepper) -> bool:
-        calls, seen = self.layout.calls, self._seen
-        if self._stepped:
-            return all(count == calls for count in Counter(self._after).values())
-        return max(stepper.calls) <= calls and seen[::calls] == seen[calls - 1 :: calls]
-
-    def _counted(self) -> list[str]:
-        """Return what each step did with the transformer."""
-        if self._stepped:
-            counts = list(Counter(self._after).values())
-        else:  # runs of one timestep are steps, as far as can be seen
-            counts = [len(list(run)) for _, run in groupby(self._seen)]
-        return [f"{count} call" if count == 1 else f"{count} calls" for count in counts]
 
     def run(self, stepper: Stepper, prompt: Prompt) -> Any:
         """Generate with ``stepper``; return what the pipeline returns first: the images.
@@ -203,81 +184,49 @@ class Session:
             ConfigError: the generation has other steps than the first one had.
         """
         images = self._generate(stepper, prompt)
-        if len(self._seen) != self.steps * self.layout.calls:
+        if len(self._log.timesteps) != self.steps * self.layout.calls:
             raise ConfigError(
                 "the generations of a search must have equal steps",
                 where="a generation",
-                got=f"{len(self._seen)} calls of the transformer",
+                got=f"{len(self._log.timesteps)} calls of the transformer",
                 expected=self.steps * self.layout.calls,
                 remedy="give every prompt the same steps",
             )
         return images
 
     def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
-        self._stepper, self._seen, self._after = stepper, [], []
+        self._stepper, self._log = stepper, CallLog()
         token = _active.set(self)
         try:
-            with counting_steps(self.pipeline) as self._sampled:
-                images = generate(self.pipeline, prompt)
-                self._stepped = self._sampled() > 0
-                return images
+            with self._log.following(self.pipeline):
+                return generate(self.pipeline, prompt)
         finally:
             _active.reset(token)
-            self.timesteps = tuple(self._seen[:: self.layout.calls])
+            self.timesteps = tuple(self._log.timesteps[:: self.layout.calls])
 
     def take(self, module: GraphModule, inputs: tuple[GraphInput, ...], args: Any) -> Outputs:
         """Run one call of the transformer: ``module`` on the arguments ``args``."""
         if self._model is None:
             self._model = capture_model(module, inputs, args, self._options)
         tensors = plain_tensors(args)
-        self._check_rows(tensors)
+        known = self._known
+        wanted, got = (_rows(known.captured, given) for given in (known.example, tensors))
+        self._log.check_rows(wanted, got, self.layout.calls)
         check_shapes(
-            self._known.captured,
-            self._known.example,
+            known.captured,
+            known.example,
             tensors,
             "a search must call one graph of the transformer, at one shape",
             "give every prompt the same number of images, resolution and length",
         )
-        self._after.append(self._sampled())
-        self._seen.append(read_timestep(tensors[self._known.timestep]).value())
+        self._log.note(read_timestep(tensors[known.timestep]).value())
         assert self._stepper is not None
         return self._stepper.step(tensors)
-
-    def _check_rows(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse a generation that changes how many rows it calls the transformer with."""
-        known = self._known
-        wanted, got = (_rows(known.captured, given) for given in (known.example, tensors))
-        if wanted == got or not self._seen:
-            return
-        step = self._sampled() if self._sampled() else len(self._seen) // self.layout.calls
-        rows = [f"{wanted} row(s)"] * step + [f"{got} row(s)"]
-        within = bool(self._sampled()) and self._after[-1] == self._sampled()
-        raise ConfigError(
-            "the transformer was called with another number of rows within a generation",
-            where="a generation",
-            got=f"{wanted} row(s), then {got} row(s) at step {step}: a further call, such as that "
-            "of skip-layer guidance"
-            if within
-            else f"{phases(rows)} on: guidance was switched {'off' if got < wanted else 'on'}",
-            expected="the same calls at each step",
-            remedy="keep guidance as it is from the first step to the last",
-        )
 
 
 def _rows(captured: CapturedGraph, tensors: Sequence[Tensor]) -> int:
     pairs = zip(captured.inputs, tensors, strict=False)
     return max((len(item) for entry, item in pairs if not entry.static and item.dim()), default=0)
-
-
-def phases(steps: Sequence[str]) -> str:
-    """Return what each of ``steps`` did, equal ones in a row together."""
-    parts, first = [], 0
-    for done, run in groupby(steps):
-        last = first + len(list(run)) - 1
-        where = f"step {first}" if first == last else f"steps {first}-{last}"
-        parts.append(f"{done} at {where}")
-        first = last + 1
-    return ", ".join(parts)
 
 
 class _CountingStepper:

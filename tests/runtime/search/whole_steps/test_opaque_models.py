@@ -135,6 +135,35 @@ def test_an_offloaded_transformer_runs_beneath_its_hooks() -> None:
     assert torch.equal(generate(pipeline, Prompt(call, 9)), images)
 
 
+def test_weights_that_come_part_by_part_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    """As enable_sequential_cpu_offload() does it: until a part runs, its weights are not there."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    make, given = TINY_PIPELINES["pixart"]
+    pipeline, call = make(), {"num_inference_steps": STEPS, **given}
+    plan = opaque_plan(pipeline, call)
+    ditfastattn.accelerate(pipeline, plan)
+    images = generate(pipeline, Prompt(call, 9))
+
+    def offload(pipeline: Any) -> None:
+        for part in pipeline.transformer.transformer_blocks:
+            for module in part.modules():
+                hook = AlignDevicesHook(execution_device="cpu", offload=True)
+                if any(True for _ in module.parameters(recurse=False)):
+                    add_hook_to_module(module, hook)
+
+    offload(pipeline)  # after accelerate
+    assert any(item.is_meta for item in pipeline.transformer.parameters())
+    assert torch.equal(generate(pipeline, Prompt(call, 9)), images)
+    with caplog.at_level(logging.WARNING, "ditfastattn"):
+        ditfastattn.accelerate(pipeline, plan)  # and before
+    assert "weights are not compared" in caplog.text
+    assert torch.equal(generate(pipeline, Prompt(call, 9)), images)
+    ditfastattn.restore(pipeline)
+    with pytest.raises(ConfigError, match="calibrate first"):
+        opaque_plan(pipeline, call)
+
+
 def test_its_graph_is_not_run_by_such_a_plan() -> None:
     make, given = TINY_PIPELINES["pixart"]
     pipeline, call = make(), {"num_inference_steps": STEPS, **given}
