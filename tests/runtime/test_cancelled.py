@@ -41,8 +41,12 @@ class Cancelled(Exception):  # noqa: N818  # a user's own
 
 
 def interrupt() -> None:
-    """Do what Ctrl-C does."""
-    signal.raise_signal(signal.SIGINT)
+    """Do what Ctrl-C does, also in a process that ignores it, as those of pytest-xdist."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fail() -> None:

@@ -344,7 +344,7 @@ def test_peers_and_models_are_named() -> None:
 
 
 def test_the_command_checks_its_arguments(tmp_path: Path) -> None:
-    arguments = ["bench", "--out", str(tmp_path), "--budgets", "some"]
+    arguments = ["bench", "--out", str(tmp_path), "--speedups", "some"]
     result = CliRunner().invoke(cli.app, arguments)
     assert isinstance(result.exception, ConfigError)
     assert CliRunner().invoke(cli.app, ["bench", "--repetitions", "3"]).exit_code == 2

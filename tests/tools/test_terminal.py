@@ -203,6 +203,7 @@ def test_verify_shows_names_as_they_are(pipeline: Path, monkeypatch: pytest.Monk
 def test_bench_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     speedup = {"median": 1.0, "lower_quartile": 1.0, "upper_quartile": 1.0}
     numbers = {"ssim": 1.0, "worst_ssim": 1.0, "psnr": 1.0, "compile_seconds": 1.0}
+    numbers |= {"psnr_standard_error": 0.1, "worst_psnr": 1.0}
     named = {"method": f"method {NAME}", "setting": f"setting {NAME}", "form": "eager"}
     best = {"method": f"best {NAME}", "setting": NAME, "speedup": 1.0}
     show(
@@ -214,7 +215,8 @@ def test_bench_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
             "weights": "trained",
             "lanes": [{**named, **numbers, "speedup": speedup}],
             "failures": [{"method": NAME, "setting": NAME, "reason": f"reason {NAME}"}],
-            "best": [{"min_ssim": 0.9, "ours": None, "peer": best}],
+            "seeds": [0],
+            "best": [{"metric": "ssim", "level": 0.9, "ours": None, "peer": best, "fewer": None}],
         },
     )
     shown = capsys.readouterr().out
