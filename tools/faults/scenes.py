@@ -333,8 +333,9 @@ def _places(item: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from _places(value, (*path, key))
 
 
-def _with_bad_values(scene: Scene, data: Any) -> Iterator[Any]:
-    known = list(_places(data))
+def _with_bad_values(scene: Scene, data: Any, but: tuple[Any, ...] | None = None) -> Iterator[Any]:
+    """Yield ``data`` with a bad value at some place, which is not at ``but`` or within it."""
+    known = [path for path in _places(data) if but is None or path[: len(but)] != but]
     for _ in range(scene.trials):
         changed = copy.deepcopy(data)
         place, holder = scene.random.choice(known), changed
@@ -359,11 +360,13 @@ def bad_plan_fields(scene: Scene) -> Iterator[str]:
 def bad_manifest_fields(scene: Scene, sealed: bool) -> Iterator[str]:
     """Put bad values into a manifest's fields; if ``sealed``, as one would who means it.
 
-    What such a manifest describes may be another bundle, and run as that.
+    What such a manifest describes may be another bundle, and run as that. The model's config is
+    for the pipeline to read, and any value may be right there.
     """
     out = scene.place(True)
     right = (lambda _: True) if sealed else scene.is_one_of(0)
-    for data in _with_bad_values(scene, json.loads((out / MANIFEST).read_text())):
+    but = ("model", "config") if sealed else None
+    for data in _with_bad_values(scene, json.loads((out / MANIFEST).read_text()), but):
         text = manifest_text(data) if sealed else json.dumps(data)
         (out / MANIFEST).write_text(text)
         yield outcome(lambda: scene.image(out), right)
