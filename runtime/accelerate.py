@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
 
@@ -89,24 +89,22 @@ def accelerate(
     ]
     check_hooks(module, plans)
     restore(pipeline)
-    models = {
-        index: OpaqueModel(module, one, chosen[index].timestep, chosen[index].check_weights)
-        for index, one in enumerate(plans)
-        if one is not None and is_opaque(one)
-    }
+    models = [_opaque_model(module, each) for each in chosen]
     compilation = set_aside(module)
     compilation.take_from(pipeline, module)
     watch = PipelineWatch(ref(pipeline), ref(module), plans, compilation)
 
     def choose(own: Forward) -> PlanChoice:
         compiled: Any = torch.compile(own, backend=_backend, fullgraph=True)
-        runs = (
-            _opaque(own, models[index], compilation)
-            if index in models
-            else _PlannedForward(compiled, chosen[index], watch)
-            for index in range(len(plans))
-        )
-        candidates = [Candidate(*pair) for pair in zip(plans, runs, strict=True)]
+        candidates = [
+            Candidate(
+                each.plan,
+                _PlannedForward(compiled, each, watch)
+                if model is None
+                else _opaque(own, model, compilation),
+            )
+            for each, model in zip(chosen, models, strict=True)
+        ]
         return PlanChoice(module, candidates, _dense(own, compilation), otherwise)
 
     plan_forward(module, lambda own: _Chosen(choose(own), watch))
@@ -226,6 +224,14 @@ class _PlannedForward:
 
 
 _under_way: ContextVar[_PlannedForward] = ContextVar("ditfastattn_planned_forward")
+
+
+def _opaque_model(module: nn.Module, options: BackendOptions) -> OpaqueModel | None:
+    """Return what runs an opaque plan, matched with ``module``; None for any other plan."""
+    plan = options.plan
+    if plan is None or not is_opaque(plan):
+        return None
+    return OpaqueModel(module, plan, options.timestep, options.check_weights)
 
 
 def _opaque(own: Forward, model: OpaqueModel, compilation: Compilation) -> Forward:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, Self, TypeVar
+
+from torch import Tensor
+
+from ditfastattn.runtime.trace import Shown, show
 
 _State = TypeVar("_State")
 
@@ -91,6 +95,12 @@ def named_generation() -> object | None:
     """Return what stands for the generation under way, where the sampler or the caller says so."""
     name = _named.get()
     return explicit_generation() if name is None else name
+
+
+def shown(latents: Sequence[Tensor], conditions: Sequence[Tensor]) -> Shown:
+    """Return what a call shows of its generation; where a context says which, its name alone."""
+    name = named_generation()
+    return show(latents, conditions, name) if explicit_generation() is None else Shown(name=name)
 
 
 class PerGeneration(Generic[_State]):

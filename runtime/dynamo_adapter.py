@@ -16,12 +16,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
-from ditfastattn.passes.capture.dynamo import (
-    capture,
-    describe_inputs,
-    plain_numbers,
-    refuse_autocast,
-)
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs, plain_numbers
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.specializations import Specialization, specialization_of
@@ -55,7 +50,6 @@ class PlannedFunction:
                 where="a call with gradients enabled",
                 remedy="call the model under torch.no_grad()",
             )
-        refuse_autocast(tensors)
         return self._specialize(plain).step(tensors)
 
     @property

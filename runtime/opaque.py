@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import (
     OPAQUE,
+    SAMPLES,
     Fingerprint,
     is_offloaded,
     module_fingerprint,
@@ -31,11 +32,7 @@ from ditfastattn.passes.plan.slot_schedule import gaps_before
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.calls import FIRST, Call, Calls, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.current_generation import (
-    PerGeneration,
-    explicit_generation,
-    named_generation,
-)
+from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.matching import (
     check_fingerprint,
     mismatch,
@@ -44,7 +41,7 @@ from ditfastattn.runtime.matching import (
 from ditfastattn.runtime.options import WeightsCheck
 from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
-from ditfastattn.runtime.trace import Shown, show
+from ditfastattn.runtime.trace import Shown
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +85,7 @@ class OpaqueModel:
         self._plan, self._timestep = plan, timestep
         self._module, self._compared = weakref.ref(module), check
         self._sampled = self._matched(module)
-        self._weights = self._identify()
+        self._weights = self._sampled if check.samples == SAMPLES else self._identify()
         self._module_type = type(module)
         self._column = [row[0] for row in plan.strategies]
         self._most = max((strategy.outputs_read for strategy in self._column), default=0)
@@ -218,12 +215,10 @@ class OpaqueModel:
         return _Generation(calls, tuple(_Branch() for _ in range(layout.calls)))
 
     def _shown(self, arguments: Mapping[str, Any]) -> Shown:
-        name, latent = named_generation(), self._site.latent
-        if explicit_generation() is not None:
-            return show((), (), name)
+        latent = self._site.latent
         tensors = {key: item for key, item in arguments.items() if isinstance(item, Tensor)}
         conditions = sorted(tensors.keys() - {latent, self._timestep})
-        return show([tensors[latent]], [tensors[key] for key in conditions], name)
+        return shown([tensors[latent]], [tensors[key] for key in conditions])
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         for name, expected in self._plan.inputs.items():

@@ -72,7 +72,7 @@ class PipelineWatch:
         self._timesteps = timesteps if stable else None
         if begins:
             self.check_hooks()
-        return Moment(pipeline, scheduler, begins)
+        return Moment(pipeline, begins)
 
 
 def check_hooks(module: nn.Module, plans: Sequence[Plan | None]) -> None:

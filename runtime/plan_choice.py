@@ -39,13 +39,16 @@ class Moment:
 
     Attributes:
         pipeline: the one that calls; None if unknown.
-        scheduler: its scheduler; None if it has none.
         begins: whether this is known to be the first call of a generation.
     """
 
     pipeline: Any
-    scheduler: Any
     begins: bool
+
+    @property
+    def scheduler(self) -> Any:
+        """Return the pipeline's scheduler; None if it has none."""
+        return getattr(self.pipeline, "scheduler", None)
 
 
 class Candidate:
@@ -114,12 +117,12 @@ class PlanChoice:
             return only.run(*args, **kwargs)
         if at.begins:
             self._chosen = self._choose(at, bound_arguments(self._kind, args, kwargs))
-        chosen = self._chosen
-        if chosen is None:
+        elif self._chosen is not None:
+            self._chosen.check_sampler(at)
+        if self._chosen is None:
             return self._dense(*args, **kwargs)
         try:
-            chosen.check_sampler(at)
-            return chosen.run(*args, **kwargs)
+            return self._chosen.run(*args, **kwargs)
         except ConfigError as error:
             # Nothing has been computed yet: weights or guidance, say, are another model's.
             if not at.begins or self._on_mismatch is OnMismatch.ERROR:

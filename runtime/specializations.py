@@ -36,7 +36,7 @@ from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.calls import FIRST, Call, InterleavedError
 from ditfastattn.runtime.clock import read_timestep
-from ditfastattn.runtime.current_generation import explicit_generation, named_generation
+from ditfastattn.runtime.current_generation import explicit_generation, named_generation, shown
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
@@ -51,7 +51,6 @@ from ditfastattn.runtime.model_state import ModelState, ModelStates
 from ditfastattn.runtime.options import BackendOptions, WeightsCheck
 from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
 from ditfastattn.runtime.self_calibration import SelfCalibration
-from ditfastattn.runtime.trace import show
 from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
 from ditfastattn.runtime.variants import CompiledVariants
 
@@ -118,8 +117,9 @@ class Specialization:
 
     def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
         """Return a new state of the model whose parameters are in ``tensors``."""
-        identity = self._identify(tensors, SAMPLES)
-        model = ModelState(identity, self._identify(tensors, self.options.check_weights.samples))
+        identity, samples = self._identify(tensors, SAMPLES), self.options.check_weights.samples
+        weights = identity if samples == SAMPLES else self._identify(tensors, samples)
+        model = ModelState(identity, weights)
         known = self._plans.get(model.identity)
         plan = known.plan if known is not None else self.options.plan
         if plan is not None:
@@ -201,14 +201,12 @@ class Specialization:
     def _advance(
         self, model: ModelState, generation: Generation, tensors: Sequence[Tensor]
     ) -> Call:
-        name = named_generation()
-        if explicit_generation() is None:
-            latents = [tensors[index] for index in self._latents]
-            shown = show(latents, [tensors[index] for index in self._conditions], name)
-        else:
-            shown = show((), (), name)
+        latents = [tensors[index] for index in self._latents]
+        conditions = [tensors[index] for index in self._conditions]
         try:
-            return generation.advance(read_timestep(tensors[self._timestep]), shown)
+            return generation.advance(
+                read_timestep(tensors[self._timestep]), shown(latents, conditions)
+            )
         except ConfigError as error:
             if not generation.on_trial:
                 raise

@@ -10,8 +10,6 @@ timed in turns with the compiled dense model. An interrupted run resumes.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,6 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
@@ -31,11 +28,10 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
-from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
-from ditfastattn.runtime.search.whole_steps.subject import identify
+from ditfastattn.runtime.search.whole_steps.search import FITTED_ON
+from ditfastattn.tools.bench.fidelity import summary
 from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.plans import whole_step_search
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
 
@@ -93,17 +89,7 @@ def _plans(checkpoint: Checkpoint, steps: int, wanted: Sequence[int], out: Path)
     if not all(path.exists() for path in paths.values()):
         pipeline = DEMO.open()
         first = [prompt(seed, steps) for seed in range(FITTED_ON)]
-        subject = identify(pipeline, first[0], CfgLayout.COND_FIRST, "timestep")
-        request = Request(
-            Target.min_psnr(30.0),
-            tuple(first),
-            (),
-            CfgLayout.COND_FIRST,
-            "timestep",
-            0,
-        )
-        meter = Meter(0.0)
-        search = WholeStepSearch(pipeline, Recorder(subject, request, meter), checkpoint)
+        search = whole_step_search(pipeline, first, Target.min_psnr(30.0), checkpoint)
         for number, plan in search.curve(wanted).items():
             plan.save(paths[number])
     return {number: Plan.load(path) for number, path in paths.items()}
@@ -145,9 +131,8 @@ def _quality(
     ]
     found: dict[str, float] = {}
     for metric, column in zip(("psnr", "ssim"), zip(*values, strict=True), strict=True):
-        found[metric] = statistics.fmean(column)
-        found[f"{metric}_standard_error"] = statistics.stdev(column) / math.sqrt(len(column))
-        found[f"{metric}_worst"] = min(column)
+        mean, error, worst = summary(column)
+        found |= {metric: mean, f"{metric}_standard_error": error, f"{metric}_worst": worst}
     return found
 
 

@@ -88,7 +88,7 @@ def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint
     plain = [item for name, item in named if not _ADAPTER.search(name)]
     adapters = [_digest(item, samples) for name, item in named if _ADAPTER.search(name)]
     return Fingerprint(
-        structure=module_structure(module),
+        structure=_structure(module, named),
         weights=hash_tensors(plain, samples),
         dtype=_main_dtype(plain),
         lora=_join(adapters) if adapters else "",
@@ -97,7 +97,11 @@ def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint
 
 def module_structure(module: nn.Module) -> str:
     """Return a hash of the names and shapes of the parameters and buffers of ``module``."""
-    shapes = ((name, list(item.shape)) for name, item in _tensors_of(module))
+    return _structure(module, _tensors_of(module))
+
+
+def _structure(module: nn.Module, named: Sequence[tuple[str, Tensor]]) -> str:
+    shapes = ((name, list(item.shape)) for name, item in named)
     return OPAQUE + _sha256(json.dumps([type(module).__name__, *shapes]).encode())
 
 

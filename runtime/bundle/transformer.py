@@ -22,15 +22,11 @@ from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers
 from ditfastattn.runtime.calls import Call, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
-from ditfastattn.runtime.current_generation import (
-    PerGeneration,
-    explicit_generation,
-    named_generation,
-)
+from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
 from ditfastattn.runtime.matching import warn_of_unchecked_latents
-from ditfastattn.runtime.trace import Shown, show
+from ditfastattn.runtime.trace import Shown
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs
 
@@ -214,12 +210,10 @@ class BundleTransformer(nn.Module):
 
     def _shown(self, inputs: Mapping[str, Tensor]) -> Shown:
         manifest = self.manifest
-        if explicit_generation() is not None:
-            return show((), (), named_generation())
         latents = [item for name, item in inputs.items() if name == manifest.latent]
         others = (manifest.latent, manifest.timestep)
         conditions = [item for name, item in inputs.items() if name not in others]
-        return show(latents, conditions, named_generation())
+        return shown(latents, conditions)
 
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
         return torch.empty(spec.sizes(batch), dtype=spec.torch_dtype, device=self._device)

@@ -18,17 +18,17 @@ def calling_pipeline(module: nn.Module) -> Any:
 
     Only the stack can tell: a call carries nothing of the pipeline that makes it.
     """
-    return next((owner for owner, _ in _callers() if holds(owner, module)), None)
+    return next((owner for owner, _ in _callers(module)), None)
 
 
 def describe_call(module: nn.Module) -> str:
     """Return the call of the pipeline that calls ``module``, with what shortens its schedule."""
-    for owner, frame in _callers():
-        if holds(owner, module):
-            strength = frame.f_locals.get("strength")
-            given = "" if strength is None else f"strength={strength}"
-            return f"{type(owner).__name__}({given})"
-    return ""
+    owner, frame = next(_callers(module), (None, None))
+    if frame is None:
+        return ""
+    strength = frame.f_locals.get("strength")
+    given = "" if strength is None else f"strength={strength}"
+    return f"{type(owner).__name__}({given})"
 
 
 def holds(pipeline: Any, module: nn.Module) -> bool:
@@ -37,13 +37,15 @@ def holds(pipeline: Any, module: nn.Module) -> bool:
     return held is not None and (held is module or getattr(held, "_orig_mod", None) is module)
 
 
-def _callers() -> Iterator[tuple[Any, FrameType]]:
-    """Yield what may be a pipeline on the stack, from the inside out."""
+def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:
+    """Yield the pipelines on the stack that hold ``module``, from the inside out."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and (first := code.co_varnames[0]) in _OWNERS:
-            yield frame.f_locals.get(first), frame
+            owner = frame.f_locals.get(first)
+            if holds(owner, module):
+                yield owner, frame
         frame = frame.f_back
 
 

@@ -14,31 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import ditfastattn
-from ditfastattn import ConfigError, Plan, Strategy
-from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn import ConfigError, Plan
 from tests.helpers import attentive_pipeline
-from tests.plans import opaque_plan_for, plan_for
+from tests.three_steps import run
 from tests.works_with import works_with
 
-CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
-STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module", params=[plan_for, opaque_plan_for], ids=["captured", "opaque"])
-def plan(request: pytest.FixtureRequest) -> Plan:
-    made: Plan = request.param(attentive_pipeline(), CALL, STRATEGIES)
-    return made
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-
-
-def run(pipeline: Any) -> Tensor:
-    images: Tensor = generate(pipeline, Prompt(CALL, 3))
-    return images
 
 
 def planned_images(plan: Plan) -> Tensor:

@@ -13,29 +13,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor
 
 import ditfastattn
-from ditfastattn import Plan, Strategy
-from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn import Plan
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import attentive_pipeline
-from tests.plans import opaque_plan_for, plan_for
+from tests.three_steps import run
 from tests.works_with import works_with
-
-CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
-STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
-
-
-@pytest.fixture(scope="module", params=[plan_for, opaque_plan_for], ids=["captured", "opaque"])
-def plan(request: pytest.FixtureRequest) -> Plan:
-    made: Plan = request.param(attentive_pipeline(), CALL, STRATEGIES)
-    return made
-
-
-def run(pipeline: Any) -> Tensor:
-    images: Tensor = generate(pipeline, Prompt(CALL, 3))
-    return images
 
 
 def change_weights(pipeline: Any) -> None:

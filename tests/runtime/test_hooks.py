@@ -13,47 +13,25 @@ from diffusers.hooks.pyramid_attention_broadcast import (
     PyramidAttentionBroadcastConfig,
     apply_pyramid_attention_broadcast,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import ditfastattn
-from ditfastattn import ConfigError, Plan, Strategy, Target
+from ditfastattn import ConfigError, Plan, Target
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.helpers import attentive_pipeline
 from tests.plans import opaque_plan_for, plan_for
+from tests.three_steps import CALL, STRATEGIES, run
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
 
-CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
-STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
 HOOK = "tests"
-
-
-@pytest.fixture(scope="module")
-def captured() -> Plan:
-    return plan_for(attentive_pipeline(), CALL, STRATEGIES)
-
-
-@pytest.fixture(scope="module")
-def opaque() -> Plan:
-    return opaque_plan_for(attentive_pipeline(), CALL, STRATEGIES)
-
-
-@pytest.fixture(params=["captured", "opaque"])
-def plan(request: pytest.FixtureRequest) -> Plan:
-    made: Plan = request.getfixturevalue(request.param)
-    return made
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
-
-
-def run(pipeline: Any) -> Tensor:
-    images: Tensor = generate(pipeline, Prompt(CALL, 3))
-    return images
 
 
 class Counting(ModelHook):

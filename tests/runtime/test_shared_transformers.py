@@ -8,25 +8,16 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor
 
 import ditfastattn
-from ditfastattn import ConfigError, Plan, Strategy
+from ditfastattn import ConfigError, Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import attentive_pipeline
-from tests.plans import opaque_plan_for, plan_for
+from tests.plans import plan_for
+from tests.three_steps import STRATEGIES, run
 from tests.tiny_pipelines import IMG2IMG_ARGUMENTS, TINY_PIPELINES
 from tests.works_with import works_with
-
-CALL: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 3}
-STRATEGIES = [Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_STEP]
-
-
-@pytest.fixture(scope="module", params=[plan_for, opaque_plan_for], ids=["captured", "opaque"])
-def plan(request: pytest.FixtureRequest) -> Plan:
-    made: Plan = request.param(attentive_pipeline(), CALL, STRATEGIES)
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +27,6 @@ def fresh() -> None:
 
 class Sharing(DigitsPipeline):
     """Another pipeline with the same transformer."""
-
-
-def run(pipeline: Any, **changes: Any) -> Tensor:
-    images: Tensor = generate(pipeline, Prompt(CALL | changes, 3))
-    return images
 
 
 def sharing(pipeline: Any, **changes: Any) -> Any:
@@ -57,7 +43,9 @@ def sharing(pipeline: Any, **changes: Any) -> Any:
     "works",
     "its own scheduler and guidance are checked",
 )
-def test_the_scheduler_and_guidance_of_the_pipeline_that_calls_are_checked(plan: Plan) -> None:
+def test_the_scheduler_and_guidance_of_the_pipeline_that_calls_are_checked(
+    plan: Plan,
+) -> None:
     pipeline = attentive_pipeline()
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     expected = run(pipeline)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.candidates import Candidates
 from ditfastattn.runtime.search.global_chooser import make_global
@@ -131,16 +133,24 @@ def _sites(target: Target) -> Callable[[Setup], Named]:
 def _steps(target: Target) -> Callable[[Setup], Named]:
     def find(setup: Setup) -> Named:
         counts = setup.options.counts(setup.options.work)
-        found = whole_step_search(setup, target).curve(counts)
+        found = search_of(setup, target).curve(counts)
         return {f"{count} runs": plan for count, plan in found.items()}
 
     return find
 
 
-def whole_step_search(setup: Setup, target: Target) -> WholeStepSearch:
-    """Return a search of whole steps on the calibration prompts."""
+def search_of(setup: Setup, target: Target) -> WholeStepSearch:
+    """Return a search of whole steps on the model's calibration prompts."""
     prompts = setup.model.calibration_prompts(setup.options.steps)
-    layout = detect_cfg_layout(setup.pipeline, prompts[0].call)
-    subject = identify(setup.pipeline, prompts[0], layout, "timestep")
+    return whole_step_search(setup.pipeline, prompts, target)
+
+
+def whole_step_search(
+    pipeline: Any, prompts: Sequence[Prompt], target: Target, checkpoint: Checkpoint | None = None
+) -> WholeStepSearch:
+    """Return a search of whole steps on the calibration ``prompts``."""
+    layout = detect_cfg_layout(pipeline, prompts[0].call)
+    subject = identify(pipeline, prompts[0], layout, "timestep")
     request = Request(target, repeated(prompts, FITTED_ON), (), layout, "timestep", 0)
-    return WholeStepSearch(setup.pipeline, Recorder(subject, request, Meter(0.0)), Checkpoint())
+    recorder = Recorder(subject, request, Meter(0.0))
+    return WholeStepSearch(pipeline, recorder, checkpoint or Checkpoint())

@@ -20,7 +20,7 @@ from ditfastattn.runtime.search.whole_steps.masks import Rule, search_masks
 from ditfastattn.runtime.search.whole_steps.observe import branches
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 from ditfastattn.runtime.search.whole_steps.search import SEARCHED_ON
-from ditfastattn.tools.bench.plans import Named, Plans, whole_step_search
+from ditfastattn.tools.bench.plans import Named, Plans, search_of
 from ditfastattn.tools.bench.setup import Setup
 
 _DEGREE = 2
@@ -81,7 +81,7 @@ def _spread(rule: Rule) -> Callable[[Setup], Named]:
     def find(setup: Setup) -> Named:
         options = setup.options
         masks = {n: evenly(n, options.steps) for n in options.counts(options.rules)}
-        search = whole_step_search(setup, Target.min_psnr(30.0))
+        search = search_of(setup, Target.min_psnr(30.0))
         return {f"{n} runs": search.fitted(runs, rule) for n, runs in masks.items()}
 
     return find
@@ -90,7 +90,7 @@ def _spread(rule: Rule) -> Callable[[Setup], Named]:
 def _searched(rule: Rule) -> Callable[[Setup], Named]:
     def find(setup: Setup) -> Named:
         counts = setup.options.counts(setup.options.rules)
-        search = whole_step_search(setup, Target.min_psnr(30.0))
+        search = search_of(setup, Target.min_psnr(30.0))
         some, most = search.rollouts[:SEARCHED_ON], max(counts)
         masks = search_masks(some, most, lambda _: None, HISTORY - 1, rule)
         return {f"{n} runs": search.fitted(masks[n][0].runs, rule) for n in counts if n in masks}
