@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.runtime.generation import Generation
+from ditfastattn.runtime.seen_weights import SeenWeights
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan
 
@@ -24,7 +25,7 @@ class ModelState:
     """
 
     identity: Fingerprint
-    weights: Fingerprint  # of as much of them as is checked, as the last generation began
+    weights: SeenWeights  # as the last generation began
     plan: UnrolledPlan | None = None
     generation: Generation | None = None
     calibration: SelfCalibration | None = None

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import (
     OPAQUE,
-    SAMPLES,
     Fingerprint,
     is_offloaded,
     module_fingerprint,
     module_structure,
+    weights_of,
 )
 from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
@@ -41,6 +41,7 @@ from ditfastattn.runtime.matching import (
 from ditfastattn.runtime.options import WeightsCheck
 from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
+from ditfastattn.runtime.seen_weights import SeenWeights
 from ditfastattn.runtime.trace import Shown
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class OpaqueModel:
         """
         (self._site,) = plan.sites
         self._plan, self._timestep = plan, timestep
-        self._module, self._compared = weakref.ref(module), check
+        self._module, self._weights_check = weakref.ref(module), check
         self._sampled = self._matched(module)
-        self._weights = self._sampled if check.samples == SAMPLES else self._identify()
+        self._weights = self._seen()
         self._module_type = type(module)
         self._column = [row[0] for row in plan.strategies]
         self._most = max((strategy.outputs_read for strategy in self._column), default=0)
@@ -143,20 +144,22 @@ class OpaqueModel:
 
     def _check_weights(self) -> None:
         """Match the plan again where weights have changed since the last generation began."""
-        now, module = self._identify(), self._module()
-        if now is None or now == self._weights or module is None:
+        module = self._module()
+        if module is None or is_offloaded(module):
+            return
+        if self._weights is not None and self._weights.equal(weights_of(module)):
             return
         sampled = self._matched(module)
         if sampled == self._sampled:
             warn_of_unsampled_change()
-        self._weights, self._sampled = now, sampled
+        self._weights, self._sampled = self._seen(), sampled
 
-    def _identify(self) -> Fingerprint | None:
-        """Return what is compared of the weights; None where that is nothing."""
+    def _seen(self) -> SeenWeights | None:
+        """Return what is compared of the weights; None where they are offloaded."""
         module = self._module()
-        if module is None or self._compared is WeightsCheck.NEVER or is_offloaded(module):
+        if module is None or is_offloaded(module):
             return None
-        return module_fingerprint(module, self._compared.samples)
+        return SeenWeights(weights_of(module), self._weights_check)
 
     def _step(
         self,

@@ -18,7 +18,6 @@ from torch import Tensor
 from ditfastattn.core.env import read_knobs
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import (
-    SAMPLES,
     Fingerprint,
     fingerprint,
     hash_tensors,
@@ -48,8 +47,9 @@ from ditfastattn.runtime.matching import (
     warn_of_unsampled_change,
 )
 from ditfastattn.runtime.model_state import ModelState, ModelStates
-from ditfastattn.runtime.options import BackendOptions, WeightsCheck
+from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.reports import RunReport, log_plan, run_report, summary
+from ditfastattn.runtime.seen_weights import SeenWeights
 from ditfastattn.runtime.self_calibration import SelfCalibration
 from ditfastattn.runtime.unrolled import UnrolledPlan, unroll_plan
 from ditfastattn.runtime.variants import CompiledVariants
@@ -117,25 +117,14 @@ class Specialization:
 
     def _meet(self, tensors: Sequence[Tensor]) -> ModelState:
         """Return a new state of the model whose parameters are in ``tensors``."""
-        identity, samples = self._identify(tensors, SAMPLES), self.options.check_weights.samples
-        weights = identity if samples == SAMPLES else self._identify(tensors, samples)
-        model = ModelState(identity, weights)
+        static = static_tensors(self.captured, tensors)
+        identity = fingerprint(self.captured, self._whole_sites, static)
+        model = ModelState(identity, SeenWeights(static, self.options.check_weights))
         known = self._plans.get(model.identity)
         plan = known.plan if known is not None else self.options.plan
         if plan is not None:
             self._take_plan(model, plan)
         return model
-
-    def _identify(self, tensors: Sequence[Tensor], samples: int) -> Fingerprint:
-        static = static_tensors(self.captured, tensors)
-        return fingerprint(self.captured, self._whole_sites, static, samples)
-
-    def _has_other_weights(self, model: ModelState, tensors: Sequence[Tensor]) -> bool:
-        """Return whether weights have changed since the last generation of ``model`` began."""
-        check = self.options.check_weights
-        if check is WeightsCheck.NEVER:
-            return False
-        return model.weights != self._identify(tensors, check.samples)
 
     def _meet_again(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Begin a generation of a ``model`` whose weights have changed, as with another model."""
@@ -225,7 +214,7 @@ class Specialization:
     ) -> tuple[Any, ...]:
         generation = self._generation(model, plan)
         call = self._advance(model, generation, tensors)
-        if call == FIRST and self._has_other_weights(model, tensors):
+        if call == FIRST and not model.weights.equal(static_tensors(self.captured, tensors)):
             generation.reset()
             return self._meet_again(model, tensors)
         if call.step == 0 and plan.shares_guidance:

@@ -110,6 +110,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(item.is_meta for item in (*module.parameters(), *module.buffers()))
 
 
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of ``module``, quantized ones as their plain parts."""
+    return [item for _, item in _tensors_of(module)]
+
+
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     whole = [*module.named_parameters(), *module.named_buffers()]
     return [part for name, item in whole for part in parts(item, name)]

@@ -279,6 +279,7 @@ def test_what_is_built_is_kept_and_what_is_stale_goes(tmp_path: Path) -> None:
     assert read_engines(out).rows == (1, 2, 8)
 
 
+@pytest.mark.slow
 @needs_builder
 def test_a_fused_lora_is_exported_and_built_anew(tmp_path: Path) -> None:
     tiny = wide("dit")

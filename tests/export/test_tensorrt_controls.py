@@ -49,6 +49,7 @@ from tests.helpers import (
     randomize,
     timestep,
 )
+from tests.tiers import slow_but
 
 REACH = 16  # keys on each side of a query
 
@@ -109,7 +110,7 @@ def log_of_windows(tiny: TinyModel, sites: Sequence[Site], out: Path) -> BuildLo
 
 
 @needs_builder
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"pixart"}, TINY_MODELS))
 @pytest.mark.parametrize("by_tiles", [False, True], ids=["bands", "tiles"])
 def test_windowed_attentions_see_blocks_of_keys(name: str, by_tiles: bool, tmp_path: Path) -> None:
     tiny = wide(name)

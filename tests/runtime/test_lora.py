@@ -108,8 +108,9 @@ def test_a_plan_belongs_to_the_model_with_or_without_adapters(name: str) -> None
 )
 @pytest.mark.parametrize(
     "other",
-    [{"alpha": 4}, {"alpha": 2}, {"seed": 1}],
-    ids=str,  # a scale of 1 leaves no constant
+    # a scale of 1, alpha 4, leaves no constant
+    slow_but([{"alpha": 2}, {"seed": 1}], [{"alpha": 4}, {"alpha": 2}, {"seed": 1}]),
+    ids=str,
 )
 def test_another_scale_and_other_adapters_run_with_a_warning(
     other: dict[str, int], caplog: pytest.LogCaptureFixture
@@ -122,6 +123,7 @@ def test_another_scale_and_other_adapters_run_with_a_warning(
     assert caplog.text.count(OTHER) == 1
 
 
+@pytest.mark.slow
 def test_a_scale_set_on_a_compiled_model_counts_from_the_next_generation_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

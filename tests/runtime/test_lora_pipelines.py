@@ -118,6 +118,7 @@ def test_a_fused_adapter_is_saved_and_has_a_plan_of_its_own(
     assert not hasattr(again.transformer, "peft_config")
 
 
+@pytest.mark.slow
 @works_with(
     "Weights",
     "LoRA: `set_adapters` with another scale",

@@ -117,6 +117,7 @@ def test_a_step_is_one_graph_when_told_so_and_for_cuda_graphs(
     assert len(compiled) == 2  # nothing is worth hoisting
 
 
+@pytest.mark.slow
 def test_outlined_and_whole_graphs_agree_under_inductor() -> None:
     tiny = tiny_dit()
     full = (Strategy.FULL,) * 3

@@ -94,7 +94,7 @@ def pipeline(quantize: Callable[[nn.Module], None]) -> Any:
     "works",
     "exact against the same model dense",
 )
-@pytest.mark.parametrize("name", slow_but({"int8-weights", "int8-dynamic", "gguf"}, QUANTIZED))
+@pytest.mark.parametrize("name", slow_but({"int8-weights", "gguf"}, QUANTIZED))
 def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
     made = pipeline(QUANTIZED[name])
     expected = generate(made, PROMPT)

@@ -15,6 +15,7 @@ from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.passes.analysis.output_site import OUTPUT
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.schema import PlannedSite
+from ditfastattn.runtime import opaque
 from ditfastattn.runtime.opaque import OpaqueModel
 from ditfastattn.runtime.options import parse_options
 from tests.helpers import (
@@ -176,8 +177,23 @@ def test_a_model_that_is_called_as_it_is_has_its_weights_checked_too() -> None:
         run_opaque(model, tiny)
     write_back(tiny.model, weights)
     assert largest_difference(run_opaque(model, tiny), expected) == 0.0
-    tiny.model.to("meta")  # as offloading leaves it, part by part, between its calls
-    assert model._identify() is None
+
+
+def test_weights_that_come_back_from_offloading_are_compared_with_the_plans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = copied(tiny_dit(layers=1))
+    plan = opaque_plan(tiny)
+    weights = stored(tiny.model)
+    with monkeypatch.context() as offloaded:
+        offloaded.setattr(opaque, "is_offloaded", lambda module: True)
+        model = OpaqueModel(tiny.model, plan)
+        expected = run_opaque(model, tiny)  # nothing to compare
+    write(tiny.model)
+    with pytest.raises(ConfigError, match=OTHER):
+        run_opaque(model, tiny)
+    write_back(tiny.model, weights)
+    assert largest_difference(run_opaque(model, tiny), expected) == 0.0
 
 
 def opaque_plan(tiny: TinyModel) -> Plan:

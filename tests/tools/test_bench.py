@@ -236,6 +236,7 @@ def test_steps_are_spread_evenly_from_the_first_to_the_last() -> None:
     assert evenly(1, 9) == [0]
 
 
+@pytest.mark.slow
 def test_a_users_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, call = TINY_PIPELINES["pixart"]
     build().save_pretrained(tmp_path / "pixart")

@@ -27,7 +27,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", slow_but({"file of a bundle"}, KINDS))
+@pytest.mark.parametrize("kind", slow_but((), KINDS))
 def test_no_fault_ends_in_a_raw_error_or_a_wrong_result(kind: str, tmp_path: Path) -> None:
     """In a process of its own, which others are forked from."""
     command = [sys.executable, "-m", "ditfastattn.tools.faults.run", "--only", kind]

@@ -50,10 +50,9 @@ REFUSED = {  # and what stands in the way
 }
 MODELS = {model.name: model for model in ZOO}
 QUICK = {  # tried by default: images and videos, and every kind of attention
-    "CogVideoXTransformer3DModel",
     "DiTTransformer2DModel",
-    "FluxTransformer2DModel",
     "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
     "WanTransformer3DModel",
 }
 MASKED = (  # text is padded, and a mask hides the padding from every query

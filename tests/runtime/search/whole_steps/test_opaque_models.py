@@ -176,6 +176,7 @@ def test_its_graph_is_not_run_by_such_a_plan() -> None:
         generate(pipeline, Prompt(call, 9))
 
 
+@pytest.mark.slow
 @works_with(
     "Models",
     "a transformer sharded by diffusers' context parallelism: whole-step plans",

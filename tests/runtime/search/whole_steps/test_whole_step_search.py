@@ -21,6 +21,7 @@ from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, 
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from tests.helpers import tiny_digits_pipeline
+from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
 from tests.works_with import works_with
 
@@ -143,7 +144,7 @@ def test_a_model_that_breaks_the_graph_is_called_as_it_is(
     assert float((by_example(pipeline, plan, Prompt(call, SEED)) - images).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but({torch.bfloat16}, [torch.bfloat16, torch.float16]))
 def test_half_precision_is_summed_in_fp32(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     make, given = TINY_PIPELINES["pixart"]
