@@ -168,7 +168,7 @@ def pixart() -> tuple[Any, dict[str, Any], Plan]:
     "Other calls than the plan's",
     "another guidance scale than a whole-step plan's",
     "refused",
-    "`retarget` fits it anew",
+    "`retarget` fits it again",
 )
 @pytest.mark.parametrize("opaque", [False, True], ids=["captured", "opaque"])
 def test_another_guidance_scale_is_refused(opaque: bool) -> None:
