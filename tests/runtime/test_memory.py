@@ -199,17 +199,17 @@ def test_fifty_pipelines_leave_no_memory(name: str, rounds: int) -> None:
     assert resident_bytes() - begun < 16 * MEBIBYTE  # of torch's own, as above
 
 
-def test_models_of_many_structures_may_be_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_many_structures_may_be_accelerated() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for number in range(4):
-        config = TINY_DIGITS | {"num_layers": 1, "norm_eps": 1e-5 * (number + 1)}
-        scheduler: Any = DDIMScheduler()
-        made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
-        made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-        dense = generate(made, Prompt(CALL, 0))
-        ditfastattn.accelerate(made, lowering="eager", dense=True)
-        assert torch.equal(generate(made, Prompt(CALL, 0)), dense)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            config = TINY_DIGITS | {"num_layers": 1, "norm_eps": 1e-5 * (number + 1)}
+            scheduler: Any = DDIMScheduler()
+            made = DigitsPipeline(DiTTransformer2DModel(**config).eval(), scheduler)
+            made.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+            dense = generate(made, Prompt(CALL, 0))
+            ditfastattn.accelerate(made, lowering="eager", dense=True)
+            assert torch.equal(generate(made, Prompt(CALL, 0)), dense)
 
 
 def test_a_model_outside_of_a_pipeline_dies_with_its_state() -> None:
