@@ -19,9 +19,11 @@ _NAMESPACES: Final = ("aten", "prims", "quantized", "onednn", "mkldnn")  # of li
 
 
 def compile_package(
-    module: GraphModule, examples: Sequence[Tensor], options: Mapping[str, Any]
+    module: GraphModule, examples: Sequence[Tensor], options: Mapping[str, Any], where: str = ""
 ) -> bytes:
     """Return a package that computes ``module``, for inputs with the strides of ``examples``.
+
+    ``where`` names it in messages.
 
     Raises:
         ConfigError: an operator has no C++ form, or compiling fails.
@@ -32,17 +34,17 @@ def compile_package(
     except Exception as error:  # Inductor, its C++ compiler, the file system
         raise ConfigError(
             "torch cannot compile the graph",
-            where=getattr(module, "label", ""),
+            where=where,
             got=str(error).strip()[:2000],
             remedy="install a C++ compiler (g++); report a bug if one is installed",
         ) from error
-    _check_operators(files)
+    _check_operators(files, where)
     content = io.BytesIO()
     package_aoti(content, files)
     return content.getvalue()
 
 
-def _check_operators(files: Sequence[str]) -> None:
+def _check_operators(files: Sequence[str], where: str) -> None:
     """Refuse calls of operators that libtorch lacks: only this Python process knows them."""
     for file in files:
         if not str(file).endswith(".wrapper.json"):
@@ -53,7 +55,7 @@ def _check_operators(files: Sequence[str]) -> None:
         if unknown:
             raise ConfigError(
                 "operators that only Python knows",
-                where="a graph to be compiled as a package",
+                where=where,
                 got=", ".join(unknown),
                 remedy="write the model without them",
             )

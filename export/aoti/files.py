@@ -76,7 +76,7 @@ class PackageFiles:
         examples = self._examples(inputs, batch)
         if batch != self._batches[0]:
             module = free_batch(graph, ready, inputs, examples)
-        content = compile_package(module, examples, self._compile.options)
+        content = compile_package(module, examples, self._compile.options, file)
         write_bytes_atomically(self._partial.folder / file, content)
         self._partial.keep(file, key)
 

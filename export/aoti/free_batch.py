@@ -71,7 +71,7 @@ def free_batch(
     try:
         with torch.no_grad():
             program = torch.export.export(
-                ready.module, tuple(examples), dynamic_shapes=(tuple(map(dims, inputs)),)
+                ready.module, tuple(examples), dynamic_shapes=tuple(map(dims, inputs))
             )
     except Exception as error:  # torch.export raises what its tracing meets
         raise ConfigError(

