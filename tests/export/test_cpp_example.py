@@ -22,13 +22,7 @@ from tests.plans import plan_for
 from tests.shared import made_once
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
-STEPS = [
-    Strategy.FULL,
-    Strategy.WINDOW_SHARE_CFG,
-    Strategy.FULL,
-    Strategy.EXTRAPOLATE,
-    Strategy.SHARE_STEP,
-]
+STEPS = [Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE]
 
 
 def built(folder: Path) -> None:
