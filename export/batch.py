@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ditfastattn.core.errors import ConfigError
 
-_REMEDY = "export with a fixed batch: dynamic_batch=False (--fixed-batch)"
+FIX_BATCH = "export with a fixed batch: dynamic_batch=False (--fixed-batch)"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def find_batch(first: GraphModule, second: GraphModule, batches: tuple[int, int]
             "the model computes differently at another batch size",
             where=_first_difference(nodes, others),
             expected=f"the same operations at batches {batches[0]} and {batches[1]}",
-            remedy=_REMEDY,
+            remedy=FIX_BATCH,
         )
     for node, other in zip(nodes, others, strict=True):
         pairing = _Pairing(node.name, batches)
@@ -110,5 +110,5 @@ class _Pairing:
             where=f"node {self.where}",
             got=f"{one} at batch {self.batches[0]}, {other} at batch {self.batches[1]}",
             expected="a multiple of the batch",
-            remedy=_REMEDY,
+            remedy=FIX_BATCH,
         )

@@ -13,28 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import write_bytes_atomically
 from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall, record_call
 from ditfastattn.export.contents import Contents, make_manifest
+from ditfastattn.export.graph_files import GraphFiles, OnnxFiles
 from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
-from ditfastattn.export.lint import lint
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
-from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle, partial_folder
+from ditfastattn.export.partial import PartialBundle, partial_folder
 from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent
 from ditfastattn.export.step_graphs import (
-    HOISTED_FILE,
     StepGraph,
-    describe,
     hoisted_graph_of,
     size_of,
     spec,
     variant_graph,
-    write_graph,
 )
-from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Manifest
+from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Manifest
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.clock import tolerances
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
@@ -51,7 +46,7 @@ def export(
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
 ) -> Manifest:
-    """Write the transformer of ``pipeline``, run by ``plan``, as a bundle of ONNX graphs.
+    """Write the transformer of ``pipeline``, run by ``plan``, as a bundle of graphs.
 
     Args:
         pipeline: a diffusers pipeline, or one like it.
@@ -66,11 +61,12 @@ def export(
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     prompt = split_prompts(call, 0)[0]
+    chosen = options or ExportOptions()
+    _check_loop(chosen, None)
     if loaded is not None:
         guidance = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
         check_sampler(loaded, pipeline.scheduler, guidance)
     recorded = record_call(pipeline, prompt)
-    chosen = options or ExportOptions()
     schedule = _schedule(pipeline.scheduler, loaded) if chosen.loop else None
     return export_model(pipeline.transformer, recorded, loaded, out, chosen, schedule)
 
@@ -109,9 +105,10 @@ def export_model(
 
     With the scheduler's ``schedule``, the whole generation is written as one graph too.
     """
+    chosen = options or ExportOptions()
+    _check_loop(chosen, schedule)
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:
-        chosen = options or ExportOptions()
         prepared = prepare(plain, call, plan, chosen)
         partial = PartialBundle(folder, _request(prepared, chosen, schedule))
         try:
@@ -132,6 +129,29 @@ def _request(
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def _check_loop(options: ExportOptions, schedule: LinearSchedule | None) -> None:
+    if (options.loop or schedule) and options.format is not Format.ONNX:
+        raise ConfigError(
+            "a loop is one ONNX graph",
+            where="export(loop=True)",
+            got=f"format={options.format}",
+            remedy="export without a loop, or with format='onnx'",
+        )
+
+
+def _files(prepared: PreparedModel, partial: PartialBundle, options: ExportOptions) -> GraphFiles:
+    if options.format is Format.ONNX:
+        return OnnxFiles(partial)
+    from ditfastattn.export.aoti.files import PackageFiles
+    from ditfastattn.export.aoti.options import compile_for
+    from ditfastattn.export.aoti.region_files import RegionFiles
+
+    device = prepared.captures.first.tensors[0].device
+    batches = prepared.captures.batches
+    kind = RegionFiles if options.regions else PackageFiles
+    return kind(partial, batches, compile_for(device, options.isa))
+
+
 class _Writer:
     """Write the files of one bundle."""
 
@@ -143,6 +163,7 @@ class _Writer:
         schedule: LinearSchedule | None,
     ) -> None:
         self._prepared, self._partial, self._schedule = prepared, partial, schedule
+        self._files = _files(prepared, partial, options)
         self._on_progress = options.on_progress
         self._done = 0
         self._count = (
@@ -157,37 +178,29 @@ class _Writer:
             prepared.layout,
             prepared.per_generation,
         )
+        suffix, form = self._files.suffix, self._files.form
         variants: list[VariantSpec] = []
         graphs: list[StepGraph] = []
         for index, actions in enumerate(prepared.program.variants):
-            file = f"variant_{index:02d}.onnx"
-            graphs.append(variant_graph(captures, actions, layout, per_generation, file))
+            file = f"variant_{index:02d}.{suffix}"
+            graphs.append(variant_graph(captures, actions, layout, per_generation, file, form))
             variants.append(self._graph(graphs[-1], file))
-        once = hoisted_graph_of(captures, per_generation) if per_generation else None
-        hoisted = self._graph(once, HOISTED_FILE) if once else None
+        once = hoisted_graph_of(captures, per_generation, form) if per_generation else None
+        hoisted = self._graph(once, f"hoisted.{suffix}") if once else None
         loop = self._loop(self._schedule, graphs, once) if self._schedule else None
-        partial.close()
+        weights = self._files.close()
         if prepared.plan is not None:
             prepared.plan.save(partial.folder / PLAN_FILE)
-        contents = Contents(tuple(graphs), tuple(variants), once, hoisted, loop)
-        manifest = make_manifest(prepared, contents, partial.folder, WEIGHTS_FILE)
+        packages = self._files.packages()
+        contents = Contents(tuple(graphs), tuple(variants), once, hoisted, loop, packages)
+        manifest = make_manifest(prepared, contents, partial.folder, weights)
         manifest.save(partial.folder)
         return manifest
 
     def _graph(self, graph: StepGraph, file: str) -> VariantSpec:
-        partial = self._partial
-        key = hashlib.sha256(graph_text(graph.source.module.graph).encode()).hexdigest()
-        if not partial.has(file, key):
-            self._file(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
-            partial.keep(file, key)
+        described = self._files.write(graph, file)
         self._report(file)
-        return describe(graph, partial.folder / file)
-
-    def _file(self, model: Any, file: str) -> None:
-        path = self._partial.folder / file
-        write_bytes_atomically(path, model.SerializeToString())
-        self._partial.weights.flush()
-        lint(path)
+        return described
 
     def _report(self, file: str) -> None:
         self._done += 1
@@ -213,7 +226,8 @@ class _Writer:
             guidance_scale=scale,
         )
         loop = write_loop(source, self._partial.weights)
-        self._file(loop.model, LOOP_FILE)
+        assert isinstance(self._files, OnnxFiles)  # others have no loop: see _check_loop
+        self._files.save(loop.model, LOOP_FILE)
         self._report(LOOP_FILE)
         return LoopSpec(
             file=LOOP_FILE,

@@ -18,6 +18,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
+from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import FileSpec, LoopSpec, ModelSpec, SlotSpec, VariantSpec
 
 _NO_SCHEDULE = Sampler(steps=1, timesteps=(0.0,), cfg_layout=CfgLayout.NONE)  # of a dense bundle
@@ -32,6 +33,7 @@ class Contents:
     once: StepGraph | None
     hoisted: VariantSpec | None
     loop: LoopSpec | None
+    packages: PackagesSpec | None = None
 
 
 def make_manifest(
@@ -41,7 +43,7 @@ def make_manifest(
     plan, program, first = prepared.plan, prepared.program, contents.graphs[0]
     return Manifest(
         ditfastattn=__version__,
-        opset=OPSET,
+        opset=0 if contents.packages else OPSET,
         model=_model(prepared),
         plan_sha256="" if plan is None else file_hash(folder / PLAN_FILE),
         sampler=_NO_SCHEDULE if plan is None else plan.sampler,
@@ -59,6 +61,7 @@ def make_manifest(
         hoisted=contents.hoisted,
         loop=contents.loop,
         weights=weights,
+        packages=contents.packages,
         files=_files(folder, contents, weights, plan is not None),
     )
 
@@ -68,6 +71,7 @@ def _files(folder: Path, contents: Contents, weights: str, planned: bool) -> dic
     names = {weights, *(variant.file for variant in contents.variants)}
     names |= {made.file for made in (contents.hoisted, contents.loop) if made is not None}
     names |= {PLAN_FILE} if planned else set()
+    names |= set(contents.packages.files) if contents.packages else set()
     return {
         name: FileSpec(bytes=(folder / name).stat().st_size, sha256=file_hash(folder / name))
         for name in sorted(names)

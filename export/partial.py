@@ -43,7 +43,7 @@ class _State(Record, frozen=True):
     """Record how far an export has come; ``request`` identifies what is exported."""
 
     request: str
-    done: dict[Annotated[str, Field(pattern=r"^\w+\.onnx$")], _Done]
+    done: dict[Annotated[str, Field(pattern=r"^\w+\.(onnx|pt2|json)$")], _Done]
     weights: Stored
 
 

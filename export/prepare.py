@@ -25,6 +25,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
 from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
+from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.matching import (
     planned_sites,
     split_as_planned,
@@ -48,6 +49,9 @@ class ExportOptions:
         dynamic_batch: whether the bundle takes any batch.
         loop: whether the whole generation is written as one graph too.
         timestep: the name of the model's timestep argument.
+        format: what graphs are written as.
+        isa: the vector instructions that packages are compiled for; "" takes this machine's best.
+        regions: whether packages are regions, compiled once for all equal blocks and variants.
         on_progress: called with the file just written, how many are done, and of how many.
     """
 
@@ -55,6 +59,9 @@ class ExportOptions:
     dynamic_batch: bool = True
     loop: bool = False
     timestep: str = "timestep"
+    format: Format = Format.ONNX
+    isa: str = ""
+    regions: bool = False
     on_progress: Progress = silent
 
 

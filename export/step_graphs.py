@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +37,13 @@ from ditfastattn.runtime.bundle.specs import (
     VariantSpec,
 )
 
-HOISTED_FILE = "hoisted.onnx"
+Form = Callable[[GraphModule, Sequence[int]], None]  # the positions of static inputs
+
+
+def onnx_form(module: GraphModule, static: Sequence[int]) -> None:
+    """Leave only operators that have an ONNX form, and linears of one input as one."""
+    decompose_unknown(module, RULES.keys(), static)
+    merge_linears(module, static)
 
 
 @dataclass(frozen=True)
@@ -76,28 +82,32 @@ def variant_graph(
     layout: CfgLayout,
     per_generation: tuple[str, ...],
     label: str,
+    form: Form = onnx_form,
 ) -> StepGraph:
-    """Return the graph of one step variant."""
+    """Return the graph of one step variant, in the ``form`` that it is written in."""
     first = rewrite(captures.first.graph, captures.sites[0], actions, layout, label, per_generation)
     if captures.fixed:
-        return _step_graph(captures, first, first)
+        return _step_graph(captures, first, first, form)
     graph, sites = captures.second.graph, captures.sites[1]
     second = rewrite(graph, sites, actions, layout, label, per_generation)
-    return _step_graph(captures, first, second)
+    return _step_graph(captures, first, second, form)
 
 
-def hoisted_graph_of(captures: Captures, nodes: tuple[str, ...]) -> StepGraph:
+def hoisted_graph_of(
+    captures: Captures, nodes: tuple[str, ...], form: Form = onnx_form
+) -> StepGraph:
     """Return the graph of what is computed once per generation."""
     first = hoisted_graph(captures.first.graph, nodes)
     second = first if captures.fixed else hoisted_graph(captures.second.graph, nodes)
-    return _step_graph(captures, first, second)
+    return _step_graph(captures, first, second, form)
 
 
-def _step_graph(captures: Captures, first: GraphModule, second: GraphModule) -> StepGraph:
+def _step_graph(
+    captures: Captures, first: GraphModule, second: GraphModule, form: Form
+) -> StepGraph:
     positions = [i for i, entry in enumerate(captures.first.graph.inputs) if entry.static]
     for module in (first,) if second is first else (first, second):
-        decompose_unknown(module, RULES.keys(), positions)
-        merge_linears(module, positions)
+        form(module, positions)
     symbols = find_batch(first, second, captures.batches)
     graph = first.graph
     placeholders = graph.find_nodes(op="placeholder")

@@ -108,7 +108,7 @@ def verify(
         call: what the pipeline is called with.
         providers: execution providers of ONNX Runtime.
         seed: seeds the noise.
-        runtime: ``onnx``, or ``tensorrt``: the bundle's engines, by step variants or a switch.
+        runtime: as for ``load``.
         target: of the engines; by default those for this GPU.
         cuda_graphs: capture each engine as a CUDA graph.
 

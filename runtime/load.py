@@ -28,7 +28,8 @@ def load(
     Args:
         folder: the bundle.
         providers: execution providers, in order of preference; each must load.
-        runtime: ``onnx`` (ONNX Runtime) or ``tensorrt``, the engines that ``build`` has made.
+        runtime: ``onnx`` (ONNX Runtime), ``tensorrt``, the engines that ``build`` has made, or
+            ``aoti``: torch's AOTInductor, for bundles exported with ``format="pt2"``.
         threads: of each ONNX graph on the CPU; 0 lets ONNX Runtime choose.
         share_threads: see ``runtime.bundle.load``.
         low_memory: see ``runtime.bundle.load``.
@@ -42,8 +43,12 @@ def load(
         from ditfastattn.runtime.tensorrt import load as loading_engines
 
         return loading_engines.load(folder, target=target, cuda_graphs=cuda_graphs)
+    if runtime == "aoti":
+        from ditfastattn.runtime.aoti import load as loading_packages
+
+        return loading_packages.load(folder)
     if runtime != "onnx":
-        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt")
+        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt, aoti")
     from ditfastattn.runtime.bundle import load as loading
 
     return loading.load(

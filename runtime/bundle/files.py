@@ -19,6 +19,7 @@ from ditfastattn.core.files import naming_faults, open_regular, repr_path, stand
 from ditfastattn.runtime.bundle.manifest import (
     EXPORT_AGAIN,
     MANIFEST,
+    Format,
     Manifest,
     parse_manifest,
     read_manifest_text,
@@ -26,6 +27,10 @@ from ditfastattn.runtime.bundle.manifest import (
 from ditfastattn.runtime.bundle.specs import FileSpec
 
 _COPY_AGAIN: Final = "copy the bundle again, or export it again"
+_OTHER_RUNTIME: Final = {
+    Format.ONNX: 'load it with runtime="onnx", or export it again (--format pt2)',
+    Format.PT2: 'load it with runtime="aoti", or export it again (--format onnx)',
+}
 _TRIES: Final = 5  # a bundle may be replaced while it is read
 
 
@@ -70,6 +75,13 @@ class OpenBundle:
         """Return the content of a file of the bundle, which was checked."""
         return self._files[name].content
 
+    def opened(self, name: str) -> str:
+        """Return a path that opens the file that was checked, whatever has its name by now.
+
+        It serves for as long as this object holds the file.
+        """
+        return f"/proc/self/fd/{self._files[name].file.fileno()}"
+
     def path(self, name: str) -> Path:
         """Return where a file was found, for messages: it may be another file by now."""
         return self._files[name].path
@@ -92,14 +104,29 @@ class OpenBundle:
         self._files = {name: opened for name, opened in self._files.items() if name in names}
 
 
-def open_bundle(folder: str | os.PathLike[str]) -> OpenBundle:
+def open_bundle(folder: str | os.PathLike[str], wanted: Format = Format.ONNX) -> OpenBundle:
     """Open the bundle in ``folder``, and compare its files with its manifest.
 
     A bundle that is replaced meanwhile is opened again: its files are those of one bundle.
 
     Raises:
-        ConfigError: there is none, or a file is absent, out of the bundle, truncated or changed.
+        ConfigError: there is none, or a file is absent, out of the bundle, truncated or changed; or
+            its graphs are not written as ``wanted``.
     """
+    opened = _open_standing(folder)
+    found = opened.manifest.format
+    if found is not wanted:
+        raise ConfigError(
+            f"this runtime runs bundles in the format {wanted}",
+            where=repr_path(opened.root),
+            got=found,
+            expected=wanted,
+            remedy=_OTHER_RUNTIME[found],
+        )
+    return opened
+
+
+def _open_standing(folder: str | os.PathLike[str]) -> OpenBundle:
     for _ in range(_TRIES - 1):
         root = standing(Path(folder))
         before = _identity(root)

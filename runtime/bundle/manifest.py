@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -20,6 +21,7 @@ from ditfastattn.core.files import repr_path, standing, write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import (
     FileSpec,
     LoopSpec,
@@ -34,11 +36,31 @@ from ditfastattn.runtime.bundle.specs import (
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
+STEP_SUFFIX = ".json"  # of a step that calls packages of regions
 SCHEMA_VERSION = 3
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
 _SEAL: Final = "sha256"  # of all other entries
 EXPORT_AGAIN: Final = "export the bundle again (`ditfastattn export`)"
+
+
+class Format(StrEnum):
+    """Name what a bundle's graphs are written as."""
+
+    ONNX = "onnx"
+    PT2 = "pt2"  # AOTInductor packages
+
+
+def format_named(name: str) -> Format:
+    """Return the format called ``name``; ``ConfigError`` if there is none."""
+    if name not in {*Format}:
+        raise ConfigError(
+            "there is no such format of bundles",
+            where="format",
+            got=name,
+            expected=", ".join(Format),
+        )
+    return Format(name)
 
 
 class Manifest(Record, frozen=True):
@@ -47,7 +69,7 @@ class Manifest(Record, frozen=True):
     Attributes:
         schema_version: of this format.
         ditfastattn: the version that wrote it.
-        opset: of the graphs.
+        opset: of the graphs; 0 if they are AOTInductor packages.
         model: the transformer that it stands in for.
         plan_sha256: of the plan's file, "" for a dense bundle.
         sampler: the schedule the plan is for.
@@ -65,12 +87,13 @@ class Manifest(Record, frozen=True):
         hoisted: what is computed once per generation.
         loop: the unrolled sampler.
         weights: the file that holds all weights.
+        packages: the AOTInductor packages, where the graphs are not ONNX.
         files: every file of the bundle.
     """
 
     schema_version: Literal[3] = 3
     ditfastattn: str
-    opset: Positive
+    opset: Natural
     model: ModelSpec
     plan_sha256: str
     sampler: Sampler
@@ -88,6 +111,7 @@ class Manifest(Record, frozen=True):
     hoisted: VariantSpec | None = None
     loop: LoopSpec | None = None
     weights: str
+    packages: PackagesSpec | None = None
     files: dict[str, FileSpec]
 
     @field_validator("files")
@@ -126,8 +150,23 @@ class Manifest(Record, frozen=True):
         for graph in self.graphs:
             if not inputs.issuperset(graph.inputs):
                 raise ValueError(f"{graph.file}: inputs that the model lacks")
+        self._check_packages()
         self._check_slots()
         return self
+
+    def _check_packages(self) -> None:
+        for file in self.packages.files if self.packages else ():
+            if file not in self.files:
+                raise ValueError(f"packages: {file!r} is not among the files")
+        for graph in self.graphs if self.packages else ():
+            package = self.packages.files.get(graph.file) if self.packages else None
+            if package is None and not graph.file.endswith(STEP_SUFFIX):
+                raise ValueError(f"packages: {graph.file!r} is not among them")
+            if (
+                package is not None
+                and tuple(spec.name for spec in package.inputs) != graph.graph_inputs
+            ):
+                raise ValueError(f"packages: {graph.file!r} takes other inputs")
 
     def _hash_of(self, file: str) -> str:
         return self.files[file].sha256 if file in self.files else ""
@@ -160,6 +199,11 @@ class Manifest(Record, frozen=True):
                 if moved.source in written and any(began == step for began, _ in moved.lives)
             }
             written |= {slot for slot, _ in variant.writes}
+
+    @property
+    def format(self) -> Format:
+        """Return what the graphs are written as."""
+        return Format.PT2 if self.packages else Format.ONNX
 
     @property
     def graphs(self) -> tuple[VariantSpec, ...]:

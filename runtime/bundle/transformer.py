@@ -88,6 +88,7 @@ class BundleTransformer(nn.Module):
         """
         super().__init__()
         self.providers = providers
+        self.weights: Mapping[str, Tensor] = {}  # those that the engines compute with, if shared
         self.manifest = manifest
         self.config = Config(manifest.model.config)
         self._engines, self._hoisted_engine = tuple(engines), hoisted

@@ -23,9 +23,12 @@ def export(
     dynamic_batch: bool = True,
     loop: bool = False,
     timestep: str = "timestep",
+    format: str = "onnx",
+    isa: str = "",
+    regions: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Manifest:
-    """Write the transformer of ``pipeline``, run by ``plan``, as a bundle of ONNX graphs.
+    """Write the transformer of ``pipeline``, run by ``plan``, as a bundle.
 
     Args:
         pipeline: a diffusers pipeline, or an object with the same interface.
@@ -36,6 +39,11 @@ def export(
         dynamic_batch: whether the bundle accepts any batch size.
         loop: whether to also write the whole generation as one graph, with scheduler and guidance.
         timestep: the name of the model's timestep argument.
+        format: ``onnx``, or ``pt2``: AOTInductor packages, compiled here, for torch's runtime.
+        isa: the vector instructions that packages use, ``avx2`` or ``avx512``; "" takes the best
+            that this processor has.
+        regions: whether packages are parts of blocks, each compiled once for all equal blocks and
+            steps, instead of whole steps: so compiling does not take longer with more layers.
         on_progress: called with the file that was written, the number of files written so far, and
             the number of all files.
 
@@ -44,8 +52,12 @@ def export(
             form; ``out`` exists and is not a bundle.
     """
     from ditfastattn.export import bundle
+    from ditfastattn.runtime.bundle.manifest import format_named
 
-    options = bundle.ExportOptions(dtype, dynamic_batch, loop, timestep, on_progress)
+    written_as = format_named(format)
+    options = bundle.ExportOptions(
+        dtype, dynamic_batch, loop, timestep, written_as, isa, regions, on_progress
+    )
     return bundle.export(pipeline, call, plan, out, options)
 
 

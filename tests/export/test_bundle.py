@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from onnx.reference import ReferenceEvaluator
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
+from ditfastattn.export import graph_files
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import partial_folder
@@ -353,13 +353,12 @@ def test_a_failing_export_leaves_what_was_there(
     tiny = tiny_dit()
     export_tiny(tiny, None, tmp_path / "bundle")
     before = (tmp_path / "bundle" / MANIFEST).read_text()
-    module = sys.modules[export_model.__module__]  # ditfastattn.export itself is the function
     refused = ConfigError("no")
 
     def refuse(path: Path) -> None:
         raise refused
 
-    monkeypatch.setattr(module, "lint", refuse)
+    monkeypatch.setattr(graph_files, "lint", refuse)
     with pytest.raises(ConfigError, match="no"):
         export_anew(tiny, None, tmp_path / "bundle")
     assert (tmp_path / "bundle" / MANIFEST).read_text() == before
@@ -373,9 +372,8 @@ def test_a_killed_export_goes_on_with_the_next_variant(
     _, sites = capture_every_site(tiny)
     rows = mixed_strategies(sites, seed=5)
     whole = export_tiny(tiny, rows, tmp_path / "whole")
-    module = sys.modules[export_model.__module__]
     written: list[str] = []
-    write = module.write_graph
+    write = graph_files.write_graph
 
     def noting(graph: Any, weights: Any, name: str) -> Any:
         if len(written) == 2 and name == "variant_02":
@@ -383,7 +381,7 @@ def test_a_killed_export_goes_on_with_the_next_variant(
         written.append(name)
         return write(graph, weights, name)
 
-    monkeypatch.setattr(module, "write_graph", noting)
+    monkeypatch.setattr(graph_files, "write_graph", noting)
     with pytest.raises(KeyboardInterrupt):
         export_anew(tiny, rows, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -401,17 +399,16 @@ def test_a_killed_export_goes_on_with_the_next_variant(
 def test_what_another_export_left_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules[export_model.__module__]
-    describe = module.describe
+    describe = graph_files.describe
 
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "describe", fail)
+    monkeypatch.setattr(graph_files, "describe", fail)
     with pytest.raises(OSError, match="no space"):
         export_anew(tiny_dit(1), None, tmp_path / "bundle")
     assert (tmp_path / ".bundle.partial").exists()
-    monkeypatch.setattr(module, "describe", describe)
+    monkeypatch.setattr(graph_files, "describe", describe)
     tiny = tiny_dit()
     export_anew(tiny, None, tmp_path / "bundle")
     bundle = load(tmp_path / "bundle")
@@ -431,12 +428,11 @@ def test_a_bundle_is_back_after_an_export_was_killed_between_renames(tmp_path: P
 def test_a_machine_out_of_memory_loses_no_finished_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules[export_model.__module__]
 
     def fail(*_: Any) -> None:
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(module, "describe", fail)
+    monkeypatch.setattr(graph_files, "describe", fail)
     with pytest.raises(RuntimeError, match="memory"):
         export_anew(tiny_dit(), None, tmp_path / "bundle")
     assert (tmp_path / ".bundle.partial" / "variant_00.onnx").is_file()

@@ -1,4 +1,4 @@
-"""``ditfastattn export``: write a bundle of ONNX graphs, and build engines of it if asked."""
+"""``ditfastattn export``: write a bundle, and build engines of it if asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 import ditfastattn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.manifest import Format, Manifest
 from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
 from ditfastattn.tools.commands.build import build_engines
@@ -39,6 +39,16 @@ CastTo = Annotated[
 ]
 FixedBatch = Annotated[bool, typer.Option(help="Fix the batch size.")]
 Loop = Annotated[bool, typer.Option(help="Also write a whole generation as one graph.")]
+WrittenAs = Annotated[
+    Format, typer.Option(help="onnx, or pt2: AOTInductor packages, for torch's own runtime.")
+]
+Isa = Annotated[
+    str,
+    typer.Option(help="Vector instructions of packages: avx2 or avx512. Default: the best here."),
+]
+Regions = Annotated[
+    bool, typer.Option(help="Compile packages of blocks, once for all equal ones, not of steps.")
+]
 Engines = Annotated[bool, typer.Option(help="Build TensorRT engines afterwards.")]
 
 
@@ -53,11 +63,14 @@ def export(
     dtype: CastTo = "",
     fixed_batch: FixedBatch = False,
     loop: Loop = False,
+    format: WrittenAs = Format.ONNX,
+    isa: Isa = "",
+    regions: Regions = False,
     tensorrt: Engines = False,
     target: EngineTarget = CURRENT,
     layout: EngineLayout = Layout.AUTO,
 ) -> None:
-    """Export the model, run by a plan, as a bundle of ONNX graphs that share one weights file."""
+    """Export the model, run by a plan, as a bundle of graphs that share one weights file."""
     if layout is not Layout.AUTO and not tensorrt:
         raise ConfigError(
             "a layout was given, and no engines are built",
@@ -65,13 +78,22 @@ def export(
             got=layout.value,
             remedy="add --tensorrt, or give the layout to `ditfastattn build`",
         )
+    if tensorrt and format is not Format.ONNX:
+        raise ConfigError(
+            "engines are built from ONNX graphs",
+            where="--format",
+            got=format.value,
+            remedy="leave out --tensorrt, or export with --format onnx",
+        )
     loaded = None if plan is None else Plan.load(plan)
     opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
     steps = 1 if loaded is None else loaded.sampler.steps
     arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
     console = open_console()
     with_loop = loop or layout is Layout.LOOP
-    write_bundle(console, opened, arguments, loaded, out, dtype, not fixed_batch, with_loop)
+    options = {"dtype": dtype, "dynamic_batch": not fixed_batch, "loop": with_loop}
+    options |= {"format": format, "isa": isa, "regions": regions}
+    write_bundle(console, opened, arguments, loaded, out, options)
     if tensorrt:
         build_engines(console, out, target, layout)
 
@@ -82,24 +104,15 @@ def write_bundle(
     call: Mapping[str, Any],
     plan: Plan | None,
     out: Path,
-    dtype: str,
-    dynamic_batch: bool,
-    loop: bool,
+    options: Mapping[str, Any],
 ) -> Manifest:
-    """Export with a progress bar, and print what was written."""
+    """Export with a progress bar, and print what was written; ``options`` as ``export`` takes."""
     with progress_bar(console, "capturing", total=None) as advance:
-        manifest = ditfastattn.export(
-            pipeline,
-            call,
-            plan,
-            out,
-            dtype=dtype,
-            dynamic_batch=dynamic_batch,
-            loop=loop,
-            on_progress=advance,
-        )
+        manifest = ditfastattn.export(pipeline, call, plan, out, on_progress=advance, **options)
     weights = manifest.files[manifest.weights].bytes / _MEGABYTE
-    graphs = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".onnx"))
+    graphs = sum(
+        spec.bytes for name, spec in manifest.files.items() if name.endswith((".onnx", ".pt2"))
+    )
     console.print(
         f"wrote {out}: {len(manifest.variants)} step variants for {len(manifest.schedule)} steps, "
         f"{weights:.1f} MiB of shared weights, {graphs / _MEGABYTE:.1f} MiB of graphs",

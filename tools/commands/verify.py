@@ -29,7 +29,10 @@ DenseSteps = Annotated[
     int, typer.Option(min=1, help="Sampler steps for a dense bundle, which has no plan.")
 ]
 Runtime = Annotated[
-    str, typer.Option(help="onnx, or tensorrt: the engines built for this machine's GPU.")
+    str,
+    typer.Option(
+        help="onnx; aoti, for bundles of packages; or tensorrt: the engines built for this GPU."
+    ),
 ]
 
 

@@ -1,0 +1,140 @@
+"""Write the graphs of a bundle as AOTInductor packages that share one file of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.core.files import replacing, write_bytes_atomically
+from ditfastattn.export.aoti.compile import compile_package
+from ditfastattn.export.aoti.constants import Constants, PackageGraph, with_constants
+from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
+from ditfastattn.export.aoti.options import CompileFor
+from ditfastattn.export.emitter import Value
+from ditfastattn.export.partial import PartialBundle
+from ditfastattn.export.step_graphs import StepGraph, sizes, spec, used_inputs, written_name
+from ditfastattn.passes.graph.ir import graph_text
+from ditfastattn.passes.windows.lower_windows import lower_windows
+from ditfastattn.passes.windows.mask_windows import mask_windows
+from ditfastattn.runtime.bundle.packages import PackageInput, PackageSpec, PackagesSpec
+from ditfastattn.runtime.bundle.specs import GraphSize, VariantSpec
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE: Final = "weights.safetensors"
+
+
+def package_form(module: GraphModule, static: Sequence[int]) -> None:
+    """Lower windows to operators that torch's C++ library has; weights stay apart, as named."""
+    for reason in lower_windows(module):
+        log.info("window attention becomes a masked full attention: %s", reason)
+    mask_windows(module)
+
+
+class PackageFiles:
+    """Compile graphs into the folder of a bundle, and collect their weights."""
+
+    suffix = "pt2"
+    form = staticmethod(package_form)
+
+    def __init__(self, partial: PartialBundle, batches: tuple[int, int], made: CompileFor) -> None:
+        """Take the two batches of the captures, and what to compile for."""
+        self._partial, self._batches, self._compile = partial, batches, made
+        self._constants = Constants()
+        self._files: dict[str, PackageSpec] = {}
+
+    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+        """Compile ``graph``, unless an interrupted export has."""
+        ready = with_constants(graph, self._constants)
+        used = used_inputs(graph)
+        package = PackageSpec(inputs=tuple(map(package_input, used)), constants=ready.constants)
+        self._compile_into(file, graph, ready, used, package)
+        self._files[file] = package
+        return variant_entry(graph, file)
+
+    def _compile_into(
+        self,
+        file: str,
+        graph: StepGraph,
+        ready: PackageGraph,
+        inputs: Sequence[Value],
+        package: PackageSpec,
+    ) -> None:
+        """Compile ``ready``, a part of ``graph`` or all of it, unless an interrupted export has."""
+        key = self._key(graph, ready, package)
+        if self._partial.has(file, key):
+            return
+        module, batch = ready.module, self._batches[1]
+        examples = self._examples(inputs, batch)
+        if batch != self._batches[0]:
+            module = free_batch(graph, ready, inputs, examples)
+        content = compile_package(module, examples, self._compile.options, file)
+        write_bytes_atomically(self._partial.folder / file, content)
+        self._partial.keep(file, key)
+
+    def _examples(self, inputs: Sequence[Value], batch: int) -> list[Tensor]:
+        """Return inputs as the runtime will give them: contiguous."""
+        device = self._compile.target.device
+        return [torch.zeros(spec(v).sizes(batch), dtype=v.dtype, device=device) for v in inputs]
+
+    def _key(self, graph: StepGraph, ready: PackageGraph, package: PackageSpec) -> str:
+        """Return a hash of all that the package is compiled from."""
+        parts = (
+            graph_text(graph.source.module.graph),
+            graph_text(ready.module.graph),
+            package,
+            self._compile,
+            self._batches,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def close(self) -> str:
+        """Write the weights; return the name of their file."""
+        path: Path = self._partial.folder / WEIGHTS_FILE
+        with replacing(path) as temporary:
+            tensors = {name: tensor.cpu() for name, tensor in self._constants.tensors.items()}
+            safetensors.torch.save_file(tensors, temporary)
+        return WEIGHTS_FILE
+
+    def packages(self) -> PackagesSpec:
+        """Return what was compiled."""
+        return PackagesSpec(target=self._compile.target, files=self._files)
+
+
+def package_input(value: Value) -> PackageInput:
+    """Return the manifest's description of an input, which will be contiguous."""
+    described = spec(value)
+    return PackageInput(
+        name=described.name,
+        shape=described.shape,
+        dtype=described.dtype,
+        strides=sizes(contiguous_strides(value)),
+    )
+
+
+def variant_entry(graph: StepGraph, file: str) -> VariantSpec:
+    """Return the manifest's entry of a step that ``file`` holds."""
+    used = {value.name for value in used_inputs(graph)}
+    return VariantSpec(
+        file=file,
+        size=_size(graph),
+        inputs=tuple(v.name for v in graph.inputs if v.name in used and v.name not in graph.reads),
+        reads=tuple((slot, slot) for slot in graph.reads if slot in used),
+        writes=tuple((slot, written_name(slot)) for slot in graph.writes),
+    )
+
+
+def _size(graph: StepGraph) -> GraphSize:
+    """Return how large the graph is, at the batch of its capture."""
+    nodes = [node for node in graph.source.module.graph.nodes if node.op == "call_function"]
+    values = [node.meta.get("val") for node in nodes]
+    sizes = [item.nbytes for item in values if isinstance(item, Tensor)]
+    return GraphSize(nodes=len(nodes), largest=max([0, *sizes]))

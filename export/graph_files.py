@@ -1,0 +1,73 @@
+"""Write the graphs of a bundle: as ONNX, or as whatever else answers to ``GraphFiles``."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+from ditfastattn.core.files import write_bytes_atomically
+from ditfastattn.export.lint import lint
+from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle
+from ditfastattn.export.step_graphs import Form, StepGraph, describe, onnx_form, write_graph
+from ditfastattn.passes.graph.ir import graph_text
+from ditfastattn.runtime.bundle.packages import PackagesSpec
+from ditfastattn.runtime.bundle.specs import VariantSpec
+
+
+class GraphFiles(Protocol):
+    """Write graphs into the folder of a bundle, each unless an interrupted export has.
+
+    Attributes:
+        suffix: of the files' names.
+        form: brings a graph into the form that it is written in.
+    """
+
+    suffix: str
+    form: Form
+
+    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+        """Write ``graph``; return its entry in the manifest."""
+        ...
+
+    def close(self) -> str:
+        """End writing weights; return the name of their file."""
+        ...
+
+    def packages(self) -> PackagesSpec | None:
+        """Return what was compiled, if anything was."""
+        ...
+
+
+class OnnxFiles:
+    """Write graphs as ONNX, which refers to one file of weights."""
+
+    suffix = "onnx"
+    form: Form = staticmethod(onnx_form)
+
+    def __init__(self, partial: PartialBundle) -> None:
+        """Take the folder."""
+        self._partial = partial
+
+    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+        """Write ``graph``; return its entry in the manifest."""
+        partial = self._partial
+        key = hashlib.sha256(graph_text(graph.source.module.graph).encode()).hexdigest()
+        if not partial.has(file, key):
+            self.save(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
+            partial.keep(file, key)
+        return describe(graph, partial.folder / file)
+
+    def save(self, model: Any, file: str) -> None:
+        """Write ``model``, and check it as runtimes will read it."""
+        path = self._partial.folder / file
+        write_bytes_atomically(path, model.SerializeToString())
+        self._partial.weights.flush()
+        lint(path)
+
+    def close(self) -> str:
+        """End writing weights; return the name of their file."""
+        self._partial.close()
+        return WEIGHTS_FILE
+
+    def packages(self) -> None:
+        """Return nothing: ONNX is not compiled."""

@@ -1,0 +1,1 @@
+"""Run bundles of AOTInductor packages."""

@@ -1,0 +1,76 @@
+"""The C++ example runs a generation by a bundle of packages, from a folder that holds no Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import nlohmann_json  # type: ignore[import-untyped]  # a C++ header
+import pytest
+import safetensors.torch
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from ditfastattn import Strategy, export, load
+from ditfastattn.export.linear_scheduler import linear_schedule
+from tests.helpers import tiny_digits_pipeline
+from tests.plans import plan_for
+from tests.shared import made_once
+
+SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+STEPS = [Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE]
+
+
+def built(folder: Path) -> None:
+    """Build the example in ``folder``, as CMakeLists.txt says."""
+    shutil.copytree(SOURCE, folder / "source")
+    include = nlohmann_json.get_include()
+    settings = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        f"-DJSON_INCLUDE={include}",
+    ]
+    configure = ["cmake", "-S", str(folder / "source"), "-B", str(folder / "build"), *settings]
+    for command in (configure, ["cmake", "--build", str(folder / "build")]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_cpp_example_computes_what_the_loop_does(regions: bool, tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=True))
+    call: dict[str, Any] = {
+        "class_labels": [1],
+        "num_inference_steps": len(STEPS),
+        "guidance_scale": 2.0,
+    }
+    plan = plan_for(pipeline, call, STEPS)
+    export(pipeline, call, plan, tmp_path / "onnx", loop=True)
+    export(pipeline, call, plan, tmp_path / "bundle", format="pt2", regions=regions)
+    noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(7))
+    labels = torch.tensor([1, 2, 10, 10])
+    inputs = {"noise": noise, "class_labels": labels}
+    safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
+    stepping = dataclasses.asdict(linear_schedule(pipeline.scheduler, len(STEPS)))
+    stepping["guidance_scale"] = 2.0
+    (tmp_path / "stepping.json").write_text(json.dumps(stepping))
+    folder = made_once("cpp", "generate", built)
+    names = ("bundle", "inputs.safetensors", "latents.safetensors", "stepping.json")
+    paths = [str(tmp_path / name) for name in names]
+    program = str(folder / "build" / "generate")
+    done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = safetensors.torch.load_file(tmp_path / "latents.safetensors")["latents"]
+    expected = load(tmp_path / "onnx").generate(noise, class_labels=labels)
+    assert float((got - expected).abs().max()) < 1e-5
+    manifest = (tmp_path / "bundle" / "manifest.json").read_text()
+    other = manifest.replace(f'"torch": "{torch.__version__}"', '"torch": "2.99.0"')
+    (tmp_path / "bundle" / "manifest.json").write_text(other)
+    done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "for torch 2.99.0" in done.stderr
