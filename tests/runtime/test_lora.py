@@ -54,7 +54,7 @@ def with_lora(tiny: TinyModel, alpha: int = 8, seed: int = 0) -> TinyModel:
 
 def sd3_with_lora() -> TinyModel:
     """Return an SD3 with an adapter as diffusers adds and manages it."""
-    tiny = tiny_sd3()
+    tiny = tiny_sd3(layers=2)
     model: Any = copy.deepcopy(tiny.model)
     torch.manual_seed(0)
     model.add_adapter(config(), adapter_name="style")
@@ -115,11 +115,11 @@ def test_a_plan_belongs_to_the_model_with_or_without_adapters(name: str) -> None
 def test_another_scale_and_other_adapters_run_with_a_warning(
     other: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = with_lora(tiny_dit())
+    own = with_lora(tiny_dit(layers=1))
     plan = plan_for(own)
     assert_runs(own, plan)
     assert OTHER not in caplog.text
-    assert_runs(with_lora(tiny_dit(), **other), plan)
+    assert_runs(with_lora(tiny_dit(layers=1), **other), plan)
     assert caplog.text.count(OTHER) == 1
 
 
@@ -171,7 +171,7 @@ def test_adapters_of_equal_rank_are_swapped_without_compiling_again(
     "works",
 )
 def test_unloaded_or_disabled_adapters_leave_the_base_model_its_plan() -> None:
-    plan = plan_for(tiny_sd3())
+    plan = plan_for(tiny_sd3(layers=2))
     adapted = sd3_with_lora()
     model: Any = adapted.model
     assert_refused(adapted, plan, UNKNOWN)
@@ -192,7 +192,7 @@ def test_unloaded_or_disabled_adapters_leave_the_base_model_its_plan() -> None:
 @pytest.mark.slow  # test_lora_pipelines.py fuses a loaded adapter by default
 def test_fused_adapters_are_other_weights() -> None:
     adapted = sd3_with_lora()
-    plans = plan_for(tiny_sd3()), plan_for(adapted)
+    plans = plan_for(tiny_sd3(layers=2)), plan_for(adapted)
     model: Any = adapted.model
     model.fuse_lora()
     remedy = r"plan.model.weights[\s\S]*remedy: .*fusing LoRA adapters changes the weights"
@@ -201,7 +201,7 @@ def test_fused_adapters_are_other_weights() -> None:
 
 
 def test_adapters_of_another_dtype_are_no_other_dtype_of_the_model() -> None:
-    tiny = tiny_dit()
+    tiny = tiny_dit(layers=1)
     halves = TinyModel(copy.deepcopy(tiny.model).to(torch.bfloat16), half(tiny.call))
     plan = plan_for(halves)
     adapted = with_lora(halves)
@@ -235,7 +235,7 @@ def test_each_of_several_adapters_counts_with_its_own_scale() -> None:
 
 
 def test_a_wrapped_model_is_the_model_itself() -> None:
-    tiny = tiny_dit()
+    tiny = tiny_dit(layers=1)
     plan = plan_for(with_lora(tiny))
     torch.manual_seed(0)
     wrapped: PeftModel = get_peft_model(copy.deepcopy(tiny.model), config())
