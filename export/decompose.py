@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.graph.ir import fake_mode
+from ditfastattn.passes.graph.fake_values import fake_mode
 
 
 def decompose_unknown(

@@ -20,7 +20,8 @@ from ditfastattn.export.aoti.constants import PackageGraph
 from ditfastattn.export.aoti.files import PackageFiles, package_form, package_input, variant_entry
 from ditfastattn.export.emitter import Value
 from ditfastattn.export.step_graphs import StepGraph, used_inputs
-from ditfastattn.passes.graph.ir import fake_mode, outputs
+from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.outline import outline
 from ditfastattn.passes.graph.region import Region, freed_after
 from ditfastattn.runtime.bundle.manifest import STEP_SUFFIX

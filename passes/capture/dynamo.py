@@ -31,7 +31,7 @@ from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.plain_tensors import parts, rebuilt
 from ditfastattn.passes.capture.recognize_attention import recognize_attention
-from ditfastattn.passes.graph.ir import empty_like
+from ditfastattn.passes.graph.fake_values import empty_like
 from ditfastattn.passes.graph.origin import is_marked_static, readable_path
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument
+
+from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.kinds import result_of
 
 aten = torch.ops.aten
 
@@ -44,30 +46,6 @@ def argument(node: Node, position: int, keyword: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
 
 
-def fake_mode(graph: Graph) -> FakeTensorMode:
-    """Return the fake tensor mode that the graph was captured under."""
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), FakeTensor):
-            mode: FakeTensorMode = node.meta["val"].fake_mode
-            return mode
-    raise LookupError("no node of the graph carries a fake tensor")
-
-
-def empty_like(mode: FakeTensorMode, like: Tensor) -> Tensor:
-    """Return a new fake tensor of the shape, strides, dtype and device of ``like``."""
-    with mode:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-
-
-def evaluate(graph: Graph, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return the fake value of ``target(*args, **kwargs)``; nodes stand for their values."""
-    with fake_mode(graph), torch.no_grad():
-        return target(
-            *map_arg(args, lambda node: node.meta["val"]),
-            **map_arg(dict(kwargs), lambda node: node.meta["val"]),
-        )
-
-
 def insert(
     graph: Graph,
     target: Any,
@@ -77,7 +55,7 @@ def insert(
 ) -> Node:
     """Add a call at the graph's insertion point, with its fake value and the origin of ``like``."""
     node = graph.call_function(target, args, kwargs or {})
-    node.meta["val"] = evaluate(graph, target, args, kwargs or {})
+    node.meta["val"] = result_of(node)
     for key in _KEPT_META:
         if key in like.meta:
             node.meta[key] = like.meta[key]

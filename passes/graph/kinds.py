@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from ditfastattn.passes.graph.ir import evaluate
+from ditfastattn.passes.graph.fake_values import evaluate, fake_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,34 @@ def run_call(
     kwargs = tuple((name, frozen(item)) for name, item in node.kwargs.items())
     result = _result(node.target, args, kwargs)
     return result.kind, tuple(dict.fromkeys(leaves[index] for index in result.shared))
+
+
+def result_of(node: Node) -> Any:
+    """Return the fake value of the call ``node``; calls of equal kinds share it.
+
+    It shares no storage with the values of its inputs; see ``run_call`` for what does.
+    """
+    if not isinstance(node.target, OpOverload):
+        if node.target is operator.getitem:
+            source: Any = node.args[0]
+            return source.meta["val"][node.args[1]]
+        return evaluate(node.graph, node.target, node.args, node.kwargs)
+    kind, _ = run_call(node)
+    mode = fake_mode(node.graph)
+    known = _values.setdefault(mode, {})
+    if kind not in known:
+        with mode:
+            known[kind] = _value(kind)
+    return known[kind]
+
+
+_values: WeakKeyDictionary[FakeTensorMode, dict[Kind, Any]] = WeakKeyDictionary()
+
+
+def _value(kind: Kind) -> Any:
+    if isinstance(kind, tuple):
+        return [_value(part) for part in kind]
+    return kind.value if isinstance(kind, Literal) else _fake(kind)
 
 
 def _tensors(kind: Kind) -> int:

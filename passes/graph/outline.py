@@ -29,7 +29,9 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes.graph.ir import VIEWS, aten, empty_like, evaluate, fake_mode, insert
+from ditfastattn.passes.graph.fake_values import empty_like, fake_mode
+from ditfastattn.passes.graph.ir import VIEWS, aten, insert
+from ditfastattn.passes.graph.kinds import result_of
 from ditfastattn.passes.graph.partition import Partition, partition
 from ditfastattn.passes.graph.region import Region, make_region
 
@@ -88,7 +90,7 @@ def _settle_layouts(graph: Graph, regions: Partition, args: Sequence[Tensor]) ->
         if node not in regions:
             continue
         if not changed.isdisjoint(node.all_input_nodes) and node.target is not flex_attention:
-            before, after = node.meta["val"], evaluate(graph, node.target, node.args, node.kwargs)
+            before, after = node.meta["val"], result_of(node)
             if _strides(before) != _strides(after):
                 node.meta["val"] = after
                 changed.add(node)

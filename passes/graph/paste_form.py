@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as flex
 
-from ditfastattn.passes.graph.ir import empty_like, fake_mode, value
+from ditfastattn.passes.graph.fake_values import empty_like, fake_mode
+from ditfastattn.passes.graph.ir import value
 
 Form = Callable[..., Tensor]  # (q, k, v[, mask], *constants) -> output, all [B, H, N, D]
 Constants = tuple[Tensor, ...]

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ditfastattn.passes.graph.ir import empty_like, fake_mode, outputs
+from ditfastattn.passes.graph.fake_values import empty_like, fake_mode
+from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.origin import is_static
 
 

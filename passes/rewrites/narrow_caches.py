@@ -23,7 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.graph.ir import aten, fake_mode, insert, outputs, replace_uses, value
+from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.ir import aten, insert, outputs, replace_uses, value
 from ditfastattn.passes.graph.slots import read_nodes, written_slots
 from ditfastattn.passes.rewrites.base import PassResult
 

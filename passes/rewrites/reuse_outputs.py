@@ -31,7 +31,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.graph.ir import aten, fake_mode, find, insert, value
+from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.ir import aten, find, insert, value
 from ditfastattn.passes.graph.slots import Slot, factor_slots, output_slot, read_cache
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.base import PassResult

@@ -22,11 +22,13 @@ from ditfastattn.runtime import lowering
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from tests.helpers import (
     TinyModel,
+    capture_every_site,
     capture_sites,
     largest_difference,
     make_plan,
     randomize,
     tiny_dit,
+    tiny_sd3,
     uniform_strategies,
 )
 
@@ -85,6 +87,25 @@ def test_compiled_regions_do_not_grow_with_the_layers(compiled: Compiled) -> Non
         expected = tiny.reference(plan.strategies, sites, plan.sampler.cfg_layout)
         assert largest_difference(got, expected) < 1e-5
     assert counts[0] == counts[1] < 20
+
+
+@pytest.mark.slow
+def test_regions_of_joint_attention_grow_with_what_blocks_do_not_with_the_layers(
+    compiled: Compiled,
+) -> None:
+    """Every third block shares all of its sites, the next one shares guidance."""
+    does = (Strategy.FULL, Strategy.SHARE_STEP, Strategy.SHARE_CFG)
+    counts: list[int] = []
+    for layers in (6, 9):
+        tiny = tiny_sd3(layers=layers)
+        _, sites = capture_every_site(tiny)
+        blocks = [int(site.name.split(".")[1]) for site in sites]
+        row = tuple(does[block % 3] for block in blocks)
+        plan = make_plan(tiny, [(Strategy.FULL,) * len(row)] + [row] * 5, feed_forwards=True)
+        del compiled[:]
+        tiny.run(planned(tiny, plan), steps=2)
+        counts.append(len(compiled))
+    assert counts[0] == counts[1]
 
 
 def test_variants_and_plans_share_compiled_blocks(compiled: Compiled) -> None:

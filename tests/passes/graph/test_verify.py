@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn import VerifyError
+from ditfastattn.passes.graph.fake_values import fake_mode
 from ditfastattn.passes.graph.ir import (
     ATTENTION,
     aten,
     calls,
     clone,
-    fake_mode,
     insert,
     outputs,
     replace_uses,
