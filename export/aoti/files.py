@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.export.emitter import Value
 from ditfastattn.export.partial import PartialBundle
-from ditfastattn.export.step_graphs import StepGraph, sizes, spec, used_inputs, written_name
+from ditfastattn.export.step_graphs import Form, StepGraph, sizes, spec, used_inputs, written_name
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.passes.windows.mask_windows import mask_windows
@@ -43,7 +43,7 @@ class PackageFiles:
     """Compile graphs into the folder of a bundle, and collect their weights."""
 
     suffix = "pt2"
-    form = staticmethod(package_form)
+    form: Form = staticmethod(package_form)
 
     def __init__(self, partial: PartialBundle, batches: tuple[int, int], made: CompileFor) -> None:
         """Take the two batches of the captures, and what to compile for."""
@@ -100,13 +100,25 @@ class PackageFiles:
         """Write the weights; return the name of their file."""
         path: Path = self._partial.folder / WEIGHTS_FILE
         with replacing(path) as temporary:
-            tensors = {name: tensor.cpu() for name, tensor in self._constants.tensors.items()}
-            safetensors.torch.save_file(tensors, temporary)
+            safetensors.torch.save_file(_apart(self._constants.tensors), temporary)
         return WEIGHTS_FILE
 
     def packages(self) -> PackagesSpec:
         """Return what was compiled."""
         return PackagesSpec(target=self._compile.target, files=self._files)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` on the CPU, no two of which share memory: the file format has no views."""
+    known: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.cpu()
+        storage = plain.untyped_storage()
+        whole = storage.nbytes() == plain.nbytes and storage.data_ptr() not in known
+        found[name] = plain if whole else plain.clone()
+        known.add(storage.data_ptr())
+    return found
 
 
 def package_input(value: Value) -> PackageInput:
