@@ -111,7 +111,7 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
     options: dict[str, Any] = {"plan": plan, "lowering": "eager", "timestep": zoo.argument}
     run = _planned(model, options, captured.traced is not None)
     with torch.no_grad():
-        found = [_tensor(run(**call)) for call in calls]
+        found = [first_tensor(run(**call)) for call in calls]
     trial = Trial(zoo.name, report, plan.strategies, relative_error(found, expected))
     if captured.traced is not None:
         reads = captured.traced.guards.reads
@@ -154,7 +154,7 @@ def _by_torch_export(
         if differing := _differing(planned.sites, trial.report):
             return replace(trial, no_program=f"other sites: {differing}")
         with torch.no_grad():
-            found = [_tensor(planned(**call)) for call in calls]
+            found = [first_tensor(planned(**call)) for call in calls]
         return replace(trial, program_error=relative_error(found, expected))
     except Exception as error:  # a survey reports every failure
         return replace(trial, no_program=reason_of(error))
@@ -184,7 +184,7 @@ def _exported(
             options = ExportOptions(timestep=zoo.argument)
             export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle", options)
             bundle = load(Path(folder) / "bundle")
-            error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
+            error = relative_error([first_tensor(bundle(**call)) for call in calls], expected)
         except Exception as found:  # a survey reports every failure
             reason = reason_of(found)
     return replace(trial, onnx_error=error, no_onnx=reason)
@@ -271,7 +271,7 @@ def reference(
     for step, call in enumerate(calls):
         parts = map(model.get_submodule, whole)
         with torch.no_grad(), interpreter.outside(parts), interpreter.step(step):
-            results.append(_tensor(model(**call)))
+            results.append(first_tensor(model(**call)))
     return results
 
 
@@ -293,7 +293,7 @@ def reason_of(error: BaseException) -> str:
     return _PATH.sub("", lines[0])
 
 
-def _tensor(result: Any) -> Tensor:
+def first_tensor(result: Any) -> Tensor:
     """Return the denoised tensor of what a model returns."""
     while not isinstance(result, Tensor):
         result = result[0]

@@ -83,7 +83,7 @@ def test_a_class_that_breaks_dynamo_is_calibrated_on_its_trace(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     torch._dynamo.reset()
-    pipeline = LoopPipeline("Lumina2Transformer2DModel")
+    pipeline = LoopPipeline("OmniGenTransformer2DModel")
     call = {"num_inference_steps": 3}
     dense = generate(pipeline, Prompt(call, 9))
     with caplog.at_level(logging.WARNING, "ditfastattn"):
