@@ -98,10 +98,10 @@ def guards_of(
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in known))
     names = dict(zip(placeholders, (entry.name for entry in inputs), strict=True))
-    made = [
-        HostRead(tuple(names[one] for one in placeholders if one in ancestors([node])), *said)
-        for node, said in known.items()
-    ]
+    made: list[HostRead] = []
+    for node, said in known.items():
+        sources = ancestors([node])
+        made.append(HostRead(tuple(names[one] for one in placeholders if one in sources), *said))
     return Guards(GraphModule(module, graph), made, positions)
 
 
