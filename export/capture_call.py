@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.capture.dynamo import capture, describe_inputs
+from ditfastattn.passes.capture.dynamo import DataDependenceError, capture, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
+from ditfastattn.passes.capture.traced import TracedCall
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn.runtime.traced import TracedCalls, log_fallback
 
 
 class _Recorded(Exception):  # noqa: N818  # it ends a generation and reports no error
@@ -85,14 +88,27 @@ class CapturedCall:
 
     graph: CapturedGraph
     tensors: tuple[Tensor, ...]
+    traced: TracedCall | None = None  # where Dynamo makes no graph of it
 
 
-def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
+def capture_call(model: nn.Module, call: RecordedCall, timestep: str = "timestep") -> CapturedCall:
     """Capture ``model``, called with ``call``, as one graph.
 
     Raises:
-        ConfigError: Dynamo made several graphs of it.
+        ConfigError: it is not one graph.
     """
+    plain = getattr(model, "_orig_mod", model)
+    try:
+        return _by_dynamo(plain, call)
+    except (TorchDynamoException, DataDependenceError) as error:
+        log_fallback(type(plain).__name__, error)
+    with torch.no_grad():
+        calls = TracedCalls(plain, timestep)
+        traced, tensors, _ = calls.find(plain.forward, (), call.arguments)
+    return CapturedCall(traced.captured, tuple(tensors), traced)
+
+
+def _by_dynamo(plain: nn.Module, call: RecordedCall) -> CapturedCall:
     found: list[CapturedCall] = []
 
     def backend(module: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -105,7 +121,6 @@ def capture_call(model: nn.Module, call: RecordedCall) -> CapturedCall:
 
         return run
 
-    plain = getattr(model, "_orig_mod", model)
     undo = replace_forward(
         plain,
         lambda forward: torch.compile(forward, backend=backend, fullgraph=True, dynamic=False),

@@ -105,6 +105,18 @@ class PreparedModel:
         return [(entry, tensor) for entry, tensor in pairs if not entry.static]
 
 
+def _check_guards(captured: CapturedCall) -> None:
+    """Refuse a graph that holds for some inputs alone: a bundle would not notice others."""
+    for read in captured.traced.guards.reads if captured.traced is not None else ():
+        raise ConfigError(
+            "the graph holds only for what the model reads of its inputs, which a bundle cannot "
+            "check",
+            where="export",
+            got=str(read),
+            remedy="run it in torch, by accelerate(pipeline, plan)",
+        )
+
+
 def prepare(
     model: nn.Module, call: RecordedCall, plan: Plan | None, options: ExportOptions
 ) -> PreparedModel:
@@ -115,17 +127,18 @@ def prepare(
             no such dtype.
     """
     _check_calls(plan)
-    captured = capture_call(model, call)
+    captured = capture_call(model, call, options.timestep)
+    _check_guards(captured)
     static = static_tensors(captured.graph, captured.tensors)
     identity, first, sites = _matched(captured, static, plan)
     own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
     dtype = _dtype(options.dtype) if options.dtype else own
     if dtype != own:  # the plan was matched before: it is for the model's own dtype
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
-        first = _split(capture_call(model, call), plan)
+        first = _split(capture_call(model, call, options.timestep), plan)
     second = first
     if options.dynamic_batch:
-        second = _split(capture_call(model, call.doubled()), plan)
+        second = _split(capture_call(model, call.doubled(), options.timestep), plan)
     both = _again(sites, first), _again(sites, second)
     batches = call.batch, call.batch * (1 + options.dynamic_batch)
     timestep = timestep_position(first.graph, options.timestep)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
-from ditfastattn.passes.capture.dynamo import describe_inputs
+from ditfastattn.passes.capture.dynamo import DataDependenceError, describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.lowering import many_compilations
@@ -32,9 +32,11 @@ from ditfastattn.runtime.pipeline.forwards import (
     restore_forward,
 )
 from ditfastattn.runtime.pipeline.generation_end import stop_watching, warn_if_unused
+from ditfastattn.runtime.pipeline.model_call import by_name
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.pipeline_watch import PipelineWatch, check_hooks
 from ditfastattn.runtime.plan_choice import Candidate, OnMismatch, PlanChoice
+from ditfastattn.runtime.traced import TracedFallback, TracedFunction
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ def accelerate(
         candidates = [
             Candidate(
                 each.plan,
-                _PlannedForward(compiled, each, watch)
+                _PlannedForward(own, module, compiled, each, watch)
                 if model is None
                 else _opaque(own, model, compilation),
             )
@@ -198,22 +200,35 @@ class _DynamoGraph:
 class _PlannedForward:
     """Run the forward of one module, compiled, by one plan."""
 
-    def __init__(self, compiled: Forward, options: BackendOptions, watch: PipelineWatch) -> None:
+    def __init__(
+        self,
+        own: Forward,
+        module: nn.Module,
+        compiled: Forward,
+        options: BackendOptions,
+        watch: PipelineWatch,
+    ) -> None:
+        self._own, self._kind = own, type(module)
         self._compiled, self._options, self._watch = compiled, options, watch
+        self._traced = TracedFallback(lambda: TracedFunction(module, options))
         self._functions: WeakKeyDictionary[_DynamoGraph, PlannedFunction] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._traced.function is not None:
+            return self._traced.function(self._own, args, kwargs)
         token = _under_way.set(self)
         try:
             with many_compilations():  # models of one class count together
+                args, kwargs = by_name(self._kind, args, kwargs)
                 return self._compiled(*args, **kwargs)
         except FailOnRecompileLimitHit as error:  # it is no TorchDynamoException
             raise _too_many() from error
-        except TorchDynamoException:
+        except (TorchDynamoException, DataDependenceError) as error:
             self._watch.check_hooks()  # a better reason, if that is one
-            raise
+            broken: Exception = error
         finally:
             _under_way.reset(token)
+        return self._traced.take_over(self._kind.__name__, broken)(self._own, args, kwargs)
 
     def function(self, graph: _DynamoGraph) -> PlannedFunction:
         """Return what runs ``graph`` by the plan."""

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -82,7 +83,7 @@ class PlanInterpreter(TorchFunctionMode):
             self._sites.setdefault((func, site.ordinal), []).append(index)
         self._branches = [_Branch(), _Branch()]
         self._branch = self._branches[0]
-        self._step = 0
+        self._step = self._hidden = 0
         self._calls: Counter[Any] = Counter()
 
     def step(self, step: int, call: int = 0) -> PlanInterpreter:
@@ -95,6 +96,22 @@ class PlanInterpreter(TorchFunctionMode):
         self._calls.clear()
         return self
 
+    @contextmanager
+    def outside(self, modules: Iterable[nn.Module]) -> Generator[None]:
+        """Leave out of the counts what ``modules`` call: they stay whole in the graph."""
+
+        def enter(*_: Any) -> None:
+            self._hidden += 1
+
+        def leave(*_: Any) -> None:
+            self._hidden -= 1
+
+        with ExitStack() as undo:
+            for module in modules:
+                undo.callback(module.register_forward_pre_hook(enter).remove)
+                undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -104,6 +121,8 @@ class PlanInterpreter(TorchFunctionMode):
     ) -> Any:
         """Intercept the sites; let everything else through."""
         keywords = dict(kwargs or {})
+        if self._hidden:
+            return func(*args, **keywords)
         if func is functional.multi_head_attention_forward:
             # If it dispatched by itself, the calls that it makes would not be seen.
             with self, patch.object(functional, "has_torch_function", lambda _: False):

@@ -86,13 +86,13 @@ def _attributes(module: nn.Module) -> list[tuple[str, str]]:
 _captured: dict[str, CapturedCall] = {}
 
 
-def capture_once(model: nn.Module, call: RecordedCall) -> CapturedCall:
+def capture_once(model: nn.Module, call: RecordedCall, timestep: str = "timestep") -> CapturedCall:
     """Capture as an export does, each small model and call once: nobody changes a capture."""
     if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
-        return capture_call(model, call)
+        return capture_call(model, call, timestep)
     key = digest([model, call.arguments])
     if key not in _captured:
-        _captured[key] = capture_call(model, call)
+        _captured[key] = capture_call(model, call, timestep)
     return _captured[key]
 
 

@@ -39,6 +39,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -58,6 +59,7 @@ from transformers.models.t5.tokenization_t5 import T5Tokenizer
 from transformers.models.umt5.configuration_umt5 import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
+from ditfastattn.tools.zoo.families import z_image
 from tests.helpers import randomize
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -358,6 +360,25 @@ def tiny_cogvideox_pipeline() -> CogVideoXPipeline:
             vae=_random(vae),
             transformer=_random(transformer),
             scheduler=scheduler,
+        )
+    )
+
+
+def tiny_z_image_pipeline() -> ZImagePipeline:
+    """Return a pipeline that gives its transformer a list of images, each with its prompt.
+
+    It has no text encoder: prompts are given as ``prompt_embeds`` of any lengths.
+    """
+    (zoo,) = z_image.MODELS
+    nothing: Any = None
+    transformer: Any = zoo.build()
+    return _quiet(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_image_vae(),
+            text_encoder=nothing,
+            tokenizer=nothing,
+            transformer=transformer,
         )
     )
 

@@ -39,16 +39,18 @@ _LEGEND = """\
 
 Written by `python -m ditfastattn.tools.survey`; do not edit. Every transformer of diffusers
 {diffusers} is built tiny with random weights (torch {torch}, CPU, fp32), captured by
-`torch.compile(..., backend="ditfastattn", fullgraph=True)`, run by a plan that mixes every legal
-strategy at every site, and compared with the plan interpreter, as is the same plan over the graph
-of `torch.export`, which must have the same sites, and the bundle exported to ONNX.
+`torch.compile(..., backend="ditfastattn", fullgraph=True)`, or traced where that fails, run by a
+plan that mixes every legal strategy at every site, and compared with the plan interpreter, as is
+the same plan over the graph of `torch.export`, which must have the same sites, and the bundle
+exported to ONNX.
 
 *Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
 are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* counts the breaks of Dynamo without `fullgraph`; a model with any is refused, as is
-one without a graph (-). *Error*, *torch.export* and *ONNX* are the largest differences, relative to
-the largest output (at most {tolerance:g}). The reasons for what is declined are listed below the
-table.
+*Graph breaks* counts the breaks of Dynamo without `fullgraph` (-: it makes no graph). A model with
+any is traced with its inputs; its graph holds for what it reads of them, which is checked.
+*Error*, *torch.export* and *ONNX* are the largest differences, relative to the largest output (at
+most {tolerance:g}). The reasons for what is declined are listed below the table, with what a
+traced model reads.
 
 | class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
 |---|---|---|---|---|---|---|---|
@@ -160,7 +162,9 @@ def notes(outcome: Outcome) -> list[str]:
     """Return what the table omits, each reason once."""
     if outcome.trial is None:
         return [outcome.reason]
-    found = [f"declined: {reason}" for reason in _reasons(outcome.trial)]
+    found = [f"traced; reads {read}" for read in dict.fromkeys(outcome.trial.guards)]
+    found += [f"called as it is: {path}: {why}" for path, why in outcome.trial.opaque.items()]
+    found += [f"declined: {reason}" for reason in _reasons(outcome.trial)]
     found += [f"bands only at {reason}" for reason in _bands_only(outcome.trial)]
     if outcome.trial.no_program:
         found.append(f"no torch.export: {outcome.trial.no_program}")

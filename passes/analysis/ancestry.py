@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from ditfastattn.passes.analysis.guidance_halves import guidance_halves
+from ditfastattn.passes.analysis.latent import is_listed
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 
@@ -22,7 +23,9 @@ class Ancestry:
         placeholders = graph.find_nodes(op="placeholder")
         pairs = zip(captured.inputs, placeholders, strict=True)
         dynamic = [node for entry, node in pairs if not entry.static]
-        self.batch = value(graph.output_node().all_input_nodes[0]).shape[0]
+        returned = graph.output_node().all_input_nodes
+        self._listed = is_listed(latent)
+        self.batch = len(returned) if self._listed else value(returned[0]).shape[0]
         self._guidance_halves = guidance_halves(graph, dynamic, self.batch)
         for entry, node in zip(captured.inputs, placeholders, strict=True):
             self._roots[node] = frozenset() if entry.static else frozenset({entry.name})
@@ -37,6 +40,8 @@ class Ancestry:
 
     def why_no_shared_guidance(self, ends: Sequence[Node]) -> str:
         """Return why one half of the rows of ``ends`` cannot serve for the other, or ""."""
+        if self._listed:
+            return "the model takes its images as a list, whose halves are not those of a batch"
         for end in ends:
             rows = value(end).shape[0]
             if rows % 2 or self.batch % 2:

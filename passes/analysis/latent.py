@@ -29,10 +29,25 @@ def latent_candidates(captured: CapturedGraph) -> tuple[int, ...]:
     The latent has the rank and size of the output. So may masks and conditioning images have; but
     the latent has the output's batch, is projected to tokens, where a mask is only multiplied with
     those, and has the output's channels, or half as many where the model predicts variances too.
+    A model of several outputs, as of a list of images, has candidates for each.
     """
-    output = value(captured.module.graph.output_node().all_input_nodes[0])
-    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    returned = captured.module.graph.output_node().all_input_nodes
     dynamic = _dynamic(captured)
+    found = [_candidates(captured, value(node), dynamic) for node in returned if _is_tensor(node)]
+    return tuple(dict.fromkeys(index for each in found for index in each))
+
+
+def is_listed(name: str) -> bool:
+    """Return whether the input ``name`` is one of a list: then an image is not a row of a batch."""
+    return name.rpartition(".")[2].isdigit()
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _candidates(captured: CapturedGraph, output: Tensor, dynamic: set[Node]) -> tuple[int, ...]:
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
     ranked = [
         (_likeness(node, output, dynamic), index)
         for index, (entry, node) in enumerate(zip(captured.inputs, placeholders, strict=True))

@@ -7,7 +7,7 @@ buffers) or *dynamic* (the arguments of the call).
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Iterable, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,9 +30,11 @@ from ditfastattn.passes.capture.canonicalize import canonicalize
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.plain_tensors import parts, rebuilt
-from ditfastattn.passes.capture.recognize_attention import recognize_attention
+from ditfastattn.passes.capture.recognize_attention import Unrecognized, recognize_attention
 from ditfastattn.passes.graph.fake_values import empty_like
 from ditfastattn.passes.graph.origin import is_marked_static, readable_path
+
+_READS_VALUE = "trying to get value out of a tracing tensor"  # in make_fx's error
 
 
 def describe_inputs(module: GraphModule) -> tuple[GraphInput, ...]:
@@ -124,28 +126,49 @@ def capture(
     for (index, _, _), node in zip(flat, traced.graph.find_nodes(op="placeholder"), strict=True):
         # Inductor reads this to know which inputs keep their address between calls.
         node.meta["tensor_dict"] = dynamo_nodes[index].meta.get("tensor_dict", {})
-    _share_mode(traced, mode)
+    share_mode(traced, mode)
+    return CapturedGraph(traced, kept, finish(traced))
+
+
+def finish(
+    traced: GraphModule, between: Callable[[], None] | None = None
+) -> tuple[Unrecognized, ...]:
+    """Bring what was traced into the form of captured graphs; return attention that is unknown.
+
+    ``between`` is called once the graph writes nothing in place.
+    """
     _refuse_writes(functionalize(traced))
+    if between is not None:
+        between()
     canonicalize(traced)
-    return CapturedGraph(traced, kept, recognize_attention(traced))
+    return recognize_attention(traced)
+
+
+class DataDependenceError(ConfigError):
+    """Report a graph that depends on what its inputs hold."""
 
 
 @contextmanager
 def _data_dependence_refused() -> Generator[None]:
     try:
         yield
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        raise ConfigError(
+    except (DynamicOutputShapeException, DataDependentOutputException, RuntimeError) as error:
+        reads = isinstance(error, (DynamicOutputShapeException, DataDependentOutputException))
+        if not reads and _READS_VALUE not in str(error):
+            raise
+        raise DataDependenceError(
             "the model's shapes or control flow depend on the content of its inputs",
             where="the transformer's graph",
             got=str(error).splitlines()[0],
             expected="one graph of fixed shapes",
-            remedy="compute masks and lengths outside the model's forward",
+            remedy="run it by accelerate(pipeline), which traces such calls, or compute masks and "
+            "lengths outside the model's forward",
         ) from error
 
 
-def _share_mode(module: GraphModule, mode: FakeTensorMode) -> None:
+def share_mode(module: GraphModule, mode: FakeTensorMode | None = None) -> None:
     """Give all values one fake mode; positions, which depend on no input, had their own."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
 
     def shared(item: Any) -> Any:
         if not isinstance(item, FakeTensor) or item.fake_mode is mode:

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tag
 from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -39,8 +40,8 @@ def shared_arguments(node: Node, kind: Callable[[Node], Kind] = claimed_kind) ->
         return (source,) if shared_arguments(source, kind) else ()
     if not isinstance(node.target, OpOverload):  # nothing is known of it
         return tuple(node.all_input_nodes)
-    if not _returns_tensors(node.target):
-        return ()
+    if not _returns_tensors(node.target) or Tag.dynamic_output_shape in node.target.tags:
+        return ()  # what is selected by content is a copy
     marked = _marked(node.target)
     if not marked:
         return run_call(node, kind)[1]

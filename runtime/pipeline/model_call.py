@@ -19,6 +19,20 @@ def bound_arguments(
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+def by_name(
+    kind: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the same arguments by name, as far as the forward of ``kind`` names them.
+
+    Dynamo calls what is given to a decorated forward by position ``args.0``.
+    """
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # after self
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if len(args) > sum(one.kind is named for one in parameters):
+        return tuple(args), dict(kwargs)
+    return (), dict(zip((one.name for one in parameters), args, strict=False)) | dict(kwargs)
+
+
 def output_of(result: Any) -> Tensor:
     """Return the one tensor in what a model has returned: alone, in a tuple, or by name.
 

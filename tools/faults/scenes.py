@@ -77,9 +77,9 @@ class Scene:
         with patch.object(prepare, "capture_call", self._captured):
             ditfastattn.export(self.pipeline, CALL, self.plans[1], out)
 
-    def _captured(self, model: Any, call: RecordedCall) -> CapturedCall:
+    def _captured(self, model: Any, call: RecordedCall, timestep: str) -> CapturedCall:
         if call.batch not in self._captures:
-            self._captures[call.batch] = capture_call(model, call)
+            self._captures[call.batch] = capture_call(model, call, timestep)
         return self._captures[call.batch]
 
     def image(self, out: Path) -> Tensor:

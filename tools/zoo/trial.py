@@ -7,8 +7,8 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.passes.analysis.feed_forwards import closure
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import Site, SiteKind
@@ -32,7 +33,9 @@ from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors
+from ditfastattn.runtime.options import parse_options
 from ditfastattn.runtime.reference import PlanInterpreter
+from ditfastattn.runtime.traced import TracedFunction
 from ditfastattn.tools.zoo.base import ZooModel
 
 _FIELD = re.compile(r"  (got|expected|remedy):")
@@ -53,7 +56,8 @@ class Trial:
     ``error`` is the largest difference between a mixed plan's outputs and the plan interpreter's,
     relative to the largest output. ``program_error`` is the same for the plan over the graph of
     torch.export, ``onnx_error`` for the exported bundle; ``no_program`` and ``no_onnx`` say why
-    there is none.
+    there is none. ``guards`` and ``opaque`` say what a traced graph holds for, and which modules
+    are called as they are, with the reasons.
     """
 
     name: str
@@ -64,6 +68,8 @@ class Trial:
     no_program: str = ""
     onnx_error: float | None = None
     no_onnx: str = ""
+    guards: tuple[str, ...] = ()
+    opaque: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kinds(self) -> Counter[SiteKind]:
@@ -88,7 +94,7 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
     torch._dynamo.reset()
     model = zoo.build(seed)
     calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
-    captured = capture_call(model, RecordedCall(calls[0]))
+    captured = capture_call(model, RecordedCall(calls[0]), zoo.argument)
     report = find_sites(captured.graph)
     if not report.sites:
         return Trial(zoo.name, report, (), 0.0)
@@ -100,15 +106,27 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
     ]
     timesteps = tuple(float(call[zoo.argument].flatten()[0]) for call in calls)
     plan = mixed_plan(timesteps, captured, report.sites, seen, seed)
-    expected = reference(model, plan, seen, calls)
+    whole = () if captured.traced is None else tuple(captured.traced.opaque)
+    expected = reference(model, plan, seen, calls, whole)
     options: dict[str, Any] = {"plan": plan, "lowering": "eager", "timestep": zoo.argument}
-    compiled: Any = torch.compile(model, backend="ditfastattn", fullgraph=True, options=options)
+    run = _planned(model, options, captured.traced is not None)
     with torch.no_grad():
-        found = [_tensor(compiled(**call)) for call in calls]
+        found = [first_tensor(run(**call)) for call in calls]
     trial = Trial(zoo.name, report, plan.strategies, relative_error(found, expected))
+    if captured.traced is not None:
+        reads = captured.traced.guards.reads
+        trial = replace(trial, guards=tuple(map(str, reads)), opaque=captured.traced.opaque)
     if program:
         trial = _by_torch_export(trial, zoo, model, plan, expected)
     return _exported(trial, zoo, model, plan, expected) if onnx else trial
+
+
+def _planned(model: nn.Module, options: dict[str, Any], traced: bool) -> Any:
+    """Return what runs ``model`` by the plan of ``options``: compiled, or traced."""
+    if not traced:
+        return torch.compile(model, backend="ditfastattn", fullgraph=True, options=options)
+    function = TracedFunction(model, parse_options(options, None))
+    return lambda **call: function(model.forward, (), call)
 
 
 def count_graph_breaks(zoo: ZooModel, seed: int = 0) -> int:
@@ -136,7 +154,7 @@ def _by_torch_export(
         if differing := _differing(planned.sites, trial.report):
             return replace(trial, no_program=f"other sites: {differing}")
         with torch.no_grad():
-            found = [_tensor(planned(**call)) for call in calls]
+            found = [first_tensor(planned(**call)) for call in calls]
         return replace(trial, program_error=relative_error(found, expected))
     except Exception as error:  # a survey reports every failure
         return replace(trial, no_program=reason_of(error))
@@ -163,9 +181,10 @@ def _exported(
     error, reason = None, ""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle")
+            options = ExportOptions(timestep=zoo.argument)
+            export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle", options)
             bundle = load(Path(folder) / "bundle")
-            error = relative_error([_tensor(bundle(**call)) for call in calls], expected)
+            error = relative_error([first_tensor(bundle(**call)) for call in calls], expected)
         except Exception as found:  # a survey reports every failure
             reason = reason_of(found)
     return replace(trial, onnx_error=error, no_onnx=reason)
@@ -244,13 +263,16 @@ def reference(
     plan: Plan,
     sites: Sequence[Site],
     calls: Sequence[dict[str, Any]],
+    whole: Sequence[str] = (),
 ) -> list[Tensor]:
-    """Return the plan interpreter's outputs."""
+    """Return the plan interpreter's outputs; it does not look into the modules ``whole``."""
     interpreter = PlanInterpreter(plan.strategies, sites, plan.sampler.cfg_layout)
     results: list[Tensor] = []
     for step, call in enumerate(calls):
-        with torch.no_grad(), interpreter.step(step):
-            results.append(_tensor(model(**call)))
+        parts = map(model.get_submodule, whole)
+        uncompiled = torch.compiler.set_stance("force_eager")  # Dynamo looks into no such mode
+        with torch.no_grad(), uncompiled, interpreter.outside(parts), interpreter.step(step):
+            results.append(first_tensor(model(**call)))
     return results
 
 
@@ -272,7 +294,7 @@ def reason_of(error: BaseException) -> str:
     return _PATH.sub("", lines[0])
 
 
-def _tensor(result: Any) -> Tensor:
+def first_tensor(result: Any) -> Tensor:
     """Return the denoised tensor of what a model returns."""
     while not isinstance(result, Tensor):
         result = result[0]

@@ -61,14 +61,24 @@ def capture_model(
     """Capture the graph ``module`` of a call with ``args``, as Dynamo found it.
 
     Raises:
+        ConfigError: as ``model_of``.
+    """
+    return model_of(capture(module, inputs, args), plain_tensors(args), options)
+
+
+def model_of(
+    captured: CapturedGraph, given: Sequence[Tensor], options: ModelOptions
+) -> CapturedModel:
+    """Return the model that is ``captured``, of a call with the flat inputs ``given``.
+
+    Raises:
         ConfigError: the model has no attention to plan, or none that can be split as asked.
     """
-    captured = capture(module, inputs, args)
     verify(captured.module, len(captured.inputs), len(outputs(captured.module.graph)), "capture")
     report = find_sites(captured)
     if not options.sites_of(report.sites):
         raise _no_attention(report)
-    tensors = tuple(plain_tensors(args))
+    tensors = tuple(given)
     identity = fingerprint(captured, report.sites, static_tensors(captured, tensors))
     position = timestep_position(captured, options.timestep)
     split = _split(captured, report.sites, options.head_groups)

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
@@ -22,8 +23,9 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
-from ditfastattn.passes.capture.dynamo import describe_inputs
+from ditfastattn.passes.capture.dynamo import DataDependenceError, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
+from ditfastattn.passes.capture.traced import TracedCall
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.rewrites.split_heads import Groups
@@ -34,6 +36,7 @@ from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
 from ditfastattn.runtime.pipeline.hooks import check_not_hooked
+from ditfastattn.runtime.pipeline.model_call import by_name
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.call_log import CallLog
@@ -41,7 +44,9 @@ from ditfastattn.runtime.search.measure.captured_model import (
     CapturedModel,
     ModelOptions,
     capture_model,
+    model_of,
 )
+from ditfastattn.runtime.traced import TracedCalls, log_fallback
 
 Outputs = tuple[Any, ...]
 
@@ -65,6 +70,29 @@ def _backend(module: GraphModule, _example: Sequence[Any]) -> Callable[..., Outp
         return _active.get().take(module, inputs, args)
 
     return run
+
+
+class _Call:
+    """Call a transformer, captured by Dynamo or, where that fails, traced."""
+
+    def __init__(
+        self, session: Session, module: nn.Module, forward: Forward, compiled: Forward
+    ) -> None:
+        self._session, self._kind = session, type(module)
+        self._forward, self._compiled = forward, compiled
+        self._calls = TracedCalls(module, session.timestep)
+        self._broken = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._broken:
+            args, kwargs = by_name(self._kind, args, kwargs)
+            try:
+                return self._compiled(*args, **kwargs)
+            except (TorchDynamoException, DataDependenceError) as error:
+                log_fallback(self._kind.__name__, error)
+                self._broken = True
+        with torch.no_grad():
+            return self._session.take_traced(*self._calls.find(self._forward, args, kwargs))
 
 
 class Session:
@@ -91,6 +119,7 @@ class Session:
         self.forward_seconds = 0.0
         self.timestep = timestep
         self._model: CapturedModel | None = None
+        self._traced: TracedCall | None = None
         self._stepper: Stepper | None = None
         self._log = CallLog()  # of the generation under way, or the last one
 
@@ -135,7 +164,8 @@ class Session:
         self.pipeline.transformer = plain
 
         def captured(forward: Forward) -> Forward:
-            return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+            compiled = torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+            return _Call(self, plain, forward, compiled)
 
         self._undo = replace_forward(plain, captured)
 
@@ -208,7 +238,29 @@ class Session:
         """Run one call of the transformer: ``module`` on the arguments ``args``."""
         if self._model is None:
             self._model = capture_model(module, inputs, args, self._options)
-        tensors = plain_tensors(args)
+        return self._step(plain_tensors(args))
+
+    def take_traced(self, call: TracedCall, tensors: list[Tensor], otherwise: str) -> Any:
+        """Run one call of the transformer that was traced.
+
+        ``otherwise`` says what the call reads otherwise than an earlier one, or "".
+
+        Raises:
+            ConfigError: it is another graph than that of the first call.
+        """
+        if self._model is None:
+            self._traced = call
+            self._model = model_of(call.captured, tensors, self._options)
+        if call is not self._traced:
+            raise ConfigError(
+                "a search must call one graph of the transformer",
+                where="a generation",
+                got=otherwise or "a call of another structure or shape",
+                remedy="give every prompt the same number of images, resolution and length",
+            )
+        return call.returned(self._step(tensors))
+
+    def _step(self, tensors: list[Tensor]) -> Outputs:
         known = self._known
         wanted, got = (_rows(known.captured, given) for given in (known.example, tensors))
         self._log.check_rows(wanted, got, self.layout.calls)

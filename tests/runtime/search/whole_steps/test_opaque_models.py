@@ -53,19 +53,14 @@ class LoopPipeline:
     "Models",
     "classes that Dynamo cannot capture (Lumina 2, Mochi): whole-step plans",
     "works",
-    "called as they are",
+    "traced, or called as they are",
 )
 @pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "MochiTransformer3DModel"])
-def test_a_class_that_breaks_dynamo_runs_by_whole_steps(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_class_that_breaks_dynamo_runs_by_whole_steps(name: str) -> None:
     torch._dynamo.reset()
     pipeline, call = LoopPipeline(name), {"num_inference_steps": STEPS}
-    with caplog.at_level(logging.WARNING, "ditfastattn"):
-        plan = ditfastattn.calibrate(
-            pipeline, call, target=Target.min_speedup(2.0), method="whole-steps"
-        )
-    assert "called as it is" in caplog.text
+    plan = opaque_plan(pipeline, call)
+    assert plan.model.structure.startswith("module:")
     runs: list[int] = []
     dense = generate(pipeline, Prompt(call, 9))
     own = pipeline.transformer.forward
@@ -80,6 +75,27 @@ def test_a_class_that_breaks_dynamo_runs_by_whole_steps(
     assert len(runs) == STEPS / 2
     assert torch.isfinite(planned).all()
     assert not torch.equal(planned, dense)
+    ditfastattn.restore(pipeline)
+    assert torch.equal(generate(pipeline, Prompt(call, 9)), dense)
+
+
+def test_a_class_that_breaks_dynamo_is_calibrated_on_its_trace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch._dynamo.reset()
+    pipeline = LoopPipeline("OmniGenTransformer2DModel")
+    call = {"num_inference_steps": 3}
+    dense = generate(pipeline, Prompt(call, 9))
+    with caplog.at_level(logging.WARNING, "ditfastattn"):
+        plan = ditfastattn.calibrate(pipeline, call, target=Target.threshold(0.5))
+    assert "its calls are traced with their inputs" in caplog.text
+    assert plan.changed > 0
+    assert not plan.model.structure.startswith("module:")
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    planned = generate(pipeline, Prompt(call, 9))
+    assert planned.isfinite().all()
+    assert not torch.equal(planned, dense)
+    assert torch.equal(generate(pipeline, Prompt(call, 9)), planned)
     ditfastattn.restore(pipeline)
     assert torch.equal(generate(pipeline, Prompt(call, 9)), dense)
 
