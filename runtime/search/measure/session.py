@@ -84,6 +84,7 @@ class Session:
         self._options = ModelOptions(timestep, attention_only, head_groups)
         self._original = pipeline.transformer
         self._undo: Callable[[], None] | None = None
+        self._forward: Forward | None = None  # the captured one, while the pipeline holds it
         self.layout = layout
         self.guidance_scale: float | None = None
         self.timesteps: tuple[float, ...] = ()
@@ -135,7 +136,9 @@ class Session:
         self.pipeline.transformer = plain
 
         def captured(forward: Forward) -> Forward:
-            return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+            made: Forward = torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
+            self._forward = made
+            return made
 
         self._undo = replace_forward(plain, captured)
 
@@ -193,6 +196,21 @@ class Session:
                 remedy="give every prompt the same steps",
             )
         return images
+
+    def forward_by(self, stepper: Stepper) -> Forward:
+        """Return what runs the model's calls, of a generation that others drive, by ``stepper``."""
+        log, forward = CallLog(), self._forward
+        assert forward is not None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._stepper, self._log = stepper, log
+            token = _active.set(self)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _active.reset(token)
+
+        return run
 
     def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
         self._stepper, self._log = stepper, CallLog()
