@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import ditfastattn
 from ditfastattn import ConfigError, Plan, Strategy, Target
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
 from tests.tiny_pipelines import TINY_PIPELINES
 
 STEPS = 6
@@ -39,6 +41,14 @@ def accelerated(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
 
 def decibels(dense: Tensor, planned: Tensor) -> float:
     return float(-10 * (dense - planned).square().mean().log10())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images() -> Generator[None]:
+    """Fit on three images: what is found differs, how it is found does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_steps, "FITTED_ON", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
