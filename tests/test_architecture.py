@@ -55,6 +55,7 @@ def _described() -> dict[str, set[str]]:
         "runtime/search/record",
         "runtime/search/whole_steps",
         "runtime/aoti",
+        "runtime/search/joint",
         "runtime/bundle",
         "runtime/tensorrt",
     ],

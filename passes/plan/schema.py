@@ -124,7 +124,7 @@ class Measured(Record, frozen=True):
     worst: float
 
 
-SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual", "whole-steps"]
+SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual", "whole-steps", "joint"]
 
 
 class Calibration(Record, frozen=True):

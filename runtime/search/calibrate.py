@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.estimate import most_forwards
 from ditfastattn.runtime.search.global_chooser import make_global
+from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.contender import measure_speed
 from ditfastattn.runtime.search.measure.latency import Objective
@@ -73,8 +75,9 @@ def calibrate(
         held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
         method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
             program), ``greedy`` (DiTFastAttn, Algorithm 1), ``whole-steps`` (which steps run at
-            all; the output of the others is fitted, in any model); ``auto`` is greedy for a
-            threshold, else global.
+            all; the output of the others is fitted, in any model), ``joint`` (whole steps, and
+            sites within the steps that run; for a quality); ``auto`` is greedy for a threshold,
+            else global.
         objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
@@ -118,19 +121,23 @@ def calibrate(
         seed=seed,
     )
     target.prepare(prompts[0].call)
+    wanted = Options(target, cfg_layout, timestep, seed, out, restart, on_progress)
     if resolved is Method.WHOLE_STEPS:
-        wanted = Options(target, cfg_layout, timestep, seed, out, restart, on_progress)
         return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
+    narrow = attention_only or not _searches_all_sites(resolved)
+    sites = _SitesWanted(
+        narrow, head_groups, _window_form(WindowForm(windows), resolved), cache_dtype
+    )
+    opening = _open(pipeline, prompts[0], cfg_layout, timestep, sites)
+    if resolved is Method.JOINT:
+        decides = {name: str(item) for name, item in asdict(sites).items()}
+        wanted = replace(wanted, decides=decides)
+        plan = calibrate_jointly(pipeline, prompts, unseen, wanted, opening, options.objective)
+        _warn_if_nothing_gained(plan)
+        return plan
     path = None if out is None else Path(out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
-    forms = _window_form(WindowForm(windows), resolved)
-    narrow = attention_only or resolved is not Method.GLOBAL
-    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, head_groups)
     with holding as checkpoint, opening as session:
-        _check_steps(session.steps)
-        device = session.example[0].device.type
-        sites = allowed_windows(session.sites, forms, device)
-        session.take_sites(_with_caches_in(cache_dtype, session, sites))
         work = Work(session, checkpoint, 0.0, on_progress)
         resumed = checkpoint.begin(search_request(session, call, prompts, unseen, options))
         if resumed:
@@ -142,6 +149,34 @@ def calibrate(
         checkpoint.discard()
     _warn_if_nothing_gained(plan)
     return plan
+
+
+@dataclass(frozen=True)
+class _SitesWanted:
+    """Say which sites of a model may take which shortcuts, and in what their caches are kept."""
+
+    attention_only: bool
+    head_groups: int
+    windows: WindowForm
+    cache_dtype: CacheDtype | str | None
+
+
+@contextmanager
+def _open(
+    pipeline: Any,
+    prompt: Prompt,
+    cfg_layout: CfgLayout | None,
+    timestep: str,
+    wanted: _SitesWanted,
+) -> Generator[Session]:
+    """Open a session whose sites are as ``wanted``."""
+    narrow, groups = wanted.attention_only, wanted.head_groups
+    with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups) as session:
+        _check_steps(session.steps)
+        device = session.example[0].device.type
+        sites = allowed_windows(session.sites, wanted.windows, device)
+        session.take_sites(_with_caches_in(wanted.cache_dtype, session, sites))
+        yield session
 
 
 def _search(
@@ -216,7 +251,12 @@ def _resolve(method: Method, target: Target) -> Method:
 
 def _window_form(windows: WindowForm, method: Method) -> WindowForm:
     auto = windows is WindowForm.AUTO
-    return WindowForm.BAND if auto and method is not Method.GLOBAL else windows
+    return WindowForm.BAND if auto and not _searches_all_sites(method) else windows
+
+
+def _searches_all_sites(method: Method) -> bool:
+    """Return whether ``method`` chooses for feed-forwards too, and between forms of windows."""
+    return method in (Method.GLOBAL, Method.JOINT)
 
 
 def _check_cap(name: str, most: float, method: Method) -> None:

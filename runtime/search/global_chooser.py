@@ -23,6 +23,7 @@ from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.steppers import PlanStepper
 from ditfastattn.runtime.search.methods import measured_costs
 from ditfastattn.runtime.search.record.work import Work
+from ditfastattn.runtime.search.solve.at_steps import idle_when_skipped
 from ditfastattn.runtime.search.solve.budget import within_budget
 from ditfastattn.runtime.search.solve.memory import within_memory
 from ditfastattn.runtime.search.solve.problem import Problem
@@ -69,7 +70,7 @@ class GlobalChooser:
         rows = within_budget(problem, strength)
         if 0 < self.most < len(set(rows)):
             rows = capped_within_budget(problem, strength, self.most)
-        return rows
+        return idle_when_skipped(problem, rows)
 
 
 def make_global(

@@ -19,6 +19,7 @@ class Method(StrEnum):
     PER_STEP = "per-step"
     GREEDY = "greedy"
     WHOLE_STEPS = "whole-steps"  # which steps run at all
+    JOINT = "joint"  # both: which steps run, and what sites do within them
 
 
 class Chooser(Protocol):

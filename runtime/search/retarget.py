@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.search.joint.search import JointSearch
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +32,11 @@ from ditfastattn.runtime.search.record.planned_target import record_target, reco
 from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.solve.rows import Row
-from ditfastattn.runtime.search.whole_steps.calibrate import Options, refit_whole_steps
+from ditfastattn.runtime.search.whole_steps.calibrate import (
+    Options,
+    refit_whole_steps,
+    searching,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +83,9 @@ def retarget(
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
     opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)
+    if any(site.kind is SiteKind.OUTPUT for site in plan.sites):
+        wanted = Options(kept, cfg_layout, timestep, seed, out, on_progress=on_progress)
+        return _refitted(pipeline, plan, prompts, unseen, wanted, opening)
     with holding, opening as session:
         _check_model(plan, session)
         session.take_sites(_as_planned(plan, session))
@@ -87,6 +95,34 @@ def retarget(
         if out is not None:
             adapted.save(out)
     return adapted
+
+
+def _refitted(
+    pipeline: Any,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    options: Options,
+    opening: AbstractContextManager[Session],
+) -> Plan:
+    """Adapt a plan of whole steps and sites: the steps that run stay, as do their shortcuts."""
+    with searching(pipeline, prompts, held_out, options, plan) as whole:
+        whole.generate_dense()  # before the session holds the model
+        steps = whole.steps
+        with opening as session:
+            _check_model(plan, session)
+            session.take_sites(_as_planned(plan, session))
+            rows = retarget_rows(plan, session)
+            old = [
+                plan.strategies[_nearest(step, steps, plan.sampler.steps)] for step in range(steps)
+            ]
+            runs = [step for step, row in enumerate(old) if row[-1].computes]
+            idle = (Strategy.SHARE_STEP,) * len(session.sites)
+            rows = [row if step in runs else idle for step, row in enumerate(rows)]
+            adapted = JointSearch(whole, Work(session, Checkpoint(), 0.0)).refit(rows, runs)
+        if options.out is not None:
+            adapted.save(options.out)
+        return adapted
 
 
 def retarget_rows(plan: Plan, session: Session) -> list[Row]:

@@ -49,12 +49,14 @@ class CostTable:
     """Hold prices, in seconds or in operations.
 
     ``step`` is a dense step's; ``sites[i][strategy]`` what site ``i`` adds to a step in which it
-    is shared, and ``residual[i]`` what storing a residual at a full step adds.
+    is shared, and ``residual[i]`` what storing a residual at a full step adds. At the steps
+    ``skipped`` the model does not run, and nothing costs anything.
     """
 
     step: float
     sites: tuple[dict[Strategy, float], ...]
     residual: tuple[float, ...]
+    skipped: frozenset[int] = frozenset()
 
     def row(self, strategies: Sequence[Strategy], stores: Sequence[bool]) -> float:
         """Return the price of one step; ``stores`` says which sites store a residual."""
@@ -83,7 +85,8 @@ class CostTable:
                 before = union.get(tuple(row), kept)
                 union[tuple(row)] = tuple(map(any, zip(before, kept, strict=True)))
             stores = [union[tuple(row)] for row in rows]
-        return sum(self.row(row, kept) for row, kept in zip(rows, stores, strict=True))
+        pairs = enumerate(zip(rows, stores, strict=True))
+        return sum(self.row(row, kept) for step, (row, kept) in pairs if step not in self.skipped)
 
 
 def _stores(column: Sequence[Strategy]) -> list[bool]:

@@ -112,6 +112,7 @@ class Session:
         self._options = ModelOptions(timestep, attention_only, head_groups)
         self._original = pipeline.transformer
         self._undo: Callable[[], None] | None = None
+        self._forward: Forward | None = None  # the captured one, while the pipeline holds it
         self.layout = layout
         self.guidance_scale: float | None = None
         self.timesteps: tuple[float, ...] = ()
@@ -165,7 +166,8 @@ class Session:
 
         def captured(forward: Forward) -> Forward:
             compiled = torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
-            return _Call(self, plain, forward, compiled)
+            self._forward = _Call(self, plain, forward, compiled)
+            return self._forward
 
         self._undo = replace_forward(plain, captured)
 
@@ -223,6 +225,21 @@ class Session:
                 remedy="give every prompt the same steps",
             )
         return images
+
+    def forward_by(self, stepper: Stepper) -> Forward:
+        """Return what runs the model's calls, of a generation that others drive, by ``stepper``."""
+        log, forward = CallLog(), self._forward
+        assert forward is not None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._stepper, self._log = stepper, log
+            token = _active.set(self)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _active.reset(token)
+
+        return run
 
     def _generate(self, stepper: Stepper, prompt: Prompt) -> Any:
         self._stepper, self._log = stepper, CallLog()

@@ -101,12 +101,20 @@ class PlanStepper:
     """Run a plan.
 
     ``known`` holds the model's outputs at the first calls, where the plan is dense: they are
-    returned instead of computed, unless later steps read what such a call caches.
+    returned instead of computed, unless later steps read what such a call caches. Where the model
+    does not run at every step, ``runs`` are the steps at which it is called.
     """
 
-    def __init__(self, variants: Variants, rows: Rows, known: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        variants: Variants,
+        rows: Rows,
+        known: Sequence[Tensor] = (),
+        runs: Sequence[int] | None = None,
+    ) -> None:
         """Unroll ``rows``."""
         self._variants = variants
+        self._runs = range(len(rows)) if runs is None else runs
         self._programs = variants.programs(rows)
         self._known = known
         self._caches = [Caches() for _ in self._programs]
@@ -115,7 +123,8 @@ class PlanStepper:
     def step(self, args: Sequence[Tensor]) -> Outputs:
         """Run one call of a step."""
         call, self._call = self._call, self._call + 1
-        at, branch = divmod(call, len(self._programs))
+        run, branch = divmod(call, len(self._programs))
+        at = self._runs[run]
         program, following = self._programs[branch], self._programs[branch + 1 :]
         adopted = [other.slots.adopted_at(at) for other in following]
         if call < len(self._known) and not program.slots.live_after(at) and not any(adopted):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Options:
     restart: bool = False
     on_progress: Callable[[SearchProgress], None] | None = None
     opaque: bool = False  # leave the model's inside alone, even where it could be captured
+    decides: Mapping[str, Any] = field(default_factory=dict)  # the result, besides all this
 
 
 def calibrate_whole_steps(
@@ -73,7 +74,7 @@ def calibrate_whole_steps(
             got=target.describe(),
             remedy="for example Target.min_ssim(0.9)",
         )
-    with _searching(pipeline, prompts, held_out, options, None) as search:
+    with searching(pipeline, prompts, held_out, options) as search:
         return _saved(search.run(), options)
 
 
@@ -92,17 +93,17 @@ def refit_whole_steps(
         ConfigError: the model is not the plan's, or the pipeline is not supported.
         TargetMissedError: the worst prompt misses the target.
     """
-    with _searching(pipeline, prompts, held_out, options, plan) as search:
+    with searching(pipeline, prompts, held_out, options, plan) as search:
         return _saved(search.refit(plan), options)
 
 
 @contextmanager
-def _searching(
+def searching(
     pipeline: Any,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     options: Options,
-    plan: Plan | None,
+    plan: Plan | None = None,
 ) -> Generator[WholeStepSearch]:
     """Open a search with its checkpoint, which is discarded at the end; ``plan`` is refitted."""
     check_not_accelerated(transformer_of(pipeline, "calibrate(pipeline)"))
@@ -123,7 +124,7 @@ def _searching(
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, options.restart)
     with holding as checkpoint:
         kept = checkpoint if plan is None else Checkpoint()
-        if kept.begin(_describe(subject, request)):
+        if kept.begin(_describe(subject, request) | dict(options.decides)):
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
         meter = Meter(_most_forwards(pipeline, request), options.on_progress)
         yield WholeStepSearch(pipeline, Recorder(subject, request, meter), kept)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ditfastattn.passes.analysis.site import Coefficients
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import PlannedSite
 from ditfastattn.passes.plan.strategies import FITTED, Strategy
 from ditfastattn.runtime.search.whole_steps.observe import Observed
 
@@ -24,22 +24,23 @@ class FittedMask:
     @property
     def column(self) -> tuple[Strategy, ...]:
         """Return the strategy of the whole output at each step."""
-        steps = range(len(self.coefficients))
-        return tuple(
-            Strategy.FULL
-            if step in self.runs
-            else FITTED[min(self.outputs, sum(run < step for run in self.runs)) - 1]
-            for step in steps
-        )
+        return output_column(self.runs, len(self.coefficients), self.outputs)
 
 
-def planned_output(site: PlannedSite, mask: FittedMask, observed: Observed) -> PlannedSite:
-    """Return ``site``, the whole output, with the coefficients of ``mask`` as a plan has them."""
-    rows = tuple(
+def output_column(runs: Collection[int], steps: int, outputs: int) -> tuple[Strategy, ...]:
+    """Return the strategy of the whole output at each step; at most ``outputs`` are read."""
+    return tuple(
+        Strategy.FULL if step in runs else FITTED[min(outputs, sum(run < step for run in runs)) - 1]
+        for step in range(steps)
+    )
+
+
+def planned_coefficients(mask: FittedMask, observed: Observed) -> Coefficients:
+    """Return the coefficients of ``mask`` as a plan has them, step by step."""
+    return tuple(
         () if found is None else branch_rows(found, observed.layout, observed.steps[step].weights)
         for step, found in enumerate(mask.coefficients)
     )
-    return site.model_copy(update={"coefficients": rows})
 
 
 def branch_rows(

@@ -29,6 +29,7 @@ class Judge:
         self._pipeline, self._recorder, self._checkpoint = pipeline, recorder, checkpoint
         self._request, self._meter = recorder.request, recorder.meter
         self._module = transformer_of(pipeline, "calibrate(pipeline)")
+        self._dense_images: dict[int, Tensor] = {}  # of held-out prompts
 
     def replayed(
         self,
@@ -46,18 +47,30 @@ class Judge:
             judged += judge_images(self._request.target, dense.images, made, prompt.call)
         return judged
 
-    def held_out(self, mask: FittedMask, observed: Observed) -> list[Judgement]:
-        """Judge the held-out prompts by ``mask``, up to the first that misses the target."""
+    def held_out(
+        self, mask: FittedMask, observed: Observed, running: Callable[[], Forward] | None = None
+    ) -> list[Judgement]:
+        """Judge the held-out prompts by ``mask``, up to the first that misses the target.
+
+        ``running`` returns, for each generation, what runs at the steps that run; it is the model
+        as it is where None.
+        """
         model = self._model(mask, observed)
         judged: list[Judgement] = []
         for index, prompt in enumerate(self._request.held_out):
             dense = self._dense(index, prompt, len(observed.steps))
-            planned = self._images(prompt, model.around)
+            make = model.around if running is None else partial(_in_place_of, model, running())
+            planned = self._images(prompt, make)
             self._meter.spend(len(mask.runs))
             judged += judge_images(self._request.target, dense, planned, prompt.call)
             if not self.meets(judged):
                 break
         return judged
+
+    def generate_held_out(self, steps: int) -> None:
+        """Generate the held-out prompts densely, in ``steps``: later the model may be held."""
+        for index, prompt in enumerate(self._request.held_out):
+            self._dense(index, prompt, steps)
 
     def meets(self, judged: Sequence[Judgement]) -> bool:
         """Return whether all meet the target."""
@@ -82,7 +95,10 @@ class Judge:
             self._meter.spend(steps)
             return {"images": images}
 
-        return self._checkpoint.tensors(f"dense-held-out-{index}", make)["images"]
+        if index not in self._dense_images:
+            kept = self._checkpoint.tensors(f"dense-held-out-{index}", make)
+            self._dense_images[index] = kept["images"]
+        return self._dense_images[index]
 
 
 def _replay(form: Any, returned: Any, *_args: Any, **_kwargs: Any) -> Any:

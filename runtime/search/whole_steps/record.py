@@ -14,7 +14,7 @@ from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.timing import device_name
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
-from ditfastattn.runtime.search.whole_steps.candidates import FittedMask, planned_output
+from ditfastattn.runtime.search.whole_steps.candidates import FittedMask, planned_coefficients
 from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.observe import Observed
 from ditfastattn.runtime.search.whole_steps.subject import Subject
@@ -62,7 +62,7 @@ class Recorder:
         calibrated, held_out = (
             record_values(request.target, found) if found else None for found in values
         )
-        output = observed.steps[0].calls[0].output
+        output, site = observed.steps[0].calls[0].output, self.subject.site(observed)
         kept = max((strategy.outputs_read for strategy in mask.column), default=0)
         calibration = Calibration(
             method="whole-steps",
@@ -84,7 +84,7 @@ class Recorder:
             model=self.subject.identity,
             inputs=self.subject.inputs(observed),
             sampler=self.subject.sampler(observed),
-            sites=(planned_output(self.subject.site(observed), mask, observed),),
+            sites=(site.model_copy(update={"coefficients": planned_coefficients(mask, observed)}),),
             strategies=tuple((strategy,) for strategy in mask.column),
             calibration=calibration,
         )

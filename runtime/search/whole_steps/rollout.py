@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditfastattn.runtime.pipeline.model_call import output_of
 from ditfastattn.runtime.search.whole_steps.observe import ModelCall, Observed, branches
@@ -38,9 +38,9 @@ class State:
 class Rollout:
     """Continue one observed generation."""
 
-    def __init__(self, module: nn.Module, observed: Observed) -> None:
-        """Take the model, and its dense generation."""
-        self._module, self.observed = module, observed
+    def __init__(self, model: Callable[..., Any], observed: Observed) -> None:
+        """Take the model, called with arguments by name, and its dense generation."""
+        self._model, self.observed = model, observed
 
     @property
     def begin(self) -> State:
@@ -67,7 +67,7 @@ class Rollout:
         for half in changed.split(len(latent)):
             half[:, : latent.shape[1]] = latent.to(given.dtype)
         with torch.no_grad():
-            return output_of(self._module(**{**call.arguments, name: changed})).clone()
+            return output_of(self._model(**{**call.arguments, name: changed})).clone()
 
     def guided(self, outputs: Sequence[Tensor], step: int) -> Tensor:
         """Return the weighted mean of the branches that guidance makes of ``outputs``."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
@@ -27,6 +29,7 @@ from ditfastattn.runtime.search.whole_steps.masks import (
 from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout
+from ditfastattn.runtime.search.whole_steps.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +40,12 @@ FEW_STEPS = 8  # of which more may run
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
+    """Hold steps that run, and what the images of calibration and held-out prompts are worth."""
+
     mask: FittedMask
     judged: list[Judgement]
+    checked: list[Judgement] = field(default_factory=list)
 
 
 class WholeStepSearch:
@@ -47,10 +53,10 @@ class WholeStepSearch:
 
     def __init__(self, pipeline: Any, recorder: Recorder, checkpoint: Checkpoint) -> None:
         """Take what is searched, and for what."""
-        self._pipeline, self._recorder, self._checkpoint = pipeline, recorder, checkpoint
-        self._request, self._meter = recorder.request, recorder.meter
-        self._judge = Judge(pipeline, recorder, checkpoint)
-        self._known: dict[int, _Judged] = {}
+        self._pipeline, self._recorder, self.checkpoint = pipeline, recorder, checkpoint
+        self.request, self.meter = recorder.request, recorder.meter
+        self.judge = Judge(pipeline, recorder, checkpoint)
+        self.known: dict[int, Judged] = {}  # by how many steps run
 
     def run(self) -> Plan:
         """Return the plan; one in which every step runs where no other meets a quality.
@@ -59,26 +65,31 @@ class WholeStepSearch:
             TargetMissedError: no plan is fast enough.
             ConfigError: the pipeline is not supported.
         """
-        masks = self._masks()
-        if self._request.target.kind is TargetKind.SPEEDUP:
-            return self._fast_enough(masks)
+        if self.request.target.kind is TargetKind.SPEEDUP:
+            return self._fast_enough(self.masks)
+        found = self.fewest()
+        return self.dense() if found is None else self.plan(found)
+
+    def fewest(self) -> Judged | None:
+        """Return the fewest runs that meet a quality on all prompts; None where none do."""
+        masks = self.masks
         numbers = sorted(masks)
         low, high = 0, len(numbers)  # the fewest runs that will do are numbers[low:high]
         while low < high:
             middle = (low + high) // 2
-            if self._judge.meets(self._calibrated(masks[numbers[middle]]).judged):
+            if self.judge.meets(self._calibrated(masks[numbers[middle]]).judged):
                 high = middle
             else:
                 low = middle + 1
         for number in numbers[low:]:
             found = self._calibrated(masks[number])
-            if not self._judge.meets(found.judged):
+            if not self.judge.meets(found.judged):
                 continue
-            self._meter.begin(f"{number} of {self._steps} steps: the held-out prompts")
-            checked = self._judge.held_out(found.mask, self._observed[0])
-            if self._judge.meets(checked):
-                return self._plan(found, checked)
-        return self._dense()
+            self.meter.begin(f"{number} of {self.steps} steps: the held-out prompts")
+            checked = self.judge.held_out(found.mask, self.observed[0])
+            if self.judge.meets(checked):
+                return replace(found, checked=checked)
+        return None
 
     def refit(self, plan: Plan) -> Plan:
         """Return ``plan`` with coefficients for these generations; the steps that run stay.
@@ -88,12 +99,18 @@ class WholeStepSearch:
         """
         old = [step for step, row in enumerate(plan.strategies) if row[0].computes]
         last = max(plan.sampler.steps - 1, 1)
-        found = self._calibrated(sorted({round(step * (self._steps - 1) / last) for step in old}))
-        self._meter.begin("the held-out prompts")
-        meets = self._judge.meets(found.judged)
-        checked = self._judge.held_out(found.mask, self._observed[0]) if meets else []
-        target = self._request.target
-        missed = [item.value for item in (*found.judged, *checked) if not target.met_by(item.value)]
+        found = self._calibrated(sorted({round(step * (self.steps - 1) / last) for step in old}))
+        self.meter.begin("the held-out prompts")
+        if self.judge.meets(found.judged):
+            checked = self.judge.held_out(found.mask, self.observed[0])
+            found = replace(found, checked=checked)
+        self.check_refitted(found)
+        return self.plan(found)
+
+    def check_refitted(self, found: Judged) -> None:
+        """Raise ``TargetMissedError`` where a plan that was fitted anew misses the target."""
+        target, judged = self.request.target, (*found.judged, *found.checked)
+        missed = [item.value for item in judged if not target.met_by(item.value)]
         if missed:
             raise TargetMissedError(
                 "the plan, fitted anew, misses the target",
@@ -102,47 +119,63 @@ class WholeStepSearch:
                 expected=f"{target.bound:g}",
                 remedy="calibrate a new plan for this guidance and these steps",
             )
-        return self._plan(found, checked)
 
     def curve(self, numbers: Sequence[int]) -> dict[int, Plan]:
         """Return the plans in which so many steps run, fitted and not judged."""
-        masks = self._masks()
-        return {number: self.fitted(masks[number]) for number in numbers if number in masks}
+        return {
+            number: self.fitted(self.masks[number]) for number in numbers if number in self.masks
+        }
 
     def fitted(self, runs: Sequence[int], rule: Rule = fit) -> Plan:
         """Return the plan in which ``runs`` run, by a ``rule`` for the others; it is not judged."""
-        mask, _ = fit_mask(self.rollouts, runs, self._meter.spend, rule=rule)
-        return self._plan(_Judged(mask, []), [])
+        mask, _ = fit_mask(self.rollouts, runs, self.meter.spend, rule=rule)
+        return self.plan(Judged(mask, []))
 
     @property
-    def _steps(self) -> int:
-        return len(self._observed[0].steps)
+    def subject(self) -> Subject:
+        """Return the model that is searched."""
+        return self._recorder.subject
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps a generation has."""
+        return len(self.observed[0].steps)
 
     @cached_property
-    def _observed(self) -> list[Observed]:
-        self._meter.begin("dense generations")
+    def observed(self) -> list[Observed]:
+        """Return the dense generations of the calibration prompts."""
+        self.meter.begin("dense generations")
         found: list[Observed] = []
-        for prompt in self._request.prompts:
-            found.append(observe(self._pipeline, prompt, self._request.layout))
-            self._meter.spend(len(found[-1].steps))
+        for prompt in self.request.prompts:
+            found.append(observe(self._pipeline, prompt, self.request.layout))
+            self.meter.spend(len(found[-1].steps))
         return found
+
+    def generate_dense(self) -> list[Tensor]:
+        """Generate all prompts densely; return the images of the calibration prompts."""
+        self.meter.begin("dense generations")
+        self.judge.generate_held_out(self.steps)
+        return [each.images for each in self.observed]
 
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """Return the dense generations of the calibration prompts, to go on from any step."""
         module = transformer_of(self._pipeline, "calibrate(pipeline)")
-        return [Rollout(module, observed) for observed in self._observed]
+        return [Rollout(module, observed) for observed in self.observed]
 
-    def _masks(self) -> dict[int, tuple[int, ...]]:
+    @cached_property
+    def masks(self) -> dict[int, tuple[int, ...]]:
+        """Return which steps run, by how many."""
+
         def make() -> list[list[int]]:
-            most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps)))
+            most = min(self.steps - 1, max(FEW_STEPS, int(MOST_RUNS * self.steps)))
             images = self._spread(SEARCHED_ON)
-            self._meter.begin("which steps run")
+            self.meter.begin("which steps run")
             rollouts = [self.rollouts[index] for index in images]
-            found = search_masks(rollouts, most, self._meter.spend)
+            found = search_masks(rollouts, most, self.meter.spend)
             return [list(self._best(paths, images).runs) for paths in found.values()]
 
-        kept = self._checkpoint.data("masks", make)
+        kept = self.checkpoint.data("masks", make)
         return {len(runs): tuple(runs) for runs in kept}
 
     def _best(self, paths: Sequence[Path], images: Sequence[int]) -> Path:
@@ -150,15 +183,15 @@ class WholeStepSearch:
 
         Latents do not show it all: noise that the last step would have taken away is small there.
         """
-        target = self._request.target
+        target = self.request.target
         if target.kind is not TargetKind.QUALITY or len(paths) == 1:
             return paths[0]
-        prompts = [self._request.prompts[index] for index in images]
-        observed = [self._observed[index] for index in images]
+        prompts = [self.request.prompts[index] for index in images]
+        observed = [self.observed[index] for index in images]
         worst = []
         for path in paths:
             mask = FittedMask(path.runs, path.coefficients, HISTORY - 1)
-            judged = self._judge.replayed(mask, prompts, observed, path.states)
+            judged = self.judge.replayed(mask, prompts, observed, path.states)
             worst.append(target.worst([item.value for item in judged]))
         return paths[worst.index(max(worst) if target.at_least else min(worst))]
 
@@ -168,49 +201,51 @@ class WholeStepSearch:
         That is where every third step runs. Masks that are found on them suit other images by 1 to
         3 dB more, on the demo's model, than those found on the first ones, or the hardest alone.
         """
-        self._meter.begin("which images are hard")
-        _, states = fit_mask(self.rollouts, range(0, self._steps, 3), self._meter.spend)
+        self.meter.begin("which images are hard")
+        _, states = fit_mask(self.rollouts, range(0, self.steps, 3), self.meter.spend)
         pairs = zip(self.rollouts, states, strict=True)
-        missed = [drift([rollout], [state], self._steps) for rollout, state in pairs]
+        missed = [drift([rollout], [state], self.steps) for rollout, state in pairs]
         order = sorted(range(len(missed)), key=missed.__getitem__, reverse=True)
         places = [round(place * (len(order) - 1) / max(count - 1, 1)) for place in range(count)]
         return [order[place] for place in dict.fromkeys(places)]
 
-    def _calibrated(self, runs: Sequence[int]) -> _Judged:
+    def _calibrated(self, runs: Sequence[int]) -> Judged:
         """Return the plan in which ``runs`` run, fitted and judged on the calibration prompts."""
         number = len(runs)
-        if number not in self._known:
-            self._meter.begin(f"{number} of {self._steps} steps: the calibration prompts")
-            mask, states = fit_mask(self.rollouts, runs, self._meter.spend)
-            judged = self._judge.replayed(mask, self._request.prompts, self._observed, states)
-            self._known[number] = _Judged(mask, judged)
-        return self._known[number]
+        if number not in self.known:
+            self.meter.begin(f"{number} of {self.steps} steps: the calibration prompts")
+            mask, states = fit_mask(self.rollouts, runs, self.meter.spend)
+            judged = self.judge.replayed(mask, self.request.prompts, self.observed, states)
+            self.known[number] = Judged(mask, judged)
+        return self.known[number]
 
     def _fast_enough(self, masks: Mapping[int, tuple[int, ...]]) -> Plan:
-        bound = self._request.target.bound
-        fitting = [number for number in masks if self._steps / number >= bound]
+        bound = self.request.target.bound
+        fitting = [number for number in masks if self.steps / number >= bound]
         if not fitting:
             raise TargetMissedError(
                 "no plan of whole steps is fast enough",
-                where=self._request.target.describe(),
-                got=f"{self._steps / min(masks):.2f}x for {min(masks)} of {self._steps} steps",
+                where=self.request.target.describe(),
+                got=f"{self.steps / min(masks):.2f}x for {min(masks)} of {self.steps} steps",
                 expected=f"{bound:g}x",
                 remedy="ask for less",
             )
         return self.fitted(masks[max(fitting)])
 
-    def _dense(self) -> Plan:
+    def dense(self) -> Plan:
+        """Return the plan in which every step runs."""
         log.warning("ditfastattn: no plan that skips a step meets the target: every step runs")
-        mask = FittedMask(tuple(range(self._steps)), (None,) * self._steps, 1)
-        pairs = zip(self._request.prompts, self._observed, strict=True)
-        target = self._request.target
+        mask = FittedMask(tuple(range(self.steps)), (None,) * self.steps, 1)
+        pairs = zip(self.request.prompts, self.observed, strict=True)
+        target = self.request.target
         perfect = [
             item
             for prompt, observed in pairs
             for item in judge_images(target, observed.images, observed.images, prompt.call)
         ]
-        return self._plan(_Judged(mask, perfect), [])
+        return self.plan(Judged(mask, perfect))
 
-    def _plan(self, found: _Judged, checked: Sequence[Judgement]) -> Plan:
-        rounds = len(self._known)
-        return self._recorder.plan(found.mask, self._observed[0], found.judged, checked, rounds)
+    def plan(self, found: Judged) -> Plan:
+        """Return the plan of ``found``."""
+        rounds, dense = len(self.known), self.observed[0]
+        return self._recorder.plan(found.mask, dense, found.judged, found.checked, rounds)

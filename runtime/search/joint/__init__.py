@@ -1,0 +1,1 @@
+"""Search which steps run, and within them which sites take shortcuts."""

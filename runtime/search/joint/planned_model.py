@@ -1,0 +1,50 @@
+"""Run the model at the steps that run, its sites by a plan's strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
+from ditfastattn.runtime.search.measure.steppers import PlanStepper, Variants
+from ditfastattn.runtime.search.solve.rows import Row
+from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """Run ``rows``, whose last site is the whole output; what it does at skipped steps is not seen.
+
+    The session of ``variants`` holds the model.
+    """
+
+    variants: Variants
+    rows: Sequence[Row]
+
+    def forward(self) -> Forward:
+        """Return what runs the steps of one generation that run, in order."""
+        runs = [step for step, row in enumerate(self.rows) if row[-1].computes]
+        rows = [row if row[-1].computes else (*row[:-1], Strategy.SHARE_STEP) for row in self.rows]
+        return self.variants.session.forward_by(PlanStepper(self.variants, rows, runs=runs))
+
+    def rollouts(self, module: nn.Module, observed: Sequence[Observed]) -> list[Rollout]:
+        """Return the ``observed`` generations of ``module``, to go on with from the first step."""
+        return [Rollout(_calling(module, self.forward()), each) for each in observed]
+
+
+def _calling(module: nn.Module, forward: Forward) -> Callable[..., Any]:
+    """Return what calls ``module``, with its hooks, and ``forward`` within it."""
+
+    def call(**arguments: Any) -> Any:
+        undo = replace_forward(module, lambda _own: forward)
+        try:
+            return module(**arguments)
+        finally:
+            undo()
+
+    return call
