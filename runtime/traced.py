@@ -2,7 +2,7 @@
 
 A trace holds for calls of its shapes that read the same of their inputs, and for modules whose
 settings are those of the trace. A call that reads otherwise, as another length of the prompt, is
-traced anew; the plan is then matched with the new graph like any other.
+traced again; the plan is then matched with the new graph like any other.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _report(module: nn.Module, made: TracedCall, reasons: Sequence[str]) -> None
     kind = type(module).__name__
     if reasons:
         log.warning(
-            "ditfastattn: a call of %s is traced anew, as it differs from an earlier one: %s",
+            "ditfastattn: a call of %s is traced again, as it differs from an earlier one: %s",
             kind,
             reasons[0],
         )

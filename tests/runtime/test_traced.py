@@ -255,7 +255,7 @@ def test_a_traced_models_mixed_plan_is_the_interpreters(made: Any, call: Any) ->
     "Models",
     "classes that Dynamo cannot capture (Z-Image, Lumina 2, Mochi, OmniGen)",
     "works",
-    "calls are traced with their inputs, and traced anew for other lengths",
+    "calls are traced with their inputs, and traced again for other lengths",
 )
 @pytest.mark.parametrize(
     ("made", "call", "batch"),
@@ -287,7 +287,7 @@ def test_another_prompt_length_of_equal_sites_is_traced_anew(
     assert "item() of mask" in caplog.text
     assert "got [True], expected [False]" in caplog.text
     shorter = generate(model, call_batch, (4, 2))  # as masked as the first one
-    assert caplog.text.count("traced anew") == 1
+    assert caplog.text.count("traced again") == 1
     assert largest_error(generate(model, call_batch, LENGTHS), first) == 0.0
 
     for found, lengths in ((whole, (6, 6)), (shorter, (4, 2))):
