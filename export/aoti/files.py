@@ -51,7 +51,7 @@ class PackageFiles:
         self._constants = Constants()
         self._files: dict[str, PackageSpec] = {}
 
-    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+    def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Compile ``graph``, unless an interrupted export has."""
         ready = with_constants(graph, self._constants)
         used = used_inputs(graph)

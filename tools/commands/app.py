@@ -18,11 +18,24 @@ from ditfastattn.tools.commands.doctor import doctor
 from ditfastattn.tools.commands.export import export
 from ditfastattn.tools.commands.inspect import inspect
 from ditfastattn.tools.commands.serve import serve
+from ditfastattn.tools.commands.update_weights import update_weights
 from ditfastattn.tools.commands.validate import validate
 from ditfastattn.tools.commands.verify import verify
 from ditfastattn.tools.terminal import open_console
 
-COMMANDS = (demo, calibrate, inspect, validate, export, build, verify, doctor, bench, serve)
+COMMANDS = (
+    demo,
+    calibrate,
+    inspect,
+    validate,
+    export,
+    build,
+    verify,
+    update_weights,
+    doctor,
+    bench,
+    serve,
+)
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
