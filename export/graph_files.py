@@ -20,11 +20,14 @@ class GraphFiles(Protocol):
 
     Attributes:
         suffix: of the files' names.
-        form: brings a graph into the form that it is written in.
     """
 
     suffix: str
-    form: Form
+
+    @property
+    def form(self) -> Form:
+        """Return what brings a graph into the form that it is written in."""
+        ...
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph``; return its entry in the manifest.
@@ -46,7 +49,11 @@ class OnnxFiles:
     """Write graphs as ONNX, which refers to one file of weights."""
 
     suffix = "onnx"
-    form: Form = staticmethod(onnx_form)
+
+    @property
+    def form(self) -> Form:
+        """Return what decomposes a graph into what ONNX has."""
+        return onnx_form
 
     def __init__(self, partial: PartialBundle) -> None:
         """Take the folder."""

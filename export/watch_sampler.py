@@ -191,7 +191,7 @@ def find_stepping(watched: WatchedGeneration, plan: Plan, latent: str, timestep:
         _check_alike(given, inputs[step], allowed, f"the model's latents at step {step}")
         stepper.step(guided(output, found, sampler.cfg_layout))
     if watched.latents is not None:
-        last = watched.latents[: len(given) // halves]
+        last = watched.latents[: len(inputs[0]) // halves]
         _check_alike(stepper.latents[-1], last, allowed, "the last latents")
     return found
 

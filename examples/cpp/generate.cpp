@@ -1,10 +1,10 @@
 // Run a whole generation by a bundle of AOTInductor packages, without Python.
 //
-//   generate BUNDLE INPUTS.safetensors LATENTS.safetensors STEPPING.json
+//   generate BUNDLE INPUTS.safetensors LATENTS.safetensors
 //
 // INPUTS holds standard normal `noise`, a row per image, and the model's other arguments as it takes
-// them, both halves of guidance. STEPPING holds what the sampler does between the calls: sums of
-// earlier latents, outputs and clipped estimates, as docs/pt2.md says.
+// them, both halves of guidance. What the sampler does between the calls is in the manifest, as sums of
+// earlier latents, outputs and clipped estimates: see docs/bundle-format.md.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -182,8 +182,10 @@ at::Tensor guided(at::Tensor output, const json& stepping, const std::string& la
   return other + (conditional - other) * stepping["guidance_scale"].get<double>();
 }
 
-at::Tensor generate(Bundle& bundle, Tensors inputs, const json& stepping) {
+at::Tensor generate(Bundle& bundle, Tensors inputs) {
   const json& manifest = bundle.manifest;
+  const json& stepping = manifest["stepping"];
+  if (stepping.is_null()) refuse("the manifest does not say what the sampler does");
   const std::string layout = manifest["sampler"]["cfg_layout"];
   const std::string latent = manifest["latent"], timestep = manifest["timestep"];
   json timestep_spec;
@@ -204,7 +206,7 @@ at::Tensor generate(Bundle& bundle, Tensors inputs, const json& stepping) {
     const json& how = stepping["steps"][step];
     const at::Tensor scaled = latents.back() * how["input_scale"].get<double>();
     inputs[latent] = layout == "none" ? scaled : at::cat({scaled, scaled});
-    const double time = manifest["sampler"]["timesteps"][step];
+    const double time = how["timestep"];
     const std::vector<int64_t> rows(timestep_spec["shape"].size(), inputs[latent].size(0));
     inputs[timestep] = at::full(rows, time, at::dtype(kNames.at(timestep_spec["dtype"])));
 
@@ -236,16 +238,15 @@ at::Tensor generate(Bundle& bundle, Tensors inputs, const json& stepping) {
 }  // namespace
 
 int main(int count, char** given) {
-  if (count != 5) {
-    std::cerr << "generate BUNDLE INPUTS.safetensors LATENTS.safetensors STEPPING.json\n";
+  if (count != 4) {
+    std::cerr << "generate BUNDLE INPUTS.safetensors LATENTS.safetensors\n";
     return 2;
   }
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // packages then check sizes, strides and dtypes
   try {
     c10::InferenceMode inference;
     Bundle bundle(given[1]);
-    const json stepping = json::parse(read_file(given[4]));
-    write_latents(given[3], generate(bundle, read_tensors(given[2]), stepping));
+    write_latents(given[3], generate(bundle, read_tensors(given[2])));
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;

@@ -43,7 +43,11 @@ class PackageFiles:
     """Compile graphs into the folder of a bundle, and collect their weights."""
 
     suffix = "pt2"
-    form: Form = staticmethod(package_form)
+
+    @property
+    def form(self) -> Form:
+        """Return what lowers a graph to what torch's C++ library has."""
+        return package_form
 
     def __init__(self, partial: PartialBundle, batches: tuple[int, int], made: CompileFor) -> None:
         """Take the two batches of the captures, and what to compile for."""

@@ -44,7 +44,11 @@ class RegionFiles(PackageFiles):
     """Compile the distinct regions of graphs, and write each graph as a list of calls."""
 
     suffix = STEP_SUFFIX.removeprefix(".")
-    form: Form = staticmethod(region_form)
+
+    @property
+    def form(self) -> Form:
+        """Return what lowers a graph, and cuts it into regions."""
+        return region_form
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph`` as calls; compile the regions that are new."""

@@ -37,7 +37,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 _NONE: tuple[str, Any] = "", None
 _COMPILED = "using FX to symbolically trace a dynamo-optimized function"  # in torch's error
 _TRIES = 2  # for models that make tables anew at each call
-_is_mapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
+_is_mapped: Any = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009  # untyped
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,9 +48,8 @@ class AotiPackage:
         """
         self._path, self._spec, self._device = file.path, spec, device
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(
-                file.opened, MODEL, False, 1, _CURRENT_DEVICE
-            )
+            native: Any = getattr(torch._C, "_aoti")  # noqa: B009  # its stub is not found
+            loader = native.AOTIModelPackageLoader(file.opened, MODEL, False, 1, _CURRENT_DEVICE)
         except RuntimeError as error:
             raise ConfigError(
                 "torch cannot load the package",

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from onnx.reference import ReferenceEvaluator
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
-from ditfastattn.export import graph_files
+from ditfastattn.export import graph_files, step_graphs
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import partial_folder
@@ -373,7 +373,7 @@ def test_a_killed_export_goes_on_with_the_next_variant(
     rows = mixed_strategies(sites, seed=5)
     whole = export_tiny(tiny, rows, tmp_path / "whole")
     written: list[str] = []
-    write = graph_files.write_graph
+    write = step_graphs.write_graph
 
     def noting(graph: Any, weights: Any, name: str, about: Any) -> Any:
         if len(written) == 2 and name == "variant_02":
@@ -399,7 +399,7 @@ def test_a_killed_export_goes_on_with_the_next_variant(
 def test_what_another_export_left_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    describe = graph_files.describe
+    describe = step_graphs.describe
 
     def fail(*_: Any) -> None:
         raise OSError("no space left")

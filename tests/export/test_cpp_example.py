@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +14,6 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import Strategy, export, load
-from ditfastattn.export.linear_scheduler import linear_schedule
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 from tests.shared import made_once
@@ -56,11 +53,8 @@ def test_the_cpp_example_computes_what_the_loop_does(regions: bool, tmp_path: Pa
     labels = torch.tensor([1, 2, 10, 10])
     inputs = {"noise": noise, "class_labels": labels}
     safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
-    stepping = dataclasses.asdict(linear_schedule(pipeline.scheduler, len(STEPS)))
-    stepping["guidance_scale"] = 2.0
-    (tmp_path / "stepping.json").write_text(json.dumps(stepping))
     folder = made_once("cpp", "generate", built)
-    names = ("bundle", "inputs.safetensors", "latents.safetensors", "stepping.json")
+    names = ("bundle", "inputs.safetensors", "latents.safetensors")
     paths = [str(tmp_path / name) for name in names]
     program = str(folder / "build" / "generate")
     done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)

@@ -169,7 +169,7 @@ def test_a_sampler_that_its_numbers_do_not_reproduce_is_told(
     def rescaled(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return step(output * output.std(), *args, **kwargs)
 
-    pipeline.scheduler.step = rescaled  # type: ignore[method-assign]
+    pipeline.scheduler.step = rescaled
     with pytest.raises(ConfigError, match="do not compute what the pipeline does"):
         export(pipeline, call, plan, tmp_path / "bundle", loop=True)
     manifest = export(pipeline, call, plan, tmp_path / "bundle")

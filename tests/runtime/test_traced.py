@@ -137,7 +137,7 @@ class Experts(nn.Module):
         flat = x.flatten(0, 1)
         chosen = self.gate(flat).argmax(-1)
         order, counts = chosen.argsort(), chosen.bincount(minlength=3).tolist()
-        parts = torch.split(flat[order], counts)  # type: ignore[no-untyped-call]  # torch
+        parts = torch.split(flat[order], counts)
         made = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
         return torch.zeros_like(flat).index_copy(0, order, torch.cat(made)).view_as(x)
 

@@ -206,17 +206,20 @@ def _fitted_output(work: Work, latent: str) -> Site:
     """Return the whole output of the session's model, which is fitted to ``latent``."""
     try:
         site = output_site(work.session.captured, latent)
-        reason = site.no_fit
     except ValueError as error:
-        reason = str(error)
-    if reason:
-        raise ConfigError(
-            "the model's whole output cannot be fitted in its graph",
-            where="calibrate(method='joint')",
-            got=reason,
-            remedy="search sites alone (method='global'), or whole steps alone",
-        )
+        raise _unfitted(str(error)) from error
+    if site.no_fit:
+        raise _unfitted(site.no_fit)
     return site
+
+
+def _unfitted(reason: str) -> ConfigError:
+    return ConfigError(
+        "the model's whole output cannot be fitted in its graph",
+        where="calibrate(method='joint')",
+        got=reason,
+        remedy="search sites alone (method='global'), or whole steps alone",
+    )
 
 
 def _as_data(judged: Sequence[Judgement]) -> list[Any]:
