@@ -57,6 +57,8 @@ def _described() -> dict[str, set[str]]:
         "runtime/aoti",
         "runtime/bundle",
         "runtime/tensorrt",
+        "tools/demo",
+        "tools/report",
     ],
 )
 def test_a_room_is_described_file_by_file(folder: str) -> None:

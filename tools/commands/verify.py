@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +21,11 @@ from ditfastattn.tools.commands.options import (
     CallArguments,
     Classes,
     Guidance,
+    Json,
     PipelineName,
     Prompts,
 )
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.terminal import open_console, print_json, spinner
 
 DenseSteps = Annotated[
     int, typer.Option(min=1, help="Sampler steps for a dense bundle, which has no plan.")
@@ -45,17 +47,23 @@ def verify(
     guidance: Guidance = None,
     call: CallArguments = "",
     runtime: Runtime = "onnx",
+    as_json: Json = False,
 ) -> None:
     """Compare a bundle with its torch model, step by step. Exit with 1 if they differ."""
     manifest = read_manifest(bundle)
     planned = manifest.sampler.steps if manifest.plan_sha256 else steps
     opened = open_pipeline(pipeline, manifest.model.fingerprint.dtype)
     arguments = Generation(planned, guidance, call).arguments(opened, classes, prompts)
-    verify_bundle(open_console(), bundle, opened, arguments, runtime)
+    verify_bundle(open_console(stderr=as_json), bundle, opened, arguments, runtime, as_json)
 
 
 def verify_bundle(
-    console: Console, folder: Path, pipeline: Any, call: Mapping[str, Any], runtime: str = "onnx"
+    console: Console,
+    folder: Path,
+    pipeline: Any,
+    call: Mapping[str, Any],
+    runtime: str = "onnx",
+    as_json: bool = False,
 ) -> None:
     """Compare a bundle with its model, and print the differences.
 
@@ -64,7 +72,8 @@ def verify_bundle(
     """
     if runtime == "tensorrt" and torch.cuda.is_available():
         pipeline.to("cuda")
-    found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
+    with spinner(console, "comparing the bundle with its model, step by step"):
+        found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
     console.print(_variant_errors(found.variant_errors))
     error, psnr = found.bounds
     console.print(f"a whole generation: PSNR {found.psnr:.1f} dB (at least {psnr:g})")
@@ -73,6 +82,8 @@ def verify_bundle(
             f"the unrolled loop: largest error of the latents {found.loop_error:.1e}, relative "
             "to the largest latent"
         )
+    if as_json:
+        print_json({**asdict(found), "passed": found.passed})
     if not found.passed:
         raise TargetMissedError(
             "the bundle does not compute what its model does",
