@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.ir import fake_mode, outputs
 from ditfastattn.passes.graph.outline import outline
 from ditfastattn.passes.graph.region import Region, freed_after
 from ditfastattn.passes.windows.lower_windows import lower_windows
@@ -71,7 +72,8 @@ def lower(
 def _compile(
     module: GraphModule, args: Sequence[Tensor], inductor: dict[str, Any]
 ) -> Callable[..., Any]:
-    with torch.no_grad():
+    # Inductor reads and writes its cache on disk only where it is told the graph's environment.
+    with torch.no_grad(), tracing(TracingContext(fake_mode(module.graph))):
         compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]  # a union in torch
             module, list(args), config_patches=inductor or None
         )

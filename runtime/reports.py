@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ditfastattn.core.html import facts_table
 from ditfastattn.passes.analysis.flops import Flops
 from ditfastattn.passes.analysis.sites import SiteReport
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.slot_schedule import CacheSlot
 from ditfastattn.passes.plan.strategies import every_strategy
 from ditfastattn.runtime.unrolled import UnrolledPlan
 
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 class RunReport:
     """Report what a plan does to a model at one set of shapes.
 
+    ``caches`` are the cache slots of all calls of a step, with the steps at which they are held.
     ``planned`` covers one generation, hoisted values included; it is None until every variant of
     the plan has been compiled, which the first generation does. ``ahead_bytes`` is the memory of
     the hoisted values, which are kept for a generation.
@@ -32,6 +35,20 @@ class RunReport:
     ahead_bytes: int
     dense: Flops
     planned: Flops | None
+    caches: tuple[CacheSlot, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it, above its plan."""
+        rows = [
+            ("sites", f"{len(self.sites.sites)}, {len(self.sites.declined)} attentions declined"),
+            ("step variants", str(self.variants)),
+            ("peak cache", f"{self.peak_cache_bytes / 2**20:.1f} MiB"),
+            ("hoisted values", f"{self.ahead_bytes / 2**20:.1f} MiB"),
+        ]
+        if self.planned is not None:
+            kept = f"{self.planned.total / self.dense.total:.0%}"
+            rows.append(("matrix FLOPs kept", kept))
+        return facts_table(rows) + self.plan._repr_html_()
 
 
 def summary(plan: Plan) -> str:
@@ -66,6 +83,7 @@ def run_report(
         ahead_bytes=hoisted_bytes,
         dense=dense.times(count),
         planned=sum(calls, once) if len(calls) == count else None,
+        caches=tuple(each for program in programs for each in program.slots.slots),
     )
 
 

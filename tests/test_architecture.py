@@ -60,6 +60,8 @@ def _described() -> dict[str, set[str]]:
         "runtime/bundle",
         "runtime/tensorrt",
         "serving",
+        "tools/demo",
+        "tools/report",
     ],
 )
 def test_a_room_is_described_file_by_file(folder: str) -> None:

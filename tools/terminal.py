@@ -8,9 +8,11 @@ spinners are made here and nowhere else, with those parsers off. For styled text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import json
+import math
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -59,3 +61,24 @@ def spinner(console: Console, text: str) -> Generator[Callable[[str], None]]:
     """Show a spinner, and yield a function that changes its text."""
     with console.status(Text(text)) as status:
         yield lambda text: status.update(Text(text))
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` in words, in minutes from a minute and a half on."""
+    return f"{seconds:.0f} s" if seconds < 90.0 else f"{seconds / 60.0:.1f} minutes"
+
+
+def print_json(data: Any) -> None:
+    """Print ``data`` as JSON on standard output; an infinite number is its name."""
+    print(json.dumps(finite(data), indent=1, default=str))
+
+
+def finite(data: Any) -> Any:
+    """Return JSON data without infinite numbers, which JSON does not know, but their names."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, Mapping):
+        return {key: finite(item) for key, item in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(item) for item in data]
+    return data

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
 from ditfastattn.core.errors import ConfigError
@@ -110,7 +111,7 @@ def capture(
         for index, tensor in given.items()
         for name, part in parts(tensor, inputs[index].name)
     ]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=_fixed_shapes(), static_shapes=True)
     fakes = [mode.from_tensor(part, static_shapes=True) for _, _, part in flat]
 
     def call(*tensors: Tensor) -> Any:
@@ -146,6 +147,11 @@ def finish(
 
 class DataDependenceError(ConfigError):
     """Report a graph that depends on what its inputs hold."""
+
+
+def _fixed_shapes() -> ShapeEnv:
+    """Return an environment without symbols: Inductor's cache on disk asks for one."""
+    return ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pydantic import (
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.html import facts_table
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
@@ -32,6 +33,7 @@ from ditfastattn.passes.analysis.site import (
 )
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
+from ditfastattn.passes.plan.plan_html import plan_map_html
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
 from ditfastattn.passes.windows.window import Window
 
@@ -269,6 +271,22 @@ class Plan(Record, frozen=True):
     def changed(self) -> int:
         """Count the entries that take a shortcut."""
         return sum(strategy != Strategy.FULL for row in self.strategies for strategy in row)
+
+    def _repr_html_(self) -> str:
+        """Return the plan as a notebook shows it: what it is for, and its map."""
+        sampler, target = self.sampler, self.calibration.target
+        rows = [
+            ("sampler", f"{sampler.scheduler or 'not recorded'}, {sampler.steps} steps"),
+            ("guidance", f"{sampler.guidance_scale}, {sampler.cfg_layout}"),
+            ("shortcuts", f"{self.changed} of {len(self.sites) * sampler.steps} entries"),
+        ]
+        if target is not None:
+            sign = ">=" if target.at_least else "<="
+            rows.append(("target", f"{target.name} {sign} {target.bound:g}"))
+        if self.calibration.predicted_speedup is not None:
+            rows.append(("predicted speedup", f"{self.calibration.predicted_speedup:.2f}x"))
+        names = [site.name for site in self.sites]
+        return facts_table(rows) + plan_map_html(names, self.strategies)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; ``path`` holds the old file or the whole new one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +73,14 @@ def variant_passes(
     )
 
 
+DENSE = "dense"  # the graph before the first pass
+Watch = Callable[[str, GraphModule], None]
+
+
+def _ignore(_name: str, _module: GraphModule) -> None:
+    pass
+
+
 PASS_NAMES = tuple(step.name for step in variant_passes((), (), CfgLayout.NONE))
 
 
@@ -83,10 +91,12 @@ def rewrite(
     layout: CfgLayout,
     label: str = "variant",
     per_generation: tuple[str, ...] = (),
+    watch: Watch = _ignore,
 ) -> GraphModule:
     """Return a new graph for one step variant; ``captured`` is left as it is.
 
-    ``per_generation`` names the nodes whose hoisted values the variant reads.
+    ``per_generation`` names the nodes whose hoisted values the variant reads. ``watch`` is shown
+    the dense graph, and the graph after each pass that changed it, by the pass's name.
 
     Raises:
         ConfigError: a knob names an unknown pass.
@@ -98,7 +108,8 @@ def rewrite(
     inputs, results = len(captured.inputs), len(outputs(captured.module.graph))
     verifier = Verifier(module, inputs, results)  # the dense graph was verified at its capture
     done: list[str] = []
-    _dump(knobs, label, 0, "dense", module)
+    _dump(knobs, label, 0, DENSE, module)
+    watch(DENSE, module)
     passes = variant_passes(sites, _fuelled(actions, knobs.fuel), layout, per_generation)
     for step in passes:
         if step.name in off:
@@ -111,6 +122,7 @@ def rewrite(
             verifier.check_report(result.changed, ", ".join(done))
         if result.changed:
             _dump(knobs, label, len(done), step.name, module)
+            watch(step.name, module)
     module.recompile()
     return module
 

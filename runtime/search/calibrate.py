@@ -18,7 +18,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
-from ditfastattn.runtime.search.estimate import most_forwards
+from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
 from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
@@ -143,6 +143,7 @@ def calibrate(
         if resumed:
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
         work.at_most = most_forwards(session, options, len(prompts), len(unseen))
+        work.expected = usual_forwards(session, options, len(prompts), len(unseen))
         plan = _search(work, options, Prompt(call, seed), prompts, unseen)
         if path is not None:
             plan.save(path)

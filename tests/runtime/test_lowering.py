@@ -11,6 +11,9 @@ import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext
+from torch._inductor.utils import fresh_cache
 from torch.fx import Graph, GraphModule
 
 from ditfastattn import Strategy
@@ -73,6 +76,42 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
     monkeypatch.setattr(lowering, "compile_fx", compile_fx)
     monkeypatch.setattr(lowering, "_compiled", weakref.WeakValueDictionary())
     return seen
+
+
+def test_inductor_is_told_the_environment_that_its_cache_on_disk_asks_for(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def compile_fx(module: GraphModule, args: Sequence[Tensor], **_: Any) -> Callable[..., Any]:
+        mode = TracingContext.get().fake_mode
+        seen.append(mode and mode.shape_env)
+        return lambda *inputs: module(*inputs)
+
+    monkeypatch.setattr(lowering, "compile_fx", compile_fx)
+    tiny = tiny_dit()
+    tiny.run(planned(tiny, uniform_plan(tiny, Strategy.SHARE_STEP)))
+    assert seen
+    assert None not in seen
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_read_from_the_cache_on_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[dict[str, int]] = []
+    tiny = tiny_dit(layers=1)
+    plan = uniform_plan(tiny, Strategy.SHARE_STEP)
+    with fresh_cache():
+        for _ in range(2):
+            monkeypatch.setattr(lowering, "_compiled", weakref.WeakValueDictionary())
+            torch._dynamo.reset()
+            counters.clear()
+            tiny.run(planned(tiny, plan), steps=2)
+            counts.append(dict(counters["inductor"]))
+    first, second = counts
+    assert first["fxgraph_cache_miss"] == second["fxgraph_cache_hit"] > 0
+    assert "fxgraph_cache_bypass" not in first
 
 
 def test_compiled_regions_do_not_grow_with_the_layers(compiled: Compiled) -> None:

@@ -11,17 +11,20 @@ from rich.console import Console
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
 from ditfastattn.tools.bench.harness import Bench
+from ditfastattn.tools.bench.methods import EAGER
 from ditfastattn.tools.bench.models import BenchModel
 from ditfastattn.tools.bench.peers import PEERS
 from ditfastattn.tools.bench.report import as_json, draw, show, versions
 from ditfastattn.tools.bench.setup import BenchOptions, set_up
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.report.of_bench import bench_report
+from ditfastattn.tools.report.page import write_report
 
 
 def run_bench(
     console: Console, model: BenchModel, options: BenchOptions, out: Path, restart: bool
 ) -> dict[str, Any]:
-    """Measure, print tables, and write ``<model>-<steps>.json`` and two figures to ``out``.
+    """Measure, print tables, and write JSON, a report and two figures to ``out``.
 
     An interrupted run resumes with the methods that are left.
 
@@ -37,9 +40,11 @@ def run_bench(
         write_text_atomically(path, json.dumps(data, indent=1) + "\n")
         if model.trained:
             draw(data, out / f"{name}-ssim.png", out / f"{name}-psnr.png")
+        report = out / f"{name}.html"
+        write_report(bench_report(data, left_out=EAGER), report)
         checkpoint.discard()
     show(console, data)
-    console.print(f"wrote {path}", soft_wrap=True)
+    console.print(f"wrote {path} and {report}", soft_wrap=True)
     return data
 
 

@@ -9,18 +9,20 @@ import typer
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.interrupts import resumable
 from ditfastattn.tools.commands.options import (
     CallArguments,
     Classes,
     Device,
     Dtype,
     Guidance,
+    Json,
     MaxVariants,
     Prompts,
     Restart,
     Steps,
 )
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.terminal import open_console, print_json
 
 ModelName = Annotated[str, typer.Option(help="demo, or the name of a model with random weights.")]
 PipelineInstead = Annotated[
@@ -69,6 +71,7 @@ def bench(
     max_variants: MaxVariants = 0,
     out: Out = Path("benchmarks/bench"),
     restart: Restart = False,
+    as_json: Json = False,
 ) -> None:
     """Compare the speed and fidelity of our plans with those of caching libraries, in one run.
 
@@ -96,7 +99,10 @@ def bench(
         chosen = models.pipeline_model(Path(pipeline).name, opened, arguments)
     else:
         chosen = models.model_named(model)
-    run_bench(open_console(), chosen, options, out, restart)
+    with resumable("the methods that were measured are kept"):
+        data = run_bench(open_console(stderr=as_json), chosen, options, out, restart)
+    if as_json:
+        print_json(data)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

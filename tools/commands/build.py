@@ -13,8 +13,9 @@ import ditfastattn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Engines, Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
-from ditfastattn.tools.commands.options import BundleFolder, EngineLayout, EngineTarget
-from ditfastattn.tools.terminal import open_console, progress_bar
+from ditfastattn.tools.commands.interrupts import resumable
+from ditfastattn.tools.commands.options import BundleFolder, EngineLayout, EngineTarget, Json
+from ditfastattn.tools.terminal import open_console, print_json, progress_bar
 
 _MEGABYTE = 2**20
 
@@ -38,10 +39,16 @@ def build(
     max_engine_mb: MaxEngineMb = 2048.0,
     time_limit: TimeLimit = 3600.0,
     library: LibraryName = "",
+    as_json: Json = False,
 ) -> None:
     """Build TensorRT engines from a bundle. Engines that exist already are kept."""
-    console = open_console()
-    build_engines(console, bundle, target, layout, images, max_engine_mb, time_limit, library)
+    console = open_console(stderr=as_json)
+    with resumable("engines that were built are kept"):
+        engines = build_engines(
+            console, bundle, target, layout, images, max_engine_mb, time_limit, library
+        )
+    if as_json:
+        print_json(engines.model_dump(mode="json"))
 
 
 def build_engines(
@@ -53,7 +60,7 @@ def build_engines(
     max_engine_mb: float = 2048.0,
     time_limit: float = 3600.0,
     library: str = "",
-) -> None:
+) -> Engines:
     """Build with a progress bar, and print what was built and what the builder's logs say."""
     with progress_bar(console, "checking the bundle") as advance:
         engines = ditfastattn.build(
@@ -73,6 +80,7 @@ def build_engines(
     console.print(f"layout {engines.layout.value}: {engines.reason}", soft_wrap=True)
     written = bundle / ENGINES_FOLDER / engines.target
     console.print(f"wrote {written}, each engine with its log", soft_wrap=True)
+    return engines
 
 
 def engine_table(engines: Engines) -> Table:

@@ -17,6 +17,7 @@ from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.interrupts import resumable
 from ditfastattn.tools.commands.options import (
     CallArguments,
     Classes,
@@ -24,6 +25,7 @@ from ditfastattn.tools.commands.options import (
     Device,
     Dtype,
     Guidance,
+    Json,
     LowerBound,
     MaxLatency,
     MaxLpips,
@@ -35,6 +37,7 @@ from ditfastattn.tools.commands.options import (
     MinSsim,
     PipelineName,
     Prompts,
+    ReportFile,
     Restart,
     Seed,
     Steps,
@@ -43,7 +46,7 @@ from ditfastattn.tools.commands.options import (
 )
 from ditfastattn.tools.commands.search_output import print_outcome, search_progress
 from ditfastattn.tools.commands.target import chosen_target
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.terminal import open_console, print_json, spinner
 
 Out = Annotated[Path, typer.Option(help="File to write the plan to.")]
 HeldOut = Annotated[str, typer.Option(help="Classes to validate the plan on.")]
@@ -108,6 +111,8 @@ def calibrate(
     seed: Seed = 0,
     restart: Restart = False,
     retarget: Retarget = None,
+    report: ReportFile = None,
+    as_json: Json = False,
 ) -> None:
     """Search for the fastest plan that meets a target, and write it as JSON.
 
@@ -130,8 +135,8 @@ def calibrate(
     seen = generation.arguments(loaded, classes, prompts)
     again = prompts is not None and held_out_prompts is None
     unseen = None if again else generation.arguments(loaded, held_out, held_out_prompts)
-    console = open_console()
-    with search_progress(console) as show:
+    console = open_console(stderr=as_json)
+    with resumable("what was measured is kept"), search_progress(console) as show:
         if retarget is None:
             plan = ditfastattn.calibrate(
                 loaded,
@@ -165,6 +170,15 @@ def calibrate(
             )
     print_outcome(console, plan)
     console.print(f"wrote {out}")
+    if report is not None:
+        from ditfastattn.tools.report.of_plan import search_report  # these load matplotlib
+        from ditfastattn.tools.report.page import write_report
+
+        with spinner(console, "examining the plan for the report"):
+            write_report(search_report(loaded, plan, seen, seed), report)
+        console.print(f"wrote {report}", soft_wrap=True)
+    if as_json:
+        print_json({"plan": str(out), "calibration": plan.calibration.model_dump(mode="json")})
 
 
 def _plan_to_adapt(plan: Path, out: Path) -> Plan:

@@ -1,4 +1,4 @@
-"""``ditfastattn demo``: the main job on the embedded model, from calibration to comparison."""
+"""``ditfastattn demo``: the embedded model, dense and by three plans, side by side."""
 
 from __future__ import annotations
 
@@ -7,23 +7,73 @@ from typing import Annotated
 
 import typer
 
-from ditfastattn.tools.commands.options import Seed, Steps
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.tools.commands.interrupts import resumable
+from ditfastattn.tools.commands.options import Json
+from ditfastattn.tools.terminal import open_console, print_json, spinner
 
-Out = Annotated[Path, typer.Option(help="Folder for the plan, images and measurements.")]
-GuidanceScale = Annotated[float, typer.Option(help="Guidance scale.")]
-WorstSsim = Annotated[float, typer.Option(help="Least SSIM to dense, worst prompt.")]
-Repetitions = Annotated[int, typer.Option(min=10, help="Timed generations of each model.")]
+_SEARCH = "With --calibrate"
+
+Out = Annotated[Path, typer.Option(help="Folder for the plans, pictures and measurements.")]
+Repetitions = Annotated[
+    int, typer.Option(min=3, help="Images to generate with each model, each of them timed.")
+]
+Calibrate = Annotated[
+    bool, typer.Option(help="Search a plan here, instead of the plans that come with the model.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=2, help="Sampler steps. Default: 20.", rich_help_panel=_SEARCH)
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Guidance scale. Default: 2.", rich_help_panel=_SEARCH)
+]
+WorstSsim = Annotated[
+    float | None,
+    typer.Option(help="Least SSIM to dense, worst prompt. Default: 0.9.", rich_help_panel=_SEARCH),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="First seed of the search's noise. Default: 0.", rich_help_panel=_SEARCH),
+]
 
 
 def demo(
     out: Out = Path("ditfastattn-demo"),
-    steps: Steps = 20,
-    guidance: GuidanceScale = 2.0,
-    min_ssim: WorstSsim = 0.9,
-    repetitions: Repetitions = 20,
-    seed: Seed = 0,
+    repetitions: Repetitions = 5,
+    calibrate: Calibrate = False,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
+    min_ssim: WorstSsim = None,
+    seed: Seed = None,
+    as_json: Json = False,
 ) -> None:
-    """Calibrate the embedded model, compile it dense and planned, and compare the two."""
-    from ditfastattn.tools.demo import run_demo  # loads diffusers and matplotlib
+    """Generate the same images dense and by three plans, all compiled, and compare them."""
+    options = {
+        "--steps": steps,
+        "--guidance": guidance,
+        "--min-ssim": min_ssim,
+        "--seed": seed,
+    }
+    given = [name for name, item in options.items() if item is not None]
+    if given and not calibrate:
+        raise ConfigError(
+            "the plans that come with the model have their own steps, guidance and targets",
+            where=given[0],
+            remedy="add --calibrate, which searches a plan for these options",
+        )
+    console = open_console(stderr=as_json)
+    with spinner(console, "loading diffusers and matplotlib"):
+        from ditfastattn.tools.demo.result import demo_json
+        from ditfastattn.tools.demo.run import NewSearch, run_demo
 
-    run_demo(out, steps, guidance, min_ssim, repetitions, seed)
+    search = NewSearch(
+        min_ssim=0.9 if min_ssim is None else min_ssim,
+        steps=20 if steps is None else steps,
+        guidance_scale=2.0 if guidance is None else guidance,
+        seed=seed or 0,
+    )
+    kept = "what was searched and compiled is kept"
+    with resumable(kept):
+        result = run_demo(out, repetitions, search if calibrate else None, console)
+    if as_json:
+        print_json(demo_json(result))

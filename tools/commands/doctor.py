@@ -6,7 +6,7 @@ import importlib
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -16,12 +16,16 @@ from rich.table import Table
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.tensorrt.library import CURRENT, find_library
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.commands.options import Json
+from ditfastattn.tools.terminal import open_console, print_json
 
 
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Show what is installed, what can run here, why not, and what to install."""
-    show_findings(open_console(), examine())
+    findings = examine()
+    show_findings(open_console(stderr=as_json), findings)
+    if as_json:
+        print_json([asdict(found) for found in findings])
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Finding:
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """Print a table, then the remedies: commands to copy, which a table's columns would break."""
-    table = Table(title="what ditfastattn can use here")
-    for column in ("part", "version", "can", "cannot"):
-        table.add_column(column)
+    """Print a row per part, readable at 80 columns, then the remedies: commands to copy."""
+    table = Table(title="what ditfastattn can use here", show_lines=True)
+    table.add_column("part", no_wrap=True)
+    table.add_column("can, and cannot", overflow="fold")
     for found in findings:
-        table.add_row(found.name, found.version or "-", found.can or "-", found.cannot)
+        lines = [f"can {found.can}" if found.can else "", found.cannot and f"not: {found.cannot}"]
+        named = f"{found.name}\n{found.version}" if found.version else found.name
+        table.add_row(named, "\n".join(line for line in lines if line))
     console.print(table)
     for found in findings:
         if found.remedy:

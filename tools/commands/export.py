@@ -17,16 +17,18 @@ from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
 from ditfastattn.tools.commands.build import build_engines
 from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.interrupts import resumable
 from ditfastattn.tools.commands.options import (
     CallArguments,
     Classes,
     EngineLayout,
     EngineTarget,
     Guidance,
+    Json,
     PipelineName,
     Prompts,
 )
-from ditfastattn.tools.terminal import open_console, progress_bar
+from ditfastattn.tools.terminal import open_console, print_json, progress_bar
 
 _MEGABYTE = 2**20
 
@@ -69,6 +71,7 @@ def export(
     tensorrt: Engines = False,
     target: EngineTarget = CURRENT,
     layout: EngineLayout = Layout.AUTO,
+    as_json: Json = False,
 ) -> None:
     """Export the model, run by a plan, as a bundle of graphs that share one weights file."""
     if layout is not Layout.AUTO and not tensorrt:
@@ -89,13 +92,16 @@ def export(
     opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
     steps = 1 if loaded is None else loaded.sampler.steps
     arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
-    console = open_console()
+    console = open_console(stderr=as_json)
     with_loop = loop or layout is Layout.LOOP
     options = {"dtype": dtype, "dynamic_batch": not fixed_batch, "loop": with_loop}
     options |= {"format": format, "isa": isa, "regions": regions}
-    write_bundle(console, opened, arguments, loaded, out, options)
-    if tensorrt:
-        build_engines(console, out, target, layout)
+    with resumable("graphs and engines that were written are kept"):
+        manifest = write_bundle(console, opened, arguments, loaded, out, options)
+        if tensorrt:
+            build_engines(console, out, target, layout)
+    if as_json:
+        print_json({"bundle": str(out), "manifest": manifest.model_dump(mode="json")})
 
 
 def write_bundle(

@@ -12,6 +12,7 @@ import torch
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.strict_json import parse_json, read_json, read_text
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.tools.terminal import open_console, spinner
 
 _INDEX = "model_index.json"
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -30,6 +31,11 @@ def open_pipeline(name: str = "", dtype: str = "float32", device: str = "") -> A
     """
     if dtype not in _DTYPES:
         raise ConfigError("unknown dtype", where="--dtype", got=dtype, expected=", ".join(_DTYPES))
+    with spinner(open_console(stderr=True), "loading the pipeline"):
+        return _opened(name, dtype, device)
+
+
+def _opened(name: str, dtype: str, device: str) -> Any:
     pipeline = _load(name, getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     transformer_of(pipeline, f"--pipeline {name}")

@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy, every_strategy
-from ditfastattn.tools.commands.options import PlanFile
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.commands.generation import Generation, open_pipeline
+from ditfastattn.tools.commands.options import (
+    CallArguments,
+    Classes,
+    Device,
+    Json,
+    PipelineName,
+    PlanFile,
+    Prompts,
+)
+from ditfastattn.tools.terminal import open_console, print_json
+
+GraphFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder for a step's graph before and after each pass, as text and SVG."),
+]
+GraphStep = Annotated[int, typer.Option(min=0, help="The step whose graph --graph writes.")]
 
 
-def inspect(plan: PlanFile) -> None:
-    """Show what a plan is for and what it does at each step."""
-    show_plan(open_console(), Plan.load(plan), str(plan))
+def inspect(
+    plan: PlanFile,
+    graph: GraphFolder = None,
+    step: GraphStep = 1,
+    pipeline: PipelineName = "",
+    classes: Classes = "3",
+    prompts: Prompts = None,
+    call: CallArguments = "",
+    device: Device = "",
+    as_json: Json = False,
+) -> None:
+    """Show what a plan is for and what it does at each step.
+
+    With --graph, also what each pass makes of a step's graph, on the plan's model.
+    """
+    loaded, console = Plan.load(plan), open_console(stderr=as_json)
+    data: dict[str, Any] = {"plan": loaded.model_dump(mode="json"), "changed": loaded.changed}
+    show_plan(console, loaded, str(plan))
+    if graph is not None:
+        from ditfastattn.tools.commands.inspect_graph import write_graphs  # loads matplotlib
+
+        opened = open_pipeline(pipeline, loaded.model.dtype, device)
+        arguments = Generation(call=call).arguments(opened, classes, prompts)
+        data["passes"] = write_graphs(console, opened, loaded, arguments, step, graph)
+    if as_json:
+        print_json(data)
 
 
 def show_plan(console: Console, plan: Plan, name: str) -> None:

@@ -112,6 +112,16 @@ Compiler = Annotated[Lowering, typer.Option(help="What compiles the generations 
 MaxVariants = Annotated[
     int, typer.Option(min=0, help="Most distinct step variants of a plan. 0: no cap.")
 ]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON; everything else to standard error."),
+]
+NoiseSeed = Annotated[
+    int, typer.Option(help="First seed of the noise. Searches do not use the default.")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option(help="HTML file to write a report to: one page, no network.")
+]
 Restart = Annotated[bool, typer.Option(help="Discard the state of an unfinished run.")]
 
 EngineTarget = Annotated[

@@ -10,27 +10,29 @@ from rich.console import Console
 from ditfastattn.passes.plan.schema import Measured, Plan
 from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.record.work import SearchProgress
-from ditfastattn.tools.terminal import progress_bar
+from ditfastattn.tools.terminal import duration, progress_bar
 
 
 @contextmanager
 def search_progress(console: Console) -> Generator[Callable[[SearchProgress], None]]:
     """Show a search's progress; yield what to pass it as ``on_progress``.
 
-    The estimate printed first is an upper bound: it counts every round.
+    As soon as the pace is known, it prints how long such a search usually takes.
     """
-    with progress_bar(console, "searching", percentage_of="the longest search") as advance:
+    with progress_bar(console, "searching", percentage_of="the search, about") as advance:
         announced = False
 
         def show(progress: SearchProgress) -> None:
             nonlocal announced
-            if not announced:
+            expected = progress.expected or progress.at_most
+            if not announced and progress.seconds_left:
                 console.print(
-                    f"the search takes at most {progress.at_most:.0f} evaluations of the model, "
-                    f"about {progress.seconds_left / 60:.1f} minutes"
+                    f"the search takes about {duration(progress.seconds_left)}: {expected:.0f} "
+                    f"evaluations of the model, at most {progress.at_most:.0f}",
+                    soft_wrap=True,
                 )
                 announced = True
-            advance(progress.phase, progress.done / max(progress.at_most, 1.0))
+            advance(progress.phase, min(progress.done / max(expected, 1.0), 0.99))
 
         yield show
         advance("done", 1.0)

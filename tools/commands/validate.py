@@ -24,6 +24,7 @@ from ditfastattn.tools.commands.options import (
     Compiler,
     Device,
     Dtype,
+    Json,
     LowerBound,
     MaxLatency,
     MaxLpips,
@@ -32,21 +33,20 @@ from ditfastattn.tools.commands.options import (
     MinPsnr,
     MinSpeedup,
     MinSsim,
+    NoiseSeed,
     PipelineName,
     PlanFile,
     Prompts,
+    ReportFile,
     UpperBound,
 )
 from ditfastattn.tools.commands.target import chosen_target
-from ditfastattn.tools.commands.validation_output import as_json, show_validation
-from ditfastattn.tools.terminal import open_console, spinner
+from ditfastattn.tools.commands.validation_output import show_validation, validation_json
+from ditfastattn.tools.terminal import open_console, print_json, spinner
 
 MeasureSpeed = Annotated[bool, typer.Option(help="Also compile and time generations.")]
 Repetitions = Annotated[
     int, typer.Option(min=1, help="Timed generations of each model; every prompt is timed.")
-]
-NoiseSeed = Annotated[
-    int, typer.Option(help="First seed of the noise. Searches do not use the default.")
 ]
 Out = Annotated[Path | None, typer.Option(help="JSON file to write the measurements to.")]
 
@@ -73,6 +73,8 @@ def validate(
     repetitions: Repetitions = DEFAULT_REPETITIONS,
     seed: NoiseSeed = DEFAULT_SEED,
     out: Out = None,
+    report: ReportFile = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a plan's quality and speed on new prompts. Exit with 1 if it misses its target.
 
@@ -95,7 +97,7 @@ def validate(
     )
     opened = open_pipeline(pipeline, dtype, device)
     validate_plan(
-        open_console(),
+        open_console(stderr=as_json),
         opened,
         loaded,
         Generation(call=call).arguments(opened, classes, prompts),
@@ -105,6 +107,8 @@ def validate(
         repetitions=repetitions,
         seed=seed,
         out=out,
+        report=report,
+        as_json=as_json,
     )
 
 
@@ -120,6 +124,8 @@ def validate_plan(
     repetitions: int,
     seed: int,
     out: Path | None,
+    report: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Measure ``plan`` on the prompts of ``call``; print and write the measurements.
 
@@ -140,6 +146,15 @@ def validate_plan(
         )
     show_validation(console, plan, found)
     if out is not None:
-        write_text_atomically(out, json.dumps(as_json(plan, found), indent=1) + "\n")
+        write_text_atomically(out, json.dumps(validation_json(plan, found), indent=1) + "\n")
         console.print(f"wrote {out}", soft_wrap=True)
+    if report is not None:
+        from ditfastattn.tools.report.of_plan import validation_report  # these load matplotlib
+        from ditfastattn.tools.report.page import write_report
+
+        with spinner(console, "examining the plan for the report"):
+            write_report(validation_report(pipeline, plan, call, found), report)
+        console.print(f"wrote {report}", soft_wrap=True)
+    if as_json:
+        print_json(validation_json(plan, found))
     found.require()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +15,7 @@ from ditfastattn.runtime.search.judge.drift import decibels
 from ditfastattn.runtime.search.judge.validate import Validation
 from ditfastattn.runtime.search.measure.timing import PairedTiming
 from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import finite
 
 
 def show_validation(console: Console, plan: Plan, found: Validation) -> None:
@@ -95,7 +94,7 @@ def verdict(found: Validation) -> str:
     return f"target: {described}: {'met' if found.met else 'missed'} ({found.reached:.4g})"
 
 
-def as_json(plan: Plan, found: Validation) -> dict[str, Any]:
+def validation_json(plan: Plan, found: Validation) -> dict[str, Any]:
     """Return the measurements as JSON data; an infinite number is its name."""
     target = found.target
     data = {
@@ -119,15 +118,5 @@ def as_json(plan: Plan, found: Validation) -> dict[str, Any]:
         },
         "timing": found.timing and asdict(found.timing),
     }
-    finite: dict[str, Any] = _finite(data)
-    return finite
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    if isinstance(data, Mapping):
-        return {key: _finite(item) for key, item in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(item) for item in data]
-    return data
+    written: dict[str, Any] = finite(data)
+    return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +22,11 @@ from ditfastattn.tools.commands.options import (
     CallArguments,
     Classes,
     Guidance,
+    Json,
     PipelineName,
     Prompts,
 )
-from ditfastattn.tools.terminal import open_console
+from ditfastattn.tools.terminal import open_console, print_json, spinner
 
 if TYPE_CHECKING:
     from ditfastattn.export.verify import Verification
@@ -49,6 +51,7 @@ def verify(
     guidance: Guidance = None,
     call: CallArguments = "",
     runtime: Runtime = "onnx",
+    as_json: Json = False,
 ) -> None:
     """Compare a bundle with its torch model, step by step. Exit with 1 if they differ.
 
@@ -57,16 +60,21 @@ def verify(
     """
     manifest = read_manifest(bundle)
     if not pipeline and not _is_embedded(manifest):
-        verify_bundle(open_console(), bundle, None, {}, runtime)
+        verify_bundle(open_console(stderr=as_json), bundle, None, {}, runtime, as_json)
         return
     planned = manifest.sampler.steps if manifest.plan_sha256 else steps
     opened = open_pipeline(pipeline, manifest.model.fingerprint.dtype)
     arguments = Generation(planned, guidance, call).arguments(opened, classes, prompts)
-    verify_bundle(open_console(), bundle, opened, arguments, runtime)
+    verify_bundle(open_console(stderr=as_json), bundle, opened, arguments, runtime, as_json)
 
 
 def verify_bundle(
-    console: Console, folder: Path, pipeline: Any, call: Mapping[str, Any], runtime: str = "onnx"
+    console: Console,
+    folder: Path,
+    pipeline: Any,
+    call: Mapping[str, Any],
+    runtime: str = "onnx",
+    as_json: bool = False,
 ) -> None:
     """Compare a bundle with its model, and print the differences.
 
@@ -77,8 +85,9 @@ def verify_bundle(
     """
     if pipeline is not None and runtime == "tensorrt" and torch.cuda.is_available():
         pipeline.to("cuda")
-    found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
     reference = "golden sample" if pipeline is None else "torch model"
+    with spinner(console, f"comparing the bundle with its {reference}, step by step"):
+        found = ditfastattn.verify(folder, pipeline, call, runtime=runtime)
     console.print(_variant_errors(found.variant_errors, reference))
     error, psnr = found.bounds
     if pipeline is not None:
@@ -93,6 +102,8 @@ def verify_bundle(
             f"the unrolled loop: largest error of the latents {found.loop_error:.1e}, relative "
             "to the largest latent"
         )
+    if as_json:
+        print_json({**asdict(found), "passed": found.passed})
     if not found.passed:
         raise TargetMissedError(
             "the bundle does not compute what its model does",

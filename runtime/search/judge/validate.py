@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
+from ditfastattn.core.html import facts_table
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
@@ -52,6 +53,8 @@ class Validation:
         drift: where the difference to the dense eager images comes from.
         timing: generations in pairs, dense against planned; None where they were not timed.
         lowering: what ran the planned images that were compared, and the timed ones.
+        reference: the dense eager images, an entry per prompt.
+        planned: the planned images that were compared with them.
     """
 
     target: Target | None
@@ -60,6 +63,8 @@ class Validation:
     drift: Drift
     timing: PairedTiming | None
     lowering: Lowering
+    reference: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    planned: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def reached(self) -> float | None:
@@ -77,6 +82,19 @@ class Validation:
         """Return whether the worst image meets the target; None where there is none to check."""
         reached = self.reached
         return None if self.target is None or reached is None else self.target.met_by(reached)
+
+    def _repr_html_(self) -> str:
+        """Return what was measured as a notebook shows it."""
+        rows = [
+            (each.label, f"mean {each.mean:.4g}{each.unit}, worst {each.worst:.4g}{each.unit}")
+            for each in self.qualities
+        ]
+        rows.append(("drift", self.drift.describe()))
+        if self.timing is not None:
+            rows.append(("speedup", f"{self.timing.speedup.median:.2f}x"))
+        if self.target is not None and self.met is not None:
+            rows.append((self.target.describe(), "met" if self.met else "missed"))
+        return facts_table([("prompts", str(len(self.seeds))), *rows])
 
     def require(self) -> None:
         """Raise an error if the target is missed.
@@ -132,7 +150,7 @@ def validate(
     lowering = Lowering(lowering)
     check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
     wanted = target_of(plan) if target is None else target
-    prompts = split_prompts(_planned_call(pipeline, plan, call), seed)
+    prompts = split_prompts(planned_call(pipeline, plan, call), seed)
     _check_request(wanted, speed, repetitions)
     if wanted is not None:
         wanted.prepare(prompts[0].call)
@@ -149,6 +167,8 @@ def validate(
         drift=measured.drift,
         timing=measured.timing,
         lowering=lowering if speed else Lowering.EAGER,
+        reference=tuple(measured.reference),
+        planned=tuple(measured.planned),
     )
 
 
@@ -215,7 +235,7 @@ def _measure(
     return _Measured(reference, planned, drift, timing)
 
 
-def _planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str, Any]:
+def planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``call`` with the plan's steps and guidance, where the pipeline takes them.
 
     Raises:

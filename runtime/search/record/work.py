@@ -22,13 +22,16 @@ from ditfastattn.runtime.search.solve.rows import Row
 class SearchProgress:
     """Report the progress of a search: its phase, and its cost so far in dense forward passes.
 
-    ``at_most`` counts every round; ``seconds_left`` is an upper estimate.
+    ``expected`` is what such a search usually takes, and never less than what is done;
+    ``at_most`` counts every round. ``seconds_left`` is estimated from ``expected``; it is 0 as long
+    as the pace is unknown.
     """
 
     phase: str
     done: float
     at_most: float
     seconds_left: float
+    expected: float = 0.0
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Work:
     checkpoint: Checkpoint
     at_most: float
     on_progress: Callable[[SearchProgress], None] | None = None
+    expected: float = 0.0
     forwards: float = 0.0
     phase: str = ""
     timesteps: tuple[float, ...] = ()
@@ -68,10 +72,11 @@ class Work:
         self.forwards += forwards
         if self.on_progress is None:
             return
-        left = max(0.0, self.at_most - self.forwards)
+        expected = max(self.expected or self.at_most, self.forwards)
         spent = time.monotonic() - self._began
         pace = spent / self.forwards if self.forwards > 1.0 else self.session.forward_seconds
-        self.on_progress(SearchProgress(self.phase, self.forwards, self.at_most, left * pace))
+        left = (expected - self.forwards) * pace
+        self.on_progress(SearchProgress(self.phase, self.forwards, self.at_most, left, expected))
 
     def run(self, stepper: Stepper, prompt: Prompt, forwards: float) -> Tensor:
         """Run a generation that costs about ``forwards`` dense forward passes."""

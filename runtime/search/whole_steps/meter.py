@@ -33,7 +33,9 @@ class Meter:
         """Count ``forwards``, and report."""
         self.forwards += forwards
         if self.on_progress is not None:
-            left = max(0.0, self.at_most - self.forwards)
+            expected = max(self.at_most, self.forwards)
             pace = self.seconds / self.forwards if self.forwards else 0.0
-            progress = SearchProgress(self.phase, self.forwards, self.at_most, left * pace)
-            self.on_progress(progress)
+            left = (expected - self.forwards) * pace
+            self.on_progress(
+                SearchProgress(self.phase, self.forwards, self.at_most, left, expected)
+            )

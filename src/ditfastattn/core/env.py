@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def read_knobs(environ: Mapping[str, str] = os.environ) -> Knobs:
         fuel=_fuel(FUEL, environ.get(FUEL, "")),
         verify=_switch(VERIFY, environ.get(VERIFY, "")),
     )
+
+
+@contextmanager
+def limited_fuel(fuel: int) -> Generator[None]:
+    """Let only the first ``fuel`` sites of a variant take their strategy, in this process."""
+    before = os.environ.get(FUEL)
+    os.environ[FUEL] = str(fuel)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FUEL]
+        else:
+            os.environ[FUEL] = before
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:

@@ -283,6 +283,8 @@ def test_progress_estimates_beforehand_and_stays_within() -> None:
     assert seen[0].done == 0.0
     assert seen[0].seconds_left > 0.0
     assert seen[-1].done <= seen[0].at_most
+    assert seen[0].expected < 0.7 * seen[0].at_most
+    assert all(item.done <= item.expected for item in seen)
     assert [item.done for item in seen] == sorted(item.done for item in seen)
     assert {"probing how much each step matters", "round 1: the held-out prompts"} <= {
         item.phase for item in seen

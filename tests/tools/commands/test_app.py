@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ditfastattn import ConfigError, Plan, Strategy
-from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.measure.timing import measure_pairs, summarize
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, read_engines
-from ditfastattn.tools import demo
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.digits_data import class_accuracy
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
-from tests.tiers import slow_but
 
 
 def tiny_pipeline() -> DigitsPipeline:
@@ -42,8 +37,11 @@ def saved(tmp_path: Path) -> Path:
 def test_calibrate_writes_a_plan_that_inspect_shows(saved: Path, tmp_path: Path) -> None:
     plan, runner = tmp_path / "plan.json", CliRunner()
     arguments = ["--pipeline", str(saved), "--out", str(plan), "--classes", "1,2", "--steps", "3"]
-    result = runner.invoke(cli.app, ["calibrate", *arguments, "--threshold", "0.3"])
+    report = tmp_path / "report.html"
+    wanted = ["--threshold", "0.3", "--report", str(report)]
+    result = runner.invoke(cli.app, ["calibrate", *arguments, *wanted])
     assert result.exit_code == 0, result.output
+    assert "What each shortcut saves" in report.read_text()
     assert "at most" in result.output  # the cost, before the search
     assert Plan.load(plan).sampler.scheduler == "DDIMScheduler"
     shown = runner.invoke(cli.app, ["inspect", str(plan)])
@@ -65,44 +63,6 @@ def test_classes_must_be_numbers(saved: Path) -> None:
     arguments = ["calibrate", "--pipeline", str(saved), "--classes", "one"]
     result = CliRunner().invoke(cli.app, arguments)
     assert isinstance(result.exception, ConfigError)
-
-
-@pytest.mark.parametrize("lowering", slow_but({Lowering.EAGER}, Lowering))
-def test_the_demo_compiles_measures_and_writes_everything(
-    lowering: Lowering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("dense_contender", "planned_contender"):
-        make = getattr(demo, name)
-
-        def lowered(*arguments: Any, make: Callable[..., Any] = make) -> Any:
-            assert arguments[-1] is Lowering.INDUCTOR
-            return make(*arguments[:-1], lowering)
-
-        monkeypatch.setattr(demo, name, lowered)
-    monkeypatch.setattr(demo, "embedded_pipeline", tiny_pipeline)
-    torch._dynamo.reset()
-    result = demo.run_demo(
-        tmp_path, steps=3, guidance_scale=2.0, min_ssim=0.2, repetitions=10, seed=0
-    )
-    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
-    assert names == ["images.png", "plan.json", "plan.png", "result.json"]
-    assert Plan.load(tmp_path / "plan.json") == result.plan
-    recorded = json.loads((tmp_path / "result.json").read_text())
-    assert len(recorded["timing"]["speedup"]["samples"]) == 10
-    assert 0.0 < result.attention_kept < 1.0
-    assert result.quality.images == 10
-    assert result.quality.ssim < 1.0  # planned images are not the dense ones
-    assert result.report.peak_cache_bytes > 0
-
-
-def test_identical_images_have_ssim_one_and_other_images_do_not() -> None:
-    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(4, dtype=torch.long)
-    assert demo.compare_images(images, images.clone(), labels).ssim == pytest.approx(1.0)
-    half = (images + 0.1).clamp(0.0, 1.0)
-    other = demo.compare_images(images, half, labels)
-    assert other.worst_ssim <= other.ssim < 0.999
-    assert other.psnr == pytest.approx(20.0, abs=1.0)  # an error of 0.1: -20 log10(0.1) = 20 dB
 
 
 def test_pairs_take_turns_and_ratios_are_paired() -> None:

@@ -1,0 +1,66 @@
+"""``ditfastattn inspect --graph``: a step's graph before and after each pass."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.guidance import calls_of
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.rewrites.pipeline import rewrite, unroll_available
+from ditfastattn.runtime.matching import planned_sites
+from ditfastattn.runtime.pipeline.prompts import split_prompts
+from ditfastattn.runtime.search.judge.validate import planned_call
+from ditfastattn.runtime.search.measure.session import open_session
+from ditfastattn.tools.graph_view import GraphView, changes, view, write_views
+from ditfastattn.tools.terminal import spinner
+
+
+def write_graphs(
+    console: Console, pipeline: Any, plan: Plan, call: dict[str, Any], step: int, folder: Path
+) -> list[dict[str, str]]:
+    """Rewrite the graph of ``step`` and write what each pass makes of it to ``folder``.
+
+    Return, for each pass that changed it, its name and which operators it added and removed. Where
+    guidance takes two calls a step, the first one is shown.
+
+    Raises:
+        ConfigError: the plan has no such step, or is for another model.
+    """
+    steps = plan.sampler.steps
+    if not 0 <= step < steps:
+        raise ConfigError(
+            "the plan has no such step", where="--step", got=step, expected=f"0 to {steps - 1}"
+        )
+    layout, groups = plan.sampler.cfg_layout, plan.head_groups or 1
+    prompt = split_prompts(planned_call(pipeline, plan, call), 0)[0]
+    views: list[GraphView] = []
+    with (
+        spinner(console, "capturing and rewriting"),
+        open_session(pipeline, prompt, layout, head_groups=groups) as session,
+    ):
+        captured = session.captured
+        sites = planned_sites(plan, captured, session.sites, session.identity)
+        first = calls_of(layout)[0]
+        program = unroll_available(plan.strategies, captured, sites, plan.merge_variants, first)
+        actions = program.variants[program.schedule[step]]
+        rewrite(
+            captured,
+            program.sites,
+            actions,
+            layout,
+            f"step-{step}",
+            watch=lambda name, module: views.append(view(name, module)),
+        )
+    write_views(views, folder)
+    pairs = itertools.pairwise(views)
+    found = [{"pass": after.name, "changes": changes(before, after)} for before, after in pairs]
+    console.print(f"step {step}, by {len(found)} passes that change it:")
+    for each in found:
+        console.print(f"{each['pass']}: {each['changes']}", soft_wrap=True)
+    console.print(f"wrote {folder}: each graph as text and as SVG", soft_wrap=True)
+    return found

@@ -1,0 +1,143 @@
+"""Search, validate and price the plans that come with the embedded model, and write them down.
+
+``python -m ditfastattn.tools.demo.record`` searches a strict, a middle and a loose plan, measures
+each on prompts that its search has not seen, runs the demo with them, and writes the plans with
+what was measured to the model's folder. An interrupted run resumes: plans that are there are kept
+with ``--keep``, and a search resumes in any case.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import ditfastattn
+from ditfastattn.core.files import make_folder, write_text_atomically
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.judge.targets import Target
+from ditfastattn.runtime.search.judge.validate import Validation
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.tools.commands.search_output import print_outcome, search_progress
+from ditfastattn.tools.demo.plans import (
+    NAMES,
+    RECORD,
+    Measurement,
+    Phases,
+    RecordedPlan,
+    RecordedPlans,
+    hash_weights,
+)
+from ditfastattn.tools.demo.run import run_demo
+from ditfastattn.tools.embedded import EmbeddedModel, embedded_model
+from ditfastattn.tools.examine import examine_plan
+from ditfastattn.tools.measure import machine
+from ditfastattn.tools.terminal import open_console, spinner
+
+TARGETS = dict(  # the strictest first
+    zip(NAMES, map(Target.min_ssim, (0.99, 0.95, 0.85)), strict=True)
+)
+METHOD = Method.AUTO
+_REPETITIONS = 10  # of the demo that is recorded
+
+Keep = Annotated[bool, typer.Option(help="Keep the plans that are there; measure them anew.")]
+RunTheDemo = Annotated[bool, typer.Option(help="Run the demo, and record how long it takes.")]
+Images = Annotated[int, typer.Option(min=1, help="Images to validate each plan on, and to time.")]
+Compiler = Annotated[Lowering, typer.Option(help="What runs the generations that are timed.")]
+
+
+def record(
+    keep: Keep = False,
+    images: Images = 20,
+    demo: RunTheDemo = True,
+    lowering: Compiler = Lowering.INDUCTOR,
+) -> None:
+    """Search, validate and price the embedded model's plans, and write them to its folder."""
+    model, console = embedded_model(), open_console()
+    pipeline = model.open()
+    pipeline.set_progress_bar_config(disable=True)
+    make_folder(model.plans)
+    found: list[RecordedPlan] = []
+    for name, target in TARGETS.items():
+        path = model.plans / f"{name}.json"
+        if keep and path.exists():
+            plan = Plan.load(path)
+        else:
+            with search_progress(console) as show:
+                plan = ditfastattn.calibrate(
+                    pipeline,
+                    {**model.calibration, **model.call},
+                    target=target,
+                    held_out={**model.held_out, **model.call},
+                    method=METHOD,
+                    cache_dtype="float16",
+                    out=path,
+                    on_progress=show,
+                )
+        print_outcome(console, plan)
+        with spinner(console, f"validating the {name} plan") as show_phase:
+            validated = ditfastattn.validate(
+                pipeline,
+                plan,
+                {**_conditions(model, images), **model.call},
+                lowering=lowering,
+                repetitions=images,
+                on_progress=show_phase,
+            )
+        found.append(_recorded(name, pipeline, plan, model, validated))
+    _write(model, found, None)
+    if demo:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(model, found, run_demo(Path(folder), min(images, _REPETITIONS)).phases)
+    console.print(f"wrote {model.plans}")
+
+
+def _conditions(model: EmbeddedModel, images: int) -> dict[str, list[Any]]:
+    """Return the conditions of ``images`` images, as one call takes them."""
+    each = model.conditions(images)
+    return {name: [item for one in each for item in one[name]] for name in each[0]}
+
+
+def _recorded(
+    name: str, pipeline: Any, plan: Plan, model: EmbeddedModel, validated: Validation
+) -> RecordedPlan:
+    prompt = Prompt({**model.conditions(1)[0], **model.call}, 0)
+    flops, seconds = examine_plan(pipeline, plan, prompt).prices
+    ssim, psnr = (
+        next(each for each in validated.qualities if each.name == metric)
+        for metric in ("ssim", "psnr")
+    )
+    assert validated.timing is not None
+    return RecordedPlan(
+        name=name,
+        flops=flops,
+        seconds=seconds,
+        measured=Measurement(
+            prompts=len(validated.seeds),
+            lowering=validated.lowering,
+            ssim=ssim.mean,
+            worst_ssim=ssim.worst,
+            psnr=psnr.mean,
+            speedup=validated.timing.speedup.median,
+            dense_seconds=validated.timing.baseline.median,
+            planned_seconds=validated.timing.candidate.median,
+        ),
+    )
+
+
+def _write(model: EmbeddedModel, plans: list[RecordedPlan], phases: Phases | None) -> None:
+    recorded = RecordedPlans(
+        weights=hash_weights(model.folder),
+        machine=machine(),
+        plans=tuple(plans),
+        phases=phases,
+    )
+    write_text_atomically(model.plans / RECORD, recorded.model_dump_json() + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(record)

@@ -1,0 +1,77 @@
+"""The model that comes with the package, as the demo and its tools see it.
+
+This file alone says which model that is: what draws with it, on which conditions its plans were
+searched and are compared, and how to read back whether an image shows what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+Conditions = Mapping[str, Sequence[Any]]  # a list entry per image, by the pipeline's argument
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Describe an embedded model.
+
+    Attributes:
+        name: in reports.
+        folder: its weights, and its plans in ``plans``.
+        open: loads its pipeline.
+        call: the other arguments of a generation: steps and guidance.
+        calibration: conditions to search plans on.
+        held_out: conditions to accept plans on.
+        compared: conditions to compare plans on, repeated as often as needed.
+        obeyed: what ``reads_back`` measures.
+        reads_back: from images ``[B, C, H, W]`` in [0, 1] and their conditions to the share of
+            them that show what was asked for.
+    """
+
+    name: str
+    folder: Path
+    open: Callable[[], Any]
+    call: Mapping[str, Any]
+    calibration: Conditions
+    held_out: Conditions
+    compared: Conditions
+    obeyed: str
+    reads_back: Callable[[Tensor, Sequence[Mapping[str, Any]]], float] = field(repr=False)
+
+    @property
+    def plans(self) -> Path:
+        """Return the folder of the plans that come with the model."""
+        return self.folder / "plans"
+
+    def conditions(self, count: int) -> list[dict[str, Any]]:
+        """Return ``count`` of the compared conditions, each of one image."""
+        return [
+            {name: [items[number % len(items)]] for name, items in self.compared.items()}
+            for number in range(count)
+        ]
+
+
+def embedded_model() -> EmbeddedModel:
+    """Return the model that comes with the package."""
+    from ditfastattn.tools import digits_data, digits_pipeline  # these load diffusers
+
+    def reads_back(images: Tensor, conditions: Sequence[Mapping[str, Any]]) -> float:
+        labels = Tensor([label for each in conditions for label in each["class_labels"]]).long()
+        return digits_data.class_accuracy(images * 2.0 - 1.0, labels)
+
+    return EmbeddedModel(
+        name="digits-dit-64",
+        folder=digits_pipeline.EMBEDDED_FOLDER,
+        open=digits_pipeline.embedded_pipeline,
+        call={"num_inference_steps": 20, "guidance_scale": 2.0},
+        calibration={"class_labels": [0, 3, 5, 8]},
+        held_out={"class_labels": [1, 4, 6, 9]},
+        compared={"class_labels": list(range(digits_data.NUM_CLASSES))},
+        obeyed="classified as the requested digit",
+        reads_back=reads_back,
+    )
