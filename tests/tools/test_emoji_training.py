@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 import tarfile
@@ -44,12 +45,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for code, sprite in zip(SPRITES.values(), drawn_sprites(), strict=True):
             pixels = (sprite.permute(1, 2, 0) * 255).round().byte().numpy()
             content = BytesIO()
-            Image.fromarray(pixels, "RGBA").save(content, format="WEBP", lossless=True)
+            Image.fromarray(pixels).save(content, format="WEBP", lossless=True)
             member = tarfile.TarInfo(f"package/assets/{code}.webp")
             member.size = content.tell()
             content.seek(0)
             archive.addfile(member, content)
-    monkeypatch.setattr(sprites, "SHA256", sprites.hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(sprites, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
@@ -208,7 +209,7 @@ def test_training_lowers_the_loss(training: _Run) -> None:
         loss = train.training_loss(tiny, drawn_sprites(), stage, generator)
         train.update(tiny, optimizers, loss)
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) / 10 < 0.93 * sum(losses[:5]) / 5
 
 
 @pytest.mark.parametrize(("stop_after", "size"), [(2, 32), (1000, 64)])
@@ -234,9 +235,10 @@ def test_a_checkpoint_is_published_and_evaluated(
     assert "not fit to ship" in ran.stdout
     record = json.loads((tmp_path / "emoji.json").read_text())
     assert record["pictures"] == 2 * 12
+    assert record["held_out_psnr"] is None  # none among these twelve
     assert record["worst_psnr"] < record["mean_psnr"] < 20
     with Image.open(tmp_path / "emoji.png") as sheet:
-        assert sheet.size == (16 * 64, 64)
+        assert sheet.size == (12 * 64, 64)
 
 
 def evaluated(folder: Path, package: Path, out: Path, *options: str) -> Any:
@@ -259,14 +261,16 @@ def test_publishing_nothing_names_the_remedy(tmp_path: Path) -> None:
         publish.publish(tmp_path, tmp_path / "model")
 
 
-@pytest.mark.parametrize(("noise", "passed"), [(0.0, True), (0.2, False)])
+@pytest.mark.parametrize(("noise", "passed"), [(0.0, True), (0.15, False)])
 def test_the_gate_is_twenty_decibels_and_the_right_hue(noise: float, passed: bool) -> None:
-    captions = VOCABULARY.captions()[::5]
+    captions = VOCABULARY.captions()[:48]
     images = pictures(torch.tensor([VOCABULARY.tokens(caption) for caption in captions]))
     images = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     judged = evaluate.evaluate(images, captions, drawn_sprites(), 25, 2.5, 1.0)
     assert judged.passed is passed
-    assert judged.right_hue == judged.right_thing == 1.0
-    grey = evaluate.evaluate(images.flip(1), captions, drawn_sprites().flip(0), 25, 2.5, 1.0)
-    assert grey.right_hue < 0.5
-    assert not grey.passed
+    assert judged.right_thing == 1.0
+    assert judged.right_hue >= 0.95
+    assert judged.held_out_psnr == pytest.approx(judged.mean_psnr, abs=2.0)
+    swapped = evaluate.evaluate(images.flip(1), captions, drawn_sprites().flip(0), 25, 2.5, 1.0)
+    assert swapped.right_hue < 0.5
+    assert not swapped.passed

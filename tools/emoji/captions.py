@@ -76,7 +76,7 @@ class Vocabulary:
         """Return the numbers of the null caption."""
         return [self.null] * CAPTION_LENGTH
 
-    def parse(self, text: str, where: str = "prompt") -> Caption:
+    def parse(self, text: object, where: str = "prompt") -> Caption:
         """Return the caption that ``text`` says.
 
         Raises:

@@ -42,7 +42,8 @@ class Evaluation:
     """How well the pictures of a model show their captions.
 
     PSNR is that of the best fit to the sprite, in dB; ``weakest`` are the captions drawn worst, and
-    ``held_out_psnr`` and ``held_out_hue`` are over pairs of thing and hue that were not trained on.
+    ``held_out_psnr`` and ``held_out_hue`` are over pairs of thing and hue that were not trained on,
+    None where none was drawn.
     """
 
     pictures: int
@@ -52,8 +53,8 @@ class Evaluation:
     thing_psnr: dict[str, float]
     right_thing: float
     right_hue: float
-    held_out_psnr: float
-    held_out_hue: float
+    held_out_psnr: float | None
+    held_out_hue: float | None
     weakest: tuple[str, ...]
     steps: int
     guidance_scale: float
@@ -129,8 +130,8 @@ def evaluate(
         },
         right_thing=float((read_things(images, sprites) == things).float().mean()),
         right_hue=float(right_hue.float().mean()),
-        held_out_psnr=float(psnr[unseen].mean()),
-        held_out_hue=float(right_hue[unseen].float().mean()),
+        held_out_psnr=float(psnr[unseen].mean()) if unseen.any() else None,
+        held_out_hue=float(right_hue[unseen].float().mean()) if unseen.any() else None,
         weakest=tuple(str(asked[i]) for i in psnr.argsort()[:10].tolist()),
         steps=steps,
         guidance_scale=guidance_scale,
@@ -156,10 +157,12 @@ def result_table(result: Evaluation) -> Table:
     table.add_row("best fit to the sprite, mean", f"{result.mean_psnr:.1f} dB")
     table.add_row("  worst picture", f"{result.worst_psnr:.1f} dB")
     table.add_row(f"  pictures below {LEAST_PSNR:g} dB", str(result.below_least_psnr))
-    table.add_row("  held-out pairs, mean", f"{result.held_out_psnr:.1f} dB")
+    if result.held_out_psnr is not None:
+        table.add_row("  held-out pairs, mean", f"{result.held_out_psnr:.1f} dB")
     table.add_row("read as the thing asked for", f"{result.right_thing:.1%}")
     table.add_row("read as the hue asked for", f"{result.right_hue:.1%}")
-    table.add_row("  held-out pairs", f"{result.held_out_hue:.1%}")
+    if result.held_out_hue is not None:
+        table.add_row("  held-out pairs", f"{result.held_out_hue:.1%}")
     for thing, psnr in sorted(result.thing_psnr.items(), key=lambda item: item[1])[:5]:
         table.add_row(f"weak: {thing}", f"{psnr:.1f} dB")
     table.add_row("seconds per picture", f"{result.seconds / result.pictures:.2f}")

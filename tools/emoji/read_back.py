@@ -58,7 +58,7 @@ def read_things(images: Tensor, sprites: Tensor) -> Tensor:
     errors = [
         torch.minimum(
             *(
-                fit_errors(images, placements(sprite, way, scales=3, shifts=5))
+                fit_errors(images, placements(sprite, way, scales=2, shifts=3))
                 for way in (False, True)
             )
         )
