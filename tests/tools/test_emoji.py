@@ -140,12 +140,14 @@ def test_guidance_changes_the_picture_away_from_the_null_caption(pipeline: Emoji
 
     transformer.register_forward_hook(answer, with_kwargs=True)
     step = pipeline.scheduler.step
-    pipeline.scheduler.step = lambda velocity, *rest: (
-        seen.append(velocity),
-        step(velocity, *rest),
-    )[1]
+
+    def watch(velocity: Tensor, *rest: Any) -> Any:
+        seen.append(velocity)
+        return step(velocity, *rest)
+
+    pipeline.scheduler.step = watch
     draw(pipeline, PANDA, guidance_scale=2.5)
-    assert [velocity.unique().tolist() for velocity in seen] == [[2.5], [2.5]]
+    assert [torch.unique(velocity).tolist() for velocity in seen] == [[2.5], [2.5]]
 
 
 def test_each_word_matters(pipeline: EmojiPipeline) -> None:

@@ -141,7 +141,7 @@ def evaluate(
 
 def contact_sheet(images: Tensor, columns: int, path: Path) -> None:
     """Write ``images`` row by row as one PNG."""
-    rows = [torch.cat(list(row), 2) for row in images.split(columns)]
+    rows = [torch.cat(list(row), 2) for row in torch.split(images, columns)]
     if rows[-1].shape != rows[0].shape:
         rows[-1] = functional.pad(rows[-1], (0, rows[0].shape[2] - rows[-1].shape[2]), value=1.0)
     pixels = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte()

@@ -122,7 +122,7 @@ class EmojiPipeline(DiffusionPipeline):
         embedded: Tensor = self.text_encoder(tokens.to(self._execution_device))
         return embedded.to(self.transformer.dtype)
 
-    def _captions(self, prompt: str | list[str], repeat: int) -> list[Caption]:
+    def _captions(self, prompt: object, repeat: int) -> list[Caption]:
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list) or not texts:
             raise ConfigError(

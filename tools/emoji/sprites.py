@@ -70,7 +70,7 @@ def _sprite(archive: tarfile.TarFile, thing: str) -> Tensor:
     member = archive.extractfile(f"package/assets/{SPRITES[thing]}.webp")
     assert member is not None, "the digest says that the file is there"
     with Image.open(BytesIO(member.read())) as image:
-        small = image.convert("RGBa").resize((TARGET_SIZE,) * 2, Image.Resampling.LANCZOS)
+        small = image.convert("RGBa").resize((TARGET_SIZE, TARGET_SIZE), Image.Resampling.LANCZOS)
     sprite = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255.0
     return sprite.flip(-1) if thing in DRAWN_FACING_RIGHT else sprite
 
@@ -102,7 +102,8 @@ def place(sprites: Tensor, mirrored: Tensor, scales: Tensor, shifts: Tensor) -> 
     affine[:, 1, 1] = scales
     affine[:, :, 2] = shifts
     grid = functional.affine_grid(affine, [count, 4, TARGET_SIZE, TARGET_SIZE], False)
-    return functional.grid_sample(sprites, grid, align_corners=False)
+    placed: Tensor = functional.grid_sample(sprites, grid, align_corners=False)
+    return placed
 
 
 def compose(sprites: Tensor, tokens: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from ditfastattn.tools.emoji.captions import Caption, Vocabulary
 
 
-class WordTable(ModelMixin, ConfigMixin):
+class WordTable(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own way to define models
     """Look up the embeddings of a caption's words; the last row is that of the null word.
 
     diffusers saves the vocabulary in the component's configuration.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # diffusers has no annotation
     def __init__(
         self, things: list[str], hues: list[str], facings: list[str], channels: int
     ) -> None:
         """Make an untrained table of ``channels`` numbers a word."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.vocabulary = Vocabulary(tuple(things), tuple(hues), tuple(facings))
         self.embedding = nn.Embedding(self.vocabulary.null + 1, channels)
 

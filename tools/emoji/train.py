@@ -40,7 +40,8 @@ from ditfastattn.tools.training_state import TrainingState
 
 def optimizers_of(model: CaptionedTransformer) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         in_block = "transformer_blocks" in name and parameter.ndim == 2
         is_matrix = in_block and "scale_shift_table" not in name

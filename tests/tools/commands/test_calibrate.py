@@ -19,7 +19,7 @@ from ditfastattn.tools.commands.target import chosen_target
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import tiny_digits_pipeline
 
-NONE = (None,) * 9
+NONE = (None, None, None, None, None, None, None, None, None)
 
 
 def tiny_pipeline() -> DigitsPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_features_refuse_small_images() -> None:
 def test_a_missing_package_is_named(
     target: Target, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = perceptual.import_optional.__globals__["importlib"].util.find_spec
+    find = importlib.util.find_spec
 
     def absent(name: str, *rest: Any) -> Any:
         return None if name == package else find(name, *rest)
