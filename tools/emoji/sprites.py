@@ -91,7 +91,8 @@ def grounds(hues: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def _colour(turn: Tensor, lightness: float) -> Tensor:
     """Return the colours ``[B, 3, 1, 1]`` at ``turn`` ``[B, 1]`` of the wheel; 0 is red."""
     primaries = torch.tensor([0.0, 1 / 3, 2 / 3])
-    return (lightness + 0.2 * torch.cos(2 * math.pi * (primaries - turn)))[:, :, None, None]
+    colours: Tensor = lightness + 0.2 * torch.cos(2 * math.pi * (primaries - turn))
+    return colours[:, :, None, None]
 
 
 def place(sprites: Tensor, mirrored: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
