@@ -78,7 +78,7 @@ def _sprite(archive: tarfile.TarFile, thing: str) -> Tensor:
 def grounds(hues: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Return pastel gradients ``[B, 3, size, size]`` in [0, 1] of the numbered ``hues``."""
     count = len(hues)
-    spread, drift, turn = 2 * torch.rand(3, count, 1, generator=generator) - 1
+    spread, drift, turn = torch.unbind(2 * torch.rand(3, count, 1, generator=generator) - 1)
     start = (hues[:, None] + HUE_SPREAD * spread) / len(HUES)
     end = start + HUE_DRIFT * drift / len(HUES)
     axis = (torch.arange(size) + 0.5) / size - 0.5
@@ -91,8 +91,7 @@ def grounds(hues: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def _colour(turn: Tensor, lightness: float) -> Tensor:
     """Return the colours ``[B, 3, 1, 1]`` at ``turn`` ``[B, 1]`` of the wheel; 0 is red."""
     primaries = torch.tensor([0.0, 1 / 3, 2 / 3])
-    colours: Tensor = lightness + 0.2 * torch.cos(2 * math.pi * (primaries - turn))
-    return colours[:, :, None, None]
+    return (lightness + 0.2 * torch.cos(2 * math.pi * (primaries - turn)))[:, :, None, None]
 
 
 def place(sprites: Tensor, mirrored: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
