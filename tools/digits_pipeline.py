@@ -7,28 +7,33 @@ A guided step is one transformer call, with the conditional half of the batch fi
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.tools.pipeline_arguments import (
+    Generators,
+    OutputType,
+    check_generator,
+    check_guidance,
+    check_output_type,
+    check_steps,
+    is_integer,
+    silent_loading,
+)
 
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "digits-dit-64"
 TRAIN_COMMAND = (
     "python -m ditfastattn.tools.train_digits --work /tmp/digits --out tools/assets/digits-dit-64"
 )
-OutputType = Literal["pt", "np", "pil"]
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class DigitsPipeline(DiffusionPipeline):
@@ -77,10 +82,10 @@ class DigitsPipeline(DiffusionPipeline):
         """
         config: Any = self.transformer.config  # diffusers declares a plain dict
         _check_labels(class_labels, config.num_embeds_ada_norm)
-        _check_guidance(guidance_scale)
-        _check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
-        _check_generator(generator, len(class_labels))
-        _check_output_type(output_type)
+        check_guidance(guidance_scale)
+        check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        check_generator(generator, len(class_labels))
+        check_output_type(output_type)
         self._guidance_scale = guidance_scale
         latents = self._sample(class_labels, guidance_scale, num_inference_steps, generator)
         images = self._finish((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
@@ -138,7 +143,7 @@ def _check_labels(class_labels: Sequence[int], classes: int) -> None:
             remedy="pass one label per image, such as [3, 7]",
         )
     for index, label in enumerate(class_labels):
-        if not _is_integer(label) or not 0 <= label < classes:
+        if not is_integer(label) or not 0 <= label < classes:
             raise ConfigError(
                 "the model has no such class",
                 where=f"class_labels[{index}]",
@@ -146,54 +151,6 @@ def _check_labels(class_labels: Sequence[int], classes: int) -> None:
                 expected=expected,
                 remedy="pass the digits to draw; the pipeline adds the null class",
             )
-
-
-def _check_guidance(guidance_scale: float) -> None:
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 1.0):
-        raise ConfigError(
-            "the guidance scale is out of range",
-            where="guidance_scale",
-            got=guidance_scale,
-            expected="a finite number, at least 1.0 (no guidance)",
-            remedy="pass 1.0 to switch guidance off",
-        )
-
-
-def _check_steps(steps: int, most: int) -> None:
-    if not _is_integer(steps) or not 1 <= steps <= most:
-        raise ConfigError(
-            "the number of steps is out of range",
-            where="num_inference_steps",
-            got=repr(steps),
-            expected=f"an integer from 1 to {most}",
-            remedy="20 steps are enough for the embedded model",
-        )
-
-
-def _check_generator(generator: Generators, images: int) -> None:
-    if isinstance(generator, list) and len(generator) != images:
-        raise ConfigError(
-            "the list of generators does not match the batch",
-            where="generator",
-            got=f"{len(generator)} generators",
-            expected=f"{images}, one per class label",
-            remedy="pass one generator per label, or a single one",
-        )
-
-
-def _check_output_type(output_type: str) -> None:
-    if output_type not in get_args(OutputType):
-        raise ConfigError(
-            "the output type is unknown",
-            where="output_type",
-            got=repr(output_type),
-            expected=", ".join(get_args(OutputType)),
-            remedy="choose one of those",
-        )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def load_pipeline(folder: Path) -> DigitsPipeline:
@@ -210,24 +167,12 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
             expected=f"a folder with {index}",
             remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
         )
-    with _silent_loading():
+    with silent_loading():
         # Weights load as fp32 by default; the option's name differs between versions of diffusers.
         # Without the accelerate package, diffusers would warn about its low-memory loading.
         return DigitsPipeline.from_pretrained(
             folder, local_files_only=True, low_cpu_mem_usage=False
         )
-
-
-@contextmanager
-def _silent_loading() -> Generator[None]:
-    """Keep diffusers' progress bar for loading off the terminal."""
-    enabled = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            diffusers_logging.enable_progress_bar()
 
 
 def embedded_pipeline() -> DigitsPipeline:

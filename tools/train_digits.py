@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
@@ -28,13 +27,12 @@ from ditfastattn.tools.digits_data import digit_images
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.digits_recipe import (
     MODEL_CONFIG,
-    PATCH_SIZE,
     SAMPLER,
     SCHEDULE,
     STAGES,
-    TARGET_SIZE,
     learning_rate,
 )
+from ditfastattn.tools.training import move_average, set_image_size, update
 from ditfastattn.tools.training_state import TrainingState
 
 
@@ -42,22 +40,6 @@ def build_model() -> DiTTransformer2DModel:
     """Return the untrained 64x64 model."""
     model: DiTTransformer2DModel = DiTTransformer2DModel(**MODEL_CONFIG)
     return model
-
-
-def set_image_size(model: DiTTransformer2DModel, size: int) -> None:
-    """Give each patch of a ``size`` x ``size`` image the embedding of its position at 64x64."""
-    patches = size // PATCH_SIZE
-    embedding = get_2d_sincos_pos_embed(
-        model.inner_dim,
-        patches,
-        base_size=patches,
-        interpolation_scale=size / TARGET_SIZE,
-        output_type="pt",
-    )
-    patch_embedding: Any = model.pos_embed
-    patch_embedding.pos_embed = embedding.float().unsqueeze(0)
-    patch_embedding.height = patch_embedding.width = patches
-    model.height = model.width = patches
 
 
 def noise_levels() -> Tensor:
@@ -94,7 +76,7 @@ def train_stage(
     alpha_bar = noise_levels()
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, weight_decay=0.01)
     state = TrainingState(Path(args.work))
-    progress = state.load(model, average, optimizer, number)
+    progress = state.load(model, average, [optimizer], number)
     if int(str(progress.get("stage", 0))) > number:
         return float(str(progress["loss"]))
     first = int(str(progress["step"])) if progress.get("stage") == number else 0
@@ -105,35 +87,20 @@ def train_stage(
             group["lr"] = learning_rate(stage, step)
         chosen = torch.randint(len(images), (stage.batch,), generator=generator)
         loss = training_loss(model, images[chosen], labels[chosen], alpha_bar, generator)
-        update(model, optimizer, loss)
+        update(model, [optimizer], loss)
         decay = min(0.999, (step + 1) / (step + 10)) if number == 0 else 0.995
         move_average(average, model, decay)
         loss_average += 0.02 * (loss.item() - loss_average)
         if (step + 1) % args.save_every == 0 or step + 1 == stage.steps:
             pace = (time.monotonic() - began) / (step + 1 - first)
             reached = {"stage": number, "step": step + 1, "loss": loss_average, **asdict(stage)}
-            state.save(model, average, optimizer, reached)
+            state.save(model, average, [optimizer], reached)
             print(
                 f"{stage.size}px step {step + 1}/{stage.steps} loss {loss_average:.4f}"
                 f" {pace:.2f} s/step",
                 flush=True,
             )
     return loss_average
-
-
-def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Take one optimizer step, with clipped gradients."""
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-@torch.no_grad()
-def move_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float) -> None:
-    """Move the ``average`` of the weights towards ``model``."""
-    for name, value in model.state_dict().items():
-        average[name].lerp_(value, 1.0 - decay)
 
 
 def save_pretrained(average: dict[str, Tensor], loss: float, out: Path) -> None:

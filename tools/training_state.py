@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ditfastattn.core.tensor_files import read_tensors, write_tensors
 
 
 class TrainingState:
-    """The weights, their moving average and the Adam moments of one training run."""
+    """The weights, their moving average and the optimizers' moments of one training run."""
 
     def __init__(self, folder: Path) -> None:
         """Use ``folder``, created if absent."""
@@ -26,14 +27,16 @@ class TrainingState:
         self,
         model: torch.nn.Module,
         average: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         progress: dict[str, object],
     ) -> None:
         """Write everything that resuming needs."""
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in average.items()}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                prefix = f"optimizer.{number}.{index}"
+                tensors |= {f"{prefix}.{name}": value for name, value in state.items()}
         write_tensors(self.tensors, {name: item.clone() for name, item in tensors.items()})
         write_text_atomically(self.progress, json.dumps(progress, indent=2))
 
@@ -41,7 +44,7 @@ class TrainingState:
         self,
         model: torch.nn.Module,
         average: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         same_stage: int,
     ) -> dict[str, object]:
         """Restore the saved state; return its progress, empty for a new run."""
@@ -52,13 +55,28 @@ class TrainingState:
         model.load_state_dict(_under("model.", tensors))
         average.update(_under("average.", tensors))
         if progress["stage"] == same_stage:
-            restored = optimizer.state_dict()
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under("adam.", tensors).items():
-                index, moment = name.split(".")
-                moments.setdefault(int(index), {})[moment] = value
-            optimizer.load_state_dict(restored | {"state": moments})
+            for number, optimizer in enumerate(optimizers):
+                _restore(optimizer, _under(f"optimizer.{number}.", tensors))
         return progress
+
+    def average(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return the moving average of the weights, and the progress, as last saved.
+
+        Raises:
+            FileError: nothing has been saved in the folder.
+        """
+        progress: dict[str, object] = read_json(
+            self.progress, "the progress", "name the folder that the training was given as --work"
+        )
+        return _under("average.", read_tensors(self.tensors)), progress
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, moment = name.split(".")
+        moments.setdefault(int(index), {})[moment] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -241,7 +241,6 @@ def test_finished_training_only_exports_again(
         digits_recipe.Stage(size, steps=2, batch=2, learning_rate=1e-3) for size in (8, 16)
     )
     out = tmp_path / "model"
-    monkeypatch.setattr(train_digits, "TARGET_SIZE", SIZE)
     monkeypatch.setattr(train_digits, "MODEL_CONFIG", TINY_DIGITS)
     monkeypatch.setattr(train_digits, "STAGES", stages)
     monkeypatch.setattr("sys.argv", ["train", "--work", str(tmp_path / "work"), "--out", str(out)])

@@ -78,6 +78,17 @@ MaxLpips = Annotated[
     float | None,
     typer.Option(help="Greatest LPIPS to dense, worst prompt.", rich_help_panel=_TARGET),
 ]
+MaxFlip = Annotated[
+    float | None,
+    typer.Option(help="Greatest FLIP error to dense, worst prompt.", rich_help_panel=_TARGET),
+]
+MaxFeatureDistance = Annotated[
+    float | None,
+    typer.Option(
+        help="Greatest distance of EfficientNet's features to dense, worst prompt.",
+        rich_help_panel=_TARGET,
+    ),
+]
 MinClipScore = Annotated[
     float | None, typer.Option(help="Least CLIP score, worst prompt.", rich_help_panel=_TARGET)
 ]

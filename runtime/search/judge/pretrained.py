@@ -51,7 +51,7 @@ class Lpips(QualityMetric):
 
 @functools.cache
 def _lpips_network() -> Any:
-    models: Any = _import("torchvision", "LPIPS").models
+    models: Any = import_optional("torchvision", "LPIPS").models
     file = models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
     weights = Path(torch.hub.get_dir(), "checkpoints", file)
     if not weights.is_file():
@@ -112,7 +112,7 @@ class ClipScore(QualityMetric):
 @functools.cache
 def _clip(name: str) -> tuple[Any, Any]:
     """Return model and processor; torchmetrics' own score fails with transformers 5."""
-    transformers = _import("transformers", "the CLIP score")
+    transformers = import_optional("transformers", "the CLIP score")
     try:
         model, loading = transformers.CLIPModel.from_pretrained(
             name, local_files_only=True, output_loading_info=True
@@ -163,7 +163,7 @@ def _prompt_of_each(prompts: list[str], images: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(each)]
 
 
-def _import(package: str, user: str) -> Any:
+def import_optional(package: str, user: str) -> Any:
     """Import an optional package.
 
     Raises:

@@ -17,6 +17,7 @@ from ditfastattn.runtime.search.judge.metrics import (
     Ssim,
     UserMetric,
 )
+from ditfastattn.runtime.search.judge.perceptual import FeatureDistance, Flip
 from ditfastattn.runtime.search.judge.pretrained import DEFAULT_CLIP_MODEL, ClipScore, Lpips
 
 
@@ -34,8 +35,8 @@ class Target:
     """Ask for a bound; use a constructor such as ``min_ssim``.
 
     Attributes:
-        name: what is bounded: "ssim", "psnr", "lpips", "clip-score", "speedup", "latency",
-            "threshold", or the name of a user's metric.
+        name: what is bounded: "ssim", "psnr", "lpips", "flip", "feature-distance", "clip-score",
+            "speedup", "latency", "threshold", or the name of a user's metric.
         bound: the least or greatest value that will do.
         kind: what the target bounds.
         at_least: whether more is better.
@@ -64,6 +65,18 @@ class Target:
         """Ask for an LPIPS distance of at most ``bound``."""
         bound = _within(bound, 0.0, math.inf, "max_lpips", 0.1)
         return cls._quality(Lpips(), bound, at_least=False)
+
+    @classmethod
+    def max_flip(cls, bound: float) -> Target:
+        """Ask for a FLIP error of at most ``bound``, up to 1."""
+        bound = _within(bound, 0.0, 1.0, "max_flip", 0.05)
+        return cls._quality(Flip(), bound, at_least=False)
+
+    @classmethod
+    def max_feature_distance(cls, bound: float) -> Target:
+        """Ask for a distance of EfficientNet-Lite0's features of at most ``bound``."""
+        bound = _within(bound, 0.0, math.inf, "max_feature_distance", 0.05)
+        return cls._quality(FeatureDistance(), bound, at_least=False)
 
     @classmethod
     def min_clip_score(cls, bound: float, *, clip_model: str = DEFAULT_CLIP_MODEL) -> Target:

@@ -13,6 +13,8 @@ _BUILT_IN = {  # by name and whether more is better
     ("ssim", True): Target.min_ssim,
     ("psnr", True): Target.min_psnr,
     ("lpips", False): Target.max_lpips,
+    ("flip", False): Target.max_flip,
+    ("feature-distance", False): Target.max_feature_distance,
     ("clip-score", True): Target.min_clip_score,
     ("speedup", True): Target.min_speedup,
     ("latency", False): Target.max_latency,

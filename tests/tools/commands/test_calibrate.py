@@ -19,7 +19,7 @@ from ditfastattn.tools.commands.target import chosen_target
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import tiny_digits_pipeline
 
-NONE = (None, None, None, None, None, None, None)
+NONE = (None, None, None, None, None, None, None, None, None)
 
 
 def tiny_pipeline() -> DigitsPipeline:
@@ -49,10 +49,12 @@ def closeness(dense: torch.Tensor, planned: torch.Tensor) -> torch.Tensor:
         (0, 0.9, Target.min_ssim(0.9)),
         (1, 30.0, Target.min_psnr(30.0)),
         (2, 0.1, Target.max_lpips(0.1)),
-        (3, 25.0, Target.min_clip_score(25.0)),
-        (4, 1.5, Target.min_speedup(1.5)),
-        (5, 2.0, Target.max_latency(2.0)),
-        (6, 0.1, Target.threshold(0.1)),
+        (3, 0.1, Target.max_flip(0.1)),
+        (4, 0.1, Target.max_feature_distance(0.1)),
+        (5, 25.0, Target.min_clip_score(25.0)),
+        (6, 1.5, Target.min_speedup(1.5)),
+        (7, 2.0, Target.max_latency(2.0)),
+        (8, 0.1, Target.threshold(0.1)),
     ],
 )
 def test_each_option_is_its_target(position: int, bound: float, expected: Target) -> None:

@@ -35,6 +35,13 @@ def mean_error(dense: Tensor, planned: Tensor) -> Tensor:
         (Target.min_ssim(0.95), "quality", "ssim", "SSIM of at least 0.95 on the worst prompt"),
         (Target.min_psnr(30), "quality", "psnr", "PSNR of at least 30 dB on the worst prompt"),
         (Target.max_lpips(0.1), "quality", "lpips", "LPIPS of at most 0.1 on the worst prompt"),
+        (Target.max_flip(0.1), "quality", "flip", "FLIP of at most 0.1 on the worst prompt"),
+        (
+            Target.max_feature_distance(0.1),
+            "quality",
+            "feature-distance",
+            "feature distance of at most 0.1 on the worst prompt",
+        ),
         (
             Target.min_clip_score(28.5),
             "quality",
@@ -68,6 +75,8 @@ def test_a_target_says_what_is_asked_for(target: Target, kind: str, name: str, p
         (Target.min_ssim, (0.0, -1.0, 1.01, math.nan)),
         (Target.min_psnr, (0.0, math.inf)),
         (Target.max_lpips, (0.0, math.inf)),
+        (Target.max_flip, (0.0, 1.1)),
+        (Target.max_feature_distance, (0.0, math.inf)),
         (Target.min_clip_score, (0.0, 100.1)),
         (Target.min_speedup, (1.0, 0.5, math.inf)),
         (Target.max_latency, (0.0, math.inf)),
@@ -237,6 +246,8 @@ def test_defining_targets_loads_no_metric_library() -> None:
     code = (
         "import sys; from ditfastattn.runtime.search.judge.targets import Target as T;"
         "T.min_ssim(0.9); T.max_lpips(0.1); T.min_clip_score(30);"
-        "assert not {'torchmetrics', 'torchvision', 'transformers'} & set(sys.modules)"
+        "T.max_flip(0.1); T.max_feature_distance(0.1);"
+        "loaded = {'flip_evaluator', 'torchmetrics', 'torchvision', 'transformers'};"
+        "assert not loaded & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
