@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -100,13 +100,25 @@ class PackageFiles:
         """Write the weights; return the name of their file."""
         path: Path = self._partial.folder / WEIGHTS_FILE
         with replacing(path) as temporary:
-            tensors = {name: tensor.cpu() for name, tensor in self._constants.tensors.items()}
-            safetensors.torch.save_file(tensors, temporary)
+            safetensors.torch.save_file(_apart(self._constants.tensors), temporary)
         return WEIGHTS_FILE
 
     def packages(self) -> PackagesSpec:
         """Return what was compiled."""
         return PackagesSpec(target=self._compile.target, files=self._files)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` on the CPU, no two of which share memory: the file format has no views."""
+    known: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.cpu()
+        storage = plain.untyped_storage()
+        whole = storage.nbytes() == plain.nbytes and storage.data_ptr() not in known
+        found[name] = plain if whole else plain.clone()
+        known.add(storage.data_ptr())
+    return found
 
 
 def package_input(value: Value) -> PackageInput:
