@@ -32,6 +32,7 @@ from ditfastattn.runtime.bundle.files import open_bundle
 from ditfastattn.runtime.bundle.manifest import MANIFEST, Format, manifest_text, read_manifest
 from ditfastattn.runtime.bundle.packages import PackageInput, PackageSpec
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
+from ditfastattn.tools.commands.export import export as export_command
 from tests.export.helpers import export_anew, export_tiny
 from tests.helpers import (
     STEPS,
@@ -229,6 +230,11 @@ def test_packages_have_no_loop(tmp_path: Path) -> None:
     small_bundle(tmp_path / "made")
     with pytest.raises(ConfigError, match="no unrolled loop"):
         load(tmp_path / "made", runtime="aoti").generate(torch.zeros(1, 4, 8, 8))
+
+
+def test_engines_are_not_built_from_packages() -> None:
+    with pytest.raises(ConfigError, match=r"built from ONNX graphs(.|\n)*--format onnx"):
+        export_command(tensorrt=True, format=Format.PT2)
 
 
 def test_equal_names_of_different_content_stay_apart() -> None:
