@@ -107,6 +107,10 @@ def export_model(
     """
     chosen = options or ExportOptions()
     _check_loop(chosen, schedule)
+    if chosen.regions and chosen.dynamic_batch:
+        # Half a batch of two is one row, which is contiguous however it lies in memory: regions
+        # would be cut as no larger batch allows.
+        call = call.doubled()
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:
         prepared = prepare(plain, call, plan, chosen)

@@ -311,6 +311,21 @@ def test_packages_of_regions_do_not_grow_with_layers(
     assert made[0] == made[1]
 
 
+def test_regions_are_cut_as_any_batch_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of two rows, whose halves are one row each, shows too little of layouts."""
+    monkeypatch.setattr(files, "compile_package", lambda *_: b"package")
+    monkeypatch.setattr(files, "free_batch", lambda step, ready, *_: ready.module)
+    tiny, rows, _ = small()
+    plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
+    options = ExportOptions(format=Format.PT2, regions=True)
+    call = RecordedCall(tiny.call(0, 2))
+    manifest = export_model(tiny.model, call, plan, tmp_path / "bundle", options)
+    assert manifest.fixed_batch == 0
+    assert manifest.batch_multiple == 2
+
+
 @pytest.mark.slow
 def test_packages_of_regions_compute_the_model_at_any_batch(tmp_path: Path) -> None:
     tiny = tiny_dit(layers=3)
