@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch._inductor.package import package_aoti
+from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError

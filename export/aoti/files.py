@@ -20,7 +20,7 @@ from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.export.emitter import Value
 from ditfastattn.export.partial import PartialBundle
-from ditfastattn.export.step_graphs import StepGraph, sizes, spec, used_inputs, written_name
+from ditfastattn.export.step_graphs import Form, StepGraph, sizes, spec, used_inputs, written_name
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.passes.windows.mask_windows import mask_windows
@@ -43,7 +43,7 @@ class PackageFiles:
     """Compile graphs into the folder of a bundle, and collect their weights."""
 
     suffix = "pt2"
-    form = staticmethod(package_form)
+    form: Form = staticmethod(package_form)
 
     def __init__(self, partial: PartialBundle, batches: tuple[int, int], made: CompileFor) -> None:
         """Take the two batches of the captures, and what to compile for."""

@@ -80,7 +80,8 @@ def free_batch(
             got=str(error).strip()[:2000],
             remedy=FIX_BATCH,
         ) from error
-    found: Any = program.module(check_guards=False)
+    found = program.module(check_guards=False)
+    assert isinstance(found, GraphModule)
     return found
 
 
@@ -132,8 +133,8 @@ def _read_sizes(step: StepGraph, ready: PackageGraph, inputs: Sequence[Value]) -
 
     for original, copy in ready.copies.items():
         if copy.op == "call_function":
-            copy.args = map_aggregate(symbols.args[original], place)  # type: ignore[assignment]
-            copy.kwargs = map_aggregate(symbols.kwargs[original], place)  # type: ignore[assignment]
+            copy.args = map_aggregate(symbols.args[original], place)
+            copy.kwargs = map_aggregate(symbols.kwargs[original], place)
     ready.module.recompile()
 
 

@@ -19,7 +19,7 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.export.aoti.constants import PackageGraph
 from ditfastattn.export.aoti.files import PackageFiles, package_form, package_input, variant_entry
 from ditfastattn.export.emitter import Value
-from ditfastattn.export.step_graphs import StepGraph, used_inputs
+from ditfastattn.export.step_graphs import Form, StepGraph, used_inputs
 from ditfastattn.passes.graph.fake_values import fake_mode
 from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.outline import outline
@@ -44,7 +44,7 @@ class RegionFiles(PackageFiles):
     """Compile the distinct regions of graphs, and write each graph as a list of calls."""
 
     suffix = STEP_SUFFIX.removeprefix(".")
-    form = staticmethod(region_form)
+    form: Form = staticmethod(region_form)
 
     def write(self, graph: StepGraph, file: str) -> VariantSpec:
         """Write ``graph`` as calls; compile the regions that are new."""

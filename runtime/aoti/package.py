@@ -17,7 +17,7 @@ from ditfastattn.runtime.bundle.packages import PackageInput, PackageSpec, StepC
 from ditfastattn.runtime.bundle.specs import Multiple
 
 MODEL: Final = "model"  # the name within a package
-_ANY_DEVICE: Final = -1
+_CURRENT_DEVICE: Final = -1
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class AotiPackage:
             ConfigError: it cannot be loaded, or it wants other constants than ``spec`` says.
         """
         self._path, self._spec, self._device = file.path, spec, device
-        index = _ANY_DEVICE if device.index is None else device.index
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(file.opened, MODEL, False, 1, index)
+            loader = torch._C._aoti.AOTIModelPackageLoader(
+                file.opened, MODEL, False, 1, _CURRENT_DEVICE
+            )
         except RuntimeError as error:
             raise ConfigError(
                 "torch cannot load the package",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ _EXPORT_HERE: Final = "export the bundle on this machine (`ditfastattn export --
 
 def processor_features() -> frozenset[str]:
     """Return what this processor has, as ``torch.cpu.get_capabilities()`` names it."""
-    found: dict[str, Any] = torch.cpu.get_capabilities()
+    found: Mapping[str, Any] = torch.cpu.get_capabilities()
     return frozenset(name for name, present in found.items() if present is True)
 
 

@@ -424,5 +424,5 @@ def test_a_pipeline_runs_by_packages_and_verifies_them(tmp_path: Path) -> None:
     assert max(found.step_errors) < 1e-5
     pipeline.transformer = load(tmp_path / "bundle", runtime="aoti")  # type: ignore[assignment]
     assert isinstance(pipeline.transformer, BundleTransformer)
-    images: Any = pipeline(**call, output_type="pt")  # type: ignore[arg-type]
+    images: Any = pipeline(**call, output_type="pt")
     assert images.images.shape == (2, 1, 16, 16)
