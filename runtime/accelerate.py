@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,6 +20,7 @@ from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
+from ditfastattn.runtime.given_plans import AnyPlans, given_plans
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
 from ditfastattn.runtime.options import BackendOptions, parse_options
@@ -34,17 +35,14 @@ from ditfastattn.runtime.pipeline.forwards import (
 from ditfastattn.runtime.pipeline.generation_end import stop_watching, warn_if_unused
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.pipeline_watch import PipelineWatch, check_hooks
-from ditfastattn.runtime.plan_choice import Candidate, OnMismatch, PlanChoice
+from ditfastattn.runtime.plan_choice import Candidate, Choice, OnMismatch, PlanChoice
 
 log = logging.getLogger(__name__)
 
 
-AnyPlan = Plan | str | os.PathLike[str]
-
-
 def accelerate(
     pipeline: Any,
-    plan: AnyPlan | Sequence[AnyPlan] | None = None,
+    plan: AnyPlans = None,
     *,
     on_mismatch: str = OnMismatch.ERROR,
     mode: str | None = None,
@@ -62,7 +60,8 @@ def accelerate(
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.
         plan: the plan, or its path; without one the first generation calibrates itself. Of several
-            the first one runs that is for a generation's sampler, steps, guidance and shapes.
+            the first one runs that is for a generation's sampler, steps, guidance and shapes; of a
+            plan book, the first one of the tier that is asked for (``quality``).
         on_mismatch: what becomes of a generation that no plan is for: ``"error"``, or ``"dense"``:
             it runs dense, with a warning for each reason, and is counted (``dense_generations``).
         mode: a mode of ``torch.compile``, such as ``"reduce-overhead"``.
@@ -74,14 +73,14 @@ def accelerate(
     """
     where = "accelerate(pipeline)"
     module = transformer_of(pipeline, where)
-    plans = _loaded(plan)
+    given = given_plans(plan)
+    plans = [one.plan for one in given.plans]
     otherwise = _on_mismatch(on_mismatch)
     scheduler = getattr(pipeline, "scheduler", None)
-    first, *others = plans
-    if others or otherwise is OnMismatch.DENSE:
+    if len(plans) != 1 or given.tiers is not None or otherwise is OnMismatch.DENSE:
         _check_choice(plans, scheduler)
-    elif first is not None and scheduler is not None:
-        check_sampler(first, scheduler)
+    elif plans[0] is not None and scheduler is not None:
+        check_sampler(plans[0], scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
     chosen = [
@@ -96,16 +95,18 @@ def accelerate(
 
     def choose(own: Forward) -> PlanChoice:
         compiled: Any = torch.compile(own, backend=_backend, fullgraph=True)
+
+        def make_run(each: BackendOptions, model: OpaqueModel | None) -> Forward:
+            if model is None:
+                return _PlannedForward(compiled, each, watch)
+            return _opaque(own, model, compilation)
+
         candidates = [
-            Candidate(
-                each.plan,
-                _PlannedForward(compiled, each, watch)
-                if model is None
-                else _opaque(own, model, compilation),
-            )
-            for each, model in zip(chosen, models, strict=True)
+            Candidate(one.plan, partial(make_run, each, model), one.name, one.tier)
+            for one, each, model in zip(given.plans, chosen, models, strict=True)
         ]
-        return PlanChoice(module, candidates, _dense(own, compilation), otherwise)
+        dense = _dense(own, compilation)
+        return PlanChoice(module, candidates, dense, otherwise, given.tiers, given.most_compiled)
 
     plan_forward(module, lambda own: _Chosen(choose(own), watch))
     warn_if_unused(pipeline, module, lambda: watch.calls)
@@ -120,29 +121,27 @@ def dense_generations(pipeline: Any) -> dict[str, int]:
     Raises:
         ConfigError: the pipeline has no transformer, or is not accelerated.
     """
-    run = planned_forward(transformer_of(pipeline, "dense_generations(pipeline)"))
+    return dict(_choice_of(pipeline, "dense_generations(pipeline)").dense_generations)
+
+
+def chosen_plan(pipeline: Any) -> Choice:
+    """Return what runs, or ran last, a generation of this thread or context.
+
+    Raises:
+        ConfigError: the pipeline has no transformer, or is not accelerated.
+    """
+    return _choice_of(pipeline, "chosen_plan(pipeline)").choice
+
+
+def _choice_of(pipeline: Any, where: str) -> PlanChoice:
+    run = planned_forward(transformer_of(pipeline, where))
     if not isinstance(run, _Chosen):
         raise ConfigError(
             "the pipeline is not accelerated",
-            where="dense_generations(pipeline)",
+            where=where,
             remedy="call accelerate(pipeline, plan) first",
         )
-    return dict(run.choice.dense_generations)
-
-
-def _loaded(plan: AnyPlan | Sequence[AnyPlan] | None) -> tuple[Plan | None, ...]:
-    if plan is None:
-        return (None,)
-    given = [plan] if isinstance(plan, (Plan, str, os.PathLike)) else plan
-    found = tuple(one if isinstance(one, Plan) else Plan.load(one) for one in given)
-    if not found:
-        raise ConfigError(
-            "there is no plan",
-            where="accelerate(plan)",
-            got="an empty sequence",
-            expected="a plan, several, or None to calibrate one in the first generation",
-        )
-    return found
+    return run.choice
 
 
 def _on_mismatch(given: str) -> OnMismatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -11,12 +12,19 @@ from torch import nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.current_generation import naming_generation
+from ditfastattn.runtime.current_generation import PerGeneration, naming_generation
 from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call
 from ditfastattn.runtime.pipeline.compilation import Compilation
 from ditfastattn.runtime.pipeline.hooks import check_not_cached, check_parts_not_hooked
 from ditfastattn.runtime.plan_choice import Moment
+
+
+@dataclass
+class _UnderWay:
+    """The schedule of the generation under way in one thread or context."""
+
+    timesteps: object | None = None
 
 
 class PipelineWatch:
@@ -33,7 +41,7 @@ class PipelineWatch:
         self._pipeline, self._module, self._plans = pipeline, module, plans
         self._compilation = compilation
         self.calls = 0
-        self._timesteps: object | None = None  # of the generation under way
+        self._under_way = PerGeneration(_UnderWay)
 
     @contextmanager
     def call(self) -> Generator[Moment]:
@@ -48,7 +56,7 @@ class PipelineWatch:
             self._compilation.take_from(caller, module)
         try:
             moment = self._moment(own if caller is None else caller)
-            with naming_generation(self._timesteps):
+            with naming_generation(self._under_way.current().timesteps):
                 yield moment
         except ConfigError as error:
             call = "" if module is None or caller is None else describe_call(module)
@@ -68,8 +76,9 @@ class PipelineWatch:
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps: object | None = getattr(scheduler, "timesteps", None)  # set once a generation
         stable = timesteps is getattr(scheduler, "timesteps", None)
-        begins = timesteps is not None and stable and timesteps is not self._timesteps
-        self._timesteps = timesteps if stable else None
+        under_way = self._under_way.current()
+        begins = timesteps is not None and stable and timesteps is not under_way.timesteps
+        under_way.timesteps = timesteps if stable else None
         if begins:
             self.check_hooks()
         return Moment(pipeline, begins)

@@ -6,9 +6,10 @@ A choice is made as a generation begins, and holds until it ends: nothing is mix
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.current_generation import PerGeneration
 from ditfastattn.runtime.matching import mismatch
 from ditfastattn.runtime.pipeline.guidance import current_guidance
 from ditfastattn.runtime.pipeline.model_call import bound_arguments
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.quality import LOSSLESS, current_quality
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,17 @@ class Moment:
 
 
 class Candidate:
-    """A plan, and what runs a call by it."""
+    """A plan, and what makes what runs a call by it."""
 
-    def __init__(self, plan: Plan | None, run: Run) -> None:
-        """Take the plan; None where the first generation calibrates one."""
-        self.plan, self.run = plan, run
+    def __init__(
+        self, plan: Plan | None, make_run: Callable[[], Run], name: str = "", tier: str = ""
+    ) -> None:
+        """Take the plan; None where the first generation calibrates one.
+
+        ``make_run`` is called again if what it made was released. ``name`` and ``tier`` are those
+        of a plan book.
+        """
+        self.plan, self.make_run, self.name, self.tier = plan, make_run, name, tier
         self._accepted: list[Any] = [None, None, None]  # compared last, by identity
 
     def check_sampler(self, at: Moment) -> None:
@@ -76,21 +85,81 @@ class Candidate:
             check_sampler(self.plan, at.scheduler, scale)
             self._accepted[:] = found
 
-    def check_call(self, at: Moment, arguments: Mapping[str, Any]) -> None:
-        """Raise ``ConfigError`` unless the steps and the shapes of ``arguments`` are the plan's."""
+    def misfits(self, at: Moment, arguments: Mapping[str, Any]) -> list[ConfigError]:
+        """Return in what a generation that begins differs from the plan's, field by field."""
         if self.plan is None:
-            return
+            return []
+        found: list[ConfigError] = []
+        try:
+            self.check_sampler(at)
+        except ConfigError as error:
+            found.append(error)
         steps = getattr(at.pipeline, "num_timesteps", None) or len(at.scheduler.timesteps)
         if steps != self.plan.sampler.steps:
-            raise mismatch("sampler.steps", steps, self.plan.sampler.steps, what="sampler")
+            found.append(mismatch("sampler.steps", steps, self.plan.sampler.steps, what="sampler"))
         for name, expected in self.plan.inputs.items():
             given = arguments.get(name)
             if isinstance(given, Tensor) and tuple(given.shape[1:]) != expected:
-                raise mismatch(f"inputs.{name}", tuple(given.shape[1:]), expected)
+                found.append(mismatch(f"inputs.{name}", tuple(given.shape[1:]), expected))
+        return found
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The tiers of a plan book, and the one of generations that ask for none."""
+
+    names: tuple[str, ...] = ()
+    default: str = ""
+
+    def chosen(self) -> str:
+        """Return the tier that is asked for.
+
+        Raises:
+            ConfigError: there is no such tier.
+        """
+        tier = current_quality() or self.default
+        if tier and tier != LOSSLESS and tier not in self.names:
+            raise ConfigError(
+                "there is no such tier of quality",
+                where="ditfastattn.quality(tier)",
+                got=tier,
+                expected=", ".join(self.names) or f"{LOSSLESS}: the plans are of no book",
+                remedy="accelerate(pipeline, book) with a book that has this tier",
+            )
+        return tier
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Say what runs a generation.
+
+    Attributes:
+        tier: the tier that was asked for; "" without a plan book.
+        name: the name of the plan in its book; "" without one, and where it runs dense.
+        plan: the plan; None where it runs dense.
+        reason: why it runs dense, though another tier than lossless was asked for; or "".
+    """
+
+    tier: str = ""
+    name: str = ""
+    plan: Plan | None = None
+    reason: str = ""
+
+
+@dataclass
+class _UnderWay:
+    """What runs the generation under way; no ``run`` before the first one."""
+
+    run: Run | None = None
+    candidate: Candidate | None = None
+    choice: Choice = field(default_factory=Choice)
 
 
 class PlanChoice:
-    """Choose among plans as each generation begins; the first one that fits runs it."""
+    """Choose among plans as each generation begins; the first one that fits runs it.
+
+    A choice is of one generation, so generations of other threads and contexts have their own.
+    """
 
     def __init__(
         self,
@@ -98,12 +167,28 @@ class PlanChoice:
         candidates: Sequence[Candidate],
         dense: Run,
         on_mismatch: OnMismatch,
+        tiers: Tiers | None = None,
+        most_compiled: int = 0,
     ) -> None:
-        """Take the plans in the order of preference, and what runs a call dense."""
+        """Take the plans in the order of preference, and what runs a call dense.
+
+        Of those that have run, the ``most_compiled`` used last are kept compiled; 0 keeps all.
+        """
         self._kind, self._candidates, self._dense = type(module), tuple(candidates), dense
-        self._on_mismatch = on_mismatch
-        self._chosen: Candidate | None = None
+        self._on_mismatch, self._tiers = on_mismatch, tiers or Tiers()
+        self._most_compiled = most_compiled
+        self._runs: OrderedDict[Candidate, Run] = OrderedDict()  # the one used last comes last
+        self._lock = threading.Lock()
+        self._under_way = PerGeneration(_UnderWay)
+        self._only = None
+        if len(candidates) == 1 and on_mismatch is OnMismatch.ERROR and tiers is None:
+            self._only = candidates[0]
         self.dense_generations: Counter[str] = Counter()  # by reason
+
+    @property
+    def choice(self) -> Choice:
+        """Return what runs the generation under way, or ran the last one of this context."""
+        return self._under_way.current().choice
 
     def __call__(self, at: Moment, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one call.
@@ -111,53 +196,96 @@ class PlanChoice:
         Raises:
             ConfigError: no plan is for this generation, and that is an error.
         """
-        if len(self._candidates) == 1 and self._on_mismatch is OnMismatch.ERROR:
-            (only,) = self._candidates
-            only.check_sampler(at)
-            return only.run(*args, **kwargs)
+        if self._only is not None and not current_quality():
+            self._only.check_sampler(at)
+            return self._run_of(self._only)(*args, **kwargs)
+        now = self._under_way.current()
         if at.begins:
-            self._chosen = self._choose(at, bound_arguments(self._kind, args, kwargs))
-        elif self._chosen is not None:
-            self._chosen.check_sampler(at)
-        if self._chosen is None:
-            return self._dense(*args, **kwargs)
+            self._choose(now, at, bound_arguments(self._kind, args, kwargs))
+        elif now.candidate is not None:
+            now.candidate.check_sampler(at)
+        if now.run is None:
+            raise ConfigError(
+                "which plan is for this generation cannot be told, as its beginning is not known",
+                where="a call of the transformer",
+                got="no new timesteps in the scheduler of a pipeline that calls",
+                remedy="accelerate(pipeline, plan) with one plan, and name no quality",
+            )
+        if now.candidate is None:
+            return now.run(*args, **kwargs)
         try:
-            return self._chosen.run(*args, **kwargs)
+            return now.run(*args, **kwargs)
         except ConfigError as error:
             # Nothing has been computed yet: weights or guidance, say, are another model's.
             if not at.begins or self._on_mismatch is OnMismatch.ERROR:
                 raise
-            self._note([error])
-            self._chosen = None
+            self._run_dense(now, now.choice.tier, [(now.candidate, [error])])
             return self._dense(*args, **kwargs)
 
-    def _choose(self, at: Moment, arguments: Mapping[str, Any]) -> Candidate | None:
-        """Return the first plan that fits; None to run dense."""
-        reasons: list[ConfigError] = []
+    def _choose(self, now: _UnderWay, at: Moment, arguments: Mapping[str, Any]) -> None:
+        """Take the first plan that fits, or none to run dense."""
+        now.run = now.candidate = None
+        tier = self._tiers.chosen()
+        if tier == LOSSLESS:
+            now.run, now.choice = self._dense, Choice(tier)
+            return
+        misfits: list[tuple[Candidate, list[ConfigError]]] = []
         for candidate in self._candidates:
-            try:
-                candidate.check_sampler(at)
-                candidate.check_call(at, arguments)
-            except ConfigError as error:
-                reasons.append(error)
-            else:
-                return candidate
+            if candidate.tier != tier:
+                continue
+            found = candidate.misfits(at, arguments)
+            if not found:
+                now.run, now.candidate = self._run_of(candidate), candidate
+                now.choice = Choice(tier, candidate.name, candidate.plan)
+                return
+            misfits.append((candidate, found))
         if self._on_mismatch is OnMismatch.ERROR:
-            raise ConfigError(
-                "none of the pipeline's plans is for this generation\n"
-                + "\n".join(f"plan {place}: {error}" for place, error in enumerate(reasons, 1)),
-                remedy="calibrate a plan for it, or accelerate(pipeline, plans, "
-                "on_mismatch='dense')",
-            ) from reasons[0]
-        self._note(reasons)
-        return None
+            raise _none_fits(misfits, tier) from (misfits[0][1][0] if misfits else None)
+        self._run_dense(now, tier, misfits)
 
-    def _note(self, reasons: Sequence[ConfigError]) -> None:
-        """Count a generation that runs dense; warn of each reason once."""
-        reason = "; ".join(dict.fromkeys(_short(error) for error in reasons))
-        if reason not in self.dense_generations:
+    def _run_of(self, candidate: Candidate) -> Run:
+        """Return what runs ``candidate``, made anew if it was released; release what is too much.
+
+        A generation under way keeps what runs it until it ends.
+        """
+        with self._lock:
+            run = self._runs.get(candidate)
+            if run is None:
+                run = self._runs[candidate] = candidate.make_run()
+            self._runs.move_to_end(candidate)
+            if self._most_compiled and len(self._runs) > self._most_compiled:
+                released, _ = self._runs.popitem(last=False)
+                log.info("released what was compiled of plan %s", released.name)
+            return run
+
+    def _run_dense(
+        self, now: _UnderWay, tier: str, misfits: Sequence[tuple[Candidate, list[ConfigError]]]
+    ) -> None:
+        """Run a generation dense and count it; warn of each reason once."""
+        reason = f"the tier {tier!r} has no plans"
+        if misfits:
+            nearest, errors = min(misfits, key=lambda each: len(each[1]))
+            reason = "; ".join(dict.fromkeys(map(_short, errors)))
+            if nearest.name:
+                reason = f"the nearest plan, {nearest.name}: {reason}"
+        with self._lock:
+            self.dense_generations[reason] += 1
+            first = self.dense_generations[reason] == 1
+        if first:
             log.warning("ditfastattn: a generation runs dense, as no plan is for it: %s", reason)
-        self.dense_generations[reason] += 1
+        now.run, now.candidate, now.choice = self._dense, None, Choice(tier, reason=reason)
+
+
+def _none_fits(misfits: Sequence[tuple[Candidate, list[ConfigError]]], tier: str) -> ConfigError:
+    lines = [
+        f"plan {candidate.name or place}: {errors[0]}"
+        for place, (candidate, errors) in enumerate(misfits, 1)
+    ]
+    of = f"of the tier {tier!r} " if tier else ""
+    return ConfigError(
+        f"none of the pipeline's plans {of}is for this generation\n" + "\n".join(lines),
+        remedy="calibrate a plan for it, or accelerate(pipeline, plans, on_mismatch='dense')",
+    )
 
 
 def _short(error: ConfigError) -> str:

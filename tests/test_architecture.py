@@ -47,6 +47,7 @@ def _described() -> dict[str, set[str]]:
         "export/operators",
         "export/tensorrt",
         "runtime",
+        "runtime/book",
         "runtime/pipeline",
         "runtime/search",
         "runtime/search/measure",
@@ -57,6 +58,7 @@ def _described() -> dict[str, set[str]]:
         "runtime/aoti",
         "runtime/bundle",
         "runtime/tensorrt",
+        "serving",
     ],
 )
 def test_a_room_is_described_file_by_file(folder: str) -> None:

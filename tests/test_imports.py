@@ -23,6 +23,7 @@ ROOMS = (
     "runtime",
     "export",
     "api",
+    "serving",
     "tools",
 )
 

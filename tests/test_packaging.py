@@ -20,7 +20,7 @@ import ditfastattn
 
 ROOT = Path(__file__).resolve().parents[1]
 FACADE = ROOT / "src" / "ditfastattn"
-FOLDERS = ("export", "passes", "runtime", "tools")
+FOLDERS = ("export", "passes", "runtime", "serving", "tools")
 BUILD_INPUTS = ("LICENSE", "pyproject.toml", "src", *FOLDERS)
 ASSET_SUFFIXES = (".json", ".md", ".safetensors")
 CONSOLE_SCRIPTS = {"ditfastattn": "ditfastattn.tools.commands.app:run"}
@@ -28,6 +28,7 @@ BACKENDS = {"ditfastattn": "ditfastattn.backend:ditfastattn"}
 HEAVY = (
     "cache_dit",
     "diffusers",
+    "fastapi",
     "matplotlib",
     "onnx",
     "onnxruntime",

@@ -23,9 +23,13 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.accelerate import accelerate, dense_generations, restore
+from ditfastattn.runtime.book.book import Book, book
+from ditfastattn.runtime.book.manifest import Figures
+from ditfastattn.runtime.book.validate import measure_plan, validate_book
 from ditfastattn.runtime.current_generation import generation
 from ditfastattn.runtime.load import load
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.quality import quality
 from ditfastattn.runtime.search.calibrate import calibrate
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation, validate
@@ -33,9 +37,11 @@ from ditfastattn.runtime.search.retarget import retarget
 from ditfastattn.runtime.specializations import reports, reset
 
 __all__ = [
+    "Book",
     "CfgLayout",
     "ConfigError",
     "EngineError",
+    "Figures",
     "Plan",
     "Strategy",
     "Target",
@@ -44,6 +50,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "accelerate",
+    "book",
     "build",
     "calibrate",
     "check_sampler",
@@ -51,10 +58,13 @@ __all__ = [
     "export",
     "generation",
     "load",
+    "measure_plan",
+    "quality",
     "reports",
     "reset",
     "restore",
     "retarget",
     "validate",
+    "validate_book",
     "verify",
 ]

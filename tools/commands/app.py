@@ -10,17 +10,19 @@ from rich.logging import RichHandler
 
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError
 from ditfastattn.tools.commands.bench import bench
+from ditfastattn.tools.commands.book import book
 from ditfastattn.tools.commands.build import build
 from ditfastattn.tools.commands.calibrate import calibrate
 from ditfastattn.tools.commands.demo import demo
 from ditfastattn.tools.commands.doctor import doctor
 from ditfastattn.tools.commands.export import export
 from ditfastattn.tools.commands.inspect import inspect
+from ditfastattn.tools.commands.serve import serve
 from ditfastattn.tools.commands.validate import validate
 from ditfastattn.tools.commands.verify import verify
 from ditfastattn.tools.terminal import open_console
 
-COMMANDS = (demo, calibrate, inspect, validate, export, build, verify, doctor, bench)
+COMMANDS = (demo, calibrate, inspect, validate, export, build, verify, doctor, bench, serve)
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -48,6 +50,7 @@ def assembled() -> typer.Typer:
     app.callback()(set_up_logging)
     for command in COMMANDS:
         app.command()(command)
+    app.add_typer(book, name="book")
     return app
 
 

@@ -100,7 +100,7 @@ class Generation:
             arguments["num_inference_steps"] = self.steps
         if self.guidance is not None:
             arguments["guidance_scale"] = self.guidance
-        arguments |= _json_object(self.call)
+        arguments |= json_object(self.call)
         unknown = sorted(set(arguments) - set(known))
         if unknown:
             raise ConfigError(
@@ -142,7 +142,12 @@ def integers(text: str, option: str) -> list[int]:
         ) from error
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Parse the arguments of ``--call``.
+
+    Raises:
+        ConfigError: ``text`` is not a JSON object.
+    """
     if not text:
         return {}
     data = parse_json(text, "--call", "the argument")

@@ -41,8 +41,11 @@ def target_of(plan: Plan) -> Target | None:
         ConfigError: the target is a metric of the user's own, which a plan does not hold.
     """
     planned = plan.calibration.target
-    if planned is None:
-        return None
+    return None if planned is None else target_for(planned)
+
+
+def target_for(planned: PlannedTarget) -> Target:
+    """Return the target that ``planned`` records; errors as in ``target_of``."""
     make = _BUILT_IN.get((planned.name, planned.at_least))
     if make is None:
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""Serve images over HTTP by a plan book or a bundle."""

@@ -1,0 +1,154 @@
+"""``ditfastattn serve``: a book or a bundle, opened and served as the command line says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ditfastattn
+from ditfastattn import ConfigError, Plan
+from ditfastattn.serving import host
+from ditfastattn.serving.images import ImageServer
+from ditfastattn.serving.limits import Limits
+from ditfastattn.tools.commands import app as cli
+from ditfastattn.tools.commands.serve import Served, build_app
+from tests.helpers import attentive_pipeline
+from tests.serving.servers import ASK, IMAGES, alone, pixels, running, running_app
+from tests.three_steps import CALL
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline: Any = attentive_pipeline()
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_book_is_opened_as_the_command_line_says(
+    book_folder: Path,
+    pipeline_folder: Path,
+    plans: dict[str, Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(host, "log_as_json", lambda: None)
+    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    served = Served.from_json(
+        {
+            "source": str(book_folder),
+            "pipeline": str(pipeline_folder),
+            "name": "mine",
+            "keys": str(tmp_path / "keys"),
+            "lowering": "eager",
+        },
+        "args",
+        "",
+    )
+    with running_app(build_app(served, Limits(images=2))) as found:
+        assert found.ask().status == 401
+        body = json.dumps(ASK | {"n": 2}).encode()
+        answer = found.request("POST", IMAGES, body, authorization="Bearer two")
+        assert np.array_equal(answer.images[0], alone(attentive_pipeline(), plans["high"], CALL, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("nowhere",), "cannot"),
+        (("{book}", "--keys", "nowhere"), "cannot read the API keys"),
+        (("{book}", "--seconds", "0"), "a limit must be positive"),
+        (("{book}", "--call", '{"seed": 1}'), "not of all requests"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    arguments: tuple[str, ...],
+    reason: str,
+    book_folder: Path,
+    pipeline_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(host, "log_as_json", lambda: None)
+    given = [each.format(book=book_folder) if "book" in each else each for each in arguments]
+    named = ["--pipeline", str(pipeline_folder), "--on", "uvicorn", "--no-warm-up"]
+    monkeypatch.setattr("sys.argv", ["ditfastattn", "serve", *given, *named])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run()
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_unknown_arguments_of_a_config_file_are_refused() -> None:
+    pytest.importorskip("fastapi")
+    from ditfastattn.tools.commands.serve import ray_application
+
+    with pytest.raises(ConfigError, match="unknown limits or replicas"):
+        ray_application({"source": "book", "limits": {"quality": 1}})
+    with pytest.raises(ConfigError, match="args: sources"):
+        ray_application({"source": "book", "sources": "book"})
+
+
+@pytest.mark.slow
+def test_a_bundle_is_served(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    torch._dynamo.reset()
+    pipeline = attentive_pipeline()
+    ditfastattn.export(pipeline, CALL, plans["high"], tmp_path / "bundle")
+    pipeline.transformer = ditfastattn.load(tmp_path / "bundle")
+    with running(ImageServer(pipeline, None, name="digits")) as served:
+        wanted = alone(attentive_pipeline(), plans["high"], CALL, 3)
+        assert np.abs(served.ask().images[0] - wanted).max() <= 1
+        assert served.ask(quality="bundled").status == 200
+        assert served.ask(quality="lossless").status == 400
+        found = served.ask(num_inference_steps=4)
+        assert (found.status, found.error["code"]) == (400, "no_plan")
+        assert np.abs(served.ask().images[0] - wanted).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(
+    book_folder: Path, pipeline_folder: Path, plans: dict[str, Plan]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ditfastattn.tools.commands.app", "serve", str(book_folder)]
+    command += ["--pipeline", str(pipeline_folder), "--port", str(port), "--on", "uvicorn"]
+    process = subprocess.Popen(
+        [*command, "--lowering", "eager"], stderr=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health")
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < end
+                assert process.poll() is None
+                time.sleep(0.1)
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(url + IMAGES, json.dumps(ASK).encode(), headers)
+        answer = json.load(urllib.request.urlopen(request))
+        found = pixels(answer["data"][0]["b64_json"])
+        assert np.array_equal(found, alone(attentive_pipeline(), plans["high"], CALL, 3))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in log.decode().splitlines() if line.startswith("{")]
+    assert [line["path"] for line in lines][-1] == IMAGES
