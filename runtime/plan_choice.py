@@ -26,6 +26,8 @@ from ditfastattn.runtime.quality import LOSSLESS, current_quality
 
 log = logging.getLogger(__name__)
 
+MOST_REASONS = 256  # that are told apart
+
 Run = Callable[..., Any]  # a call of the transformer
 
 
@@ -269,6 +271,9 @@ class PlanChoice:
             if nearest.name:
                 reason = f"the nearest plan, {nearest.name}: {reason}"
         with self._lock:
+            # Reasons hold values of calls, which a server does not choose.
+            if len(self.dense_generations) >= MOST_REASONS and reason not in self.dense_generations:
+                reason = "other reasons"
             self.dense_generations[reason] += 1
             first = self.dense_generations[reason] == 1
         if first:

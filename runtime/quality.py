@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Final
 
 LOSSLESS: Final = "lossless"  # the tier that every book has: dense
+AUTO: Final = "auto"  # what requests to a server call the default tier
 
 _asked_for: ContextVar[str] = ContextVar("ditfastattn_quality", default="")
 

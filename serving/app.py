@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import time
+from asyncio import Future
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -126,9 +127,10 @@ class _Images:
             tier = wanted[0].kind.tier
             deadline = began + self._server.limits.seconds
             jobs = [Job(each, deadline) for each in wanted]
+            futures = self._dispatcher.submit(jobs)
             if body.stream:
-                return self._streaming(jobs, request, tier, began)
-            made = await self._made(jobs, request)
+                return self._streaming(jobs, futures, request, began)
+            made = await self._made(jobs, futures, request)
         except RequestError as error:
             self._metrics.answered(tier, error.status, 0.0)
             raise
@@ -136,9 +138,10 @@ class _Images:
         self._metrics.answered(tier, 200, time.monotonic() - began)
         return JSONResponse(_response(made), headers=_headers(made))
 
-    async def _made(self, jobs: Sequence[Job], request: Request) -> list[Made]:
+    async def _made(
+        self, jobs: Sequence[Job], futures: Sequence[Future[Made]], request: Request
+    ) -> list[Made]:
         """Return the images; give them up when the client goes or the time is over."""
-        futures = self._dispatcher.submit(jobs)
         gone = asyncio.create_task(_disconnected(request))
         try:
             for future in futures:
@@ -149,6 +152,9 @@ class _Images:
                 if not future.done():
                     raise StoppedError
             return [future.result() for future in futures]
+        except asyncio.CancelledError:  # as Ray Serve says that the client has gone
+            self._metrics.stopped()
+            raise
         except StoppedError as error:
             self._metrics.stopped()
             if gone.done():
@@ -159,8 +165,6 @@ class _Images:
         except NotFiniteError as error:
             self._metrics.not_finite()
             raise RequestError(500, str(error), code="not_finite") from error
-        except RequestError:
-            raise
         except Exception as error:
             raise RequestError(
                 500, f"the generation failed: {type(error).__name__}", code="failed"
@@ -171,17 +175,21 @@ class _Images:
                 job.cancelled = True
 
     def _streaming(
-        self, jobs: Sequence[Job], request: Request, tier: str, began: float
+        self, jobs: Sequence[Job], futures: Sequence[Future[Made]], request: Request, began: float
     ) -> Response:
         """Return server-sent events: each step, then the images."""
+        tier = jobs[0].wanted.kind.tier
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int, int]]()
         for index, job in enumerate(jobs):
             job.on_step = lambda done, of, index=index: loop.call_soon_threadsafe(
                 steps.put_nowait, (index, done, of)
             )
 
+        # It begins now, so that it ends too where the client has gone before the first event.
+        waiting = asyncio.create_task(self._made(jobs, futures, request))
+        waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
+
         async def events() -> AsyncGenerator[str]:
-            waiting = asyncio.create_task(self._made(jobs, request))
             try:
                 while not waiting.done() or not steps.empty():
                     step = asyncio.create_task(steps.get())

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.accelerate import accelerate
 from ditfastattn.runtime.book.book import Book
 from ditfastattn.runtime.plan_choice import OnMismatch
+from ditfastattn.runtime.quality import AUTO
 from ditfastattn.serving.job import Job, Kind, Made, Wanted
 from ditfastattn.serving.limits import Limits
 from ditfastattn.serving.pipeline import BUNDLED, generate, taken_by
 from ditfastattn.serving.request import ImageRequest, RequestError
+
+log = logging.getLogger(__name__)
 
 
 class ImageServer:
@@ -62,7 +67,10 @@ class ImageServer:
             kind = Kind(entry.tier, sampler.steps, scale, self.taken.height, self.taken.width)
             for batch in range(1, self.limits.batch + 1):
                 jobs = [Job(Wanted(kind, condition, seed), math.inf) for seed in range(batch)]
-                self.generate(jobs)
+                try:
+                    self.generate(jobs)
+                except ConfigError as error:
+                    log.warning("ditfastattn: plan %s is not warm: %s", entry.name, error)
 
     def described(self) -> dict[str, Any]:
         """Return the model as the API lists it, with its tiers and what was measured of them."""
@@ -100,9 +108,9 @@ class ImageServer:
             raise RequestError(
                 404, f"no such model; expected {self.name}", param="model", code="model_not_found"
             )
-        tier = self.default if body.quality == "auto" else body.quality
+        tier = self.default if body.quality == AUTO else body.quality
         if tier not in self.tiers:
-            expected = ", ".join(("auto", *self.tiers))
+            expected = ", ".join((AUTO, *self.tiers))
             raise RequestError(400, f"no such quality; expected {expected}", param="quality")
         height, width = self._size(body.size)
         kind = Kind(tier, self._steps(body), self._guidance(body), height, width)

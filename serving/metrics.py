@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,7 +21,7 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int], generating: Callable[[], int]) -> None:
         """Take what tells how many images wait and are generated."""
         self.registry = CollectorRegistry()
-        names = {"registry": self.registry, "namespace": "ditfastattn"}
+        names: Any = {"registry": self.registry, "namespace": "ditfastattn"}
         self._requests = Counter("requests", "Requests answered.", ("tier", "status"), **names)
         self._seconds = Histogram(
             "request_seconds",

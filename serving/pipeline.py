@@ -187,7 +187,7 @@ def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
     Every pipeline calls its scheduler once a step; callbacks are not offered by all.
     """
     scheduler, done = pipeline.scheduler, 0
-    own = scheduler.step
+    own, before = scheduler.step, vars(scheduler).get("step")
 
     @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -208,7 +208,10 @@ def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
     try:
         yield
     finally:
-        del scheduler.step
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
 
 
 def _finite(result: Any) -> bool:

@@ -12,7 +12,7 @@ from ditfastattn.core.files import write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Measured, PlannedTarget
-from ditfastattn.runtime.quality import LOSSLESS
+from ditfastattn.runtime.quality import AUTO, LOSSLESS
 
 SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "book.json"
@@ -85,8 +85,9 @@ class Manifest(Record, frozen=True):
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         names = [tier.name for tier in self.tiers]
-        if len(set(names)) != len(names) or LOSSLESS in names:
-            raise ValueError(f"tiers: a name occurs twice, or is {LOSSLESS!r}: {', '.join(names)}")
+        if len(set(names)) != len(names) or {LOSSLESS, AUTO} & set(names):
+            listed = ", ".join(names)
+            raise ValueError(f"tiers: a name twice, or {LOSSLESS!r} or {AUTO!r}: {listed}")
         if self.default not in self.names:
             raise ValueError(f"default: {self.default!r} is not a tier: {', '.join(self.names)}")
         for place, entry in enumerate(self.plans):

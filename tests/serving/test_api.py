@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ditfastattn import Plan
 from ditfastattn.serving.host import require_keys
 from ditfastattn.serving.images import ImageServer
+from ditfastattn.serving.request import ImageRequest
 from tests.helpers import attentive_pipeline
 from tests.serving.servers import ASK, IMAGES, Running, alone, pixels, running
 from tests.three_steps import CALL
@@ -131,6 +134,25 @@ def test_a_request_of_wrong_content_is_refused_by_field(served: Running, case: s
     assert found.error["message"]
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(width=16) | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*ImageRequest.model_fields, "other"])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(changes=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3))
+def test_any_json_is_served_or_refused(served: Running, changes: dict[str, Any]) -> None:
+    found = served.ask(**changes)
+    assert found.status in (200, 400, 404), found.content
+    if found.status != 200:
+        assert found.error["message"]
+
+
 def test_another_model_is_not_found(served: Running) -> None:
     assert served.ask(model="gpt-image-1").status == 404
 
@@ -192,6 +214,10 @@ def test_a_request_keeps_its_id_where_it_is_plain(
         )
         assert kept == "a-1"
         assert given != "a b{}"
+        end = time.monotonic() + 10
+        while f'"{given}"' not in caplog.text:  # written once the answer was sent
+            assert time.monotonic() < end
+            time.sleep(0.01)
     lines = [json.loads(text) for text in caplog.messages if text.startswith("{")]
     assert [line["id"] for line in lines] == ["a-1", given]
     assert {"tier": "high", "status": 200, "steps": 3, "images": 1}.items() <= lines[0].items()

@@ -69,7 +69,7 @@ def test_a_book_is_opened_as_the_command_line_says(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("nowhere",), "cannot"),
+        (("nowhere",), "neither a plan book nor a bundle"),
         (("{book}", "--keys", "nowhere"), "cannot read the API keys"),
         (("{book}", "--seconds", "0"), "a limit must be positive"),
         (("{book}", "--call", '{"seed": 1}'), "not of all requests"),

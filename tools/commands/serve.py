@@ -14,6 +14,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.records import Record
 from ditfastattn.runtime.book.book import MOST_COMPILED
 from ditfastattn.runtime.book.manifest import MANIFEST as BOOK
+from ditfastattn.runtime.bundle.manifest import MANIFEST as BUNDLE
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.plan_choice import OnMismatch
 from ditfastattn.tools.commands.generation import json_object, open_pipeline
@@ -144,14 +145,15 @@ def serve(
     )
     build = partial(build_app, served, limits)
     ray = on is Host.RAY or (on is Host.AUTO and hosting.has_ray())
-    open_console(stderr=True).print(
-        f"http://{host}:{port} on {'Ray Serve' if ray else 'uvicorn'}", soft_wrap=True
-    )
+    console = open_console(stderr=True)
     if ray:
+        console.print(f"opening {source} for http://{host}:{port} on Ray Serve", soft_wrap=True)
         count = hosting.Replicas(replicas, max(replicas, max_replicas), gpus)
         hosting.run_ray(build, host, port, limits, count)
     else:
-        hosting.run_uvicorn(build(), host, port, limits)
+        app = build()
+        console.print(f"serving at http://{host}:{port} on uvicorn", soft_wrap=True)
+        hosting.run_uvicorn(app, host, port, limits)
 
 
 def ray_application(arguments: dict[str, Any]) -> Any:
@@ -180,6 +182,13 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
     from ditfastattn.serving.host import log_as_json, read_keys, require_keys
     from ditfastattn.serving.images import ImageServer
 
+    if not any((served.source / name).exists() for name in (BOOK, BUNDLE)):
+        raise ConfigError(
+            "there is neither a plan book nor a bundle",
+            where=str(served.source),
+            expected=f"a folder with {BOOK} or {BUNDLE}",
+            remedy="make one: `ditfastattn book create`, `ditfastattn export`",
+        )
     log_as_json()
     authenticate = None if served.keys is None else require_keys(read_keys(served.keys))
     pipeline: Any = open_pipeline(served.pipeline, served.dtype, served.device)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 import ditfastattn
 from ditfastattn import Book, ConfigError, Figures, Plan, Target
 from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.tools.faults.inject import Disk, in_child
 from tests.helpers import attentive_pipeline
 from tests.plans import plan_for
 from tests.three_steps import CALL, STRATEGIES
@@ -62,6 +68,7 @@ def test_other_tiers_than_those_of_the_book_are_refused(made: Book) -> None:
     [
         ({"fast": Target.min_speedup(2.0)}, "a tier promises a quality"),
         ({"lossless": Target.min_ssim(0.9)}, "lossless"),
+        ({"auto": Target.min_ssim(0.9)}, "auto"),
         ({"../high": Target.min_ssim(0.9)}, "pattern"),
     ],
 )
@@ -142,3 +149,53 @@ def test_a_manifest_of_other_content_is_refused(
     manifest.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=r"book\.json"):
         ditfastattn.book(made.folder)
+
+
+def added(book: Book, plan: Plan) -> None:
+    book.add(plan, "high", figures(0.99))
+
+
+def pruned(book: Book, plan: Plan) -> None:
+    book.record({entry: figures(0.1) for entry, each in book.plans if each != plan})
+    book.prune()
+
+
+@pytest.mark.parametrize("change", [added, pruned])
+@pytest.mark.parametrize("full", [False, True], ids=["killed", "the disk is full"])
+def test_a_change_that_fails_anywhere_leaves_a_whole_book(
+    made: Book, plan: Plan, full: bool, change: Callable[..., None]
+) -> None:
+    """At each change of the folder; what was not finished is removed by the next pruning."""
+    made.add(plan, "high", figures(0.99))
+    other, whole = changed(plan, 0.5), made.folder.with_name("whole")
+    shutil.copytree(made.folder, whole)
+    at, over = 0, False
+    while not over:
+        shutil.rmtree(made.folder)
+        shutil.copytree(whole, made.folder)
+        code = in_child(partial(_fail, made.folder, at, full, partial(change, plan=other)))
+        assert code in (0, FAILED, -signal.SIGKILL)
+        over = code == 0
+        opened = ditfastattn.book(made.folder)
+        assert [each for _, each in opened.plans] in ([plan], [other], [])
+        opened.add(other, "high", figures(0.99))
+        opened.prune()
+        names = {path.name for path in made.folder.iterdir()} - {".book.lock"}
+        assert names == {"book.json", opened.plans[0][0].file}
+        at += 1
+    assert at > 3
+
+
+FAILED = 3  # the exit code of a process in which a change has failed with an error of ours
+
+
+def _fail(folder: Path, at: int, full: bool, change: Callable[[Book], None]) -> None:
+    """Change the book in ``folder``, in a process of its own, which fails at a change of a file."""
+    disk = Disk()
+    try:
+        with disk.failing(folder, at, full):
+            change(ditfastattn.book(folder))
+    except ConfigError:
+        os._exit(FAILED)
+    if disk.reached:
+        os._exit(FAILED)  # it could do without what has failed

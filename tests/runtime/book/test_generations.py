@@ -16,7 +16,7 @@ import ditfastattn
 from ditfastattn import Book, ConfigError, Figures, Plan, Strategy, Target
 from ditfastattn.passes.plan.schema import Measured
 from ditfastattn.runtime import accelerate as accelerating
-from ditfastattn.runtime import lowering
+from ditfastattn.runtime import lowering, plan_choice
 from ditfastattn.runtime.accelerate import chosen_plan
 from tests.helpers import attentive_pipeline
 from tests.plans import plan_for
@@ -26,6 +26,9 @@ from tests.works_with import works_with
 F, S = Strategy.FULL, Strategy.SHARE_STEP
 ROWS = {"high": (F, F, S), "medium": (F, S, S)}
 FOUR = (F, S, F, S)
+FIGURES = Figures(
+    source="validation", metric="ssim", quality=Measured(prompts=4, mean=0.95, worst=0.95)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +50,8 @@ def filled(folder: Path, plans: dict[str, Plan], most_compiled: int = 8) -> Book
     """Return a book with a plan for each tier, the first of which is the default."""
     tiers = {name: Target.min_ssim(0.9 - 0.1 * place) for place, name in enumerate(plans)}
     made = ditfastattn.book(folder / "book", tiers, most_compiled=most_compiled)
-    measured = Measured(prompts=4, mean=0.95, worst=0.95)
     for tier, plan in plans.items():
-        made.add(plan, tier, Figures(source="validation", metric="ssim", quality=measured))
+        made.add(plan, tier, FIGURES)
     return made
 
 
@@ -138,6 +140,17 @@ def test_an_empty_tier_runs_dense(tmp_path: Path) -> None:
     ditfastattn.accelerate(pipeline, book, on_mismatch="dense", lowering="eager")
     assert torch.equal(run(pipeline), alone(None))
     assert list(ditfastattn.dense_generations(pipeline)) == ["the tier 'high' has no plans"]
+
+
+def test_reasons_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_choice, "MOST_REASONS", 2)
+    book = ditfastattn.book(tmp_path / "book", {"high": Target.min_ssim(0.9)})
+    pipeline = attentive_pipeline()
+    book.add(plan_for(attentive_pipeline(), CALL, ROWS["high"]), "high", FIGURES)
+    ditfastattn.accelerate(pipeline, book, on_mismatch="dense", lowering="eager")
+    for scale in (3.0, 4.0, 5.0, 6.0, 3.0):
+        run(pipeline, guidance_scale=scale)
+    assert list(ditfastattn.dense_generations(pipeline).values()) == [2, 1, 2]
 
 
 def test_plans_that_were_not_used_for_long_are_released(
