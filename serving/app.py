@@ -13,6 +13,7 @@ import time
 from asyncio import Future
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -146,9 +147,8 @@ class _Images:
         try:
             for future in futures:
                 left = max(0.0, jobs[0].deadline - time.monotonic())
-                await asyncio.wait(
-                    {future, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED
-                )
+                either: set[Future[Any]] = {future, gone}
+                await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not future.done():
                     raise StoppedError
             return [future.result() for future in futures]
@@ -180,11 +180,12 @@ class _Images:
         """Return server-sent events: each step, then the images."""
         tier = jobs[0].wanted.kind.tier
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int, int]]()
-        for index, job in enumerate(jobs):
-            job.on_step = lambda done, of, index=index: loop.call_soon_threadsafe(
-                steps.put_nowait, (index, done, of)
-            )
 
+        def progress(index: int, done: int, of: int) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, (index, done, of))
+
+        for index, job in enumerate(jobs):
+            job.on_step = partial(progress, index)
         # It begins now, so that it ends too where the client has gone before the first event.
         waiting = asyncio.create_task(self._made(jobs, futures, request))
         waiting.add_done_callback(lambda task: task.cancelled() or task.exception())

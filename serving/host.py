@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import importlib
 import importlib.util
 import logging
 import signal
@@ -104,7 +105,7 @@ class _Replica:
 
 def _ray_serve() -> Any:
     try:
-        from ray import serve
+        return importlib.import_module("ray.serve")
     except ImportError as error:
         raise ConfigError(
             "Ray Serve is not installed",
@@ -112,7 +113,6 @@ def _ray_serve() -> Any:
             got=error,
             remedy="pip install 'ditfastattn[serve-ray]', or serve with --on uvicorn",
         ) from error
-    return serve
 
 
 def require_keys(keys: Sequence[str]) -> Authenticate:

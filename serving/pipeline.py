@@ -106,7 +106,7 @@ def taken_by(pipeline: Any, call: Mapping[str, Any]) -> Taken:
             got=", ".join(sorted(missing)),
             expected=condition,
         )
-    config = transformer_of(pipeline, "serve(pipeline)").config
+    config: Any = transformer_of(pipeline, "serve(pipeline)").config
     scale = getattr(pipeline, "vae_scale_factor", 1)
     side = getattr(pipeline, "default_sample_size", None) or getattr(config, "sample_size", 0)
     side = side * scale if isinstance(side, int) else 0

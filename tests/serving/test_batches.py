@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import ditfastattn
 from ditfastattn import Plan
 from ditfastattn.serving.images import ImageServer
+from ditfastattn.serving.job import Job, Made
 from ditfastattn.serving.limits import Limits
 from tests.helpers import attentive_pipeline
 from tests.plans import plan_for
@@ -39,7 +41,7 @@ def ask_together(server: ImageServer, asked: list[dict[str, Any]]) -> list[Answe
     "each within one of 255 levels of its seed alone; requests of another plan wait",
 )
 def test_images_of_a_batch_are_those_of_their_seeds_alone(
-    book_folder: Path, plans: dict[str, Plan], caplog: pytest.LogCaptureFixture
+    book_folder: Path, plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
     server = ImageServer(
@@ -48,14 +50,19 @@ def test_images_of_a_batch_are_those_of_their_seeds_alone(
         limits=Limits(batch=4, window=0.5),
         lowering="eager",
     )
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"prompt": str(seed), "seed": seed, "quality": quality}
         for seed in range(3)
         for quality in ("high", "medium")
     ]
-    batches: list[list[Any]] = []
+    batches: list[list[Job]] = []
     own = server.generate
-    server.generate = lambda jobs: batches.append(list(jobs)) or own(jobs)  # type: ignore[func-returns-value, method-assign]
+
+    def generate(jobs: Sequence[Job]) -> list[Made]:
+        batches.append(list(jobs))
+        return own(jobs)
+
+    monkeypatch.setattr(server, "generate", generate)
     answers = ask_together(server, asked)
     for one, answer in zip(asked, answers, strict=True):
         call = CALL | {"class_labels": [one["seed"]]}

@@ -106,7 +106,7 @@ def test_unknown_arguments_of_a_config_file_are_refused() -> None:
 @pytest.mark.slow
 def test_a_bundle_is_served(tmp_path: Path, plans: dict[str, Plan]) -> None:
     torch._dynamo.reset()
-    pipeline = attentive_pipeline()
+    pipeline: Any = attentive_pipeline()
     ditfastattn.export(pipeline, CALL, plans["high"], tmp_path / "bundle")
     pipeline.transformer = ditfastattn.load(tmp_path / "bundle")
     with running(ImageServer(pipeline, None, name="digits")) as served:

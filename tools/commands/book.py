@@ -164,11 +164,12 @@ def validate(
             on_progress=show,
         )
     for entry, result in found.items():
-        measured = isinstance(result, Figures)
-        text = _described(result) if isinstance(result, Figures) else f"not measured: {result}"
-        console.print(f"{entry.tier}: {entry.name}, {text}", soft_wrap=True)
-        if not measured and len(found) == 1:
+        if isinstance(result, Figures):
+            console.print(f"{entry.tier}: {entry.name}, {_described(result)}", soft_wrap=True)
+        elif len(found) == 1:
             raise result
+        else:
+            console.print(f"{entry.tier}: {entry.name}, not measured: {result}", soft_wrap=True)
     broken = opened.broken()
     if broken:
         raise TargetMissedError(

@@ -210,7 +210,7 @@ def test_generations_of_two_threads_keep_their_plans(
     book = filled(tmp_path, {"high": plans["high"], "medium": four})
     first = attentive_pipeline()
     ditfastattn.accelerate(first, book, lowering="eager")
-    second = type(first)(
+    second: Any = type(first)(
         first.transformer, type(first.scheduler).from_config(first.scheduler.config)
     )
     second.set_progress_bar_config(disable=True)
