@@ -17,7 +17,8 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
-from ditfastattn.passes.graph.ir import fake_mode, outputs
+from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.ir import outputs
 from ditfastattn.passes.graph.outline import outline
 from ditfastattn.passes.graph.region import Region, freed_after
 from ditfastattn.passes.windows.lower_windows import lower_windows
