@@ -51,17 +51,17 @@ class _Known:
     def differs(self, module: nn.Module, flat: Sequence[Tensor]) -> str:
         """Return why a call with the inputs ``flat`` is none of this trace, or "".
 
-        Settings are compared as a generation begins, and inputs where they are other tensors than
-        before, or were written to.
+        Both settings and reads are compared as a generation begins; within one, reads only of
+        other tensors than before, or of those that were written to.
         """
         generation = named_generation()
-        if generation is None or generation is not self.generation:
-            if changed := self.settings.changed(module):
-                return changed
-            self.generation = generation
+        begins = generation is None or generation is not self.generation
+        if begins and (changed := self.settings.changed(module)):
+            return changed
         given = [flat[index] for index in self.call.guards.positions]
-        if self._are_known(given):
+        if not begins and self._are_known(given):
             return ""
+        self.generation = generation
         failed = self.call.guards.failure(flat)
         self.read = () if failed else tuple((weakref.ref(item), *_state(item)) for item in given)
         return str(failed or "")
