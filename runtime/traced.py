@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.capture.dynamo import refuse_autocast
+from ditfastattn.passes.capture.dynamo import DataDependenceError, refuse_autocast
 from ditfastattn.passes.capture.traced import TracedCall, flat_tensors, trace
 from ditfastattn.runtime.current_generation import named_generation
 from ditfastattn.runtime.options import BackendOptions
@@ -36,6 +37,23 @@ log = logging.getLogger(__name__)
 
 _PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
 _MOST = 16  # traces of one structure and shape; the oldest one goes
+
+
+BROKEN = (TorchDynamoException, DataDependenceError)  # Dynamo makes no graph
+
+
+def once_warm(call: Callable[[], Any], forward: Forward, args: Any, kwargs: Any) -> Any:
+    """Return what ``call`` returns, by Dynamo; where that fails, try again after ``forward`` ran.
+
+    A first call makes what later ones find, such as tables of positions, and may do that in a way
+    that Dynamo does not know. So a model is captured in one way, whenever that is.
+    """
+    try:
+        return call()
+    except BROKEN:
+        with torch.no_grad():
+            forward(*args, **kwargs)
+        return call()
 
 
 @dataclass(eq=False)
