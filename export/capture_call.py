@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.capture.dynamo import DataDependenceError, capture, describe_inputs
+from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.capture.traced import TracedCall
 from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.forwards import replace_forward
-from ditfastattn.runtime.traced import TracedCalls, log_fallback
+from ditfastattn.runtime.traced import BROKEN, TracedCalls, log_fallback, once_warm
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,11 @@ def capture_call(model: nn.Module, call: RecordedCall, timestep: str = "timestep
     """
     plain = getattr(model, "_orig_mod", model)
     try:
-        return _by_dynamo(plain, call)
-    except (TorchDynamoException, DataDependenceError) as error:
+        made: CapturedCall = once_warm(
+            lambda: _by_dynamo(plain, call), plain.forward, (), call.arguments
+        )
+        return made
+    except BROKEN as error:
         log_fallback(type(plain).__name__, error)
     with torch.no_grad():
         calls = TracedCalls(plain, timestep)

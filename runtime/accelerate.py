@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
-from ditfastattn.passes.capture.dynamo import DataDependenceError, describe_inputs
+from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.given_plans import AnyPlans, given_plans
@@ -37,7 +37,7 @@ from ditfastattn.runtime.pipeline.model_call import by_name
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.pipeline_watch import PipelineWatch, check_hooks
 from ditfastattn.runtime.plan_choice import Candidate, Choice, OnMismatch, PlanChoice
-from ditfastattn.runtime.traced import TracedFallback, TracedFunction
+from ditfastattn.runtime.traced import BROKEN, TracedFallback, TracedFunction, once_warm
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +219,10 @@ class _PlannedForward:
         try:
             with many_compilations():  # models of one class count together
                 args, kwargs = by_name(self._kind, args, kwargs)
-                return self._compiled(*args, **kwargs)
+                return once_warm(lambda: self._compiled(*args, **kwargs), self._own, args, kwargs)
         except FailOnRecompileLimitHit as error:  # it is no TorchDynamoException
             raise _too_many() from error
-        except (TorchDynamoException, DataDependenceError) as error:
+        except BROKEN as error:
             self._watch.check_hooks()  # a better reason, if that is one
             broken: Exception = error
         finally:

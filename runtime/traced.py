@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.capture.dynamo import refuse_autocast
+from ditfastattn.passes.capture.dynamo import DataDependenceError, refuse_autocast
 from ditfastattn.passes.capture.traced import TracedCall, flat_tensors, trace
 from ditfastattn.runtime.current_generation import named_generation
 from ditfastattn.runtime.options import BackendOptions
@@ -38,6 +39,23 @@ _PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device
 _MOST = 16  # traces of one structure and shape; the oldest one goes
 
 
+BROKEN = (TorchDynamoException, DataDependenceError)  # Dynamo makes no graph
+
+
+def once_warm(call: Callable[[], Any], forward: Forward, args: Any, kwargs: Any) -> Any:
+    """Return what ``call`` returns, by Dynamo; where that fails, try again after ``forward`` ran.
+
+    A first call makes what later ones find, such as tables of positions, and may do that in a way
+    that Dynamo does not know. So a model is captured in one way, whenever that is.
+    """
+    try:
+        return call()
+    except BROKEN:
+        with torch.no_grad():
+            forward(*args, **kwargs)
+        return call()
+
+
 @dataclass(eq=False)
 class _Known:
     """A trace, and what has been compared with it already."""
@@ -51,17 +69,17 @@ class _Known:
     def differs(self, module: nn.Module, flat: Sequence[Tensor]) -> str:
         """Return why a call with the inputs ``flat`` is none of this trace, or "".
 
-        Settings are compared as a generation begins, and inputs where they are other tensors than
-        before, or were written to.
+        Both settings and reads are compared as a generation begins; within one, reads only of
+        other tensors than before, or of those that were written to.
         """
         generation = named_generation()
-        if generation is None or generation is not self.generation:
-            if changed := self.settings.changed(module):
-                return changed
-            self.generation = generation
+        begins = generation is None or generation is not self.generation
+        if begins and (changed := self.settings.changed(module)):
+            return changed
         given = [flat[index] for index in self.call.guards.positions]
-        if self._are_known(given):
+        if not begins and self._are_known(given):
             return ""
+        self.generation = generation
         failed = self.call.guards.failure(flat)
         self.read = () if failed else tuple((weakref.ref(item), *_state(item)) for item in given)
         return str(failed or "")

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,11 +33,8 @@ from ditfastattn.passes.graph.ir import calls, constant_tensors
 from ditfastattn.passes.graph.origin import mark_static, readable_path
 
 _Read = tuple[Node, str, str]
-_REGISTERED = ("_parameters", "_buffers", "_modules")
-_NONE: tuple[str, Any] = "", None
+_REGISTERED = frozenset(vars(nn.Module()))  # parameters, buffers, parts and hooks
 _COMPILED = "using FX to symbolically trace a dynamo-optimized function"  # in torch's error
-_TRIES = 2  # for models that make tables anew at each call
-_is_mapped: Any = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009  # untyped
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +102,13 @@ def trace(
             could stay whole; it writes to an input; or autocast is on.
     """
     opaque: dict[str, str] = {}
-    tries = 0
+    with torch.no_grad():
+        forward(**arguments)  # it makes tables of positions, say, that later calls find
     while True:
-        before = held_tensors(module)
         try:
-            found = _Trace(forward, module, arguments, opaque).capture(varying)
+            return _Trace(forward, module, arguments, opaque).capture(varying)
         except _MustStayWhole as read:
             opaque |= read.modules
-            continue
-        pairs = zip_longest(before, held_tensors(module), fillvalue=_NONE)
-        if all(one is other for (_, one), (_, other) in pairs) or tries == _TRIES:
-            return found
-        tries += 1  # the first call has made tables of positions, say, that later ones find
 
 
 def held_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -220,7 +212,7 @@ class _Trace:
                 pre_dispatch=True,
                 _error_on_data_dependent_ops=False,
             )(*apart)
-        if any(map(_is_mapped, constant_tensors(traced))):
+        if any(map(is_functorch_wrapped_tensor, constant_tensors(traced))):
             raise ConfigError(
                 "the model maps a function over positions while it runs, as block masks of "
                 "FlexAttention are made",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 
@@ -31,6 +31,13 @@ def evaluate(graph: Graph, target: Any, args: Any, kwargs: Mapping[str, Any]) ->
     """Return the fake value of ``target(*args, **kwargs)``; nodes stand for their values."""
     with fake_mode(graph), torch.no_grad():
         return target(
-            *map_arg(args, lambda node: node.meta["val"]),
-            **map_arg(dict(kwargs), lambda node: node.meta["val"]),
+            *map_arg(args, _fake_value),
+            **map_arg(dict(kwargs), _fake_value),
         )
+
+
+def _fake_value(node: Node) -> Any:
+    """Return what ``node`` stands for: a fake value, or the graph that an operator is given."""
+    if "val" in node.meta or node.op != "get_attr":
+        return node.meta["val"]
+    return getattr(node.graph.owning_module, str(node.target))

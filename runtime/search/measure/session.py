@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
@@ -23,7 +22,7 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.latent import latent_candidates
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
-from ditfastattn.passes.capture.dynamo import DataDependenceError, describe_inputs
+from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.capture.traced import TracedCall
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -46,7 +45,7 @@ from ditfastattn.runtime.search.measure.captured_model import (
     capture_model,
     model_of,
 )
-from ditfastattn.runtime.traced import TracedCalls, log_fallback
+from ditfastattn.runtime.traced import BROKEN, TracedCalls, log_fallback, once_warm
 
 Outputs = tuple[Any, ...]
 
@@ -87,8 +86,10 @@ class _Call:
         if not self._broken:
             args, kwargs = by_name(self._kind, args, kwargs)
             try:
-                return self._compiled(*args, **kwargs)
-            except (TorchDynamoException, DataDependenceError) as error:
+                return once_warm(
+                    lambda: self._compiled(*args, **kwargs), self._forward, args, kwargs
+                )
+            except BROKEN as error:
                 log_fallback(self._kind.__name__, error)
                 self._broken = True
         with torch.no_grad():
