@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.tensor_files import write_tensors
 from ditfastattn.core.version import __version__
-from ditfastattn.export.capture_call import RecordedCall, record_call
+from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.contents import Contents, make_manifest
+from ditfastattn.export.golden import golden_sample
 from ditfastattn.export.graph_files import GraphFiles, OnnxFiles
-from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, LinearSchedule, linear_schedule
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
 from ditfastattn.export.partial import PartialBundle, partial_folder
 from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent
@@ -28,15 +30,26 @@ from ditfastattn.export.step_graphs import (
     spec,
     variant_graph,
 )
+from ditfastattn.export.watch_sampler import WatchedGeneration, find_stepping, watch_sampler
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Manifest
+from ditfastattn.runtime.bundle.golden import GOLDEN_FILE
+from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Manifest, file_hash
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
-from ditfastattn.runtime.clock import tolerances
+from ditfastattn.runtime.bundle.stepping import Stepping
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
 from ditfastattn.runtime.pipeline.prompts import argument_of, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 __all__ = ["ExportOptions", "export", "export_model"]
+
+log = logging.getLogger(__name__)
+
+FindStepping = Callable[[PreparedModel], Stepping | None]
+Accept = Callable[[Manifest, Plan | None], None]
+
+
+def no_stepping(prepared: PreparedModel) -> None:
+    """Return what is known of a sampler where there is none."""
 
 
 def export(
@@ -45,6 +58,7 @@ def export(
     plan: Plan | str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
+    accept: Accept | None = None,
 ) -> Manifest:
     """Write the transformer of ``pipeline``, run by ``plan``, as a bundle of graphs.
 
@@ -54,6 +68,8 @@ def export(
         plan: the plan, or its path; None exports the dense model.
         out: the bundle's folder. An existing bundle is replaced once the new one is complete.
         options: see ``ExportOptions``.
+        accept: where the plan is taken over for a model of other weights; it may still refuse the
+            new bundle, before that takes the place of the old one.
 
     Raises:
         ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
@@ -62,35 +78,35 @@ def export(
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     prompt = split_prompts(call, 0)[0]
     chosen = options or ExportOptions()
-    _check_loop(chosen, None)
+    _check_loop(chosen)
     if loaded is not None:
         guidance = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
         check_sampler(loaded, pipeline.scheduler, guidance)
-    recorded = record_call(pipeline, prompt)
-    schedule = _schedule(pipeline.scheduler, loaded) if chosen.loop else None
-    return export_model(pipeline.transformer, recorded, loaded, out, chosen, schedule)
-
-
-def _schedule(scheduler: Any, plan: Plan | None) -> LinearSchedule:
-    if plan is None:
+    if chosen.loop and loaded is None:
         raise ConfigError(
             "a loop needs a plan, which fixes its steps",
             where="export(loop=True)",
             remedy="give a plan; one that is full everywhere is dense",
         )
-    found = linear_schedule(scheduler, plan.sampler.steps)
-    timesteps = tuple(step.timestep for step in found.steps)
-    planned = plan.sampler.timesteps
-    allowed = tolerances(planned)
-    if any(abs(a - b) > most for a, b, most in zip(timesteps, planned, allowed, strict=True)):
-        raise ConfigError(
-            "the pipeline's timesteps differ from those that its scheduler sets by itself",
-            where="export(loop=True)",
-            got=", ".join(f"{timestep:g}" for timestep in plan.sampler.timesteps[:6]),
-            expected=", ".join(f"{timestep:g}" for timestep in timesteps[:6]),
-            remedy=WITHOUT_LOOP,
-        )
-    return found
+    watched = watch_sampler(pipeline, prompt, whole=loaded is not None)
+
+    def stepping(prepared: PreparedModel) -> Stepping | None:
+        return _stepping(watched, prepared, chosen.loop)
+
+    return export_model(pipeline.transformer, watched.first, loaded, out, chosen, stepping, accept)
+
+
+def _stepping(watched: WatchedGeneration, prepared: PreparedModel, needed: bool) -> Stepping | None:
+    """Return what the sampler does between the steps, None where that is not known in numbers."""
+    if prepared.plan is None:
+        return None
+    try:
+        return find_stepping(watched, prepared.plan, prepared.latent, prepared.timestep)
+    except ConfigError as error:
+        if needed:
+            raise
+        log.warning("the manifest does not say what the sampler does between the steps: %s", error)
+        return None
 
 
 def export_model(
@@ -99,38 +115,40 @@ def export_model(
     plan: Plan | None,
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
-    schedule: LinearSchedule | None = None,
+    stepping_of: FindStepping = no_stepping,
+    accept: Accept | None = None,
 ) -> Manifest:
     """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``.
 
-    With the scheduler's ``schedule``, the whole generation is written as one graph too.
+    ``stepping_of`` says what the sampler does between the steps; a loop needs that.
     """
     chosen = options or ExportOptions()
-    _check_loop(chosen, schedule)
+    _check_loop(chosen)
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:
-        prepared = prepare(plain, call, plan, chosen)
-        partial = PartialBundle(folder, _request(prepared, chosen, schedule))
+        prepared = prepare(plain, call, plan, chosen, other_weights=accept is not None)
+        stepping = stepping_of(prepared)
+        partial = PartialBundle(folder, _request(prepared, chosen, stepping))
         try:
-            manifest = _Writer(prepared, partial, chosen, schedule).write()
+            manifest = _Writer(prepared, partial, chosen, stepping).write()
         finally:
             partial.weights.close()
+        if accept is not None:
+            accept(manifest, prepared.plan)
         partial.put_in_place(Path(out), {*manifest.files, MANIFEST})
     return manifest
 
 
-def _request(
-    prepared: PreparedModel, options: ExportOptions, schedule: LinearSchedule | None
-) -> str:
+def _request(prepared: PreparedModel, options: ExportOptions, stepping: Stepping | None) -> str:
     """Return a hash of all that determines the content of the bundle."""
     shapes = [(entry.name, tensor.shape) for entry, tensor in prepared.arguments()]
     plain = replace(options, on_progress=silent)
-    parts = (__version__, prepared.identity, prepared.plan, plain, schedule, shapes)
+    parts = (__version__, prepared.identity, prepared.plan, plain, stepping, shapes)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _check_loop(options: ExportOptions, schedule: LinearSchedule | None) -> None:
-    if (options.loop or schedule) and options.format is not Format.ONNX:
+def _check_loop(options: ExportOptions) -> None:
+    if options.loop and options.format is not Format.ONNX:
         raise ConfigError(
             "a loop is one ONNX graph",
             where="export(loop=True)",
@@ -160,14 +178,18 @@ class _Writer:
         prepared: PreparedModel,
         partial: PartialBundle,
         options: ExportOptions,
-        schedule: LinearSchedule | None,
+        stepping: Stepping | None,
     ) -> None:
-        self._prepared, self._partial, self._schedule = prepared, partial, schedule
+        self._prepared, self._partial, self._stepping = prepared, partial, stepping
         self._files = _files(prepared, partial, options)
+        self._with_loop, self._with_golden = options.loop, options.golden
         self._on_progress = options.on_progress
         self._done = 0
         self._count = (
-            len(prepared.program.variants) + bool(prepared.per_generation) + bool(schedule)
+            len(prepared.program.variants)
+            + bool(prepared.per_generation)
+            + options.loop
+            + options.golden
         )
 
     def write(self) -> Manifest:
@@ -179,51 +201,76 @@ class _Writer:
             prepared.per_generation,
         )
         suffix, form = self._files.suffix, self._files.form
+        if prepared.plan is not None:
+            prepared.plan.save(partial.folder / PLAN_FILE)
         variants: list[VariantSpec] = []
         graphs: list[StepGraph] = []
         for index, actions in enumerate(prepared.program.variants):
             file = f"variant_{index:02d}.{suffix}"
             graphs.append(variant_graph(captures, actions, layout, per_generation, file, form))
-            variants.append(self._graph(graphs[-1], file))
+            steps = [t for t, variant in enumerate(prepared.program.schedule) if variant == index]
+            variants.append(self._graph(graphs[-1], file, steps))
         once = hoisted_graph_of(captures, per_generation, form) if per_generation else None
         hoisted = self._graph(once, f"hoisted.{suffix}") if once else None
-        loop = self._loop(self._schedule, graphs, once) if self._schedule else None
+        loop = self._loop(graphs, once) if self._with_loop else None
         weights = self._files.close()
-        if prepared.plan is not None:
-            prepared.plan.save(partial.folder / PLAN_FILE)
-        packages = self._files.packages()
-        contents = Contents(tuple(graphs), tuple(variants), once, hoisted, loop, packages)
+        golden = self._golden(graphs, once) if self._with_golden else ""
+        contents = Contents(
+            graphs=tuple(graphs),
+            variants=tuple(variants),
+            once=once,
+            hoisted=hoisted,
+            loop=loop,
+            stepping=self._stepping,
+            golden=golden,
+            packages=self._files.packages(),
+        )
         manifest = make_manifest(prepared, contents, partial.folder, weights)
         manifest.save(partial.folder)
         return manifest
 
-    def _graph(self, graph: StepGraph, file: str) -> VariantSpec:
-        described = self._files.write(graph, file)
+    def _about(self, steps: Sequence[int]) -> dict[str, str]:
+        """Return what a graph's metadata says of it."""
+        planned = self._prepared.plan is not None
+        return {
+            "plan_sha256": file_hash(self._partial.folder / PLAN_FILE) if planned else "",
+            "steps": ",".join(map(str, steps)) if planned else "",
+        }
+
+    def _graph(self, graph: StepGraph, file: str, steps: Sequence[int] = ()) -> VariantSpec:
+        described = self._files.write(graph, file, self._about(steps))
         self._report(file)
         return described
+
+    def _golden(self, graphs: list[StepGraph], once: StepGraph | None) -> str:
+        try:
+            sample = golden_sample(self._prepared, graphs, once, self._stepping)
+        except ConfigError as error:
+            log.warning("the bundle has no golden sample: %s", error)
+            return ""
+        write_tensors(self._partial.folder / GOLDEN_FILE, sample)
+        self._report(GOLDEN_FILE)
+        return GOLDEN_FILE
 
     def _report(self, file: str) -> None:
         self._done += 1
         self._on_progress(file, self._done, self._count)
 
-    def _loop(
-        self, schedule: LinearSchedule, graphs: list[StepGraph], once: StepGraph | None
-    ) -> LoopSpec:
-        prepared, plan = self._prepared, self._prepared.plan
-        if plan is None or not prepared.latent:
-            raise ConfigError("the model's latent was not found", where="export(loop=True)")
+    def _loop(self, graphs: list[StepGraph], once: StepGraph | None) -> LoopSpec:
+        prepared, plan, stepping = self._prepared, self._prepared.plan, self._stepping
+        if plan is None or stepping is None:
+            raise ConfigError("what the sampler does is not known", where="export(loop=True)")
         timestep: Tensor = prepared.call.arguments[prepared.timestep]
-        scale = plan.sampler.guidance_scale or 1.0
         source = LoopSource(
             graphs=tuple(graphs),
             hoisted=once,
             program=prepared.program,
-            schedule=schedule,
+            stepping=stepping,
             timesteps=tuple(torch.full_like(timestep, t) for t in plan.sampler.timesteps),
             latent=prepared.latent,
             timestep=prepared.timestep,
             layout=prepared.layout,
-            guidance_scale=scale,
+            about=self._about(range(plan.sampler.steps)),
         )
         loop = write_loop(source, self._partial.weights)
         assert isinstance(self._files, OnnxFiles)  # others have no loop: see _check_loop
@@ -233,8 +280,8 @@ class _Writer:
             file=LOOP_FILE,
             size=size_of(self._partial.folder / LOOP_FILE, (loop.noise, *loop.conditions)),
             noise=spec(loop.noise),
-            noise_scale=schedule.noise_scale,
+            noise_scale=stepping.noise_scale,
             conditions=tuple(map(spec, loop.conditions)),
             latents=LATENTS,
-            guidance_scale=scale,
+            guidance_scale=stepping.guidance_scale,
         )

@@ -1,8 +1,7 @@
-"""Capture the call that a pipeline makes of its transformer, at two batch sizes."""
+"""Capture a call of a transformer as a graph, at one batch size or at twice that."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +15,7 @@ from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
-from ditfastattn.runtime.pipeline.prompts import Prompt, generate
-
-
-class _Recorded(Exception):  # noqa: N818  # it ends a generation and reports no error
-    """End a generation once its first call of the transformer is known."""
+from ditfastattn.runtime.pipeline.forwards import replace_forward
 
 
 @dataclass(frozen=True)
@@ -52,31 +45,6 @@ def _doubled(item: Any, batch: int) -> Any:
     if isinstance(item, dict):
         return {key: _doubled(part, batch) for key, part in item.items()}
     return item
-
-
-def record_call(pipeline: Any, prompt: Prompt) -> RecordedCall:
-    """Return the first call that a generation makes of ``pipeline.transformer``."""
-    transformer = transformer_of(pipeline, "export(pipeline)")
-    check_not_accelerated(transformer)
-    parameters = inspect.signature(transformer.forward)
-    found: dict[str, Any] = {}
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(parameters.bind(*args, **kwargs).arguments)
-        raise _Recorded
-
-    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        generate(pipeline, prompt)
-    except _Recorded:
-        return RecordedCall(found)
-    finally:
-        hook.remove()
-    raise ConfigError(
-        "the pipeline did not call its transformer",
-        where="export(pipeline)",
-        remedy="give a call that makes at least one step",
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,15 @@ from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
 from ditfastattn.runtime.bundle.packages import PackagesSpec
-from ditfastattn.runtime.bundle.specs import FileSpec, LoopSpec, ModelSpec, SlotSpec, VariantSpec
+from ditfastattn.runtime.bundle.specs import (
+    FileSpec,
+    LoopSpec,
+    ModelSpec,
+    SlotSpec,
+    VariantSpec,
+    public_config,
+)
+from ditfastattn.runtime.bundle.stepping import Stepping
 
 _NO_SCHEDULE = Sampler(steps=1, timesteps=(0.0,), cfg_layout=CfgLayout.NONE)  # of a dense bundle
 
@@ -33,6 +40,8 @@ class Contents:
     once: StepGraph | None
     hoisted: VariantSpec | None
     loop: LoopSpec | None
+    stepping: Stepping | None
+    golden: str
     packages: PackagesSpec | None = None
 
 
@@ -60,6 +69,8 @@ def make_manifest(
         factors=_by_name(program),
         hoisted=contents.hoisted,
         loop=contents.loop,
+        stepping=contents.stepping,
+        golden=contents.golden,
         weights=weights,
         packages=contents.packages,
         files=_files(folder, contents, weights, plan is not None),
@@ -70,7 +81,7 @@ def _files(folder: Path, contents: Contents, weights: str, planned: bool) -> dic
     """Describe what was written; what else lies in ``folder`` is not the bundle's."""
     names = {weights, *(variant.file for variant in contents.variants)}
     names |= {made.file for made in (contents.hoisted, contents.loop) if made is not None}
-    names |= {PLAN_FILE} if planned else set()
+    names |= ({PLAN_FILE} if planned else set()) | ({contents.golden} - {""})
     names |= set(contents.packages.files) if contents.packages else set()
     return {
         name: FileSpec(bytes=(folder / name).stat().st_size, sha256=file_hash(folder / name))
@@ -79,12 +90,10 @@ def _files(folder: Path, contents: Contents, weights: str, planned: bool) -> dic
 
 
 def _model(prepared: PreparedModel) -> ModelSpec:
-    config = dict(getattr(prepared.model, "config", {}))
-    public = {key: item for key, item in config.items() if not key.startswith("_")}
     return ModelSpec(
         class_name=type(prepared.model).__name__,
         parameters=tuple(inspect.signature(prepared.model.forward).parameters),
-        config=json.loads(json.dumps(public, default=str)),
+        config=public_config(prepared.model),
         fingerprint=prepared.identity,
         dtype=dtype_name(prepared.dtype),
     )

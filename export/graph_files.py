@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ditfastattn.core.files import write_bytes_atomically
@@ -25,8 +26,11 @@ class GraphFiles(Protocol):
     suffix: str
     form: Form
 
-    def write(self, graph: StepGraph, file: str) -> VariantSpec:
-        """Write ``graph``; return its entry in the manifest."""
+    def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
+        """Write ``graph``; return its entry in the manifest.
+
+        ``about`` says what it is, where a format has a place for that.
+        """
         ...
 
     def close(self) -> str:
@@ -48,12 +52,13 @@ class OnnxFiles:
         """Take the folder."""
         self._partial = partial
 
-    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+    def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph``; return its entry in the manifest."""
         partial = self._partial
         key = hashlib.sha256(graph_text(graph.source.module.graph).encode()).hexdigest()
         if not partial.has(file, key):
-            self.save(write_graph(graph, partial.weights, file.removesuffix(".onnx")), file)
+            name = file.removesuffix(".onnx")
+            self.save(write_graph(graph, partial.weights, name, about), file)
             partial.keep(file, key)
         return describe(graph, partial.folder / file)
 

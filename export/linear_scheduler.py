@@ -18,59 +18,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.runtime.bundle.stepping import Clip, LinearSchedule, LinearStep, Stepper, Terms
 
 WITHOUT_LOOP = "export without a loop: the pipeline's own scheduler then steps the bundle"
 _HISTORY = 4  # of earlier latents, outputs and clipped estimates that a multistep solver may use
 _TOLERANCE = 1e-5  # relative: schedulers' tables are fp32
 
-Terms = tuple[tuple[int, float], ...]  # how many steps ago (0: of this step), and a factor
 
-
-@dataclass(frozen=True)
-class Clip:
-    """Describe what a step clips, as a sum of latents and outputs, and between which bounds."""
-
-    latents: Terms
-    outputs: Terms
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class LinearStep:
-    """Describe how one step computes the next latents: as a sum of terms.
-
-    Attributes:
-        timestep: what the model is called with, before the pipeline changes it.
-        input_scale: what the latents are multiplied by for the model.
-        latents: terms of the latents; 0 steps ago are the current ones.
-        outputs: terms of the model's outputs.
-        clipped: terms of the clipped estimates.
-        clip: what is clipped in this step, if anything.
-    """
-
-    timestep: float
-    input_scale: float
-    latents: Terms
-    outputs: Terms
-    clipped: Terms = ()
-    clip: Clip | None = None
-
-
-@dataclass(frozen=True)
-class LinearSchedule:
-    """Hold the steps, and the factor from standard normal noise to the first latents."""
-
-    noise_scale: float
-    steps: tuple[LinearStep, ...]
-
-
-def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
-    """Return what ``scheduler`` computes in ``count`` steps.
+def linear_schedule(scheduler: Any) -> LinearSchedule:
+    """Return what ``scheduler`` computes in the timesteps that it is set to.
 
     Raises:
         ConfigError: it draws noise, clips depending on the images, or is otherwise not linear.
     """
+    count = len(scheduler.timesteps)
     # One direction for the noise, one for the output of each step, one for what each step clips.
     basis = torch.eye(1 + 2 * count, dtype=torch.float64)
     probe = _Probe(basis[1 + count :])
@@ -79,16 +40,27 @@ def linear_schedule(scheduler: Any, count: int) -> LinearSchedule:
     steps = []
     for step in range(count):
         present = run.latents[: step + 1], outputs[: step + 1]
-        terms = _terms(run.latents[step + 1], (*present, clipped[: step + 1]))
-        clip = None
-        if step in probe.clips:
-            argument, low, high = probe.clips[step]
-            clip = Clip(*_terms(argument, (*present, clipped[:step]))[:2], low, high)
-        scale, timestep = run.scales[step], run.timesteps[step]
-        steps.append(LinearStep(timestep, scale, *terms, clip))
-    schedule = LinearSchedule(float(run.latents[0][0]), tuple(steps))
+        latent, output, estimate = _terms(run.latents[step + 1], (*present, clipped[: step + 1]))
+        how = LinearStep(
+            timestep=run.timesteps[step],
+            input_scale=run.scales[step],
+            latents=latent,
+            outputs=output,
+            clipped=estimate,
+            clip=_clip(probe.clips[step], (*present, clipped[:step]))
+            if step in probe.clips
+            else None,
+        )
+        steps.append(how)
+    schedule = LinearSchedule(noise_scale=float(run.latents[0][0]), steps=tuple(steps))
     _check(scheduler, schedule)
     return schedule
+
+
+def _clip(found: tuple[Tensor, float, float], bases: tuple[Sequence[Tensor], ...]) -> Clip:
+    argument, low, high = found
+    latents, outputs, _ = _terms(argument, bases)
+    return Clip(latents=latents, outputs=outputs, low=low, high=high)
 
 
 class _Probe(TorchFunctionMode):
@@ -122,23 +94,11 @@ class _Run:
 
 def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
     """Step from ``content[0]`` as the noise, with ``content[1 + t]`` as the output of step t."""
-    count = len(content) - 1
-    try:
-        scheduler.set_timesteps(count)
-    except ValueError as error:  # for example, of shifts that depend on the resolution
-        raise ConfigError(
-            "the scheduler's steps depend on more than their number",
-            where="export(loop=True)",
-            got=f"{type(scheduler).__name__}: {error}",
-            remedy=WITHOUT_LOOP,
-        ) from error
     sample = content[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
     run = _Run([sample], [], [])
     for t, timestep in enumerate(scheduler.timesteps):
         run.scales.append(_input_scale(scheduler, timestep))
         run.timesteps.append(float(timestep))
-        if t == count:
-            break
         # As an image of one channel: schedulers reshape what they get.
         image, output = sample.reshape(1, 1, 1, -1), content[1 + t].reshape(1, 1, 1, -1)
         if probe is not None:
@@ -147,12 +107,6 @@ def _run(scheduler: Any, content: Tensor, probe: _Probe | None = None) -> _Run:
             made = scheduler.step(output, timestep, image, return_dict=False)[0]
         sample = made.reshape(-1).double()
         run.latents.append(sample)
-    if len(run.timesteps) != count:
-        raise ConfigError(
-            "the scheduler calls the model more than once a step",
-            where=type(scheduler).__name__,
-            got=f"{len(scheduler.timesteps)} calls in {count} steps",
-        )
     return run
 
 
@@ -180,23 +134,11 @@ def _check(scheduler: Any, schedule: LinearSchedule) -> None:
 
 
 def follow(schedule: LinearSchedule, noise: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the latents before the first step and after each, given the model's outputs."""
-    latents, clipped = [schedule.noise_scale * noise], list[Tensor]()
-
-    def total(*parts: tuple[Sequence[Tensor], Terms]) -> Tensor:
-        scaled = [held[-1 - ago] * factor for held, terms in parts for ago, factor in terms]
-        return torch.stack(scaled).sum(0)
-
-    for step, how in enumerate(schedule.steps):
-        given = outputs[: step + 1]
-        if how.clip is not None:
-            image = total((latents, how.clip.latents), (given, how.clip.outputs))
-            clipped.append(image.clamp(how.clip.low, how.clip.high))
-        else:
-            clipped.append(torch.zeros_like(noise))
-        terms = (latents, how.latents), (given, how.outputs), (clipped, how.clipped)
-        latents.append(total(*terms))
-    return latents
+    """Return the latents before the first step and after each, given the guided outputs."""
+    stepper = Stepper(schedule, noise)
+    for output in outputs:
+        stepper.step(output)
+    return stepper.latents
 
 
 _AllTerms = tuple[Terms, Terms, Terms]  # of latents, outputs and clipped estimates

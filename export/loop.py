@@ -17,13 +17,13 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.linear_scheduler import LinearSchedule, LinearStep, Terms
 from ditfastattn.export.step_graphs import StepGraph
 from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.specs import BATCH
+from ditfastattn.runtime.bundle.stepping import LinearStep, Stepping, Terms
 
 LOOP_FILE = "loop.onnx"
 NOISE, LATENTS = "noise", "latents"
@@ -37,23 +37,23 @@ class LoopSource:
         graphs: the variants.
         hoisted: what is computed once, or None.
         program: the schedule and the caches.
-        schedule: what the scheduler does.
+        stepping: what the sampler does between the steps.
         timesteps: the model's timestep input at each step, ``[batch]``.
         latent: the name of the model's latent input.
         timestep: the name of its timestep input.
         layout: the order of the guidance halves.
-        guidance_scale: of the generation.
+        about: what the graph is, for its metadata.
     """
 
     graphs: tuple[StepGraph, ...]
     hoisted: StepGraph | None
     program: StepProgram
-    schedule: LinearSchedule
+    stepping: Stepping
     timesteps: tuple[Tensor, ...]
     latent: str
     timestep: str
     layout: CfgLayout
-    guidance_scale: float
+    about: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_loop(source: LoopSource, weights: Weights) -> Loop:
     writer = _Writer(source, emitter, noise, latent)
     latents = writer.run({value.name: value for value in conditions})
     used = _used(emitter, conditions)
-    model = finish(emitter, "loop", [noise, *used], [(LATENTS, latents)], BATCH)
+    model = finish(emitter, "loop", [noise, *used], [(LATENTS, latents)], BATCH, source.about)
     return Loop(model, noise, used)
 
 
@@ -107,13 +107,13 @@ class _Writer:
     def run(self, conditions: Mapping[str, Value]) -> Value:
         """Write all steps; return the last latents."""
         source, emitter = self.source, self.emitter
-        present = self._scaled(self.noise, source.schedule.noise_scale)
+        present = self._scaled(self.noise, source.stepping.noise_scale)
         first = self._model_input(present)
         if isinstance(self.latent.shape[0], BatchSize):
             emitter.batch = first.name
         once = self._prologue(conditions)
         latents, outputs = [present], list[Value]()
-        for step, how in enumerate(source.schedule.steps):
+        for step, how in enumerate(source.stepping.steps):
             emitter.prefix = f"step_{step}/"
             given = self._model_input(self._scaled(latents[-1], how.input_scale)) if step else first
             outputs.append(self._guided(self._model(step, given, conditions, once)))
@@ -181,10 +181,9 @@ class _Writer:
     def _guided(self, output: Value) -> Value:
         """Apply guidance to the model's output, without its learned variance."""
         emitter, source = self.emitter, self.source
-        channels, wanted = output.shape[1], self.noise.shape[1]
-        name = emitter.use(output)
-        if channels != wanted and len(output.shape) > 3:
-            cuts = [emitter.ints([number]) for number in (0, wanted, 1)]  # type: ignore[list-item]
+        channels, name = source.stepping.channels, emitter.use(output)
+        if channels:
+            cuts = [emitter.ints([number]) for number in (0, channels, 1)]
             name = emitter.op("Slice", name, *cuts, name="noise_prediction")
         if source.layout is CfgLayout.NONE:
             return replace(self.noise, name=name)
@@ -192,7 +191,7 @@ class _Writer:
         ordered = halves if source.layout is CfgLayout.COND_FIRST else halves[::-1]
         conditional, unconditional = ordered
         difference = emitter.op("Sub", conditional, unconditional)
-        scale = emitter.scalar(source.guidance_scale, self.noise.dtype)
+        scale = emitter.scalar(source.stepping.guidance_scale, self.noise.dtype)
         name = emitter.op("Add", unconditional, emitter.op("Mul", difference, scale), name="guided")
         return replace(self.noise, name=name)
 

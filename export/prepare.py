@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, f
 from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
 from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.matching import (
+    mismatch,
     planned_sites,
     split_as_planned,
     static_tensors,
@@ -52,6 +53,7 @@ class ExportOptions:
         format: what graphs are written as.
         isa: the vector instructions that packages are compiled for; "" takes this machine's best.
         regions: whether packages are regions, compiled once for all equal blocks and variants.
+        golden: whether the bundle holds a golden sample, for which torch generates once.
         on_progress: called with the file just written, how many are done, and of how many.
     """
 
@@ -62,6 +64,7 @@ class ExportOptions:
     format: Format = Format.ONNX
     isa: str = ""
     regions: bool = False
+    golden: bool = True
     on_progress: Progress = silent
 
 
@@ -106,9 +109,15 @@ class PreparedModel:
 
 
 def prepare(
-    model: nn.Module, call: RecordedCall, plan: Plan | None, options: ExportOptions
+    model: nn.Module,
+    call: RecordedCall,
+    plan: Plan | None,
+    options: ExportOptions,
+    other_weights: bool = False,
 ) -> PreparedModel:
     """Capture ``model`` and match ``plan``.
+
+    With ``other_weights``, the plan is taken over for a model of the same structure.
 
     Raises:
         ConfigError: the plan does not match the model or call, or makes two calls a step; there is
@@ -117,7 +126,10 @@ def prepare(
     _check_calls(plan)
     captured = capture_call(model, call)
     static = static_tensors(captured.graph, captured.tensors)
-    identity, first, sites = _matched(captured, static, plan)
+    identity = fingerprint(captured.graph, find_sites(captured.graph).sites, static)
+    if other_weights and plan is not None:
+        plan = _taken_over(plan, identity)
+    first, sites = _matched(captured, identity, plan)
     own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
     dtype = _dtype(options.dtype) if options.dtype else own
     if dtype != own:  # the plan was matched before: it is for the model's own dtype
@@ -157,16 +169,24 @@ def _check_calls(plan: Plan | None) -> None:
         )
 
 
+def _taken_over(plan: Plan, identity: Fingerprint) -> Plan:
+    """Return ``plan`` for the model ``identity``, which differs from the plan's in weights."""
+    for field in ("structure", "dtype"):
+        got, expected = getattr(identity, field), getattr(plan.model, field)
+        if got != expected:
+            raise mismatch(f"model.{field}", got, expected)
+    return plan.model_copy(update={"model": identity})
+
+
 def _matched(
-    call: CapturedCall, static: Sequence[Tensor], plan: Plan | None
-) -> tuple[Fingerprint, CapturedCall, tuple[Site, ...]]:
-    """Return the model's identity, ``call`` with its heads split, and the sites of the plan."""
-    identity = fingerprint(call.graph, find_sites(call.graph).sites, static)
+    call: CapturedCall, identity: Fingerprint, plan: Plan | None
+) -> tuple[CapturedCall, tuple[Site, ...]]:
+    """Return ``call`` with its heads split, and the sites of the plan."""
     split = _split(call, plan)
     if plan is None:
-        return identity, split, ()
+        return split, ()
     found = find_sites(split.graph).sites
-    return identity, split, planned_sites(plan, split.graph, found, identity)
+    return split, planned_sites(plan, split.graph, found, identity)
 
 
 def _unrolled(plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...]) -> StepProgram:

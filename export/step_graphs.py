@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import onnx
@@ -37,6 +38,7 @@ from ditfastattn.runtime.bundle.specs import (
     VariantSpec,
 )
 
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 Form = Callable[[GraphModule, Sequence[int]], None]  # the positions of static inputs
 
 
@@ -170,13 +172,18 @@ def batch_source(inputs: Sequence[Value]) -> str:
     return next((v.name for v in inputs if v.shape and v.shape[0] == whole), "")
 
 
-def write_graph(step: StepGraph, weights: Weights, name: str) -> onnx.ModelProto:
-    """Return the ONNX model of ``step``; its weights are appended to ``weights``."""
+def write_graph(
+    step: StepGraph, weights: Weights, name: str, about: Mapping[str, str] = NO_METADATA
+) -> onnx.ModelProto:
+    """Return the ONNX model of ``step``; its weights are appended to ``weights``.
+
+    ``about`` says what it is, for the graph's metadata.
+    """
     used = used_inputs(step)
     emitter = Emitter(weights, batch=batch_source(used))
     returned = emit(emitter, step.source, step.inputs)
     labels = [*(value.name for value in step.results), *map(written_name, step.writes)]
-    return finish(emitter, name, used, list(zip(labels, returned, strict=True)), BATCH)
+    return finish(emitter, name, used, list(zip(labels, returned, strict=True)), BATCH, about)
 
 
 def describe(step: StepGraph, path: Path) -> VariantSpec:

@@ -6,9 +6,11 @@ constants alone is computed here.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.version import __version__
 from ditfastattn.export.batch import BatchSize, Symbols
 from ditfastattn.export.emitter import OPSET, Emitter, Value, value_info
 from ditfastattn.export.operators import RULES
@@ -129,6 +132,7 @@ def finish(
     inputs: Sequence[Value],
     returned: Sequence[tuple[str, Value]],
     batch: str,
+    about: Mapping[str, str],
 ) -> onnx.ModelProto:
     """Return the model of what ``emitter`` has collected.
 
@@ -138,6 +142,7 @@ def finish(
         inputs: the graph's inputs.
         returned: the names of the graph's outputs, with their values.
         batch: the name of the batch dimension.
+        about: what the graph is, for its metadata.
     """
     results: list[Value] = []
     for label, value in returned:
@@ -150,9 +155,20 @@ def finish(
         [value_info(value, batch) for value in results],
         list(emitter.initializers.values()),
     )
-    return helper.make_model(
+    model = helper.make_model(
         graph,
         producer_name=PRODUCER,
+        producer_version=__version__,
         ir_version=IR_VERSION,
         opset_imports=[helper.make_opsetid("", OPSET)],
     )
+    helper.set_model_props(model, {f"{PRODUCER}.{key}": item for key, item in about.items()})
+    return model
+
+
+def content_hash(path: Path) -> str:
+    """Return a hash of what the graph in ``path`` computes, whatever its metadata says it is."""
+    model = onnx.load(str(path), load_external_data=False)
+    model.ClearField("metadata_props")
+    model.ClearField("producer_version")
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

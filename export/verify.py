@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.bundle.golden import compare_with_golden
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.load import load
@@ -34,9 +36,10 @@ class Verification:
     Attributes:
         step_errors: the largest absolute error of each step's output, on the same inputs.
         variant_errors: the largest step error of each variant.
-        psnr: of the image of a whole generation, in dB.
+        psnr: of the image of a whole generation, in dB; infinite where none is made.
         loop_error: the largest error of the unrolled loop's latents, relative to the largest
             latent; 0 without a loop.
+        latents_error: the same of a generation's last latents, where a golden sample has them.
         bounds: the largest error and the least PSNR allowed.
     """
 
@@ -45,12 +48,13 @@ class Verification:
     psnr: float
     loop_error: float
     bounds: tuple[float, float]
+    latents_error: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Return whether both bounds are met."""
         error, psnr = self.bounds
-        alike = max(*self.step_errors, self.loop_error) <= error
+        alike = max(*self.step_errors, self.loop_error, self.latents_error) <= error
         return alike and self.psnr >= psnr
 
 
@@ -88,8 +92,8 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def verify(
     folder: str | os.PathLike[str],
-    pipeline: Any,
-    call: Mapping[str, Any],
+    pipeline: Any = None,
+    call: Mapping[str, Any] | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     seed: int = 0,
     runtime: str = "onnx",
@@ -104,7 +108,8 @@ def verify(
 
     Args:
         folder: the bundle.
-        pipeline: the pipeline that it was exported from.
+        pipeline: the pipeline that it was exported from; None compares with the bundle's golden
+            sample instead.
         call: what the pipeline is called with.
         providers: execution providers of ONNX Runtime.
         seed: seeds the noise.
@@ -118,8 +123,13 @@ def verify(
     root = Path(folder)
     manifest = read_manifest(root)
     bundle = load(root, providers, runtime=runtime, target=target, cuda_graphs=cuda_graphs)
+    if pipeline is None:
+        found = compare_with_golden(root, bundle)
+        errors = _by_variant(manifest, found.steps)
+        bounds = _bounds(manifest)
+        return Verification(found.steps, errors, math.inf, found.loop, bounds, found.latents)
     images, pair, loop_error = _generate_both(
-        pipeline, bundle, split_prompts(call, seed)[0], _plan_of(root, manifest)
+        pipeline, bundle, split_prompts(call or {}, seed)[0], _plan_of(root, manifest)
     )
     return _summary(manifest, pair.errors, loop_error, images)
 
@@ -194,12 +204,17 @@ def _summary(
     loop_error: float,
     images: tuple[Tensor, Tensor],
 ) -> Verification:
-    by_variant: dict[str, float] = {}
+    psnr = float(image_psnr(*images).min())
+    by_variant = _by_variant(manifest, errors)
+    return Verification(tuple(errors), by_variant, psnr, loop_error, _bounds(manifest))
+
+
+def _by_variant(manifest: Manifest, errors: Sequence[float]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for step, error in enumerate(errors):
         file = manifest.variants[manifest.schedule[step % len(manifest.schedule)]].file
-        by_variant[file] = max(error, by_variant.get(file, 0.0))
-    psnr = float(image_psnr(*images).min())
-    return Verification(tuple(errors), by_variant, psnr, loop_error, _bounds(manifest))
+        found[file] = max(error, found.get(file, 0.0))
+    return found
 
 
 def _bounds(manifest: Manifest) -> tuple[float, float]:

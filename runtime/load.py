@@ -28,8 +28,9 @@ def load(
     Args:
         folder: the bundle.
         providers: execution providers, in order of preference; each must load.
-        runtime: ``onnx`` (ONNX Runtime), ``tensorrt``, the engines that ``build`` has made, or
-            ``aoti``: torch's AOTInductor, for bundles exported with ``format="pt2"``.
+        runtime: ``onnx`` (ONNX Runtime), ``openvino`` (on the CPU), ``tensorrt``, the engines that
+            ``build`` has made, or ``aoti``: torch's AOTInductor, for bundles exported with
+            ``format="pt2"``.
         threads: of each ONNX graph on the CPU; 0 lets ONNX Runtime choose.
         share_threads: see ``runtime.bundle.load``.
         low_memory: see ``runtime.bundle.load``.
@@ -47,10 +48,14 @@ def load(
         from ditfastattn.runtime.aoti import load as loading_packages
 
         return loading_packages.load(folder)
-    if runtime != "onnx":
-        raise ConfigError("there is no such runtime", got=runtime, expected="onnx, tensorrt, aoti")
+    if runtime not in ("onnx", "openvino"):
+        raise ConfigError(
+            "there is no such runtime", got=runtime, expected="onnx, openvino, tensorrt, aoti"
+        )
     from ditfastattn.runtime.bundle import load as loading
 
+    if runtime == "openvino":
+        return loading.load_openvino(folder, threads=threads)
     return loading.load(
         folder, providers, threads=threads, share_threads=share_threads, low_memory=low_memory
     )

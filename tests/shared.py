@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ditfastattn.core.env import read_knobs
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
+from ditfastattn.export.to_onnx import content_hash
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
 from ditfastattn.runtime.search.measure.session import Session
@@ -121,7 +122,8 @@ def run_job_once(
     for path in ("onnx", "engine", "log"):
         del graph[path]
     weights = job.graph.with_name("weights.bin")
-    content = [file_hash(path) for path in (WORKER, job.graph, weights) if path.exists()]
+    content = [file_hash(path) for path in (WORKER, weights) if path.exists()]
+    content.append(content_hash(job.graph))
 
     def make(folder: Path) -> None:
         told: list[tuple[str, float]] = []

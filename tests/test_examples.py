@@ -45,7 +45,10 @@ def run_example(case: str, folder: Path) -> None:
 
 def test_every_example_is_run() -> None:
     run = {example for example, *_ in CASES.values()}
-    by_its_own_tests = {"whole_steps"}  # compared with the runtime wherever whole steps are tested
+    by_its_own_tests = {
+        "whole_steps",
+        "run_bundle",
+    }  # compared with the runtime wherever whole steps are tested
     assert run | by_its_own_tests == {path.stem for path in EXAMPLES.glob("*.py")}
 
 

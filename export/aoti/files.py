@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +51,7 @@ class PackageFiles:
         self._constants = Constants()
         self._files: dict[str, PackageSpec] = {}
 
-    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+    def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Compile ``graph``, unless an interrupted export has."""
         ready = with_constants(graph, self._constants)
         used = used_inputs(graph)

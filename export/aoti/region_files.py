@@ -7,7 +7,7 @@ that blocks which differ in them alone are one package.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class RegionFiles(PackageFiles):
     suffix = STEP_SUFFIX.removeprefix(".")
     form = staticmethod(region_form)
 
-    def write(self, graph: StepGraph, file: str) -> VariantSpec:
+    def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph`` as calls; compile the regions that are new."""
         module = graph.source.module
         regions: tuple[Region, ...] = module.meta[_REGIONS]

@@ -24,6 +24,7 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import WORKER, Job, Profile, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, rows_of
 from ditfastattn.export.tensorrt.switch import make_switch
+from ditfastattn.export.to_onnx import content_hash
 from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
 from ditfastattn.runtime.bundle.manifest import Manifest, file_hash
 from ditfastattn.runtime.bundle.specs import FileSpec, TensorSpec, VariantSpec
@@ -232,7 +233,7 @@ class _Builder:
     def _key(self, graph: _Graph, engines: Engines, profiles: Mapping[str, Profile]) -> str:
         parts = {
             "builder": file_hash(WORKER),  # it sets the builder's flags
-            "graph": file_hash(graph.path),
+            "graph": content_hash(graph.path),
             "weights": self._manifest.files[self._manifest.weights].sha256,
             "library": [engines.library, engines.version],
             "target": [engines.target, engines.device],

@@ -1,20 +1,23 @@
-"""Load a bundle as a transformer for a pipeline."""
+"""Load a bundle as a transformer for a pipeline, run by ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
 from ditfastattn.runtime.bundle.graph_file import GraphFile, WeightsFile, read_graph
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.onnx_graph import OnnxGraph, SessionOptions
+from ditfastattn.runtime.bundle.openvino_graph import OpenVinoGraph
 from ditfastattn.runtime.bundle.specs import LoopSpec, TensorSpec, VariantSpec
-from ditfastattn.runtime.bundle.transformer import BundleTransformer
+from ditfastattn.runtime.bundle.transformer import BundleTransformer, Engine
 
 log = logging.getLogger(__name__)
+
+Opening = Callable[[GraphFile, Sequence[str], Sequence[str]], OnnxGraph | OpenVinoGraph]
 
 
 def load(
@@ -39,25 +42,65 @@ def load(
     Raises:
         ConfigError: the bundle is incomplete or not valid, or a provider did not load.
     """
+    options = SessionOptions(tuple(providers), threads, share_threads, low_memory)
+
+    def session(graph: GraphFile, inputs: Sequence[str], outputs: Sequence[str]) -> OnnxGraph:
+        return OnnxGraph(graph, inputs, outputs, options)
+
+    opened = open_bundle(folder)
+    return _transformer(opened, session, opened.check_unchanged)
+
+
+def load_openvino(folder: str | os.PathLike[str], *, threads: int = 0) -> BundleTransformer:
+    """Return a transformer that runs the bundle in ``folder`` by OpenVINO, on the CPU.
+
+    Args:
+        folder: the bundle.
+        threads: of each graph; 0 lets OpenVINO choose.
+
+    Raises:
+        ConfigError: the bundle is not valid, was replaced meanwhile, or is in bfloat16; OpenVINO is
+            not installed.
+    """
+
+    def compiled(graph: GraphFile, inputs: Sequence[str], outputs: Sequence[str]) -> OpenVinoGraph:
+        return OpenVinoGraph(graph, inputs, outputs, threads)
+
     opened = open_bundle(folder)
     manifest = opened.manifest
-    options = SessionOptions(tuple(providers), threads, share_threads, low_memory)
-    graphs = [open_graph(opened, variant, options) for variant in manifest.variants]
+    specs = (*manifest.inputs, *manifest.outputs, *manifest.slots)
+    if any(spec.dtype == "bfloat16" for spec in specs):
+        raise ConfigError(
+            "a bundle in bfloat16 cannot be run by OpenVINO",
+            where=str(opened.root),
+            remedy="export it, and its plan's caches, in float32 or float16",
+        )
+    return _transformer(opened, compiled, opened.check_in_place)
+
+
+def _transformer(
+    opened: OpenBundle, open_with: Opening, check: Callable[[], None]
+) -> BundleTransformer:
+    """Return a transformer whose graphs ``open_with`` opens; then ``check`` the bundle's files."""
+    manifest = opened.manifest
+    graphs = [open_graph(opened, variant, open_with) for variant in manifest.variants]
     hoisted = None
     if manifest.hoisted is not None:
-        hoisted = open_graph(opened, manifest.hoisted, options)
-    opened.check_unchanged()
+        hoisted = open_graph(opened, manifest.hoisted, open_with)
+    check()
     opened.keep_only({manifest.weights, *([manifest.loop.file] if manifest.loop else [])})
     log.info("%s: %d graphs on %s", opened.root, len(graphs), ", ".join(graphs[0].providers))
 
-    def open_loop() -> OnnxGraph:
-        return _open_loop(opened, options)
+    def open_loop() -> Engine:
+        found = _open_loop(opened, open_with)
+        check()
+        return found
 
     device, loaded = graphs[0].device, graphs[0].providers
     return BundleTransformer(manifest, graphs, hoisted, device, open_loop, loaded)
 
 
-def _open_loop(opened: OpenBundle, options: SessionOptions) -> OnnxGraph:
+def _open_loop(opened: OpenBundle, open_with: Opening) -> Engine:
     loop = opened.manifest.loop
     if loop is None:
         raise ConfigError(
@@ -67,16 +110,16 @@ def _open_loop(opened: OpenBundle, options: SessionOptions) -> OnnxGraph:
         )
     latents = loop.noise.model_copy(update={"name": loop.latents})
     graph = _read(opened, loop, (loop.noise, *loop.conditions), (latents,))
-    found = OnnxGraph(graph, loop.graph_inputs, [loop.latents], options)
-    opened.check_unchanged()
-    return found
+    return open_with(graph, loop.graph_inputs, [loop.latents])
 
 
-def open_graph(opened: OpenBundle, spec: VariantSpec, options: SessionOptions) -> OnnxGraph:
+def open_graph(
+    opened: OpenBundle, spec: VariantSpec, open_with: Opening
+) -> OnnxGraph | OpenVinoGraph:
     """Open one graph of a bundle."""
     inputs, outputs = _signature(opened.manifest, spec)
     graph = _read(opened, spec, inputs, outputs)
-    return OnnxGraph(graph, spec.graph_inputs, opened.manifest.graph_outputs(spec), options)
+    return open_with(graph, spec.graph_inputs, opened.manifest.graph_outputs(spec))
 
 
 def _read(

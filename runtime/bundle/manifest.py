@@ -33,11 +33,13 @@ from ditfastattn.runtime.bundle.specs import (
     TensorSpec,
     VariantSpec,
 )
+from ditfastattn.runtime.bundle.stepping import Stepping
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
 STEP_SUFFIX = ".json"  # of a step that calls packages of regions
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+READABLE: Final = (3, SCHEMA_VERSION)  # 3: without stepping and golden sample
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
 _SEAL: Final = "sha256"  # of all other entries
@@ -86,12 +88,14 @@ class Manifest(Record, frozen=True):
         factors: the numbers that each step combines earlier outputs with, by slot.
         hoisted: what is computed once per generation.
         loop: the unrolled sampler.
+        stepping: what the sampler does between the steps; absent where that is not linear.
+        golden: the file of the golden sample, "" without one.
         weights: the file that holds all weights.
         packages: the AOTInductor packages, where the graphs are not ONNX.
         files: every file of the bundle.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[3, 4] = 4
     ditfastattn: str
     opset: Natural
     model: ModelSpec
@@ -110,6 +114,8 @@ class Manifest(Record, frozen=True):
     factors: tuple[dict[SlotName, FiniteFloat], ...]
     hoisted: VariantSpec | None = None
     loop: LoopSpec | None = None
+    stepping: Stepping | None = None
+    golden: str = ""
     weights: str
     packages: PackagesSpec | None = None
     files: dict[str, FileSpec]
@@ -129,6 +135,7 @@ class Manifest(Record, frozen=True):
     def _check(self) -> Manifest:
         named = [graph.file for graph in self.graphs] + [self.weights]
         named += [self.loop.file] if self.loop else []
+        named += [self.golden] if self.golden else []
         for file in named:
             if file not in self.files:
                 raise ValueError(f"{file!r} is not among the files")
@@ -138,6 +145,9 @@ class Manifest(Record, frozen=True):
             raise ValueError(f"sampler.timesteps: {len(self.sampler.timesteps)} values")
         if any(variant >= len(self.variants) for variant in self.schedule):
             raise ValueError(f"schedule: there are {len(self.variants)} variants")
+        stepped = self.stepping.steps if self.stepping else ()
+        if stepped and tuple(how.timestep for how in stepped) != self.sampler.timesteps:
+            raise ValueError("stepping: other timesteps than the sampler's")
         inputs = {spec.name for spec in self.inputs}
         if self.timestep not in inputs:
             raise ValueError(f"timestep: {self.timestep!r} is not an input")
@@ -246,12 +256,12 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """Return the manifest that ``text`` holds; errors as in ``read_manifest``."""
     data = parse_json(text, where, "the manifest", EXPORT_AGAIN)
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE or isinstance(version, (bool, float)):
         raise ConfigError(
             "the bundle is of another schema version",
             where=f"{where}: schema_version",
             got=repr(version)[:80],
-            expected=SCHEMA_VERSION,
+            expected=" or ".join(map(str, READABLE)),
             remedy=f"{EXPORT_AGAIN}, or use the ditfastattn that wrote it",
         )
     if data.pop(_SEAL, None) != _seal(data):
@@ -265,6 +275,15 @@ def manifest_text(data: Mapping[str, Any]) -> str:
     """Return the text of a manifest of this ``data``, with a hash that tells of any change."""
     rest = {key: item for key, item in data.items() if key != _SEAL}
     return json.dumps({**rest, _SEAL: _seal(rest)}, indent=1) + "\n"
+
+
+def manifest_schema() -> str:
+    """Return the JSON schema of a manifest, as docs/bundle-manifest.schema.json has it."""
+    schema = Manifest.model_json_schema()
+    seal = {"description": "Of all other entries.", "pattern": "^[0-9a-f]{64}$", "type": "string"}
+    schema["properties"][_SEAL] = seal
+    schema["required"].append(_SEAL)
+    return json.dumps(schema, indent=1) + "\n"
 
 
 def _seal(data: Mapping[str, Any]) -> str:

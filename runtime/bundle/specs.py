@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Final, Literal
@@ -156,6 +157,13 @@ class ModelSpec(Record, frozen=True):
     config: dict[str, Any]
     fingerprint: Fingerprint
     dtype: Dtype
+
+
+def public_config(model: Any) -> dict[str, Any]:
+    """Return a model's configuration as JSON would read it back, private entries left out."""
+    public = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    config: dict[str, Any] = json.loads(json.dumps(public, default=str))
+    return config
 
 
 class LoopSpec(Record, frozen=True):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ditfastattn.export  # noqa: F401  # before the function of that name, which replaces it
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.core.version import __version__
-from ditfastattn.exporting import build, export, verify
+from ditfastattn.exporting import build, export, update_weights, verify
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
@@ -55,6 +55,7 @@ __all__ = [
     "reset",
     "restore",
     "retarget",
+    "update_weights",
     "validate",
     "verify",
 ]

@@ -26,6 +26,7 @@ def export(
     format: str = "onnx",
     isa: str = "",
     regions: bool = False,
+    golden: bool = True,
     on_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Manifest:
     """Write the transformer of ``pipeline``, run by ``plan``, as a bundle.
@@ -44,6 +45,8 @@ def export(
             that this processor has.
         regions: whether packages are parts of blocks, each compiled once for all equal blocks and
             steps, instead of whole steps: so compiling does not take longer with more layers.
+        golden: whether to add a golden sample, by which a bundle or a port of it checks itself;
+            torch generates once for it, step by step as the plan says.
         on_progress: called with the file that was written, the number of files written so far, and
             the number of all files.
 
@@ -56,7 +59,7 @@ def export(
 
     written_as = format_named(format)
     options = bundle.ExportOptions(
-        dtype, dynamic_batch, loop, timestep, written_as, isa, regions, on_progress
+        dtype, dynamic_batch, loop, timestep, written_as, isa, regions, golden, on_progress
     )
     return bundle.export(pipeline, call, plan, out, options)
 
@@ -103,8 +106,8 @@ def build(
 
 def verify(
     folder: str | os.PathLike[str],
-    pipeline: Any,
-    call: Mapping[str, Any],
+    pipeline: Any = None,
+    call: Mapping[str, Any] | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     seed: int = 0,
     *,
@@ -114,8 +117,33 @@ def verify(
 ) -> Verification:
     """Compare the bundle in ``folder`` with the torch model of ``pipeline``.
 
+    Without a pipeline it is compared with its golden sample, and no torch model is needed.
     ``runtime``, ``target`` and ``cuda_graphs`` are as for ``load``.
     """
     from ditfastattn.export import verify as verifying
 
     return verifying.verify(folder, pipeline, call, providers, seed, runtime, target, cuda_graphs)
+
+
+def update_weights(
+    folder: str | os.PathLike[str],
+    pipeline: Any,
+    call: Mapping[str, Any],
+    *,
+    revalidate: bool = False,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+) -> Manifest:
+    """Give the bundle in ``folder`` the weights of ``pipeline``'s transformer, and keep its plan.
+
+    Programs that have loaded the bundle go on with the old weights; others get it whole, old or
+    new. With ``revalidate`` the plan is first measured against its target.
+
+    Raises:
+        ConfigError: structure, shapes or sampler are not the bundle's, which stays as it was.
+        TargetMissedError: the plan misses its target with these weights.
+    """
+    from ditfastattn.export import update_weights as updating
+
+    return updating.update_weights(
+        folder, pipeline, call, revalidate=revalidate, on_progress=on_progress
+    )

@@ -9,17 +9,20 @@ from typing import Any
 
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall, capture_call
-from ditfastattn.export.linear_scheduler import LinearSchedule
+from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.lint import findings
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.step_graphs import Captures, used_inputs, variant_graph, write_graph
+from ditfastattn.export.watch_sampler import with_guidance
 from ditfastattn.export.weights import Weights
 from ditfastattn.runtime.bundle.manifest import Manifest, read_manifest
+from ditfastattn.runtime.bundle.stepping import Stepping
 from tests.helpers import TinyModel, make_plan
 from tests.shared import digest, made_once
 
@@ -53,18 +56,28 @@ def export_once(
     plan: Plan | None,
     out: Path,
     options: ExportOptions | None = None,
-    schedule: LinearSchedule | None = None,
+    stepping: Stepping | None = None,
 ) -> Manifest:
     """Put into ``out`` the bundle of a call of ``tiny``, made once a run: tests own a copy."""
     chosen, call = options or ExportOptions(), RecordedCall(tiny.call(0, 4))
 
     def make(folder: Path) -> None:
-        export_model(tiny.model, call, plan, folder / "bundle", chosen, schedule)
+        export_model(tiny.model, call, plan, folder / "bundle", chosen, lambda _: stepping)
 
     asked = {**vars(chosen), "on_progress": None}
-    key = digest([tiny.model, call.arguments, plan, asked, schedule])
+    key = digest([tiny.model, call.arguments, plan, asked, stepping])
     shutil.copytree(made_once("bundles", key, make) / "bundle", out, dirs_exist_ok=True)
     return read_manifest(out)
+
+
+def ddim_stepping(tiny: TinyModel, plan: Plan) -> Stepping:
+    """Return the steps of DDIM, for a plan of ``tiny``."""
+    scheduler: Any = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(plan.sampler.steps)
+    call = tiny.call(0, 4)
+    with torch.no_grad():
+        output = tiny.model(**call)[0]
+    return with_guidance(linear_schedule(scheduler), plan, call["hidden_states"], output)
 
 
 def write_module(

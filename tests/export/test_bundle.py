@@ -375,11 +375,11 @@ def test_a_killed_export_goes_on_with_the_next_variant(
     written: list[str] = []
     write = graph_files.write_graph
 
-    def noting(graph: Any, weights: Any, name: str) -> Any:
+    def noting(graph: Any, weights: Any, name: str, about: Any) -> Any:
         if len(written) == 2 and name == "variant_02":
             raise KeyboardInterrupt
         written.append(name)
-        return write(graph, weights, name)
+        return write(graph, weights, name, about)
 
     monkeypatch.setattr(graph_files, "write_graph", noting)
     with pytest.raises(KeyboardInterrupt):

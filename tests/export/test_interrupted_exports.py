@@ -30,10 +30,10 @@ def interrupt_before(name: str, rows: Rows, out: Path, monkeypatch: pytest.Monke
     module = sys.modules[export_model.__module__]  # ditfastattn.export itself is the function
     write = module.write_graph
 
-    def stopping(graph: Any, weights: Any, label: str) -> Any:
+    def stopping(graph: Any, weights: Any, label: str, about: Any) -> Any:
         if label == name:
             raise KeyboardInterrupt
-        return write(graph, weights, label)
+        return write(graph, weights, label, about)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_graph", stopping)

@@ -37,14 +37,20 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+def set_to(steps: int, scheduler: Any) -> Any:
+    """Return ``scheduler``, set to a number of steps."""
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 @pytest.mark.parametrize("steps", [1, 4, 11])
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_the_recurrence_is_the_scheduler(name: str, steps: int) -> None:
     scheduler = SCHEDULERS[name]()
-    found = linear_schedule(scheduler, steps)
+    scheduler.set_timesteps(steps)
+    found = linear_schedule(scheduler)
     generator = torch.Generator().manual_seed(1)
     noise, *outputs = torch.randn(steps + 1, 1, 1, 4, 4, generator=generator).double()
-    scheduler.set_timesteps(steps)
     sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     latents = follow(found, noise, outputs)
     for step, timestep in enumerate(scheduler.timesteps):
@@ -57,13 +63,15 @@ def test_the_recurrence_is_the_scheduler(name: str, steps: int) -> None:
 
 
 def test_a_clip_says_its_bounds() -> None:
-    found = linear_schedule(SCHEDULERS["dpm-solver++ that clips"](), 4)
+    found = linear_schedule(set_to(4, SCHEDULERS["dpm-solver++ that clips"]()))
     assert all(step.clip and (step.clip.low, step.clip.high) == (-1, 1) for step in found.steps)
-    assert all(step.clip is None for step in linear_schedule(SCHEDULERS["euler"](), 4).steps)
+    assert all(
+        step.clip is None for step in linear_schedule(set_to(4, SCHEDULERS["euler"]())).steps
+    )
 
 
 def test_a_multistep_solver_needs_few_terms() -> None:
-    found = linear_schedule(DPMSolverMultistepScheduler(), 20)
+    found = linear_schedule(set_to(20, DPMSolverMultistepScheduler()))
     assert max(len(step.latents) + len(step.outputs) for step in found.steps) <= 4
 
 
@@ -74,7 +82,7 @@ def test_a_multistep_solver_needs_few_terms() -> None:
 )
 def test_what_is_not_linear_is_refused(scheduler: Any) -> None:
     with pytest.raises(ConfigError, match="not linear"):
-        linear_schedule(scheduler, 4)
+        linear_schedule(set_to(4, scheduler))
 
 
 @pytest.mark.parametrize(
@@ -132,17 +140,41 @@ def test_a_pipelines_bundle_and_loop_are_its_generation(name: str, tmp_path: Pat
     assert found.passed
 
 
-def test_a_schedule_of_more_than_its_steps_has_no_loop(tmp_path: Path) -> None:
-    """FLUX shifts its timesteps by the resolution, which its scheduler is told by the pipeline."""
+def test_a_schedule_shifted_by_resolution_is_the_pipelines(tmp_path: Path) -> None:
+    """FLUX tells its scheduler how to shift, and gives the model thousandths of its timesteps."""
     build, arguments = TINY_PIPELINES["flux"]
     pipeline, call = build(), {**arguments, "num_inference_steps": 3}
     plan = plan_for(pipeline, call, [Strategy.FULL, Strategy.FULL, Strategy.SHARE_STEP])
     torch._dynamo.reset()
-    with pytest.raises(ConfigError, match=r"more than their number(.|\n)*export without a loop"):
-        export(pipeline, call, plan, tmp_path / "bundle", loop=True)
-    export(pipeline, call, plan, tmp_path / "bundle", dynamic_batch=False)
+    manifest = export(pipeline, call, plan, tmp_path / "bundle", loop=True, dynamic_batch=False)
+    assert manifest.stepping is not None
+    assert manifest.stepping.steps[0].timestep == plan.sampler.timesteps[0] <= 1.0
     torch._dynamo.reset()
-    assert verify(tmp_path / "bundle", pipeline, call).passed
+    found = verify(tmp_path / "bundle", pipeline, call)
+    assert found.passed
+    assert 0.0 < found.loop_error < 1e-4
+
+
+def test_a_sampler_that_its_numbers_do_not_reproduce_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = tiny_digits_pipeline(SCHEDULERS["ddim"]())
+    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 4, "guidance_scale": 2.0}
+    plan = plan_for(pipeline, call, [Strategy.FULL] * 3 + [Strategy.SHARE_STEP])
+    other = {**call, "num_inference_steps": 3}
+    with pytest.raises(ConfigError, match=r"another number of steps(.|\n)*without a loop"):
+        export(pipeline, other, plan, tmp_path / "bundle", loop=True)
+    step = pipeline.scheduler.step
+
+    def rescaled(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return step(output * output.std(), *args, **kwargs)
+
+    pipeline.scheduler.step = rescaled  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="do not compute what the pipeline does"):
+        export(pipeline, call, plan, tmp_path / "bundle", loop=True)
+    manifest = export(pipeline, call, plan, tmp_path / "bundle")
+    assert manifest.stepping is None
+    assert "does not say what the sampler does between the steps" in caplog.text
 
 
 def test_a_bundle_without_a_loop_says_so(tmp_path: Path) -> None:

@@ -9,19 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, load
 from ditfastattn.core.files import open_regular
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.runtime.bundle import files
 from ditfastattn.runtime.bundle.onnx_graph import import_onnxruntime
-from tests.export.helpers import export_once, export_tiny
+from tests.export.helpers import ddim_stepping, export_once, export_tiny
 from tests.helpers import (
-    STEPS,
     capture_every_site,
     largest_difference,
     make_plan,
@@ -88,9 +85,9 @@ def test_a_loop_opened_after_the_bundle_was_replaced_is_the_one_that_was_checked
         tiny = tiny_dit(seed)
         rows = uniform_strategies(capture_every_site(tiny)[1], Strategy.SHARE_STEP)
         plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-        schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS)
+        stepping = ddim_stepping(tiny, plan)
         made.append(tmp_path / str(seed))
-        export_once(tiny, plan, made[-1], ExportOptions(loop=True), schedule)
+        export_once(tiny, plan, made[-1], ExportOptions(loop=True), stepping)
     classes = tiny_dit().call(0, 4)["class_labels"]
     expected = load(made[0]).generate(noise, class_labels=classes)
     loaded = load(made[0])

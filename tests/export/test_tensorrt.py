@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
@@ -24,7 +23,6 @@ from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyErr
 from ditfastattn.core.locks import sole_writer
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
@@ -43,7 +41,7 @@ from ditfastattn.runtime.tensorrt.engines import (
 )
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.digits_pipeline import embedded_pipeline
-from tests.export.helpers import export_once, export_tiny
+from tests.export.helpers import ddim_stepping, export_once, export_tiny
 from tests.helpers import (
     STEPS,
     TINY_MODELS,
@@ -104,8 +102,8 @@ def half_bundle(tiny: TinyModel, out: Path, loop: bool = False) -> list[tuple[St
     _, sites = capture_every_site(tiny)
     rows = four_rows(sites)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS) if loop else None
-    export_once(tiny, plan, out, ExportOptions(dtype="float16", loop=loop), schedule)
+    stepping = ddim_stepping(tiny, plan) if loop else None
+    export_once(tiny, plan, out, ExportOptions(dtype="float16", loop=loop), stepping)
     return rows
 
 

@@ -15,7 +15,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
-from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.export.tensorrt.switch import make_switch
 from ditfastattn.runtime.bundle.files import open_bundle
@@ -31,9 +30,8 @@ from ditfastattn.runtime.tensorrt.engines import (
     Layout,
 )
 from ditfastattn.runtime.tensorrt.library import Library, find_library
-from tests.export.helpers import export_once, export_tiny
+from tests.export.helpers import ddim_stepping, export_once, export_tiny
 from tests.helpers import (
-    STEPS,
     TINY_MODELS,
     capture_every_site,
     largest_difference,
@@ -249,8 +247,8 @@ def test_a_loop_generates_and_cannot_be_stepped(
     tiny = tiny_dit()
     _, sites = capture_every_site(tiny)
     plan = make_plan(tiny, mixed_strategies(sites, 5), CfgLayout.COND_FIRST, feed_forwards=True)
-    schedule = linear_schedule(DDIMScheduler(clip_sample=False), STEPS)
-    manifest = export_once(tiny, plan, tmp_path, ExportOptions(loop=True), schedule)
+    stepping = ddim_stepping(tiny, plan)
+    manifest = export_once(tiny, plan, tmp_path, ExportOptions(loop=True), stepping)
     model = play(tmp_path, manifest, Layout.LOOP, monkeypatch)
     start, classes = noise(7, 2, 4, 8, 8), torch.arange(4)
     expected = load(tmp_path).generate(start, class_labels=classes)

@@ -16,11 +16,23 @@ from ditfastattn.tools.commands.demo import demo
 from ditfastattn.tools.commands.doctor import doctor
 from ditfastattn.tools.commands.export import export
 from ditfastattn.tools.commands.inspect import inspect
+from ditfastattn.tools.commands.update_weights import update_weights
 from ditfastattn.tools.commands.validate import validate
 from ditfastattn.tools.commands.verify import verify
 from ditfastattn.tools.terminal import open_console
 
-COMMANDS = (demo, calibrate, inspect, validate, export, build, verify, doctor, bench)
+COMMANDS = (
+    demo,
+    calibrate,
+    inspect,
+    validate,
+    export,
+    build,
+    verify,
+    update_weights,
+    doctor,
+    bench,
+)
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 

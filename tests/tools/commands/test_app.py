@@ -126,6 +126,11 @@ def test_a_plan_is_exported_and_the_bundle_verified(saved: Path, tmp_path: Path)
     assert verified.exit_code == 0, verified.output
     assert "variant_00.onnx" in verified.output
     assert "the unrolled loop" in verified.output
+    updated = runner.invoke(cli.app, ["update-weights", str(bundle), *common])
+    assert updated.exit_code == 0, updated.output
+    alone = runner.invoke(cli.app, ["verify", str(bundle)])
+    assert alone.exit_code == 0, alone.output
+    assert "golden sample" in alone.output
     (bundle / "weights.bin").write_bytes(b"")
     broken = runner.invoke(cli.app, ["verify", str(bundle), *common])
     assert isinstance(broken.exception, ConfigError)

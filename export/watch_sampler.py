@@ -1,0 +1,277 @@
+"""Watch what a pipeline's sampler does in a whole generation, without running the model in it.
+
+The transformer answers with random numbers, so that a generation costs one call of it. What is
+found to be true of such numbers (guidance, the scheduler's sums, the timesteps) is true of images.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, linear_schedule
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.bundle.stepping import (
+    LinearSchedule,
+    Stepper,
+    Stepping,
+    first_noise,
+    guided,
+)
+from ditfastattn.runtime.clock import tolerances
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+
+# The largest error of latents, relative to the largest one: pipelines keep them in these dtypes.
+_ALLOWED: Final = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_WHERE: Final = "export(pipeline)"
+
+
+class _Watched(Exception):  # noqa: N818  # it ends a generation and reports no error
+    """End a generation once its last latents are known: nobody looks at the image."""
+
+
+@dataclass
+class WatchedGeneration:
+    """Hold the calls of the transformer, what answered them, and the scheduler at the first one.
+
+    ``latents`` are the last ones, if the scheduler has made them.
+    """
+
+    scheduler: Any = None
+    calls: list[Mapping[str, Any]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    latents: Tensor | None = None
+
+    def keep(self, arguments: Mapping[str, Any]) -> None:
+        """Keep the arguments of a call; what is as in the first one is kept once."""
+        first = self.calls[0] if self.calls else {}
+        kept = {
+            name: first[name] if name in first and _same(item, first[name]) else _copied(item)
+            for name, item in arguments.items()
+        }
+        self.calls.append(kept)
+
+    @property
+    def first(self) -> RecordedCall:
+        """Return the first call."""
+        return RecordedCall(self.calls[0])
+
+
+def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedGeneration:
+    """Generate with ``pipeline``, whose transformer answers at random; return what it was asked.
+
+    Unless ``whole``, the generation ends at the first call.
+
+    Raises:
+        ConfigError: the pipeline does not call its transformer.
+    """
+    transformer = transformer_of(pipeline, _WHERE)
+    check_not_accelerated(transformer)
+    plain = getattr(transformer, "_orig_mod", transformer)
+    names = inspect.signature(plain.forward)
+    found = WatchedGeneration()
+    generator = torch.Generator().manual_seed(0)
+    answers: list[Any] = []
+
+    def answering(forward: Any) -> Any:
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            found.keep(names.bind(*args, **kwargs).arguments)
+            if not whole:
+                raise _Watched
+            if not answers:
+                found.scheduler = _as_set(pipeline.scheduler)
+                answers.append(forward(*args, **kwargs))
+            made = copy.deepcopy(answers[0])
+            for tensor in _tensors(made):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            found.outputs.append(_tensors(made)[0].double().cpu())
+            return made
+
+        return answer
+
+    undo = replace_forward(plain, answering)
+    try:
+        with _ending(getattr(pipeline, "scheduler", None), found):
+            generate(pipeline, prompt)
+    except _Watched:
+        pass
+    finally:
+        undo()
+    if not found.calls:
+        raise ConfigError(
+            "the pipeline did not call its transformer",
+            where=_WHERE,
+            remedy="give a call that makes at least one step",
+        )
+    return found
+
+
+@contextmanager
+def _ending(scheduler: Any, found: WatchedGeneration) -> Generator[None]:
+    """End the generation once ``scheduler`` has stepped to the last latents."""
+    step = getattr(scheduler, "step", None)
+    if step is None or "step" in vars(scheduler):
+        yield
+        return
+    count = 0
+
+    @functools.wraps(step)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        result = step(*args, **kwargs)
+        count += 1
+        if count == len(scheduler.timesteps):
+            found.latents = _tensors(result)[0].double().cpu()
+            raise _Watched
+        return result
+
+    scheduler.step = counting
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _as_set(scheduler: Any) -> Any:
+    """Return a copy of ``scheduler``, as the pipeline has set it, without what watches it."""
+    copied = copy.copy(scheduler)
+    vars(copied).pop("step", None)
+    return copy.deepcopy(copied)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    items = result if isinstance(result, (tuple, list)) else vars(result).values()
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+def find_stepping(watched: WatchedGeneration, plan: Plan, latent: str, timestep: str) -> Stepping:
+    """Return what the sampler does between steps, in numbers that reproduce what was watched.
+
+    Args:
+        watched: a whole generation.
+        plan: the plan that says which timesteps there are, and how guidance reaches the model.
+        latent: the name of the argument that is denoised.
+        timestep: the name of the timestep's.
+
+    Raises:
+        ConfigError: they do not reproduce it, or the scheduler is not linear.
+    """
+    sampler = plan.sampler
+    if not latent:
+        raise _not_linear("the model's latent was not found", "no argument is like its output")
+    calls = len(watched.calls)
+    if calls != sampler.steps or len(watched.scheduler.timesteps) != sampler.steps:
+        raise _not_linear(
+            "the pipeline makes another number of steps than the plan",
+            f"{calls} calls, {len(watched.scheduler.timesteps)} timesteps",
+            f"{sampler.steps} steps, one call each",
+        )
+    _check_timesteps(watched, plan, timestep)
+    _check_conditions(watched, {latent, timestep})
+    inputs = [call[latent].double().cpu() for call in watched.calls]
+    found = with_guidance(linear_schedule(watched.scheduler), plan, inputs[0], watched.outputs[0])
+    allowed = _ALLOWED.get(watched.calls[0][latent].dtype, _ALLOWED[torch.float32])
+    halves = 2 if sampler.cfg_layout.batched else 1
+    stepper = Stepper(found, first_noise(inputs[0], found, sampler.cfg_layout))
+    for step, output in enumerate(watched.outputs):
+        given = torch.cat([stepper.model_input] * halves)
+        _check_alike(given, inputs[step], allowed, f"the model's latents at step {step}")
+        stepper.step(guided(output, found, sampler.cfg_layout))
+    if watched.latents is not None:
+        last = watched.latents[: len(given) // halves]
+        _check_alike(stepper.latents[-1], last, allowed, "the last latents")
+    return found
+
+
+def with_guidance(found: LinearSchedule, plan: Plan, latent: Tensor, output: Tensor) -> Stepping:
+    """Return ``found`` with the plan's timesteps and guidance."""
+    timesteps = zip(found.steps, plan.sampler.timesteps, strict=True)
+    scale = plan.sampler.guidance_scale
+    learned = output.dim() > 3 and output.shape[1] != latent.shape[1]
+    return Stepping(
+        noise_scale=found.noise_scale,
+        steps=tuple(how.model_copy(update={"timestep": at}) for how, at in timesteps),
+        guidance_scale=1.0 if scale is None else scale,
+        channels=latent.shape[1] if learned else 0,
+    )
+
+
+def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
+    planned = plan.sampler.timesteps
+    found = [float(torch.as_tensor(call[name]).flatten()[0]) for call in watched.calls]
+    pairs = zip(found, planned, tolerances(planned), strict=True)
+    if any(abs(got - wanted) > most for got, wanted, most in pairs):
+        raise _not_linear(
+            "the pipeline's timesteps differ from the plan's",
+            ", ".join(f"{value:g}" for value in found[:6]),
+            ", ".join(f"{value:g}" for value in planned[:6]),
+        )
+
+
+def _check_conditions(watched: WatchedGeneration, varying: Collection[str]) -> None:
+    for step, call in enumerate(watched.calls):
+        for name in {*call, *watched.calls[0]} - {*varying}:
+            if not _same(call.get(name), watched.calls[0].get(name)):
+                raise _not_linear(
+                    "the pipeline changes a condition between the steps",
+                    f"argument {name!r} at step {step}",
+                    "the conditions of the first step",
+                )
+
+
+def _check_alike(got: Tensor, wanted: Tensor, allowed: float, what: str) -> None:
+    error = float("inf")
+    if got.shape == wanted.shape:
+        error = float((got - wanted).abs().max() / wanted.abs().max())
+    if not error <= allowed:
+        raise _not_linear(
+            "guidance and scheduler do not compute what the pipeline does",
+            f"a relative error of {error:.1e} of {what}",
+            f"at most {allowed:g}",
+        )
+
+
+def _not_linear(problem: str, got: str, expected: str = "") -> ConfigError:
+    return ConfigError(
+        problem, where="the sampler as numbers", got=got, expected=expected, remedy=WITHOUT_LOOP
+    )
+
+
+def _same(item: Any, other: Any) -> bool:
+    """Return whether two arguments are equal, by content."""
+    if item is other:
+        return True
+    if isinstance(item, Tensor) and isinstance(other, Tensor):
+        return item.shape == other.shape and torch.equal(item, other)
+    if isinstance(item, Tensor) or isinstance(other, Tensor) or type(item) is not type(other):
+        return False
+    if isinstance(item, (tuple, list)):
+        pairs = zip(item, other, strict=False)
+        return len(item) == len(other) and all(itertools.starmap(_same, pairs))
+    if isinstance(item, dict):
+        return item.keys() == other.keys() and all(_same(item[key], other[key]) for key in item)
+    return bool(item == other)
+
+
+def _copied(item: Any) -> Any:
+    """Return a copy of an argument: a pipeline may write to its tensors later."""
+    if isinstance(item, Tensor):
+        return item.clone()
+    if isinstance(item, (tuple, list)):
+        return type(item)(map(_copied, item))
+    if isinstance(item, dict):
+        return {key: _copied(part) for key, part in item.items()}
+    return item

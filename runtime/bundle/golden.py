@@ -1,0 +1,141 @@
+"""A bundle's golden sample: one generation, kept so that any runtime or port can check itself.
+
+It is a file of safetensors: ``inputs/NAME`` for each condition, ``outputs/STEP/NAME`` for what the
+model returns at each step and, where the manifest says what the sampler does between steps,
+``noise``, which the generation begins with, and ``latents``, which it ends with. Elsewhere every
+step has the latents ``inputs/NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.runtime.bundle.files import open_bundle
+from ditfastattn.runtime.bundle.manifest import EXPORT_AGAIN
+from ditfastattn.runtime.bundle.stepping import Stepper, guided
+from ditfastattn.runtime.bundle.transformer import BundleTransformer
+
+GOLDEN_FILE: Final = "golden.safetensors"
+INPUT: Final = "inputs/"
+NOISE: Final = "noise"
+LATENTS: Final = "latents"
+
+
+def output_name(step: int, name: str) -> str:
+    """Name what the model returns as ``name`` at ``step``."""
+    return f"outputs/{step}/{name}"
+
+
+@dataclass(frozen=True)
+class GoldenErrors:
+    """Hold how far a bundle is from its golden sample.
+
+    Attributes:
+        steps: the largest absolute error of each step's outputs, on the sample's latents.
+        latents: the largest error of a generation's last latents, relative to the largest one.
+        loop: the same of the unrolled loop; both 0 where there are none.
+    """
+
+    steps: tuple[float, ...]
+    latents: float
+    loop: float
+
+
+def compare_with_golden(folder: str | os.PathLike[str], model: BundleTransformer) -> GoldenErrors:
+    """Run ``model``, which was loaded from ``folder``, and compare it with the golden sample.
+
+    Raises:
+        ConfigError: the bundle has none, or was replaced meanwhile.
+    """
+    opened = open_bundle(folder)
+    manifest = opened.manifest
+    if manifest != model.manifest.model_copy(update={"loop": manifest.loop}):
+        raise ConfigError(
+            "the bundle was replaced while it was in use", where=str(folder), remedy="run it again"
+        )
+    if not manifest.golden:
+        raise ConfigError(
+            "the bundle has no golden sample to compare with",
+            where=str(opened.root),
+            remedy=f"give the pipeline that it was exported from, or {EXPORT_AGAIN}",
+        )
+    return _Comparison(model, load_tensors(bytes(opened.content(manifest.golden)))).errors()
+
+
+class _Comparison:
+    def __init__(self, model: BundleTransformer, sample: Mapping[str, Tensor]) -> None:
+        self.model, self.sample, self.manifest = model, sample, model.manifest
+        given = {name.removeprefix(INPUT): item for name, item in sample.items() if INPUT in name}
+        self.given = {name: item.to(model.device) for name, item in given.items()}
+
+    def errors(self) -> GoldenErrors:
+        """Compare step by step, then a whole generation, then the loop."""
+        found: list[float] = []
+
+        def compare(step: int, results: list[Tensor]) -> Tensor:
+            wanted = [
+                self.sample[output_name(step, spec.name)].float() for spec in self.manifest.outputs
+            ]
+            pairs = zip(results, wanted, strict=True)
+            found.append(max(float((a.float().cpu() - b).abs().max()) for a, b in pairs))
+            return wanted[0]
+
+        self._generate(compare)
+        latents = self._generate(lambda _, results: results[0].float().cpu())
+        loop = None
+        if self.manifest.loop is not None and NOISE in self.sample:
+            noise = self.sample[NOISE].to(self.model.device, self.model.dtype)
+            loop = self.model.generate(noise, **_nested(self.given))
+        return GoldenErrors(tuple(found), self._relative(latents), self._relative(loop))
+
+    def _relative(self, latents: Tensor | None) -> float:
+        if latents is None:
+            return 0.0
+        wanted = self.sample[LATENTS]
+        return float((latents.float().cpu() - wanted).abs().max() / wanted.abs().max())
+
+    def _generate(self, answer: Callable[[int, list[Tensor]], Tensor]) -> Tensor | None:
+        """Step through a generation whose sampler gets ``answer`` of each step's results."""
+        manifest, stepping = self.manifest, self.manifest.stepping
+        stepper = None if stepping is None else Stepper(stepping, self.sample[NOISE])
+        halves = 2 if manifest.sampler.cfg_layout.batched else 1
+        specs = {spec.name: spec for spec in manifest.inputs}
+        self.model.reset()
+        for step, timestep in enumerate(manifest.sampler.timesteps):
+            given = dict(self.given)
+            if stepper is not None:
+                spec = specs[manifest.latent]
+                given[spec.name] = torch.cat([stepper.model_input] * halves).to(spec.torch_dtype)
+            if manifest.plan_sha256:
+                spec, like = specs[manifest.timestep], next(iter(given.values()))
+                rows = len(given[manifest.latent] if manifest.latent else like)
+                given[spec.name] = torch.full(spec.sizes(rows), timestep, dtype=spec.torch_dtype)
+            output = answer(step, self._call(given))
+            if stepper is not None and stepping is not None:
+                stepper.step(guided(output, stepping, manifest.sampler.cfg_layout))
+        return None if stepper is None else stepper.latents[-1]
+
+    def _call(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        made = self.model(**_nested({name: t.to(self.model.device) for name, t in given.items()}))
+        items = made if isinstance(made, tuple) else (made.sample,)
+        return [item for item in items if isinstance(item, Tensor)]
+
+
+def _nested(given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return arguments by name: ``conditions.mask`` as an entry of the dict ``conditions``."""
+    found: dict[str, Any] = {}
+    for name, tensor in given.items():
+        *path, last = name.split(".")
+        place = found
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = tensor
+    return found
