@@ -1,8 +1,8 @@
 """Find a graph's feed-forward branches by data flow: linear, a nonlinearity, linear.
 
 The search walks back from a linear to the linears before the nonlinearity, and forward again from
-their common input: a feed-forward is what depends on that input and on parameters alone, and has
-one exit node. It includes gated forms, dropout and LoRA adapters, but not embedders, which precede
+their common input: a feed-forward is what depends on that input through these linears, and on
+parameters alone, and has one exit node. It includes gated forms, dropout and LoRA adapters, but not embedders, which precede
 all attention.
 """
 
@@ -50,7 +50,9 @@ def find_feed_forwards(graph: Graph, is_static: Callable[[Node], bool]) -> list[
         inside = closure(graph, [entry], is_static) - {entry}
         if not inside.issuperset(walked | sources):
             continue
-        reached = closure(graph, [linear], lambda _: True) & inside
+        around = _around(graph, entry, walked | sources | {linear})  # the residual, where no norm precedes the linears
+        reached = (closure(graph, [linear], lambda _: True) & inside) - around
+        inside -= around
         exits = [node for node in reached if users_outside(node, inside)]
         if len(exits) == 1 and entry in after_attention:
             linears = (*sorted(sources, key=order.__getitem__), linear)
@@ -70,6 +72,15 @@ def closure(graph: Graph, starts: Iterable[Node], is_static: Callable[[Node], bo
         ):
             inside.add(node)
     return inside
+
+
+def _around(graph: Graph, entry: Node, branch: set[Node]) -> set[Node]:
+    """Return ``entry``, and what depends on it by other ways than through ``branch``."""
+    around: set[Node] = {entry}
+    for node in graph.nodes:
+        if node not in branch and not around.isdisjoint(node.all_input_nodes):
+            around.add(node)
+    return around
 
 
 def _before(linear: Node, is_static: Callable[[Node], bool]) -> tuple[set[Node], set[Node]]:

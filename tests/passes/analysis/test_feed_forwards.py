@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 from ditfastattn import Strategy
 from ditfastattn.passes.analysis.site import Site, SiteKind
@@ -71,6 +71,12 @@ class Block(nn.Module):
         branch: Tensor = self.down(hidden)
         if self.form == "adapted":
             branch = branch + 0.5 * self.high(self.low(hidden))
+        if self.form == "no norm":
+            return x + branch
+        if self.form == "norm after":
+            return layer_norm(x + branch, (8,))
+        if self.form == "gated after":
+            return x * branch
         return x + timestep.view(-1, 1, 1) * branch
 
 
@@ -86,6 +92,13 @@ def test_forms_of_a_feed_forward(form: str) -> None:
     assert (site.tokens, site.heads, site.head_dim) == (16, 1, 8)
     assert not why_not(Strategy.SHARE_CFG, site)
     assert site.node.startswith("add" if form == "adapted" else "linear")
+
+
+@pytest.mark.parametrize("form", ["no norm", "norm after", "gated after"])
+def test_what_joins_the_input_around_a_feed_forward_is_no_part_of_it(form: str) -> None:
+    (site,) = feed_forwards(form)
+    assert site.node.startswith("linear")
+    assert site.exits == (site.node,)
 
 
 @pytest.mark.parametrize("form", ["linear", "no attention", "modulated inside"])
