@@ -2,8 +2,8 @@
 
 The search walks back from a linear to the linears before the nonlinearity, and forward again from
 their common input: a feed-forward is what depends on that input through these linears, and on
-parameters alone, and has one exit node. It includes gated forms, dropout and LoRA adapters, but not embedders, which precede
-all attention.
+parameters alone, and has one exit node. It includes gated forms, dropout and LoRA adapters, but not
+embedders, which precede all attention.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def find_feed_forwards(graph: Graph, is_static: Callable[[Node], bool]) -> list[
         inside = closure(graph, [entry], is_static) - {entry}
         if not inside.issuperset(walked | sources):
             continue
-        around = _around(graph, entry, walked | sources | {linear})  # the residual, where no norm precedes the linears
+        # Where no norm comes first, the residual is this input too.
+        around = _around(graph, entry, walked | sources | {linear})
         reached = (closure(graph, [linear], lambda _: True) & inside) - around
         inside -= around
         exits = [node for node in reached if users_outside(node, inside)]
