@@ -61,6 +61,7 @@ def _described() -> dict[str, set[str]]:
         "runtime/tensorrt",
         "serving",
         "tools/demo",
+        "tools/gpu_report",
         "tools/report",
     ],
 )

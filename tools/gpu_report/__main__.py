@@ -1,0 +1,5 @@
+"""``python -m ditfastattn.tools.gpu_report``."""
+
+from ditfastattn.tools.gpu_report.run import app
+
+app()

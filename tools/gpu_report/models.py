@@ -1,0 +1,74 @@
+"""A whole model with random weights: dense, planned, and planned with CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.measure.contender import Contender, dense_contender
+from ditfastattn.runtime.search.measure.timing import measure_turns
+from ditfastattn.runtime.specializations import reports
+from ditfastattn.tools.bench.random_models import Architecture, random_pipeline
+from ditfastattn.tools.gpu_report.fixed_plans import FIXED, fixed_plan
+
+_REPETITIONS = 10
+
+
+def measure_model(
+    architecture: Architecture,
+    steps: int,
+    device: str,
+    name: str,
+    keep: Callable[[str, Any], None],
+) -> None:
+    """Time generations by each fixed plan in turns with the compiled dense model."""
+    pipeline = random_pipeline(architecture)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+    call = {"image": [0], "num_inference_steps": steps}
+    prompts = [Prompt(call, 0)]
+    with many_compilations():
+        dense = dense_contender(pipeline, prompts, Lowering.INDUCTOR)
+        keep(f"{name}: dense, seconds to compile", dense.warm_up())
+        for pattern, does in FIXED.items():
+            plan = fixed_plan(pipeline, call, does)
+            planned = {"planned": _planned(pipeline, plan, prompts, {})}
+            if device == "cuda":
+                graphs = {"triton.cudagraphs": True}
+                planned["planned, CUDA graphs"] = _planned(pipeline, plan, prompts, graphs)
+            compiling = {each: contender.warm_up() for each, contender in planned.items()}
+            calls = [contender.generate for contender in planned.values()]
+            timings = measure_turns(dense.generate, calls, _REPETITIONS)
+            keep(
+                f"{name}: {pattern}",
+                {
+                    "attention FLOPs": _attention_kept(plan),
+                    "seconds to compile": compiling,
+                    "timing": {
+                        each: asdict(timing) for each, timing in zip(planned, timings, strict=True)
+                    },
+                },
+            )
+
+
+def _planned(
+    pipeline: Any, plan: Plan, prompts: list[Prompt], inductor: dict[str, Any]
+) -> Contender:
+    options: dict[str, Any] = {"plan": plan, "inductor": inductor}
+    model = torch.compile(
+        pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
+    )
+    return Contender(pipeline, model, prompts)
+
+
+def _attention_kept(plan: Plan) -> float | None:
+    """Return the fraction of a dense generation's attention FLOPs that ``plan`` keeps."""
+    found = next((each for each in reports() if each.plan == plan), None)
+    if found is None or found.planned is None:
+        return None
+    return found.planned.attention / found.dense.attention
