@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ditfastattn import ConfigError
 from ditfastattn.tools.gpu_report import parts, run
+from ditfastattn.tools.gpu_report.fixed_plans import FIXED
 
 
 def report(out: Path, *more: str) -> dict[str, dict[str, object]]:
@@ -26,7 +27,7 @@ def test_parts_are_measured_once_each(tmp_path: Path) -> None:
     found = report(tmp_path, "--only", "memory,dit-xl-512")
     assert [each["done"] for each in found.values()] == [True, True]
     data = json.loads((tmp_path / "dit-xl-512.json").read_text(encoding="utf-8"))
-    kept = [data[f"dit-tiny: {pattern}"]["attention FLOPs"] for pattern in parts.FIXED]
+    kept = [data[f"dit-tiny: {pattern}"]["attention FLOPs"] for pattern in FIXED]
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] == pytest.approx(0.25)
     again = report(tmp_path, "--only", "memory,dit-xl-512")

@@ -99,11 +99,12 @@ def _memory(setting: Setting, _: Path, keep: Keep) -> None:
         return
     name = "dit-tiny" if setting.tiny else "dit-xl-512"
     pipeline = random_pipeline(ARCHITECTURES[name]())
-    call = {"image": [0], "num_inference_steps": setting.steps}
+    call: dict[str, Any] = {"image": [0], "num_inference_steps": setting.steps}
     for pattern, does in FIXED.items():
         plan = fixed_plan(pipeline, call, does)
         peaks = []
-        for options in ({"dense": True}, {"plan": plan}):
+        ways: tuple[dict[str, Any], ...] = {"dense": True}, {"plan": plan}
+        for options in ways:
             ditfastattn.accelerate(pipeline, **options)
             pipeline(**call)
             torch.cuda.reset_peak_memory_stats()
