@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ditfastattn import ConfigError, Strategy, load
-from ditfastattn.export.bundle import export_model
+from ditfastattn.export import graph_files, step_graphs
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from tests.export.helpers import export_anew, export_tiny
 from tests.helpers import (
@@ -27,8 +26,7 @@ Rows = list[tuple[Strategy, ...]]
 
 def interrupt_before(name: str, rows: Rows, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Export until the graph ``name`` is to be written."""
-    module = sys.modules[export_model.__module__]  # ditfastattn.export itself is the function
-    write = module.write_graph
+    write = step_graphs.write_graph
 
     def stopping(graph: Any, weights: Any, label: str, about: Any) -> Any:
         if label == name:
@@ -36,7 +34,7 @@ def interrupt_before(name: str, rows: Rows, out: Path, monkeypatch: pytest.Monke
         return write(graph, weights, label, about)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_graph", stopping)
+        patch.setattr(graph_files, "write_graph", stopping)
         with pytest.raises(KeyboardInterrupt):
             export_anew(tiny_dit(), rows, out)
 
