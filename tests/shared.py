@@ -91,7 +91,8 @@ def capture_once(model: nn.Module, call: RecordedCall, timestep: str = "timestep
     """Capture as an export does, each small model and call once: nobody changes a capture."""
     if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
         return capture_call(model, call, timestep)
-    key = digest([model, call.arguments])
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    key = digest([model, modules, call.arguments])
     if key not in _captured:
         _captured[key] = capture_call(model, call, timestep)
     return _captured[key]

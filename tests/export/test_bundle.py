@@ -285,7 +285,8 @@ def test_a_pipeline_runs_the_bundle_and_verify_says_so(tmp_path: Path) -> None:
     plan = plan_for(pipeline, call, steps)
     told: list[tuple[str, int, int]] = []
     export(pipeline, call, plan, tmp_path / "bundle", on_progress=lambda *done: told.append(done))
-    assert told == [(f"variant_{index:02d}.onnx", index + 1, 4) for index in range(4)]
+    files = [*(f"variant_{index:02d}.onnx" for index in range(4)), "golden.safetensors"]
+    assert told == [(file, index + 1, 5) for index, file in enumerate(files)]
     found = verify(tmp_path / "bundle", pipeline, call)
     assert found.passed
     assert len(found.step_errors) == 4

@@ -190,7 +190,12 @@ def test_export_and_build_show_names_as_they_are(
 
 def test_verify_shows_names_as_they_are(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = types.SimpleNamespace(
-        variant_errors={NAME: 0.0}, bounds=(1.0, 1.0), psnr=2.0, loop_error=0.0, passed=True
+        variant_errors={NAME: 0.0},
+        bounds=(1.0, 1.0),
+        psnr=2.0,
+        loop_error=0.0,
+        latents_error=0.0,
+        passed=True,
     )
     fingerprint = types.SimpleNamespace(dtype="float32")
     model = types.SimpleNamespace(fingerprint=fingerprint)

@@ -96,24 +96,26 @@ def test_a_plan_is_exported_and_the_bundle_verified(saved: Path, tmp_path: Path)
     assert isinstance(broken.exception, ConfigError)
 
 
-README = Path(__file__).parents[3] / "README.md"
+DOCS = Path(__file__).parents[3] / "docs"
 DEMO_PLAN = Path(__file__).parents[3] / "benchmarks" / "demo" / "plan.json"
 
 
-def readme_blocks(section: str) -> list[str]:
-    """Return the code blocks of a section of the README."""
-    text = README.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
-    return [block.partition("\n")[2] for block in text.split("```")[1::2]]
+def code_blocks(page: str, language: str = "") -> list[str]:
+    """Return the code blocks of a page of docs/."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = [block.partition("\n") for block in text.split("```")[1::2]]
+    return [code for kind, _, code in blocks if kind == language]
 
 
 @pytest.mark.slow
-def test_the_readme_leads_from_a_plan_to_a_digit_out_of_onnxruntime(
+def test_the_guide_leads_from_a_plan_to_a_digit_out_of_onnxruntime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search alone is left out: the plan that the demo has found takes its place."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(DEMO_PLAN, "plan.json")
-    shell, script = readme_blocks("Export it to ONNX Runtime")
+    shell, *_ = code_blocks("onnx.md")
+    (script,) = [code for code in code_blocks("onnx.md", "python") if "three.png" in code]
     commands = [line.partition("#")[0].split() for line in shell.splitlines()]
     ours = [words[1:] for words in commands if words[:1] == ["ditfastattn"]]
     assert [words[0] for words in ours] == ["calibrate", "export", "verify"]
@@ -121,20 +123,20 @@ def test_the_readme_leads_from_a_plan_to_a_digit_out_of_onnxruntime(
     for words in ours[1:]:
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 0, result.output
-    exec(compile(script, str(README), "exec"), {})
+    exec(compile(script, "onnx.md", "exec"), {})
     pixels = torch.from_numpy(np.asarray(Image.open("three.png"))) / 255.0
     assert pixels.shape == (64, 64)
     assert class_accuracy(pixels[None, None].float() * 2.0 - 1.0, torch.tensor([3])) == 1.0
 
 
 @pytest.mark.slow
-def test_the_readme_leads_from_a_plan_to_engines(
+def test_the_guide_leads_from_a_plan_to_engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan of four step variants takes the place of the search."""
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.chdir(tmp_path)
-    commands = [line.split() for line in readme_blocks("Build TensorRT engines")[0].splitlines()]
+    commands = [line.split() for line in code_blocks("tensorrt.md")[0].splitlines()]
     ours = [words[1:] for words in commands if words[0] == "ditfastattn"]
     assert [words[0] for words in ours] == ["calibrate", "export", "build"]
     pipeline, steps = embedded_pipeline(), int(ours[0][ours[0].index("--steps") + 1])
