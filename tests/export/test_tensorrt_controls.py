@@ -157,6 +157,7 @@ def wan() -> TinyModel:
     return TinyModel(randomize(model), call)
 
 
+@pytest.mark.slow
 @needs_builder
 def test_a_videos_tiles_see_near_tiles_of_near_frames(tmp_path: Path) -> None:
     tiny = wan()

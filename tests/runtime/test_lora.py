@@ -165,6 +165,7 @@ def test_adapters_of_equal_rank_are_swapped_without_compiling_again(
     assert caplog.text.count(OTHER) == 1
 
 
+@pytest.mark.slow
 @works_with(
     "Weights",
     "adapters unloaded or disabled",

@@ -74,6 +74,7 @@ def accelerated(pipeline: Any, plan: Plan) -> Any:
     return ditfastattn.accelerate(pipeline, plan, lowering="eager")
 
 
+@pytest.mark.slow
 @works_with(
     "Weights",
     "`load_lora_weights`, then `calibrate` and `accelerate`",
@@ -96,6 +97,7 @@ def test_a_plan_is_of_the_adapter_that_was_loaded(pipeline: Any, folder: Path) -
     assert torch.equal(run(accelerated(pipeline, base.plan)), expected)
 
 
+@pytest.mark.slow
 def test_a_fused_adapter_is_saved_and_has_a_plan_of_its_own(
     pipeline: Any, folder: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def held_caches() -> int:
     return sum(each.bytes for each in gc.get_objects() if type(each) is Caches)
 
 
+@pytest.mark.slow
 @works_with(
     "Serving",
     "a client that goes while its image is generated",

@@ -187,6 +187,7 @@ def few(name: str) -> Peer:
     return replace(found, settings=found.settings[-1:])
 
 
+@pytest.mark.slow
 def test_the_bench_writes_every_contender_and_every_failure(tmp_path: Path) -> None:
     failing = replace(few("first-block"), name="broken", apply=broken)
     run_bench(open_console(), TINY, options(few("first-block"), failing), tmp_path, False)

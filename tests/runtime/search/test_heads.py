@@ -101,7 +101,7 @@ def test_a_plan_is_retargeted_with_its_heads(plan: Plan) -> None:
     assert columns(adapted)["transformer_blocks.0.attn1.heads_0_1"][1:] == (SHARE,) * 8
 
 
-@pytest.mark.parametrize("method", ["greedy", "per-step"])
+@pytest.mark.parametrize("method", ["greedy", pytest.param("per-step", marks=pytest.mark.slow)])
 def test_every_method_finds_strategies_of_heads(method: str) -> None:
     target = TARGET if method == "per-step" else Target.threshold(0.1)
     found = calibrate(

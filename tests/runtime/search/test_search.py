@@ -133,7 +133,7 @@ def test_other_qualities_are_reached(target: Target) -> None:
     assert target.met_by(target.worst(values))
 
 
-@pytest.mark.parametrize("method", ["per-step", "greedy"])
+@pytest.mark.parametrize("method", ["per-step", pytest.param("greedy", marks=pytest.mark.slow)])
 def test_the_other_methods_reach_a_quality_too(method: str) -> None:
     plan = search(Target.min_ssim(0.99), method=method)
     assert plan.calibration.method == method
@@ -256,7 +256,7 @@ class Attention:
         return projected
 
 
-@pytest.mark.parametrize("random", [True, False])
+@pytest.mark.parametrize("random", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_non_redundant_attention_stays_full_and_is_reported(
     random: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

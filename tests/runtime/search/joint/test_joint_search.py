@@ -95,6 +95,7 @@ def test_guidance_in_two_calls() -> None:
     check_found(pipeline, call, search(pipeline, call))
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_resumes(
     pixart: tuple[Any, dict[str, Any], Plan], tmp_path: Any
 ) -> None:

@@ -62,7 +62,9 @@ def kill_once_there_are(count: int, out: Path, method: str, delay: float) -> boo
     return process.exitcode == -SIGKILL
 
 
-@pytest.mark.parametrize(("method", "most_kills"), [("global", 3), ("greedy", 1)])
+@pytest.mark.parametrize(
+    ("method", "most_kills"), [("global", 3), pytest.param("greedy", 1, marks=pytest.mark.slow)]
+)
 def test_a_killed_search_resumes_and_finds_the_same_plan(
     method: str, most_kills: int, tmp_path: Path
 ) -> None:

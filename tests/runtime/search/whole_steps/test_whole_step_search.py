@@ -30,8 +30,10 @@ STEPS = 6
 SEED = 9
 FAMILIES = [
     "pixart",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("dit", "sd3", "flux", "cogvideox", "ltx")),
-    "wan",
+    *(
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("dit", "sd3", "flux", "cogvideox", "ltx", "wan")
+    ),
 ]
 
 
