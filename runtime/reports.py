@@ -37,6 +37,16 @@ class RunReport:
     planned: Flops | None
     caches: tuple[CacheSlot, ...] = ()
 
+    @property
+    def attention_kept(self) -> float | None:
+        """Return the fraction of the attention FLOPs that the plan keeps, once it is known."""
+        return None if self.planned is None else self.planned.attention / self.dense.attention
+
+    @property
+    def matrix_kept(self) -> float | None:
+        """Return the fraction of all matrix-product FLOPs that the plan keeps, once it is known."""
+        return None if self.planned is None else self.planned.total / self.dense.total
+
     def _repr_html_(self) -> str:
         """Return the report as a notebook shows it, above its plan."""
         rows = [
@@ -45,9 +55,8 @@ class RunReport:
             ("peak cache", f"{self.peak_cache_bytes / 2**20:.1f} MiB"),
             ("hoisted values", f"{self.ahead_bytes / 2**20:.1f} MiB"),
         ]
-        if self.planned is not None:
-            kept = f"{self.planned.total / self.dense.total:.0%}"
-            rows.append(("matrix FLOPs kept", kept))
+        if self.matrix_kept is not None:
+            rows.append(("matrix FLOPs kept", f"{self.matrix_kept:.0%}"))
         return facts_table(rows) + self.plan._repr_html_()
 
 

@@ -278,6 +278,11 @@ def reports() -> list[RunReport]:
     return [report for found in list(_registry) for report in found.reports()]
 
 
+def report_of(plan: Plan) -> RunReport | None:
+    """Return the report of ``plan``, None where it is not in force."""
+    return next((report for report in reports() if report.plan == plan), None)
+
+
 def reset() -> None:
     """Forget the generations under way in this thread, for example after an interrupted one."""
     for found in list(_registry):

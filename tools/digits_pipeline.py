@@ -22,12 +22,13 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.tools.pipeline_arguments import (
     Generators,
     OutputType,
+    as_output,
     check_generator,
     check_guidance,
     check_output_type,
     check_steps,
     is_integer,
-    silent_loading,
+    load_saved,
 )
 
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / "digits-dit-64"
@@ -88,7 +89,7 @@ class DigitsPipeline(DiffusionPipeline):
         check_output_type(output_type)
         self._guidance_scale = guidance_scale
         latents = self._sample(class_labels, guidance_scale, num_inference_steps, generator)
-        images = self._finish((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
+        images = as_output((latents / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]  # as above
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -123,14 +124,6 @@ class DigitsPipeline(DiffusionPipeline):
             latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
         return latents
 
-    def _finish(self, images: Tensor, output_type: OutputType) -> Any:
-        if output_type == "pt":
-            return images
-        pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "np":
-            return pixels
-        return self.numpy_to_pil(pixels)  # type: ignore[no-untyped-call]  # as above
-
 
 def _check_labels(class_labels: Sequence[int], classes: int) -> None:
     expected = f"a list of integers from 0 to {classes - 1}"
@@ -159,20 +152,8 @@ def load_pipeline(folder: Path) -> DigitsPipeline:
     Raises:
         ConfigError: ``folder`` holds no pipeline.
     """
-    index = DigitsPipeline.config_name
-    if not (folder / index).is_file():
-        raise ConfigError(
-            "there is no digits pipeline here",
-            where=str(folder),
-            expected=f"a folder with {index}",
-            remedy=f"reinstall the package, or train the model: {TRAIN_COMMAND}",
-        )
-    with silent_loading():
-        # Weights load as fp32 by default; the option's name differs between versions of diffusers.
-        # Without the accelerate package, diffusers would warn about its low-memory loading.
-        return DigitsPipeline.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False
-        )
+    remedy = f"reinstall the package, or train the model: {TRAIN_COMMAND}"
+    return load_saved(DigitsPipeline, folder, "digits", remedy)
 
 
 def embedded_pipeline() -> DigitsPipeline:

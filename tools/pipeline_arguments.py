@@ -1,18 +1,22 @@
-"""What the pipelines of the embedded models take: types of arguments, and their checks."""
+"""What the pipelines of the small models share: arguments and their checks, loading, results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
 OutputType = Literal["pt", "np", "pil"]
+Loaded = TypeVar("Loaded", bound=DiffusionPipeline)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -79,3 +83,34 @@ def silent_loading() -> Generator[None]:
     finally:
         if enabled:
             diffusers_logging.enable_progress_bar()
+
+
+def load_saved(kind: type[Loaded], folder: Path, name: str, remedy: str) -> Loaded:
+    """Load the pipeline saved in ``folder`` with its weights widened to fp32.
+
+    Raises:
+        ConfigError: ``folder`` holds no pipeline; ``name`` says which, ``remedy`` what to do.
+    """
+    index = kind.config_name
+    if not (folder / index).is_file():
+        raise ConfigError(
+            f"there is no {name} pipeline here",
+            where=str(folder),
+            expected=f"a folder with {index}",
+            remedy=remedy,
+        )
+    with silent_loading():
+        # Weights load as fp32 by default; the option's name differs between versions of diffusers.
+        # Without the accelerate package, diffusers would warn about its low-memory loading.
+        return kind.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+
+
+def as_output(images: Tensor, output_type: OutputType) -> Any:
+    """Return ``images`` ``[B, C, H, W]`` in [0, 1] as they are, as an array, or as PIL's."""
+    if output_type == "pt":
+        return images
+    pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    if output_type == "np":
+        return pixels
+    to_pil: Any = DiffusionPipeline.numpy_to_pil  # diffusers has no annotation
+    return to_pil(pixels)

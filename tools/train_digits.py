@@ -32,7 +32,7 @@ from ditfastattn.tools.digits_recipe import (
     STAGES,
     learning_rate,
 )
-from ditfastattn.tools.training import move_average, set_image_size, update
+from ditfastattn.tools.training import make_readable, move_average, set_image_size, update
 from ditfastattn.tools.training_state import TrainingState
 
 
@@ -112,9 +112,7 @@ def save_pretrained(average: dict[str, Tensor], loss: float, out: Path) -> None:
     DigitsPipeline(model, scheduler).save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_text_atomically(out / "README.md", model_card(parameters, loss))
-    for file in out.rglob("*.*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes private files
+    make_readable(out)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def update(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
+
+
+def make_readable(folder: Path) -> None:
+    """Let all read the files in ``folder``: safetensors writes private ones."""
+    for file in folder.rglob("*.*"):
+        if file.is_file():
+            file.chmod(0o644)
 
 
 @torch.no_grad()

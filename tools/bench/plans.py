@@ -27,7 +27,7 @@ from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
 from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
 from ditfastattn.runtime.search.whole_steps.subject import identify
-from ditfastattn.runtime.specializations import reports
+from ditfastattn.runtime.specializations import report_of
 from ditfastattn.tools.bench.forms import Form
 from ditfastattn.tools.bench.methods import Entry, lowering_of, whole_model
 from ditfastattn.tools.bench.setup import BenchOptions, Data, Setup
@@ -88,13 +88,10 @@ def _entry(setup: Setup, name: str, plan: Plan) -> Entry:
 
 def _flops_kept(plan: Plan) -> Data:
     """Return the fractions of a dense generation's FLOPs that ``plan``, which has run, keeps."""
-    report = next((report for report in reports() if report.plan == plan), None)
+    report = report_of(plan)
     if report is None or report.planned is None:  # the model is not captured
         return {}
-    return {
-        "attention_flops": report.planned.attention / report.dense.attention,
-        "matrix_flops": report.planned.total / report.dense.total,
-    }
+    return {"attention_flops": report.attention_kept, "matrix_flops": report.matrix_kept}
 
 
 def our_methods(options: BenchOptions) -> list[Plans]:

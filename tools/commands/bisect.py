@@ -60,18 +60,15 @@ def bisect(
     """
     loaded = Plan.load(plan)
     given = chosen_target(
-        min_ssim,
-        min_psnr,
-        max_lpips,
-        max_flip,
-        max_feature_distance,
-        min_clip_score,
-        None,
-        None,
-        None,
-        metric,
-        at_least,
-        at_most,
+        min_ssim=min_ssim,
+        min_psnr=min_psnr,
+        max_lpips=max_lpips,
+        max_flip=max_flip,
+        max_feature_distance=max_feature_distance,
+        min_clip_score=min_clip_score,
+        metric=metric,
+        at_least=at_least,
+        at_most=at_most,
     )
     target = given or target_of(loaded)
     if target is None:

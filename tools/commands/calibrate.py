@@ -123,18 +123,18 @@ def calibrate(
     An interrupted search resumes when the command is run again.
     """
     target = chosen_target(
-        min_ssim,
-        min_psnr,
-        max_lpips,
-        max_flip,
-        max_feature_distance,
-        min_clip_score,
-        min_speedup,
-        max_latency,
-        threshold,
-        metric,
-        at_least,
-        at_most,
+        min_ssim=min_ssim,
+        min_psnr=min_psnr,
+        max_lpips=max_lpips,
+        max_flip=max_flip,
+        max_feature_distance=max_feature_distance,
+        min_clip_score=min_clip_score,
+        min_speedup=min_speedup,
+        max_latency=max_latency,
+        threshold=threshold,
+        metric=metric,
+        at_least=at_least,
+        at_most=at_most,
     )
     loaded = open_pipeline(pipeline, dtype, device)
     generation = Generation(steps, guidance, call)

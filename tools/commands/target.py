@@ -10,18 +10,18 @@ from ditfastattn.runtime.search.judge.targets import Target
 
 
 def chosen_target(
-    min_ssim: float | None,
-    min_psnr: float | None,
-    max_lpips: float | None,
-    max_flip: float | None,
-    max_feature_distance: float | None,
-    min_clip_score: float | None,
-    min_speedup: float | None,
-    max_latency: float | None,
-    threshold: float | None,
-    metric: str,
-    at_least: float | None,
-    at_most: float | None,
+    min_ssim: float | None = None,
+    min_psnr: float | None = None,
+    max_lpips: float | None = None,
+    max_flip: float | None = None,
+    max_feature_distance: float | None = None,
+    min_clip_score: float | None = None,
+    min_speedup: float | None = None,
+    max_latency: float | None = None,
+    threshold: float | None = None,
+    metric: str = "",
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Target | None:
     """Return the target that was given, or None.
 

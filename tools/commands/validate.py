@@ -88,18 +88,17 @@ def validate(
     if metric and at_least is None and at_most is None:
         at_least, at_most = metric_bound(loaded)
     target = chosen_target(
-        min_ssim,
-        min_psnr,
-        max_lpips,
-        max_flip,
-        max_feature_distance,
-        min_clip_score,
-        min_speedup,
-        max_latency,
-        None,
-        metric,
-        at_least,
-        at_most,
+        min_ssim=min_ssim,
+        min_psnr=min_psnr,
+        max_lpips=max_lpips,
+        max_flip=max_flip,
+        max_feature_distance=max_feature_distance,
+        min_clip_score=min_clip_score,
+        min_speedup=min_speedup,
+        max_latency=max_latency,
+        metric=metric,
+        at_least=at_least,
+        at_most=at_most,
     )
     opened = open_pipeline(pipeline, dtype, device)
     validate_plan(

@@ -54,14 +54,14 @@ class PlanOutcome:
     @property
     def attention_kept(self) -> float:
         """Return the fraction of attention FLOPs that the plan keeps."""
-        planned = self.report.planned
-        return 1.0 if planned is None else planned.attention / self.report.dense.attention
+        kept = self.report.attention_kept
+        return 1.0 if kept is None else kept
 
     @property
     def flops_kept(self) -> float:
         """Return the fraction of all matrix-product FLOPs that the plan keeps."""
-        planned = self.report.planned
-        return 1.0 if planned is None else planned.total / self.report.dense.total
+        kept = self.report.matrix_kept
+        return 1.0 if kept is None else kept
 
     @property
     def saved(self) -> tuple[list[Saving], list[Saving]]:

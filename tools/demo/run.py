@@ -24,6 +24,7 @@ from ditfastattn.runtime.search.measure.contender import (
     planned_contender,
 )
 from ditfastattn.runtime.search.measure.timing import measure_turns
+from ditfastattn.runtime.specializations import report_of
 from ditfastattn.tools.commands.search_output import print_outcome, search_progress
 from ditfastattn.tools.demo.compile_ahead import DENSE, compiling_ahead
 from ditfastattn.tools.demo.plans import DemoPlan, Phases, recorded_plans, shipped_plans
@@ -234,7 +235,9 @@ def _priced(
 
 def _report_of(plan: Plan) -> RunReport:
     """Return the report of the compiled plan; that of the uncompiled one is of the same numbers."""
-    return next(report for report in ditfastattn.reports() if report.plan == plan)
+    report = report_of(plan)
+    assert report is not None
+    return report
 
 
 def _write(console: Console, result: DemoResult, out: Path) -> None:

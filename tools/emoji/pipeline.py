@@ -24,11 +24,12 @@ from ditfastattn.tools.emoji.text_encoder import WordTable
 from ditfastattn.tools.pipeline_arguments import (
     Generators,
     OutputType,
+    as_output,
     check_generator,
     check_guidance,
     check_output_type,
     check_steps,
-    silent_loading,
+    load_saved,
 )
 
 _PACKAGE_FILE = "lobehub-fluent-emoji-3d-1.1.0.tgz"
@@ -110,7 +111,7 @@ class EmojiPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         noise = self._noise(len(captions), generator, latents)
         pixels = self._sample(self.encode_prompt(captions), noise, num_inference_steps)
-        images = self._finish((pixels / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
+        images = as_output((pixels / 2.0 + 0.5).clamp(0.0, 1.0), output_type)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]  # as above
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -173,14 +174,6 @@ class EmojiPipeline(DiffusionPipeline):
             latents = self.scheduler.step(velocity, timestep, latents).prev_sample
         return latents
 
-    def _finish(self, images: Tensor, output_type: OutputType) -> Any:
-        if output_type == "pt":
-            return images
-        pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "np":
-            return pixels
-        return self.numpy_to_pil(pixels)  # type: ignore[no-untyped-call]  # as above
-
 
 def load_pipeline(folder: Path) -> EmojiPipeline:
     """Load the pipeline saved in ``folder`` with its weights widened to fp32.
@@ -188,14 +181,5 @@ def load_pipeline(folder: Path) -> EmojiPipeline:
     Raises:
         ConfigError: ``folder`` holds no pipeline.
     """
-    index = EmojiPipeline.config_name
-    if not (folder / index).is_file():
-        raise ConfigError(
-            "there is no emoji pipeline here",
-            where=str(folder),
-            expected=f"a folder with {index}",
-            remedy=f"train the model ({TRAIN_COMMAND}), then write it ({PUBLISH_COMMAND})",
-        )
-    with silent_loading():
-        # Without the accelerate package, diffusers would warn about its low-memory loading.
-        return EmojiPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    remedy = f"train the model ({TRAIN_COMMAND}), then write it ({PUBLISH_COMMAND})"
+    return load_saved(EmojiPipeline, folder, "emoji", remedy)

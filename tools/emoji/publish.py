@@ -21,6 +21,7 @@ from ditfastattn.tools.emoji.card import NOTICE, model_card
 from ditfastattn.tools.emoji.model import CaptionedTransformer
 from ditfastattn.tools.emoji.pipeline import EmojiPipeline
 from ditfastattn.tools.emoji.recipe import SAMPLER, TARGET_SIZE
+from ditfastattn.tools.training import make_readable
 from ditfastattn.tools.training_state import TrainingState
 
 
@@ -48,9 +49,7 @@ def publish(work: Path, out: Path) -> None:
     parameters = sum(value.numel() for value in average.values())
     write_text_atomically(out / "README.md", model_card(parameters, progress))
     write_text_atomically(out / "NOTICE.md", NOTICE)
-    for file in out.rglob("*.*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes private files
+    make_readable(out)
 
 
 def main() -> None:

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.measure.contender import Contender, dense_contender
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
 from ditfastattn.runtime.search.measure.timing import measure_turns
-from ditfastattn.runtime.specializations import reports
+from ditfastattn.runtime.specializations import report_of
 from ditfastattn.tools.bench.random_models import Architecture, random_pipeline
 from ditfastattn.tools.gpu_report.fixed_plans import FIXED, fixed_plan
 
@@ -37,38 +34,26 @@ def measure_model(
         keep(f"{name}: dense, seconds to compile", dense.warm_up())
         for pattern, does in FIXED.items():
             plan = fixed_plan(pipeline, call, does)
-            planned = {"planned": _planned(pipeline, plan, prompts, {})}
+            planned = {"planned": planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR)}
             if device == "cuda":
-                graphs = {"triton.cudagraphs": True}
-                planned["planned, CUDA graphs"] = _planned(pipeline, plan, prompts, graphs)
+                planned["planned, CUDA graphs"] = planned_contender(
+                    pipeline,
+                    plan,
+                    prompts,
+                    Lowering.INDUCTOR,
+                    inductor={"triton.cudagraphs": True},
+                )
             compiling = {each: contender.warm_up() for each, contender in planned.items()}
             calls = [contender.generate for contender in planned.values()]
             timings = measure_turns(dense.generate, calls, _REPETITIONS)
+            report = report_of(plan)
             keep(
                 f"{name}: {pattern}",
                 {
-                    "attention FLOPs": _attention_kept(plan),
+                    "attention FLOPs": None if report is None else report.attention_kept,
                     "seconds to compile": compiling,
                     "timing": {
                         each: asdict(timing) for each, timing in zip(planned, timings, strict=True)
                     },
                 },
             )
-
-
-def _planned(
-    pipeline: Any, plan: Plan, prompts: list[Prompt], inductor: dict[str, Any]
-) -> Contender:
-    options: dict[str, Any] = {"plan": plan, "inductor": inductor}
-    model = torch.compile(
-        pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
-    )
-    return Contender(pipeline, model, prompts)
-
-
-def _attention_kept(plan: Plan) -> float | None:
-    """Return the fraction of a dense generation's attention FLOPs that ``plan`` keeps."""
-    found = next((each for each in reports() if each.plan == plan), None)
-    if found is None or found.planned is None:
-        return None
-    return found.planned.attention / found.dense.attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,16 @@ def planned_contender(
     prompts: Sequence[Prompt],
     lowering: Lowering,
     timestep: str = "timestep",
+    inductor: Mapping[str, Any] | None = None,
 ) -> Contender:
-    """Return the model run by ``plan``; one that is not captured is called as it is."""
+    """Return the model run by ``plan``; one that is not captured is called as it is.
+
+    ``inductor`` holds Inductor's own options.
+    """
     if is_opaque(plan):
         return _OpaqueContender(pipeline, plan, prompts, timestep)
     options: dict[str, Any] = {"plan": plan, "lowering": lowering, "timestep": timestep}
+    options["inductor"] = dict(inductor or {})
     model = torch.compile(
         pipeline.transformer, backend="ditfastattn", fullgraph=True, options=options, dynamic=False
     )
