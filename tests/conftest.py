@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 from collections.abc import Generator
@@ -64,10 +65,21 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
         yield
 
 
+_modules = itertools.count()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _dynamo_starts_anew() -> None:
-    """Let no test module run into the recompilations of the one before it."""
+def _modules_start_anew() -> None:
+    """Let no test module run into the recompilations, or walk the objects, of those before it.
+
+    What outlives a module is what tests share. Set aside, it costs a collection no time. Some of
+    it dies later on, so that all is looked at again now and then.
+    """
     torch._dynamo.reset()
+    if next(_modules) % 16 == 15:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

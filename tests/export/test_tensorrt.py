@@ -145,14 +145,14 @@ def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: P
 
 
 def large_dit() -> TinyModel:
-    """Return a DiT of 313 MiB in fp16: beside its weights the code of kernels is small."""
+    """Return a DiT of 160 MiB in fp16: beside its weights the code of kernels is small."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=64,
         in_channels=4,
         out_channels=4,
-        num_layers=8,
+        num_layers=4,
         sample_size=32,
         patch_size=2,
         num_embeds_ada_norm=10,
@@ -175,7 +175,7 @@ def test_a_switch_holds_little_beside_its_weights(tmp_path: Path) -> None:
     (engine,) = engines.engines
     assert len(manifest.variants) == 4
     assert engine.fused == engine.attentions
-    # 1.06 by this plan; an engine per variant would be near 4.
+    # 1.08 by this plan; an engine per variant would be near 4.
     assert engine.content.bytes <= 1.2 * manifest.files[manifest.weights].bytes
 
 
@@ -229,21 +229,16 @@ def test_the_loop_is_one_engine(name: str, tmp_path: Path) -> None:
 
 @needs_builder
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Layout.VARIANTS, Layout.SWITCH, Layout.LOOP])
-def test_the_embedded_model_builds_in_every_form(layout: Layout, tmp_path: Path) -> None:
+def test_the_loop_of_the_embedded_model_is_built(tmp_path: Path) -> None:
     pipeline = embedded_pipeline()
     call = {"class_labels": [3], "num_inference_steps": 4, "guidance_scale": 2.0}
     plan = plan_for(pipeline, call, [FULL, BOTH, SHARE, FULL])
     torch._dynamo.reset()
     ditfastattn.export(pipeline, call, plan, tmp_path, dtype="float16", loop=True)
-    engines = build(tmp_path, BuildOptions(TARGET, layout))
-    for spec in engines.engines:
-        assert spec.fused == spec.attentions
-        assert [line for line in spec.findings if "times as large" not in line] == []
+    (spec,) = build(tmp_path, BuildOptions(TARGET, Layout.LOOP)).engines
     # Step 0 stores residuals: a window beside each full attention. Step 2 has none.
-    variants = [12, 6, 0, 6]
-    counted = variants if layout is Layout.VARIANTS else [sum(variants)]
-    assert sorted(spec.fused for spec in engines.engines) == sorted(counted)
+    assert spec.fused == spec.attentions == sum([12, 6, 0, 6])
+    assert [line for line in spec.findings if "times as large" not in line] == []
 
 
 @needs_builder
