@@ -14,10 +14,10 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
+from ditfastattn.passes.analysis.coarse_sites import coarse_sites
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.latent import latent_position
-from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.analysis.site import Site, SiteKind, with_wholes
+from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -219,12 +219,12 @@ def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:
 
 def _again(sites: tuple[Site, ...], captured: CapturedCall) -> tuple[Site, ...]:
     """Return the planned sites of another capture of the same model."""
-    known = {site.name: site for site in find_sites(captured.graph).sites}
+    every = find_sites(captured.graph).sites
+    coarse = coarse_sites(sites, captured.graph, every)
+    known = {site.name: site for site in (*every, *coarse)}
 
     def found(site: Site) -> Site:
-        whole = site.kind is SiteKind.OUTPUT
-        other = output_site(captured.graph, site.latent) if whole else known[site.name]
-        chosen = replace(other, window=site.window, coefficients=site.coefficients)
+        chosen = replace(known[site.name], window=site.window, coefficients=site.coefficients)
         return chosen.with_caches_in(site.cache_dtype)
 
     return tuple(map(found, sites))

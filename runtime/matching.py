@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.analysis.coarse_sites import coarse_sites
 from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint
-from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.legality import why_not
@@ -149,8 +149,7 @@ def planned_sites(
     _check_inputs(plan, input_shapes(captured))
     wanted = {site.name for site in plan.sites}
     chosen = tuple(site for site in sites if site.name in wanted)
-    wholes = [site for site in plan.sites if site.kind is SiteKind.OUTPUT]
-    chosen = (*chosen, *(_output_site(captured, whole.latent) for whole in wholes))
+    chosen = (*chosen, *holding_sites(plan.sites, captured, sites))
     recorded = [(site.name, site.kind, site.tokens) for site in plan.sites]
     found = [(site.name, site.kind, site.tokens) for site in chosen]
     if recorded != found:
@@ -165,11 +164,18 @@ def planned_sites(
     return chosen
 
 
-def _output_site(captured: CapturedGraph, latent: str) -> Site:
+def holding_sites(
+    planned: Sequence[PlannedSite], captured: CapturedGraph, sites: Sequence[Site]
+) -> tuple[Site, ...]:
+    """Return those that hold others of the ``planned`` sites; ``sites`` are all others.
+
+    Raises:
+        ConfigError: the model has no such range of blocks, or not one output.
+    """
     try:
-        return output_site(captured, latent)
+        return coarse_sites(planned, captured, sites)
     except ValueError as error:
-        raise mismatch("sites (output)", error, "a model of one output") from error
+        raise mismatch("sites", error, "the plan's ranges of blocks, and one output") from error
 
 
 def _as_planned(site: Site, planned: PlannedSite) -> Site:

@@ -61,14 +61,15 @@ class PlanInterpreter(TorchFunctionMode):
         """Take ``strategies[step][site]``.
 
         Of ``sites`` it needs their windows and their positions: an attention's among all attention
-        calls of the model, that of a feed-forward's last linear among all linear calls.
+        calls of the model, that of a feed-forward's last linear among all linear calls. Ranges of
+        blocks are run by ``interpreted_ranges``, and the whole output by the caller.
 
         Raises:
             ValueError: a site is not such a call, as where attention is written as products.
 
         """
         super().__init__()
-        unseen = [site.name for site in sites if site.ordinal < 0]
+        unseen = [s.name for s in sites if s.ordinal < 0 and not s.kind.holds_others]
         if unseen:
             raise ValueError(
                 f"the interpreter sees only calls of scaled_dot_product_attention; these sites are "
@@ -79,22 +80,29 @@ class PlanInterpreter(TorchFunctionMode):
         self._layout = layout
         self._sites: dict[tuple[Any, int], list[int]] = {}  # several where heads are split
         for index, site in enumerate(sites):
+            if site.kind.holds_others:
+                continue
             func = linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION
             self._sites.setdefault((func, site.ordinal), []).append(index)
         self._branches = [_Branch(), _Branch()]
         self._branch = self._branches[0]
-        self._step = self._hidden = 0
-        self._calls: Counter[Any] = Counter()
+        self._hidden = self.now = self.call = 0
+        self.calls: Counter[Any] = Counter()  # of this call of the model, by function
 
     def step(self, step: int, call: int = 0) -> PlanInterpreter:
         """Make ``step`` current; use the result as a context around the model's call.
 
         ``call`` is 1 for the second call of a step, where guidance takes two.
         """
-        self._step = step
+        self.now, self.call = step, call
         self._branch = self._branches[call]
-        self._calls.clear()
+        self.calls.clear()
         return self
+
+    def strategy_of(self, name: str) -> Strategy:
+        """Return what the site ``name`` does at the current step."""
+        names = [site.name for site in self._described]
+        return self._strategies[self.now][names.index(name)]
 
     @contextmanager
     def outside(self, modules: Iterable[nn.Module]) -> Generator[None]:
@@ -127,8 +135,8 @@ class PlanInterpreter(TorchFunctionMode):
             # If it dispatched by itself, the calls that it makes would not be seen.
             with self, patch.object(functional, "has_torch_function", lambda _: False):
                 return func(*args, **keywords)
-        sites = self._sites.get((func, self._calls[func]), [])
-        self._calls[func] += 1
+        sites = self._sites.get((func, self.calls[func]), [])
+        self.calls[func] += 1
         if not sites:
             return func(*args, **keywords)
         if func is linear:
@@ -148,7 +156,7 @@ class PlanInterpreter(TorchFunctionMode):
 
     def _run(self, site: int, compute: Callable[[Strategy], Tensor]) -> Tensor:
         """Return the output of ``site``, reused or from ``compute``, and record it."""
-        strategy = self._strategies[self._step][site]
+        strategy = self._strategies[self.now][site]
         if not strategy.computes:
             return self._reuse(site, strategy)
         if strategy.shares_guidance and self._branch is self._branches[1]:
@@ -156,7 +164,7 @@ class PlanInterpreter(TorchFunctionMode):
             self._branch.history.setdefault(site, []).append(copied)
             return copied[1]
         output = compute(strategy)
-        self._branch.history.setdefault(site, []).append((self._step, output))
+        self._branch.history.setdefault(site, []).append((self.now, output))
         return output
 
     def _feed_forward(
@@ -183,7 +191,7 @@ class PlanInterpreter(TorchFunctionMode):
 
     def _reuse(self, site: int, strategy: Strategy) -> Tensor:
         assert strategy.reference is not None
-        reused: Tensor = strategy.reference(self._branch.history[site], self._step)
+        reused: Tensor = strategy.reference(self._branch.history[site], self.now)
         return reused
 
     def _attend(self, site: int, call: dict[str, Any], strategy: Strategy) -> Tensor:
@@ -199,7 +207,7 @@ class PlanInterpreter(TorchFunctionMode):
     ) -> Tensor:
         if strategy.windowed:
             if residual is None:
-                raise LookupError(f"site {site} has no residual at step {self._step}")
+                raise LookupError(f"site {site} has no residual at step {self.now}")
             return _window(self._described[site], call) + residual
         output: Tensor = scaled_dot_product_attention(**call)
         if strategy.refreshes_residual and self._described[site].window:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditfastattn.core.env import UNLIMITED_FUEL, limited_fuel
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.nesting import idle_steps
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.matching import planned_sites
@@ -99,7 +100,11 @@ class _Bisecting:
 
     def run(self) -> Bisection:
         rows, steps = self._plan.strategies, len(self._plan.strategies)
-        shortcuts = [_shortcuts(row) for row in rows]
+        idle = idle_steps(self._plan.sites, rows)
+        shortcuts = [
+            [place for place in _shortcuts(row) if step not in idle[place]]
+            for step, row in enumerate(rows)
+        ]
         most = max(map(len, shortcuts), default=0)
         reached = self._value(rows, UNLIMITED_FUEL)
         if self._target.met_by(reached):

@@ -118,6 +118,7 @@ _LINES = (
     "#8c6d31",
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+_STYLES = [(*pair, dash) for dash in ("-", "--") for pair in zip(_LINES, _MARKERS, strict=True)]
 
 
 def curves(
@@ -130,24 +131,25 @@ def curves(
     """Draw a line of points per series; ``labels`` annotate the points of the first one.
 
     Raises:
-        ConfigError: there are more series than colours.
+        ConfigError: there are more series than styles of lines.
     """
-    if len(series) > len(_LINES):
+    if len(series) > len(_STYLES):
         raise ConfigError(
             "too many lines for one figure",
             where=str(path),
             got=len(series),
-            expected=f"{len(_LINES)} or fewer",
+            expected=f"{len(_STYLES)} or fewer",
         )
     figure = Figure(figsize=(6.4, 4.0), dpi=_DOTS_PER_INCH, layout="constrained")
     axis = figure.subplots()
-    for (name, points), colour, marker in zip(series.items(), _LINES, _MARKERS, strict=False):
+    for (name, points), (colour, marker, dash) in zip(series.items(), _STYLES, strict=False):
         ordered = sorted(points)
         axis.plot(
             [x for x, _ in ordered],
             [y for _, y in ordered],
             color=colour,
             marker=marker,
+            linestyle=dash,
             markersize=5,
             label=name,
         )
@@ -157,7 +159,8 @@ def curves(
     axis.set_ylabel(up, fontsize=9)
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8, frameon=False)
+    many = len(series) > len(_LINES)
+    axis.legend(fontsize=6 if many else 8, ncols=1 + many, frameon=False)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     _write_png(figure, Path(path))

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.plan.nesting import held_by, idle_steps
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 
@@ -18,6 +19,7 @@ class Shortcut(StrEnum):
     GUIDANCE = "guidance shared"
     BOTH = "window + residual, guidance shared"
     STEP = "step shared"
+    BLOCKS = "blocks skipped"
     WHOLE_STEP = "whole step skipped"
 
 
@@ -25,7 +27,9 @@ class Prices(Record, frozen=True):
     """Hold the price of a dense step, and of each strategy at each site of a plan, by its name.
 
     A price of 0 is that of the cheapest strategy there. ``unit`` is ``flops`` or ``seconds``; an
-    output site has no prices: where it is reused, the whole step is saved.
+    output site has no prices: where it is reused, the whole step is saved. Nor has a range of
+    blocks: where it is reused, what its attentions and feed-forwards cost is saved, and a little
+    more that is not counted.
     """
 
     unit: str
@@ -45,7 +49,8 @@ class Saving:
 def shortcut_of(strategy: Strategy, kind: SiteKind) -> Shortcut | None:
     """Return what a site of ``kind`` saves by; None where it computes in full."""
     if not strategy.computes:
-        return Shortcut.WHOLE_STEP if kind is SiteKind.OUTPUT else Shortcut.STEP
+        holders = {SiteKind.OUTPUT: Shortcut.WHOLE_STEP, SiteKind.BLOCKS: Shortcut.BLOCKS}
+        return holders.get(kind, Shortcut.STEP)
     if strategy.windowed:
         return Shortcut.BOTH if strategy.shares_guidance else Shortcut.WINDOW
     return Shortcut.GUIDANCE if strategy.shares_guidance else None
@@ -54,24 +59,27 @@ def shortcut_of(strategy: Strategy, kind: SiteKind) -> Shortcut | None:
 def saved_entries(plan: Plan, prices: Prices) -> list[list[float]]:
     """Return the price that each entry of ``plan`` saves, ``[step][site]``.
 
-    A skipped step saves the whole step's price at the output, and nothing elsewhere.
+    A skipped step saves the whole step's price at the output, and nothing elsewhere; skipped blocks
+    save what lies within at their range.
     """
-    found: list[list[float]] = []
-    for row in plan.strategies:
-        skips = [
-            site.kind is SiteKind.OUTPUT and not strategy.computes
-            for site, strategy in zip(plan.sites, row, strict=True)
-        ]
-        if any(skips):
-            found.append([prices.step if skip else 0.0 for skip in skips])
-            continue
-        found.append(
-            [
-                listed[Strategy.FULL.name] - listed[strategy.name] if listed else 0.0
-                for listed, strategy in zip(prices.sites, row, strict=True)
-            ]
-        )
-    return found
+    held, idle = held_by(plan.sites), idle_steps(plan.sites, plan.strategies)
+
+    def saved(step: int, place: int) -> float:
+        site, strategy = plan.sites[place], plan.strategies[step][place]
+        if step in idle[place]:
+            return 0.0
+        if site.kind is SiteKind.OUTPUT:
+            return 0.0 if strategy.computes else prices.step
+        if site.kind is SiteKind.BLOCKS:
+            return 0.0 if strategy.computes else sum(map(full, held[place]))
+        listed = prices.sites[place]
+        return listed[Strategy.FULL.name] - listed[strategy.name] if listed else 0.0
+
+    def full(place: int) -> float:
+        return prices.sites[place].get(Strategy.FULL.name, 0.0)
+
+    steps, places = range(plan.sampler.steps), range(len(plan.sites))
+    return [[saved(step, place) for place in places] for step in steps]
 
 
 def savings(plan: Plan, prices: Prices) -> list[Saving]:
@@ -79,15 +87,12 @@ def savings(plan: Plan, prices: Prices) -> list[Saving]:
     counts = dict.fromkeys(Shortcut, 0)
     saved = dict.fromkeys(Shortcut, 0.0)
     whole = prices.step * plan.sampler.steps
-    for row, amounts in zip(plan.strategies, saved_entries(plan, prices), strict=True):
-        whole_step = any(
-            shortcut_of(strategy, site.kind) is Shortcut.WHOLE_STEP
-            for site, strategy in zip(plan.sites, row, strict=True)
-        )
-        for site, strategy, amount in zip(plan.sites, row, amounts, strict=True):
-            kind = shortcut_of(strategy, site.kind)
-            if kind is None or (whole_step and kind is not Shortcut.WHOLE_STEP):
-                continue  # in a skipped step the other sites are idle
+    idle = idle_steps(plan.sites, plan.strategies)
+    for step, amounts in enumerate(saved_entries(plan, prices)):
+        for place, site in enumerate(plan.sites):
+            kind = shortcut_of(plan.strategies[step][place], site.kind)
+            if kind is None or step in idle[place]:
+                continue
             counts[kind] += 1
-            saved[kind] += amount
+            saved[kind] += amounts[place]
     return [Saving(kind, counts[kind], saved[kind] / whole) for kind in Shortcut]

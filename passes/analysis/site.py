@@ -15,6 +15,7 @@ Coefficients = tuple[tuple[tuple[float, ...], ...], ...]
 
 WHOLE_OUTPUT_ALONE = "coefficients are fitted to the model's whole output alone"
 GUIDANCE_COMPARES = "guidance compares the halves of the whole output"
+NOT_OF_BLOCKS = "the guidance branches begin a range of blocks with streams of their own"
 
 
 class SiteKind(StrEnum):
@@ -24,7 +25,13 @@ class SiteKind(StrEnum):
     CROSS = "cross"
     JOINT = "joint"
     FEED_FORWARD = "feed-forward"
+    BLOCKS = "blocks"  # a range of blocks: what they add to the hidden stream
     OUTPUT = "output"  # of the whole model: where it is reused, a step runs nothing else
+
+    @property
+    def holds_others(self) -> bool:
+        """Return whether other sites lie within, and do nothing where this one is reused."""
+        return self in (SiteKind.BLOCKS, SiteKind.OUTPUT)
 
 
 class CacheDtype(StrEnum):
@@ -50,6 +57,8 @@ class Site:
     Of the whole output (see ``output_site``), ``latent`` names the input that is denoised, and
     ``latent_node`` its node; ``coefficients[step][branch]`` are the plan's, with the latent's
     factor first; ``no_fit`` says why there can be none.
+    A range of blocks (see ``block_ranges``) lasts from one to the other of its ``ends``, which are
+    sites; ``bases`` name the nodes that its ``exits`` go on from.
     """
 
     name: str
@@ -73,6 +82,8 @@ class Site:
     coefficients: Coefficients = ()
     whole: Site | None = None
     first_head: int = 0
+    ends: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
     cache_dtype: CacheDtype | None = None
 
     @property
@@ -91,6 +102,11 @@ class Site:
             return dtype
         kept: torch.dtype = getattr(torch, self.cache_dtype)
         return kept if kept.itemsize < dtype.itemsize else dtype
+
+
+def range_name(first: str, last: str) -> str:
+    """Return the name of the range of blocks from the site ``first`` to the site ``last``."""
+    return f"{first}..{last}"
 
 
 def with_wholes(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -19,5 +19,6 @@ def planned_site(site: Site) -> PlannedSite:
         cache_dtype=site.cache_dtype,
         coefficients=site.coefficients,
         latent=site.latent,
+        ends=site.ends,
         group=whole and HeadGroup(site=whole.name, first=site.first_head, of=whole.heads),
     )

@@ -81,7 +81,7 @@ def _why_not_shared(site: SiteLimits, layout: CfgLayout) -> str:
     if layout is CfgLayout.SEPARATE_UNCOND_FIRST:
         return "the unconditional call comes first, when there is no output to share yet"
     # Between calls of their own the guidance branches need not be halves of a batch.
-    separate = layout is CfgLayout.SEPARATE and site.kind is not SiteKind.OUTPUT
+    separate = layout is CfgLayout.SEPARATE and not site.kind.holds_others
     return "" if separate else site.no_shared_guidance
 
 

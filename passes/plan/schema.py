@@ -27,12 +27,14 @@ from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import (
     GUIDANCE_COMPARES,
+    NOT_OF_BLOCKS,
     WHOLE_OUTPUT_ALONE,
     CacheDtype,
     SiteKind,
 )
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
+from ditfastattn.passes.plan.nesting import held_by, why_not_nested
 from ditfastattn.passes.plan.plan_html import plan_map_html
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
 from ditfastattn.passes.windows.window import Window
@@ -63,6 +65,8 @@ class PlannedSite(Record, frozen=True):
     each guidance branch, in the order of ``cfg_layout``: the factor of the latent, and those of
     the outputs computed last, the last one first. Where a call holds both branches, each output
     has two factors, one for each half. ``latent`` names the argument that is denoised.
+
+    A range of blocks lasts from one to the other of the sites ``ends``.
     """
 
     name: str
@@ -75,6 +79,7 @@ class PlannedSite(Record, frozen=True):
     group: HeadGroup | None = None
     coefficients: tuple[tuple[tuple[FiniteFloat, ...], ...], ...] = ()
     latent: str = ""
+    ends: tuple[str, ...] = ()
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -90,7 +95,8 @@ class PlannedSite(Record, frozen=True):
     @property
     def no_shared_guidance(self) -> str:
         """Return "": only the model itself shows whether guidance can be shared."""
-        return GUIDANCE_COMPARES if self.kind is SiteKind.OUTPUT else ""
+        reasons = {SiteKind.OUTPUT: GUIDANCE_COMPARES, SiteKind.BLOCKS: NOT_OF_BLOCKS}
+        return reasons.get(self.kind, "")
 
     @property
     def no_fit(self) -> str:
@@ -200,20 +206,20 @@ class Plan(Record, frozen=True):
         for index, site in enumerate(self.sites):
             self._check_site(index, site)
         self._check_groups()
-        self._check_skipped_steps()
+        self._check_idle_sites()
         return self
 
-    def _check_skipped_steps(self) -> None:
-        """Check that sites do nothing where the whole output is reused."""
-        for whole, site in enumerate(self.sites):
-            if site.kind is not SiteKind.OUTPUT:
-                continue
+    def _check_idle_sites(self) -> None:
+        """Check that sites do nothing where one that holds them is reused."""
+        if reason := why_not_nested(self.sites):
+            raise ValueError(f"sites: {reason}")
+        for holder, inside in enumerate(held_by(self.sites)):
             for step, row in enumerate(self.strategies):
-                others = (*row[:whole], *row[whole + 1 :])
-                if not row[whole].computes and set(others) - {Strategy.SHARE_STEP}:
+                others = {row[place] for place in inside}
+                if not row[holder].computes and others - {Strategy.SHARE_STEP}:
                     raise ValueError(
-                        f"strategies[{step}]: {site.name} is {row[whole]}, so nothing else runs: "
-                        f"expected {Strategy.SHARE_STEP} at every other site"
+                        f"strategies[{step}]: {self.sites[holder].name} is {row[holder]}, so "
+                        f"nothing within runs: expected {Strategy.SHARE_STEP} at every site there"
                     )
 
     def _check_groups(self) -> None:

@@ -18,6 +18,7 @@ from ditfastattn.passes.plan.actions import (
     merge_writes,
 )
 from ditfastattn.passes.plan.guidance import GuidanceCall
+from ditfastattn.passes.plan.nesting import idle_steps
 from ditfastattn.passes.plan.slot_schedule import (
     NO_SLOTS,
     CacheSlot,
@@ -30,7 +31,6 @@ from ditfastattn.passes.plan.slot_schedule import (
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.plan.whole_attentions import (
     columns_of_actions,
-    skipped_steps,
     with_whole_columns,
 )
 
@@ -79,9 +79,8 @@ def unroll(
     Raises:
         VerifyError: a step reads a cache that no earlier step has written.
     """
-    skipped = skipped_steps(sites, rows)
-    every, chosen = with_whole_columns(sites, rows, merge_variants, skipped)
-    columns = columns_of_actions(every, chosen, call, skipped)
+    every, chosen, idle = with_whole_columns(sites, rows, merge_variants, idle_steps(sites, rows))
+    columns = columns_of_actions(every, chosen, call, idle)
     acting = list(zip(*columns, strict=True)) or [()] * len(rows)
     if merge_variants:
         acting = merge_writes(acting)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ditfastattn.passes.analysis.site import Site, SiteKind, with_wholes
+from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.plan.actions import SiteAction, site_actions
 from ditfastattn.passes.plan.guidance import GuidanceCall
 from ditfastattn.passes.plan.legality import why_not
@@ -22,21 +22,26 @@ def with_whole_columns(
     sites: Sequence[Site],
     rows: Sequence[Sequence[Strategy]],
     merge_variants: bool,
-    skipped: Collection[int] = (),
-) -> tuple[tuple[Site, ...], list[Column]]:
-    """Return ``sites`` and the attentions whose groups they are, with a column of each."""
+    idle: Sequence[Collection[int]],
+) -> tuple[tuple[Site, ...], list[Column], list[Collection[int]]]:
+    """Return ``sites`` and the attentions whose groups they are, with a column of each.
+
+    At the steps ``idle`` of a site it does nothing, as one that holds it is reused; so do the
+    attentions, whose steps are returned too.
+    """
     columns = [[row[index] for row in rows] for index in range(len(sites))]
-    every = with_wholes(sites)
+    every, resting = with_wholes(sites), list(idle)
     for whole in every[len(sites) :]:
-        pairs = zip(sites, columns, strict=False)
-        groups = [column for site, column in pairs if _is_group_of(site, whole)]
-        group_rows = list(zip(*groups, strict=True))
+        groups = [place for place, site in enumerate(sites) if _is_group_of(site, whole)]
+        group_rows = list(zip(*(columns[place] for place in groups), strict=True))
+        skipped = idle[groups[0]]
         column = _together(whole, group_rows, skipped)
         if merge_variants:  # steps of the same strategies do the same
             kept = {tuple(r) for r, own in zip(rows, column, strict=True) if own.computes}
             column = _together(whole, group_rows, skipped, [tuple(row) in kept for row in rows])
         columns.append(column)
-    return every, columns
+        resting.append(skipped)
+    return every, columns, resting
 
 
 def _is_group_of(site: Site, whole: Site) -> bool:
@@ -78,33 +83,21 @@ def columns_of_actions(
     sites: Sequence[Site],
     columns: Sequence[Column],
     call: GuidanceCall,
-    skipped: Collection[int] = (),
+    idle: Sequence[Collection[int]],
 ) -> list[list[SiteAction]]:
-    """Return the actions of each site.
+    """Return the actions of each site, which does nothing at its steps of ``idle``.
 
-    A group is idle while the whole attention repeats, and all but the output at steps ``skipped``.
+    A group is idle while the whole attention repeats, too.
     """
     repeating = {
         site.name: {step for step, strategy in enumerate(column) if not strategy.computes}
         for site, column in zip(sites, columns, strict=True)
     }
     return [
-        site_actions(column, call, _idle(site, repeating, skipped))
-        for site, column in zip(sites, columns, strict=True)
+        site_actions(column, call, _alone(site, repeating) | set(resting))
+        for site, column, resting in zip(sites, columns, idle, strict=True)
     ]
 
 
-def _idle(
-    site: Site, repeating: Mapping[str, set[int]], skipped: Collection[int]
-) -> Collection[int]:
-    if site.kind is SiteKind.OUTPUT:
-        return ()
-    alone = repeating.get(site.whole.name, set()) if site.whole else set()
-    return alone | set(skipped)
-
-
-def skipped_steps(sites: Sequence[Site], rows: Sequence[Sequence[Strategy]]) -> frozenset[int]:
-    """Return the steps at which the model's whole output is reused, so that nothing else runs."""
-    whole = [index for index, site in enumerate(sites) if site.kind is SiteKind.OUTPUT]
-    pairs = ((step, index) for step in range(len(rows)) for index in whole)
-    return frozenset(step for step, index in pairs if not rows[step][index].computes)
+def _alone(site: Site, repeating: Mapping[str, set[int]]) -> set[int]:
+    return repeating.get(site.whole.name, set()) if site.whole else set()

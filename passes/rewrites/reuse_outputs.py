@@ -19,6 +19,8 @@ After, on a line; norm, projections and attention that fed %8 alone are dead::
     %11 = aten.mul.Tensor(%2, %10): float32[2, 64, 32]
 
 Factors are inputs, not constants: steps that differ in them alone are one variant.
+
+What is combined of a range of blocks is what it added: its base at this step comes on top.
 """
 
 from __future__ import annotations
@@ -48,9 +50,16 @@ class ReuseOutputs:
     requires: tuple[str, ...] = ("store-caches",)
 
     def run(self, module: GraphModule) -> PassResult:
-        """Replace each exit node."""
-        for site, strategy in self.sites:
-            _reuse(module.graph, site, strategy)
+        """Replace each exit node.
+
+        Ranges of blocks come first, the last one first: what is replaced later may be their base.
+        """
+        graph = module.graph
+        order = {node.name: place for place, node in enumerate(graph.nodes)}
+        ranges = [pair for pair in self.sites if pair[0].bases]
+        ranges.sort(key=lambda pair: order[pair[0].exits[0]], reverse=True)
+        for site, strategy in (*ranges, *(pair for pair in self.sites if not pair[0].bases)):
+            _reuse(graph, site, strategy)
         return PassResult(len(self.sites) + keep_caches_apart(module.graph))
 
 
@@ -96,6 +105,8 @@ def _reuse(graph: Graph, site: Site, strategy: Strategy) -> None:
         ages = range(strategy.outputs_read)
         held = [read_cache(graph, output_slot(site.name, index, age), value(node)) for age in ages]
         combined: Any = strategy.combine(_expressions(held, node), _expressions(factors, node))
+        if site.bases:
+            combined = Expression(find(graph, site.bases[index]), node) + combined
         node.replace_all_uses_with(combined.node)
 
 

@@ -13,13 +13,15 @@ After, for a site whose output and residual are both read later::
     %11 = aten.sub.Tensor(%9, %10): float32[2, 4, 64, 8]
     %14 = aten.linear.default(...): float32[2, 64, 32]
     return [%22, %14, %11]
+
+Of a range of blocks, what it adds to each stream is kept, the difference of its end and its base.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import aten, find, insert
@@ -43,7 +45,10 @@ class StoreCaches:
         graph = module.graph
         for site in self.outputs:
             for index, member in enumerate(site.exits):
-                write_cache(graph, output_slot(site.name, index), find(graph, member))
+                kept = find(graph, member)
+                if site.bases:
+                    kept = _added(graph, kept, find(graph, site.bases[index]))
+                write_cache(graph, output_slot(site.name, index), kept)
         for site in self.residuals:
             attention = find(graph, site.node)
             with graph.inserting_after(attention):
@@ -53,3 +58,9 @@ class StoreCaches:
             write_cache(graph, residual_slot(site.name), residual)
         copies = keep_caches_apart(graph)
         return PassResult(len(self.outputs) + len(self.residuals) + copies)
+
+
+def _added(graph: Graph, end: Node, base: Node) -> Node:
+    """Return what lies between ``base`` and ``end`` of a range of blocks."""
+    with graph.inserting_after(end):
+        return insert(graph, aten.sub.Tensor, (end, base), end)

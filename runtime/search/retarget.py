@@ -19,10 +19,11 @@ from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, why_not
+from ditfastattn.passes.plan.nesting import held_by
 from ditfastattn.passes.plan.schema import Calibration, Measured, Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow, Window
-from ditfastattn.runtime.matching import check_fingerprint, input_shapes
+from ditfastattn.runtime.matching import check_fingerprint, holding_sites, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.joint.search import JointSearch
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
@@ -147,10 +148,20 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
             reasons[f"{site.name}, {wanted}"] = reason
         return Strategy.FULL if reason else wanted
 
+    held = held_by(session.sites)
     rows: list[Row] = [(Strategy.FULL,) * len(session.sites)]
     for step in range(1, session.steps):
         old = plan.strategies[_nearest(step, session.steps, plan.sampler.steps)]
-        rows.append(tuple(choose(old, site) for site in session.sites))
+        row = [choose(old, site) for site in session.sites]
+        for place, inside in enumerate(held):
+            if (
+                inside
+                and row[place].computes
+                and not old[known[session.sites[place].name]].computes
+            ):
+                for idle in inside:  # in the plan; here the blocks run
+                    row[idle] = Strategy.FULL
+        rows.append(tuple(row))
         for site, strategy in zip(session.sites, rows[-1], strict=True):
             histories[site.name] = histories[site.name].after(strategy)
     _report(plan, session, reasons)
@@ -158,7 +169,7 @@ def retarget_rows(plan: Plan, session: Session) -> list[Row]:
 
 
 def _as_planned(plan: Plan, session: Session) -> list[Site]:
-    """Return the session's sites with caches kept as in the plan, and windows of its form.
+    """Return the session's sites with caches kept as in the plan, windows of its form, its ranges.
 
     Windows are the plan's own if the number of tokens is the same; otherwise they cover the same
     fraction of the sequence, or of the grid, as in any plan.
@@ -177,6 +188,9 @@ def _as_planned(plan: Plan, session: Session) -> list[Site]:
         alike = [form for form in site.windows if _axes(form) == _axes(planned.window)]
         same = planned.tokens == site.tokens
         sites.append(replace(kept, window=planned.window if same else (*alike, site.window)[0]))
+    ranges = [site for site in plan.sites if site.kind is SiteKind.BLOCKS]
+    for site in holding_sites(ranges, session.captured, session.sites):
+        sites.append(site.with_caches_in(known[site.name].cache_dtype))
     return sites
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ from tests.helpers import (
     flat_inputs,
     largest_difference,
 )
+from tests.ranges import block_range, interpreting, random_column, with_ranges
 
 STEPS = 4
 LAYOUTS = (
@@ -70,8 +72,27 @@ def draw(seed: int, layout: CfgLayout, head_groups: int) -> Case:
         replace(site, window=generator.choice(site.windows)) if site.windows else site
         for site in found.every
     )
-    rows = mixed_strategies(sites, seed, STEPS, layout=layout)
+    if seed % 4 > 1:
+        first, last = sorted(generator.choices(range(1 + seed % 2), k=2))
+        sites = (*sites, block_range(found.graph, sites, first, last))
+    rows = rows_of(sites, seed, STEPS, layout)
     return Case(tiny, found.graph, sites, layout, rows, merge_variants=seed % 3 == 0)
+
+
+def rows_of(
+    sites: Sequence[Site], seed: int, steps: int, layout: CfgLayout
+) -> list[tuple[Strategy, ...]]:
+    """Return random rows for ``sites``, ranges of blocks among them."""
+    generator = random.Random(seed)
+    inner = [site for site in sites if not site.kind.holds_others]
+    if len(inner) == len(sites):
+        return mixed_strategies(sites, seed, steps, layout=layout)
+    ranges = [
+        (site, random_column(site, steps, layout, generator))
+        for site in sites
+        if site.kind is SiteKind.BLOCKS
+    ]
+    return with_ranges(inner, ranges, seed, layout)[1]
 
 
 def with_whole_steps(case: Case, seed: int) -> Case:
@@ -82,7 +103,7 @@ def with_whole_steps(case: Case, seed: int) -> Case:
     for _ in range(STEPS):
         column.append(generator.choice(legal_strategies(whole, case.layout, history)))
         history = history.after(column[-1])
-    ran = mixed_strategies(case.sites, seed, sum(s.computes for s in column), layout=case.layout)
+    ran = rows_of(case.sites, seed, sum(s.computes for s in column), case.layout)
     idle = (Strategy.SHARE_STEP,) * len(case.sites)
     rows = [(*(ran.pop(0) if own.computes else idle), own) for own in column]
 
@@ -148,14 +169,15 @@ def interpreted(case: Case) -> list[Tensor]:
     interpreter = PlanInterpreter(case.rows, inner, case.layout)
     wholes = [WholeSteps(as_json(case), call) for call in range(case.layout.calls)]
     found: list[Tensor] = []
-    for step in range(STEPS):
-        for call, whole in enumerate(wholes):
-            given = case.tiny.call(step, 4)
-            if "encoder_hidden_states" in given:
-                given["encoder_hidden_states"] = given["encoder_hidden_states"] + 0.5 * call
-            with torch.no_grad(), interpreter.step(step, call):
-                run = partial(call_model, case.tiny, given)
-                found.append(whole(step, given["hidden_states"], run))
+    with torch.no_grad(), interpreting(interpreter, case.tiny.model, inner):
+        for step in range(STEPS):
+            for call, whole in enumerate(wholes):
+                given = case.tiny.call(step, 4)
+                if "encoder_hidden_states" in given:
+                    given["encoder_hidden_states"] = given["encoder_hidden_states"] + 0.5 * call
+                with interpreter.step(step, call):
+                    run = partial(call_model, case.tiny, given)
+                    found.append(whole(step, given["hidden_states"], run))
     return found
 
 

@@ -154,6 +154,14 @@ def test_each_strategy_has_a_colour_and_a_label() -> None:
         assert len({getattr(strategy, read) for strategy in strategies()}) == len(strategies())
 
 
+def test_a_figure_tells_twenty_lines_apart(tmp_path: Path) -> None:
+    lines = {f"method {line}": [(0.0, 0.0), (1.0, line)] for line in range(20)}
+    curves(lines, tmp_path / "all.png", "across", "up")
+    assert (tmp_path / "all.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match="too many lines"):
+        curves(lines | {"one more": []}, tmp_path / "more.png", "across", "up")
+
+
 @pytest.mark.parametrize("kept", [-0.1, 1.1, float("nan")])
 def test_plan_map_refuses_what_is_no_fraction(tmp_path: Path, kept: float) -> None:
     with pytest.raises(ConfigError, match="attention_kept: not a fraction"):

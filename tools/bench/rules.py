@@ -1,8 +1,9 @@
-"""What other methods make of earlier outputs, as plans of whole steps.
+"""What other methods make of earlier outputs, as plans of whole steps and of blocks.
 
 Every method that reuses or predicts the model's whole output by a linear rule is a plan of whole
-steps: a set of steps that run, and coefficients. So its quality and its speed are measured with
-nothing of our search, and with all of our compiler.
+steps: a set of steps that run, and coefficients. One that skips blocks at fixed steps is a plan of
+a range of blocks. So its quality and its speed are measured with nothing of our search, and with
+all of our compiler.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from numpy.polynomial.chebyshev import chebvander
 from torch import Tensor
 
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.whole_steps.fit import linear_rule
 from ditfastattn.runtime.search.whole_steps.masks import Rule, search_masks
@@ -22,6 +24,7 @@ from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, Sta
 from ditfastattn.runtime.search.whole_steps.search import SEARCHED_ON
 from ditfastattn.tools.bench.plans import Named, Plans, search_of
 from ditfastattn.tools.bench.setup import Setup
+from ditfastattn.tools.block_plan import block_plan
 
 _DEGREE = 2
 _RIDGE = 1e-6
@@ -98,8 +101,35 @@ def _searched(rule: Rule) -> Callable[[Setup], Named]:
     return find
 
 
+def _blocks(strategy: Strategy) -> Callable[[Setup], Named]:
+    """Return what lets all blocks but the first do ``strategy`` between evenly spread runs."""
+
+    def column(runs: Sequence[int], steps: int) -> list[Strategy]:
+        found: list[Strategy] = []
+        for step in range(steps):
+            known = len([run for run in runs if run < step])
+            idle = strategy if known >= strategy.outputs_read else Strategy.SHARE_STEP
+            found.append(Strategy.FULL if step in runs else idle)
+        return found
+
+    def find(setup: Setup) -> Named:
+        steps = setup.options.steps
+        call = setup.model.calibration_prompts(steps)[0].call
+        columns = {
+            f"{n} runs": column(evenly(n, steps), steps)
+            for n in setup.options.counts(setup.options.rules)
+        }
+        return {
+            name: block_plan(setup.pipeline, call, {(1, -1): own}) for name, own in columns.items()
+        }
+
+    return find
+
+
 OTHERS = (
     Plans("searched-reuse", _searched(reuse)),  # which steps run is searched, as in BudCache
     Plans("even-chebyshev", _spread(chebyshev)),
     Plans("even-learned", _spread(learned)),  # a linear predictor of the dense outputs, as L2P's
+    Plans("even-blocks", _blocks(Strategy.SHARE_STEP)),  # First Block Cache, at fixed steps
+    Plans("even-blocks-line", _blocks(Strategy.EXTRAPOLATE)),  # the same with TaylorSeer
 )

@@ -19,7 +19,7 @@ from ditfastattn.tools.savings import Shortcut
 _INK = "#010203"  # stands for the page's colour of text
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999")
 _SHORTCUTS = dict(
-    zip(Shortcut, ("#0072b2", "#e69f00", "#56b4e9", "#8fbf6a", "#cc79a7"), strict=True)
+    zip(Shortcut, ("#0072b2", "#e69f00", "#56b4e9", "#8fbf6a", "#d55e00", "#cc79a7"), strict=True)
 )
 _MOST_SLOTS = 80
 _charts = itertools.count()

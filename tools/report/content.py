@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport
 from ditfastattn.passes.plan.legality import declined_strategies
+from ditfastattn.passes.plan.nesting import idle_steps
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import CacheSlot
 from ditfastattn.passes.plan.strategies import Strategy
@@ -114,21 +114,15 @@ def cells(section: PlanSection) -> list[tuple[str, list[Cell]]]:
     """Return a row per site: its name, and a cell per step."""
     plan = section.plan
     amounts = [saved_entries(plan, prices) for prices in section.prices or ()]
-    idle = [
-        any(
-            site.kind is SiteKind.OUTPUT and not strategy.computes
-            for site, strategy in zip(plan.sites, row, strict=True)
-        )
-        for row in plan.strategies
-    ]
+    idle = idle_steps(plan.sites, plan.strategies)
     found: list[tuple[str, list[Cell]]] = []
     for index, site in enumerate(plan.sites):
         line: list[Cell] = []
         for step, row in enumerate(plan.strategies):
             strategy = row[index]
             parts = [f"step {step}, {site.name} ({site.kind})", strategy.label]
-            if idle[step] and site.kind is not SiteKind.OUTPUT:
-                parts[1] = "idle: the whole step is skipped"
+            if step in idle[index]:
+                parts[1] = "idle: a range of blocks that holds it, or the whole step, is skipped"
             elif amounts:
                 flops, seconds = (of[step][index] for of in amounts)
                 whole = [prices.step for prices in section.prices or ()]

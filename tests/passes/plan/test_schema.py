@@ -219,7 +219,7 @@ def test_coefficients_must_suit_the_strategies(change: dict[str, Any], message: 
     [
         (
             [[FULL, FULL], ["window", FULL], [FULL, "fitted-1"]],
-            "expected share-step at every other",
+            "nothing within runs: expected share-step at every site there",
         ),
         ([[FULL, SHARE], ["window", FULL], [SHARE, "fitted-1"]], "no earlier step computes an"),
         ([[SHARE, "fitted-1"], [FULL, FULL], [FULL, FULL]], "no earlier step computes an output"),
@@ -233,3 +233,81 @@ def test_coefficients_must_suit_the_strategies(change: dict[str, Any], message: 
 def test_an_impossible_whole_step_is_refused(rows: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(whole_output() | {"strategies": rows})
+
+
+def blocks(**changes: Any) -> dict[str, Any]:
+    """Return a plan of three attentions, and a range of the last two, which is shared once."""
+    data = plan_data()
+    site = data["sites"][0]
+    sites = [{**site, "name": f"blocks.{index}.attn"} for index in range(3)]
+    name = "blocks.1.attn..blocks.2.attn"
+    ends = ["blocks.1.attn", "blocks.2.attn"]
+    span = {**site, "name": name, "kind": "blocks", "ends": ends, "window": 0} | changes
+    rows = [[FULL] * 4, [FULL, SHARE, SHARE, SHARE], [SHARE, FULL, FULL, FULL]]
+    return data | {"sites": [*sites, span], "strategies": rows}
+
+
+def test_a_range_of_blocks_round_trips() -> None:
+    plan = parse(blocks())
+    assert Plan.parse(plan.model_dump_json()) == plan
+    assert "ends" not in json.loads(plan.model_dump_json())["sites"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ends": []}, "expected the first and the last site, and their name"),
+        ({"name": "blocks 1 and 2"}, "expected the first and the last site, and their name"),
+        ({"kind": "self"}, "only a range of blocks has them"),
+        (
+            {"ends": ["a", "b"], "name": "a..b"},
+            "a is not an attention or feed-forward listed",
+        ),
+        (
+            {"ends": ["blocks.2.attn", "blocks.1.attn"], "name": "blocks.2.attn..blocks.1.attn"},
+            "blocks.2.attn comes after blocks.1.attn",
+        ),
+        (
+            {"coefficients": [[], [[0.1, 1.0, 0.5]] * 2]},
+            r"coefficients: 2 steps",
+        ),
+    ],
+)
+def test_an_impossible_range_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(blocks(**change))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[FULL] * 4, [FULL, FULL, SHARE, SHARE], [FULL] * 4], "expected share-step at every site"),
+        ([[FULL, SHARE, SHARE, SHARE], [FULL] * 4, [FULL] * 4], "no earlier step computes an"),
+        ([[FULL] * 4, [FULL, SHARE, SHARE, "extrapolate"], [FULL] * 4], "outputs of 2 earlier"),
+        ([[FULL] * 4, [FULL] * 3 + ["share-cfg"], [FULL] * 4], "streams of their own"),
+        ([[FULL] * 4, [FULL, SHARE, SHARE, "fitted-1"], [FULL] * 4], "expected|whole output alone"),
+        ([[FULL] * 4, [FULL] * 3 + ["window"], [FULL] * 4], "a window is not legal"),
+    ],
+)
+def test_what_a_range_cannot_do_is_refused(rows: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(blocks() | {"strategies": rows})
+
+
+def test_ranges_that_overlap_are_refused_and_nested_ones_not() -> None:
+    data = blocks()
+    first = {**data["sites"][3], "ends": ["blocks.0.attn", "blocks.1.attn"]}
+    first["name"] = "blocks.0.attn..blocks.1.attn"
+    rows = [[*row, FULL] for row in [[FULL] * 4] * 3]
+    with pytest.raises(ConfigError, match="overlap, and neither holds the other"):
+        parse(data | {"sites": [*data["sites"], first], "strategies": rows})
+    whole = {**first, "ends": ["blocks.0.attn", "blocks.2.attn"]}
+    whole["name"] = "blocks.0.attn..blocks.2.attn"
+    nested = data | {"sites": [*data["sites"], whole]}
+    parse(nested | {"strategies": [[FULL] * 5, [SHARE] * 5, [SHARE, FULL, FULL, FULL, FULL]]})
+    rows = [[FULL] * 5, [SHARE, SHARE, SHARE, FULL, SHARE], [FULL] * 5]
+    with pytest.raises(ConfigError, match="expected share-step at every site there"):
+        parse(nested | {"strategies": rows})
+    sites = [data["sites"][3], *data["sites"][:3]]
+    with pytest.raises(ConfigError, match="after the sites they hold"):
+        parse(data | {"sites": sites, "strategies": [[FULL] * 4] * 3})
