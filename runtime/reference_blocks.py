@@ -36,7 +36,9 @@ class _Range:
 
     def run(self, place: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for ``forward`` of the block ``place``."""
-        given: dict[_Key, Any] = {**dict(enumerate(args)), **kwargs}
+        given: dict[_Key, Any] = {}
+        given.update(enumerate(args))
+        given.update(kwargs.items())
         strategy = self._interpreter.strategy_of(self._name)
         if strategy.computes:
             return self._compute(place, given, partial(forward, *args, **kwargs))
@@ -93,5 +95,5 @@ def interpreted_ranges(
             for place, block in enumerate(blocks):
                 before: Callable[..., Any] = block.forward
                 undo.callback(setattr, block, "forward", before)
-                block.forward = partial(runner.run, place, before)  # type: ignore[method-assign]
+                block.forward = partial(runner.run, place, before)
         yield
