@@ -49,6 +49,11 @@ def parts(tensor: Tensor, name: str = "") -> list[tuple[str, Tensor]]:
     return found
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a graph takes ``tensor`` itself: it is not quantized, for example."""
+    return parts(tensor)[0][1] is tensor
+
+
 def _without_subclass(tensor: Tensor) -> Tensor:
     """Return ``tensor``, or a plain view of all of it where operators would return its class."""
     if type(tensor) is Tensor or type(tensor).__torch_function__ is _INERT:

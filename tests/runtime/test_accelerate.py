@@ -324,3 +324,16 @@ def test_an_empty_batch_is_refused_by_name(digits: tuple[Any, dict[str, Any], Pl
     call = {"hidden_states": torch.zeros(0, *shape), "timestep": torch.zeros(0)}
     with pytest.raises(ConfigError, match="the batch is empty"):
         pipeline.transformer(**call, class_labels=torch.zeros(0, dtype=torch.long))
+
+
+def test_a_timestep_without_dimensions_is_refused_as_by_the_dense_model(
+    digits: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, plan = digits
+    given = {"timestep": torch.tensor(1), "class_labels": torch.tensor([1, 1000])}
+    latents = torch.zeros(2, 4, 8, 8)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = run(pipeline, call)
+    with torch.no_grad(), pytest.raises(AssertionError, match="1d-array"):
+        pipeline.transformer(latents, **given)
+    assert torch.equal(run(pipeline, call), expected)
