@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def folded(node: NodeProto, given: Mapping[str, Tensor], opset: int) -> list[Ten
     return [_tensor(result) for result in ReferenceEvaluator(model).run(None, arrays)]
 
 
-def _tensor(result: np.ndarray) -> Tensor:
+def _tensor(result: Any) -> Tensor:
     proto = numpy_helper.from_array(np.ascontiguousarray(result))
     if proto.data_type == onnx_type(torch.bfloat16):  # numpy has no such numbers of its own
         return torch.from_numpy(result.view(np.int16).copy()).view(torch.bfloat16)

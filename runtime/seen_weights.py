@@ -38,7 +38,7 @@ class SeenWeights:
         )
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # torch
+@torch.no_grad()
 def _sampled(tensors: Sequence[Tensor]) -> dict[tuple[object, ...], Tensor]:
     """Return the bits of elements of ``tensors``, by what else there is to compare of these."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
