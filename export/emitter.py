@@ -13,6 +13,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 from ditfastattn.export.batch import BatchSize, Shape, Size
+from ditfastattn.export.fold import folded
 from ditfastattn.export.weights import INLINE_BYTES, Weights, inline_tensor, onnx_type, raw_bytes
 from ditfastattn.runtime.bundle.specs import Multiple
 
@@ -47,6 +48,7 @@ class Emitter:
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     _initialized: dict[Any, str] = field(default_factory=dict)
+    _contents: dict[str, Tensor] = field(default_factory=dict)  # of initializers
     _kept: list[Tensor] = field(default_factory=list)
     _computed: dict[Any, Any] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
@@ -64,10 +66,16 @@ class Emitter:
     def split(
         self, kind: str, *inputs: str, count: int, name: str = "", **attributes: Any
     ) -> list[str]:
-        """Add a node with ``count`` outputs; return their names."""
+        """Add a node with ``count`` outputs; return their names. Of constants it is computed."""
         base = name or kind
         outputs = [self.unique(base) for _ in range(count)]
-        self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
+        node = helper.make_node(kind, inputs, outputs, outputs[0], **attributes)
+        given = {item: self._contents.get(item) for item in inputs if item}
+        known = {item: tensor for item, tensor in given.items() if tensor is not None}
+        if known and len(known) == len(given):
+            made = zip(outputs, folded(node, known, OPSET), strict=True)
+            return [self.initializer(output, tensor) for output, tensor in made]
+        self.nodes.append(node)
         return outputs
 
     def use(self, value: Value) -> str:
@@ -90,6 +98,7 @@ class Emitter:
                 make = inline_tensor if tensor.nbytes < INLINE_BYTES else self.weights.store
                 self.initializers[free] = make(free, tensor)
                 self._initialized[content] = free
+                self._contents[free] = tensor
             self._initialized[memory] = self._initialized[content]
         return self._initialized[memory]
 

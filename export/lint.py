@@ -71,6 +71,14 @@ def _unknown(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
             yield f"{node.name}: {node.op_type} is not an operator of opset {_NEWEST_OPSET}"
 
 
+def _constant(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
+    reached = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        if reached.isdisjoint(node.input):
+            yield f"{node.name}: {node.op_type} depends on no input: loading refuses such nodes"
+        reached.update(node.output)
+
+
 def _attention(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     for node in nodes_of(model.graph):
         if node.op_type == "Attention":
@@ -123,6 +131,7 @@ def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 RULES: Final[tuple[Rule, ...]] = (
     _opset,
     _unknown,
+    _constant,
     _attention,
     _sequences,
     _bf16,

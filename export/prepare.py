@@ -20,6 +20,7 @@ from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.plain_tensors import is_plain
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram
@@ -136,6 +137,9 @@ def prepare(
             no such dtype.
     """
     _check_calls(plan)
+    dtype = _dtype(options.dtype) if options.dtype else None
+    if dtype is not None:
+        _check_not_quantized(model, dtype)
     captured = capture_call(model, call, options.timestep)
     _check_guards(captured)
     static = static_tensors(captured.graph, captured.tensors)
@@ -143,8 +147,9 @@ def prepare(
     if other_weights and plan is not None:
         plan = _taken_over(plan, identity)
     first, sites = _matched(captured, identity, plan)
-    own = next((t.dtype for t in static if t.is_floating_point()), torch.float32)
-    dtype = _dtype(options.dtype) if options.dtype else own
+    floats = (t.dtype for t in static if t.is_floating_point() and t.dtype in ONNX_TYPES)
+    own = next(floats, torch.float32)
+    dtype = dtype or own
     if dtype != own:  # the plan was matched before: it is for the model's own dtype
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
         first = _split(capture_call(model, call, options.timestep), plan)
@@ -237,6 +242,21 @@ def _dtype(name: str) -> torch.dtype:
             "there is no such dtype to export", where="dtype", got=name, expected=", ".join(known)
         )
     return known[name]
+
+
+def _check_not_quantized(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ``ConfigError`` if ``model`` has quantized weights, and computes in another dtype."""
+    weights = dict(model.named_parameters())
+    quantized = [name for name, weight in weights.items() if not is_plain(weight)]
+    own = {str(weights[name].dtype) for name in weights.keys() - set(quantized)}
+    if quantized and own - {str(dtype)}:
+        raise ConfigError(
+            "a quantized model is exported in the dtype that it computes in",
+            where=quantized[0],
+            got=f"dtype {str(dtype).removeprefix('torch.')}",
+            expected=", ".join(sorted(own)).replace("torch.", ""),
+            remedy="export without a dtype, or cast the model before it is quantized",
+        )
 
 
 def _cast(item: Any, dtype: torch.dtype) -> Any:

@@ -55,9 +55,9 @@ def accelerate(
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
     A ``torch.compile`` around it is set aside. A copy of it (deepcopy, pickle) runs dense, with its
     own weights. A pipeline that is accelerated already gets the new plan. A second transformer, of
-    low-noise steps, stays as it is. The scheduler, its config, and the guidance scale if the
-    pipeline exposes it, are compared with the plan's as generations begin; they are those of the
-    pipeline that calls, where several share the transformer.
+    low-noise steps, stays as it is. The scheduler, its config, and the guidance
+    scale are compared with the plan's as generations begin; they are those of the pipeline that
+    calls, where several share the transformer.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.

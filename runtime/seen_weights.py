@@ -38,20 +38,27 @@ class SeenWeights:
         )
 
 
+@torch.no_grad()
 def _sampled(tensors: Sequence[Tensor]) -> dict[tuple[object, ...], Tensor]:
     """Return the bits of elements of ``tensors``, by what else there is to compare of these."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     return {
-        (key, *(item.shape for item in group)): torch.cat([_bits(item) for item in group])
+        (key, *(item.shape for item in group)): _bits(torch.cat([_sample(item) for item in group]))
         for key, group in groups.items()
     }
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the elements that a plan's fingerprint covers, as integers."""
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES)]
-    bits = _BITS.get(sample.element_size())
-    return sample.contiguous().view(torch.uint8) if bits is None else sample.view(bits)
+def _sample(tensor: Tensor) -> Tensor:
+    """Return the elements that a plan's fingerprint covers."""
+    count = tensor.numel()
+    step = max(1, count // SAMPLES)
+    if tensor.is_contiguous():  # as most are; one operation then
+        return tensor.as_strided((-(-count // step),), (step,))
+    return tensor.reshape(-1)[::step]
+
+
+def _bits(sample: Tensor) -> Tensor:
+    """Return ``sample`` as integers: what is not a number equals itself."""
+    return sample.view(_BITS.get(sample.element_size(), torch.uint8))

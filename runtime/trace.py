@@ -8,6 +8,7 @@ by element, so a few elements suffice.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,11 +68,18 @@ def show(latents: Sequence[Tensor], conditions: Sequence[Tensor], name: object |
 
 def sample(tensor: Tensor) -> Tensor:
     """Return a copy of a latent, or of an output like it, at some positions: ``[B, C, P]``."""
-    tensor = tensor.detach()
     places = max(1, _POSITIONS // max(1, len(tensor)))
     if tensor.dim() == 3:
-        return tensor[:, :: max(1, tensor.shape[1] // places)].mT.clone()
-    flat = tensor.flatten(2) if tensor.dim() > 3 else tensor[:, None]
+        return tensor.detach()[:, :: max(1, tensor.shape[1] // places)].mT.clone()
+    if tensor.dim() < 3:
+        tensor = tensor[:, None]
+    batch, channels, *grid = tensor.shape
+    if tensor.is_contiguous():  # as most are; two operations then
+        size = math.prod(grid)
+        step = max(1, size // places)
+        strides = channels * size, size, step
+        return tensor.detach().as_strided((batch, channels, -(-size // step)), strides).clone()
+    flat = tensor.detach().flatten(2)
     return flat[:, :, :: max(1, flat.shape[2] // places)].clone()
 
 

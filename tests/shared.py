@@ -22,6 +22,7 @@ from ditfastattn.core.env import read_knobs
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
 from ditfastattn.export.to_onnx import content_hash
+from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
 from ditfastattn.runtime.search.measure.session import Session
@@ -60,9 +61,10 @@ def _feed(hashed: Any, item: Any) -> None:
         hashed.update(repr([_attributes(module) for module in item.modules()]).encode())
         item = {**dict(item.named_parameters()), **dict(item.named_buffers())}
     if isinstance(item, Tensor):
-        hashed.update(f"{item.shape}{item.dtype}{item.stride()}".encode())
-        content = item.detach().cpu().contiguous().flatten()
-        hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+        for name, part in parts(item, type(item).__name__):  # of which quantized ones are made
+            hashed.update(f"{name}{part.shape}{part.dtype}{part.stride()}".encode())
+            content = part.detach().cpu().contiguous().flatten()
+            hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
     elif isinstance(item, Mapping):
         for name, part in item.items():
             hashed.update(str(name).encode())

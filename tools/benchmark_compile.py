@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -20,15 +21,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch.fx import GraphModule
 
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.graph.ir import clone
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.current_generation import generation as in_context
 from ditfastattn.runtime.lowering import Lowering, OutlinedStep, compiled_regions, lower
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.runtime.search.measure.session import open_session
-from ditfastattn.runtime.search.measure.timing import measure_pairs
+from ditfastattn.runtime.search.measure.timing import measure_pairs, measure_turns
 from ditfastattn.tools.bench.models import DEMO
 from ditfastattn.tools.benchmarking.dispatch import (
     EmptiedSteps,
@@ -160,32 +163,70 @@ def dispatch(
 ) -> None:
     """Time the demo's calls of the planned model, and the same calls with empty regions.
 
-    The latter leave guards, clock, caches and dispatch.
+    The latter leave guards, clock, caches and dispatch, with all checks. In turns with them go the
+    same without our checks (of weights, and of latents and conditions), and the guards of
+    ``torch.compile`` alone.
     """
     loaded, pipeline = Plan.load(plan), DEMO.open()
     prompt = Prompt({**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}, 0)
-    model = _ours(pipeline, plan=loaded)
+    checked, bare = _ours(pipeline, plan=loaded), _guards_alone(pipeline)
+    unchecked = _ours(pipeline, plan=loaded, check_weights="never")
     calls = recorded_calls(pipeline, prompt)
     emptied = EmptiedSteps()
 
-    def generation(_: int) -> None:
+    def run_calls(model: Any) -> None:
         with torch.no_grad():
             for args, named in calls:
                 model(*args, **named)
 
+    def generation(_: int) -> None:
+        run_calls(checked)
+
+    def without_checks(_: int) -> None:
+        with in_context():  # whose calls need not be told from those of others
+            run_calls(unchecked)
+
     def overhead(_: int) -> None:
         emptied.run(generation)
 
-    for warm in (generation, generation, overhead, overhead):
+    def overhead_without_checks(_: int) -> None:
+        emptied.run(without_checks)
+
+    def guards(_: int) -> None:
+        run_calls(bare)
+
+    candidates = [overhead, overhead_without_checks, guards]
+    for warm in 2 * (generation, without_checks, *candidates):
         warm(0)
-    timing = measure_pairs(generation, overhead, repetitions)
+    timed = measure_turns(generation, candidates, repetitions)
+    whole = timed[0].baseline.median
     results = {
-        "generation_seconds": asdict(timing.baseline),
-        "overhead_seconds": asdict(timing.candidate),
-        "overhead_of_generation": timing.candidate.median / timing.baseline.median,
+        "generation_seconds": asdict(timed[0].baseline),
+        "overhead_seconds": asdict(timed[0].candidate),
+        "overhead_without_checks_seconds": asdict(timed[1].candidate),
+        "guards_of_torch_seconds": asdict(timed[2].candidate),
+        "overhead_of_generation": timed[0].candidate.median / whole,
+        "checks_of_generation": (timed[0].candidate.median - timed[1].candidate.median) / whole,
+        "guards_of_generation": timed[2].candidate.median / whole,
         "variants": len(emptied),
     }
     _write(out / "dispatch.json", results, steps=len(calls), repetitions=repetitions)
+
+
+def _guards_alone(pipeline: DigitsPipeline) -> Any:
+    """Return the dense model compiled by ``torch.compile`` to what returns a stored result."""
+
+    def backend(module: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        stored: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            if not stored:
+                stored.append(module(*args))
+            return stored[0]
+
+        return run
+
+    return torch.compile(pipeline.transformer, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _ours(pipeline: DigitsPipeline, **options: Any) -> Any:

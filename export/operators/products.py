@@ -37,6 +37,12 @@ def _matmul(emitter: Emitter, call: Call) -> str:
     return emitter.op("MatMul", left, right, name=call.name)
 
 
+def _integer_product(emitter: Emitter, call: Call) -> str:
+    """Write a product of int8 matrices, as of a model whose activations are quantized too."""
+    left, right = call.args[:2]
+    return emitter.op("MatMulInteger", emitter.use(left), emitter.use(right), name=call.name)
+
+
 def _addmm(emitter: Emitter, call: Call) -> str:
     bias, left, right = (emitter.use(item) for item in call.args[:3])
     if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
@@ -157,6 +163,7 @@ PRODUCTS: dict[Any, Rule] = {
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
+    aten._int_mm.default: _integer_product,
     aten.addmm.default: _addmm,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _INERT: Any = torch._C._disabled_torch_function_impl  # of parameters, for example
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 # The same object for each call: models are known by their parameters.
 _bare: Any = WeakTensorKeyDictionary()
@@ -23,9 +24,12 @@ _bare: Any = WeakTensorKeyDictionary()
 
 def plain_tensors(arguments: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among ``arguments``, as a graph that was captured with them takes them."""
+    arguments = list(arguments)
+    if _PLAIN.issuperset(map(type, arguments)):
+        return arguments
     found: list[Tensor] = []
     for item in arguments:
-        if type(item) is Tensor or type(item) is torch.nn.Parameter:
+        if type(item) in _PLAIN:
             found.append(item)
         elif isinstance(item, Tensor):
             found += [part for _, part in parts(item)]
@@ -43,6 +47,11 @@ def parts(tensor: Tensor, name: str = "") -> list[tuple[str, Tensor]]:
     for attribute in tensor.__tensor_flatten__()[0]:
         found += parts(getattr(tensor, attribute), f"{name}.{attribute}")
     return found
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a graph takes ``tensor`` itself: it is not quantized, for example."""
+    return parts(tensor)[0][1] is tensor
 
 
 def _without_subclass(tensor: Tensor) -> Tensor:

@@ -126,6 +126,14 @@ def _tensor(spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torc
     tensor: Tensor = _lookup(spec.name, given)
     expected = spec.sizes(batch)
     if tuple(tensor.shape) != expected:
+        if not tensor.dim():
+            raise ConfigError(
+                "the argument is one value for all images",
+                where=f"argument {spec.name!r}",
+                got="a tensor without dimensions",
+                expected=f"a tensor of shape {list(expected)}",
+                remedy=f"give {spec.name}.expand({batch}), as the model itself takes it",
+            )
         raise ConfigError(
             "the bundle is for another shape: a resolution or length is fixed at export",
             where=f"argument {spec.name!r}",

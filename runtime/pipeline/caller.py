@@ -31,6 +31,16 @@ def describe_call(module: nn.Module) -> str:
     return f"{type(owner).__name__}({given})"
 
 
+def local_of_call(pipeline: Any, name: str) -> Any:
+    """Return what the call of ``pipeline`` under way holds by ``name``; None where none does."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _owner(frame) is pipeline and (found := frame.f_locals.get(name)) is not None:
+            return found
+        frame = frame.f_back
+    return None
+
+
 def holds(pipeline: Any, module: nn.Module) -> bool:
     """Return whether ``module`` is the denoiser of ``pipeline``, compiled or not."""
     held = _held_by(pipeline)
@@ -41,12 +51,18 @@ def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:
     """Yield the pipelines on the stack that hold ``module``, from the inside out."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and (first := code.co_varnames[0]) in _OWNERS:
-            owner = frame.f_locals.get(first)
-            if holds(owner, module):
-                yield owner, frame
+        owner = _owner(frame)
+        if owner is not None and holds(owner, module):
+            yield owner, frame
         frame = frame.f_back
+
+
+def _owner(frame: FrameType) -> Any:
+    """Return the first argument of what runs in ``frame``, where that may be a pipeline."""
+    code = frame.f_code
+    if code.co_argcount and (first := code.co_varnames[0]) in _OWNERS:
+        return frame.f_locals.get(first)
+    return None
 
 
 def _held_by(owner: Any) -> Any:

@@ -15,6 +15,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import mismatch
+from ditfastattn.runtime.pipeline.caller import local_of_call
 from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.prompts import argument_of
 from ditfastattn.runtime.pipeline.sampler import counting_steps
@@ -22,6 +23,7 @@ from ditfastattn.runtime.pipeline.sampler import counting_steps
 log = logging.getLogger(__name__)
 
 Arguments = Mapping[str, Tensor]  # of one call of the transformer
+_SCALE, _TRUE_SCALE = "guidance_scale", "true_cfg_scale"
 
 
 def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
@@ -30,19 +32,25 @@ def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
     Pipelines of models that take a scale as an input (FLUX, QwenImage) call that input
     ``guidance_scale``, and the scale of guidance ``true_cfg_scale``.
     """
-    true = argument_of(pipeline, call, "true_cfg_scale")
-    return "guidance_scale" if true in (None, 1.0) else "true_cfg_scale"
+    return _scale_name(argument_of(pipeline, call, _TRUE_SCALE))
 
 
 def current_guidance(pipeline: Any) -> float | None:
-    """Return the scale of the generation under way; None if the pipeline does not report it.
+    """Return the scale of the generation under way; None if it is not known.
 
-    A pipeline that takes two scales reports only one, and not which.
+    Some pipelines report it, all have it among the variables of their call. One that takes two
+    scales reports only one, and not which.
     """
-    if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
-        return None
-    scale: Any = getattr(pipeline, "guidance_scale", None)
+    true, scale = local_of_call(pipeline, _TRUE_SCALE), None
+    if true is None and _TRUE_SCALE not in inspect.signature(pipeline.__call__).parameters:
+        scale = getattr(pipeline, _SCALE, None)
+    if scale is None:
+        scale = local_of_call(pipeline, _scale_name(true))
     return scale if isinstance(scale, (int, float)) else None
+
+
+def _scale_name(true: Any) -> str:
+    return _SCALE if true in (None, 1.0) else _TRUE_SCALE
 
 
 def check_layout(plan: Plan, found: CfgLayout) -> None:

@@ -202,6 +202,15 @@ def test_an_empty_batch_is_refused(planned: bool, bundle: Path, tmp_path: Path) 
         load(bundle if planned else tmp_path / "dense")(**empty)
 
 
+def test_a_timestep_without_dimensions_is_refused_as_such(bundle: Path) -> None:
+    tiny = tiny_dit()
+    loaded, call = load(bundle), tiny.call(0, 4)
+    for bad in (call["timestep"][0], call["timestep"][0].double()):
+        with pytest.raises(ConfigError, match=r"'timestep'[\s\S]*without dim[\s\S]*expand\(4\)"):
+            loaded(**{**call, "timestep": bad})
+    assert loaded(**call)[0].isfinite().all()
+
+
 def refer_elsewhere(path: Path, location: str) -> None:
     model = onnx.load(path, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)

@@ -52,6 +52,16 @@ def test_opset_25_attention_is_caught(tmp_path: Path) -> None:
         lint(tmp_path / "graph.onnx")
 
 
+def test_a_node_that_depends_on_no_input_is_caught(tmp_path: Path) -> None:
+    one = numpy_helper.from_array(np.ones(4, np.float16), "one")
+    nodes = [
+        helper.make_node("Cast", ["one"], ["wide"], name="cast", to=FLOAT),
+        helper.make_node("Mul", ["x", "wide"], ["y"]),
+    ]
+    found = findings(write(tmp_path, nodes, initializers=[one]))
+    assert any("cast: Cast depends on no input" in line for line in found)
+
+
 def test_sequences_are_caught(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("SplitToSequence", ["x"], ["s"], axis=1),

@@ -94,6 +94,16 @@ class Linear(nn.Module):
         return result
 
 
+class Integers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.arange(64, dtype=torch.int8).reshape(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x * 20).round().to(torch.int8).reshape(-1, 8)
+        return torch._int_mm(rows, self.weight.t()).to(torch.float32)  # type: ignore[operator]
+
+
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +134,7 @@ class Gather(nn.Module):
         return x[:, self.places] + x.index_select(1, self.places)  # type: ignore[arg-type, index]
 
 
-@pytest.mark.parametrize("make", [Linear, Convolutions, Embedding, Gather])
+@pytest.mark.parametrize("make", [Linear, Integers, Convolutions, Embedding, Gather])
 def test_a_layer_computes_the_same(make: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert_same(make(), {"x": X}, tmp_path)

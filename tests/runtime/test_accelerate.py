@@ -17,9 +17,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 import ditfastattn
-from ditfastattn import CfgLayout, ConfigError, Plan, Target
+from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, Target
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.plans import plan_for
 from tests.shared import digest, made_once
 from tests.tiers import slow_but
 from tests.tiny_pipelines import (
@@ -149,6 +150,27 @@ def test_the_sampler_is_compared_as_each_generation_begins(folder: Path) -> None
         run(pipeline, {**call, "guidance_scale": 4.0})
     pipeline.scheduler = scheduler
     assert torch.equal(run(pipeline, {**call, "guidance_scale": 4.0}), expected)
+
+
+@works_with(
+    "Other calls than the plan's",
+    "another guidance scale",
+    "refused",
+    "also where the pipeline does not report its own, as PixArt's",
+)
+@pytest.mark.parametrize("name", slow_but({"pixart"}, ["dit", "pixart", "qwenimage"]))
+def test_the_guidance_of_a_pipeline_that_does_not_report_it_is_compared(name: str) -> None:
+    make, given = TINY_PIPELINES[name]
+    pipeline = make()
+    scale = "true_cfg_scale" if name == "qwenimage" else "guidance_scale"
+    call = {"num_inference_steps": 2, **given, scale: 3.0}
+    plan = plan_for(pipeline, call, [Strategy.FULL, Strategy.FULL])
+    assert plan.sampler.guidance_scale == 3.0
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = run(pipeline, call)
+    with pytest.raises(ConfigError, match=r"guidance_scale[\s\S]*got:\s+5\.0[\s\S]*3\.0"):
+        run(pipeline, {**call, scale: 5.0})
+    assert torch.equal(run(pipeline, call), expected)
 
 
 @works_with(
@@ -302,3 +324,16 @@ def test_an_empty_batch_is_refused_by_name(digits: tuple[Any, dict[str, Any], Pl
     call = {"hidden_states": torch.zeros(0, *shape), "timestep": torch.zeros(0)}
     with pytest.raises(ConfigError, match="the batch is empty"):
         pipeline.transformer(**call, class_labels=torch.zeros(0, dtype=torch.long))
+
+
+def test_a_timestep_without_dimensions_is_refused_as_by_the_dense_model(
+    digits: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, plan = digits
+    given = {"timestep": torch.tensor(1), "class_labels": torch.tensor([1, 1000])}
+    latents = torch.zeros(2, 4, 8, 8)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = run(pipeline, call)
+    with torch.no_grad(), pytest.raises(AssertionError, match="1d-array"):
+        pipeline.transformer(latents, **given)
+    assert torch.equal(run(pipeline, call), expected)

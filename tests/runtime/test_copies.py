@@ -134,3 +134,32 @@ def test_a_spawned_process_runs_its_copy_dense(plan: Plan) -> None:
     process.join()
     assert process.exitcode == 0
     assert torch.equal(got, dense)
+
+
+def forked(pipeline: Any, results: Any) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    results.put(run(pipeline).tolist())
+
+
+@works_with(
+    "Copies and processes",
+    "a process forked (`os.fork`, `multiprocessing`) from one with an accelerated pipeline",
+    "works",
+    "on the CPU, with `torch.set_num_threads(1)` in the child; a GPU does not survive a fork",
+)
+def test_a_forked_process_runs_by_the_plan(plan: Plan) -> None:
+    torch._dynamo.reset()
+    pipeline = attentive_pipeline()
+    dense = run(pipeline)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    planned = run(pipeline)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=forked, args=(pipeline, results))
+    process.start()
+    got = torch.tensor(results.get(timeout=120))
+    process.join()
+    assert process.exitcode == 0
+    assert torch.equal(got, planned)
+    assert not torch.equal(got, dense)
+    assert torch.equal(run(pipeline), planned)

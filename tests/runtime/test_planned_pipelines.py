@@ -17,6 +17,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import MixedPlan, mixed_plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, load_saved, tiny_two_stage_wan_pipeline
+from tests.works_with import works_with
 
 STEPS = 5
 SEED = 5
@@ -133,6 +134,12 @@ def test_a_second_transformer_runs_dense_and_that_is_said(
     assert "transformer_2 runs dense" in caplog.text
 
 
+@works_with(
+    "Hooks and offloading",
+    "`enable_sequential_cpu_offload()`: plans of sites",
+    "refused",
+    "`enable_model_cpu_offload()` works, and so do plans of whole steps",
+)
 def test_weights_that_move_part_by_part_are_refused(folder: Path) -> None:
     pipeline, call = loaded("dit", folder)
     mixed = mixed_plan_for(pipeline, call)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from torch import nn
 
 import ditfastattn
-from ditfastattn import ConfigError
+from ditfastattn import ConfigError, Strategy
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
-from tests.helpers import randomize
-from tests.plans import mixed_plan_for
+from tests.plans import mixed_plan_for, plan_for
+from tests.quantized import QUANTIZED, quantized_pipeline
 from tests.tiers import slow_but
-from tests.tiny_pipelines import T5_DIM, TINY_PIPELINES
+from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
 
 CALL: dict[str, Any] = {"num_inference_steps": 4, **TINY_PIPELINES["pixart"][1]}
@@ -30,64 +27,6 @@ def _fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def torchao(config: str) -> Callable[[nn.Module], None]:
-    """Return what quantizes a module with a configuration of torchao."""
-
-    def quantize(module: nn.Module) -> None:
-        quantization: Any = pytest.importorskip("torchao.quantization")
-        quantization.quantize_(module, getattr(quantization, config)())
-
-    return quantize
-
-
-def gguf(module: nn.Module) -> None:
-    """Replace linears as loading a GGUF file into diffusers does."""
-    files: Any = pytest.importorskip("gguf")
-    linears: Any = pytest.importorskip("diffusers.quantizers.gguf.utils")
-    for name, linear in list(module.named_modules()):
-        if type(linear) is not nn.Linear or linear.in_features % 32:
-            continue
-        kind = files.GGMLQuantizationType.Q8_0
-        packed = torch.from_numpy(files.quants.quantize(linear.weight.detach().numpy(), kind))
-        made = linears.GGUFLinear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            compute_dtype=torch.float32,
-        )
-        made.weight = linears.GGUFParameter(packed, quant_type=kind)
-        made.bias = linear.bias
-        parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, made)
-
-
-QUANTIZED: dict[str, Callable[[nn.Module], None]] = {
-    "int8-weights": torchao("Int8WeightOnlyConfig"),
-    "int8-dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
-    "fp8-weights": torchao("Float8WeightOnlyConfig"),
-    "gguf": gguf,
-}
-
-
-def pipeline(quantize: Callable[[nn.Module], None]) -> Any:
-    made: Any = TINY_PIPELINES["pixart"][0]()
-    torch.manual_seed(0)
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        in_channels=4,
-        out_channels=8,
-        sample_size=8,
-        cross_attention_dim=32,
-        caption_channels=T5_DIM,
-    )
-    made.transformer = randomize(transformer)
-    with torch.no_grad():
-        quantize(made.transformer)
-    return made
-
-
 @works_with(
     "Weights",
     "quantized: torchao's int8 weights, int8 dynamic and fp8 weights; GGUF",
@@ -96,7 +35,7 @@ def pipeline(quantize: Callable[[nn.Module], None]) -> Any:
 )
 @pytest.mark.parametrize("name", slow_but({"int8-weights", "gguf"}, QUANTIZED))
 def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
-    made = pipeline(QUANTIZED[name])
+    made = quantized_pipeline(QUANTIZED[name])
     expected = generate(made, PROMPT)
     ditfastattn.accelerate(made, lowering="eager", dense=True)
     assert torch.equal(generate(made, PROMPT), expected)
@@ -109,13 +48,31 @@ def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
     assert float((planned - expected).abs().max()) > 1e-5
 
 
+@works_with(
+    "Weights",
+    "quantized: compiled by Inductor",
+    "works",
+    "to what rounding moves: an activation of int8 to the next of its levels",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_model_is_compiled(name: str) -> None:
+    made = quantized_pipeline(QUANTIZED[name])
+    plan = plan_for(made, CALL, [Strategy.FULL, Strategy.SHARE_STEP] * 2)
+    ditfastattn.accelerate(made, plan, lowering="eager")
+    expected = generate(made, PROMPT)
+    ditfastattn.accelerate(made, plan)
+    tolerance = 0.02 if name == "int8-dynamic" else 1e-3
+    assert float((generate(made, PROMPT) - expected).abs().max()) < tolerance
+
+
 @pytest.mark.parametrize("name", slow_but({"int8-weights"}, QUANTIZED))
 def test_the_fingerprint_is_of_the_quantized_weights(name: str) -> None:
-    made = pipeline(QUANTIZED[name])
+    made = quantized_pipeline(QUANTIZED[name])
     plan = mixed_plan_for(made, CALL).plan
     whole = module_fingerprint(made.transformer)
-    assert module_fingerprint(pipeline(QUANTIZED[name]).transformer) == whole
-    unquantized = pipeline(lambda module: None)
+    assert module_fingerprint(quantized_pipeline(QUANTIZED[name]).transformer) == whole
+    unquantized = quantized_pipeline(lambda module: None)
     assert module_fingerprint(unquantized.transformer) != whole
     ditfastattn.accelerate(unquantized, plan, lowering="eager")
     with pytest.raises(ConfigError, match=r"plan\.model\."):

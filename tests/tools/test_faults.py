@@ -14,7 +14,8 @@ from tests.tiers import slow_but
 ROOT = Path(__file__).parents[2]
 KINDS = [
     "export",
-    "build",
+    "build, ",
+    "build by TensorRT",
     "calibrate",
     "exporters",
     "entries",

@@ -89,6 +89,15 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+def children_of(process: int) -> list[int]:
+    """Return the processes that the main thread of ``process`` has started."""
+    try:
+        listed = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
+    except OSError:  # it has ended
+        return []
+    return [int(child) for child in listed.split()]
+
+
 def flipped(content: bytes, bit: int) -> bytes:
     """Return ``content`` with one bit changed."""
     changed = bytearray(content)

@@ -22,7 +22,8 @@ import torch
 import typer
 
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.tools.faults.scenes import Scene, scenes
+from ditfastattn.tools.faults.scene import Scene
+from ditfastattn.tools.faults.scenes import scenes
 from ditfastattn.tools.measure import machine
 
 app = typer.Typer(pretty_exceptions_enable=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.record.record_plan import record_plan
+from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import Library
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.digits_recipe import MODEL_CONFIG
 
 CALL: dict[str, Any] = {"class_labels": [3], "num_inference_steps": 4, "guidance_scale": 2.0}
+_WAITS = 300  # for a worker to end, of a tenth of a second
 _SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 16}
 
 
@@ -134,6 +137,20 @@ def built(folder: Path) -> None:
         patch.object(module, "find_library", lambda name: _PLAYED),
     ):
         build(folder, BuildOptions("sm89"))
+
+
+def built_by_tensorrt(folder: Path) -> None:
+    """Build engines of a bundle; wait for a worker that a killed build has left."""
+    for _ in range(_WAITS):
+        try:
+            build(folder, BuildOptions("sm89", Layout.VARIANTS, library="tensorrt_rtx"))
+        except ConfigError as error:
+            if "another build" not in str(error):
+                raise
+            time.sleep(0.1)
+        else:
+            return
+    raise EngineError("the worker of a killed build does not end")
 
 
 def outcome(work: Callable[[], Any], right: Callable[[Any], bool]) -> str:
