@@ -53,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
         held_out={"class_labels": [2]},
         compared={"class_labels": [3, 4]},
         obeyed="half of the images",
-        reads_back=lambda images, conditions: 0.5,
+        reads_back=lambda images, call: torch.tensor(call["class_labels"]) == 3,
     )
     made.plans.mkdir(parents=True)
     for name, strategies in ROWS.items():

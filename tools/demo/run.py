@@ -109,7 +109,7 @@ def run_demo(
         priced, contenders[1:], timings, compile_seconds[1:], strict=True
     ):
         quality = compare_images(dense, planned.stacked())
-        obeyed = model.reads_back(planned.stacked(), conditions)
+        obeyed = model.share_obeyed(planned.stacked(), conditions)
         report = _report_of(each.plan)
         outcomes.append(
             PlanOutcome(each, report, timing, quality, obeyed, seconds, planned.stacked())
@@ -119,7 +119,7 @@ def run_demo(
         obeyed=model.obeyed,
         outcomes=tuple(outcomes),
         dense_images=dense,
-        dense_obeyed=model.reads_back(dense, conditions),
+        dense_obeyed=model.share_obeyed(dense, conditions),
         compile_seconds=compile_seconds[0],
         phases=phases,
         seconds=time.monotonic() - began,

@@ -120,7 +120,9 @@ class Target:
 
         Args:
             metric: takes the dense and the planned images, both ``[B, C, H, W]`` in [0, 1], and
-                returns a value per image, or one that stands for all of them.
+                returns a value per image, or one that stands for all of them. If it has a
+                parameter ``call``, it is also given what the pipeline was called with, such as
+                the prompt of these images.
             at_least: the least value that will do, where more is better.
             at_most: the greatest value that will do, where less is better.
             name: what to call the metric; its own name where empty.
