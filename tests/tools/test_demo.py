@@ -106,6 +106,11 @@ def test_three_recorded_plans_are_compared_with_dense(
     assert set(entries["middle"]) == {Shortcut.GUIDANCE, Shortcut.STEP}
     for outcome in found.outcomes:
         assert outcome.quality.ssim < 1.0  # planned images are not the dense ones
+        pairs = zip(outcome.plan.strategies, outcome.given.errors, strict=True)
+        for strategies, errors in pairs:
+            for strategy, error in zip(strategies, errors, strict=True):
+                assert error is not None
+                assert (error > 0.0) is (strategy != Strategy.FULL)
         assert len(outcome.timing.speedup.samples) == 3
         counted = sum(saving.share for saving in outcome.saved[0])
         assert counted == pytest.approx(1.0 - outcome.flops_kept, abs=0.1)
