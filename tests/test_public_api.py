@@ -40,7 +40,9 @@ def faults(name: str, function: Callable[..., Any]) -> list[str]:
     described = re.findall(r"^ {4}\*{0,2}(\w+): \S", section(docstring, "Args"), re.MULTILINE)
     found = [f"Args: {each}" for each in parameters(function) if each not in described]
     returned = inspect.signature(function).return_annotation
-    if returned not in ("None", inspect.Signature.empty) and not section(docstring, "Returns"):
+    if returned not in ("None", None, inspect.Signature.empty) and not section(
+        docstring, "Returns"
+    ):
         found.append("Returns")
     if name not in NEVER_RAISE and not section(docstring, "Raises"):
         found.append("Raises")
