@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ditfastattn.core.errors import ConfigError
 
 # What a user may pass: (dense, planned) -> one value per image, or one for all of them. A function
 # with a parameter ``call`` also gets what the pipeline was called with.
-Metric = Callable[..., Tensor | float]
+Metric = Callable[..., Tensor | Sequence[float] | float]
 
 SSIM_WINDOW = 11
 
