@@ -61,11 +61,21 @@ EXAMPLES = {page.name: examples(page) for page in PAGES if examples(page)}
 class PromptedDigits(DigitsPipeline):
     """Draw a digit for each prompt, as a text-to-image pipeline is called."""
 
-    def __call__(self, prompt: Any = None, **arguments: Any) -> Any:  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # it takes prompts
+        self,
+        prompt: Any,
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = STEPS,
+        generator: Any = None,
+        output_type: Any = "pil",
+        return_dict: bool = True,
+    ) -> Any:
         """Take a text, several, or the digits themselves."""
         asked = [prompt] if isinstance(prompt, str) else prompt
         labels = [len(each) % 10 if isinstance(each, str) else each for each in asked]
-        return super().__call__(labels, **arguments)
+        return super().__call__(
+            labels, guidance_scale, num_inference_steps, generator, output_type, return_dict
+        )
 
 
 def tiny_pipeline() -> Any:
