@@ -173,10 +173,11 @@ def test_options_of_a_search_need_one() -> None:
 
 
 def test_contenders_of_other_steps_are_refused_before_anything_runs() -> None:
-    record = Path(__file__).parents[2] / "benchmarks/bench/demo-50.json"
-    refused = CliRunner().invoke(cli.app, ["demo", "--peers", str(record)])
+    record = Path(__file__).parents[2] / "benchmarks/bench/demo-20.json"
+    words = ["demo", "--calibrate", "--steps", "30", "--peers", str(record)]
+    refused = CliRunner().invoke(cli.app, words)
     assert isinstance(refused.exception, ConfigError)
-    assert "demo, 50 steps" in str(refused.exception)
+    assert "demo, 30 steps" in str(refused.exception)
 
 
 def test_an_interrupted_demo_says_how_to_resume(
