@@ -69,6 +69,9 @@ def accelerate(
         mode: a mode of ``torch.compile``, such as ``"reduce-overhead"``.
         **options: the backend's other options, as ``torch.compile(options=...)`` takes them.
 
+    Returns:
+        The pipeline.
+
     Raises:
         ConfigError: there is no transformer, or one whose parts are cached or moved while it runs;
             the plan cannot be read, or is for another scheduler.
@@ -116,9 +119,15 @@ def accelerate(
 
 
 def dense_generations(pipeline: Any) -> dict[str, int]:
-    """Return how many generations ran dense since ``accelerate``, as no plan was for them.
+    """Count the generations that ran dense since ``accelerate``, because no plan was for them.
 
-    They are counted by reason; see ``on_mismatch``.
+    See ``on_mismatch`` of ``accelerate``.
+
+    Args:
+        pipeline: an accelerated pipeline.
+
+    Returns:
+        How many, by the reason.
 
     Raises:
         ConfigError: the pipeline has no transformer, or is not accelerated.
@@ -281,9 +290,15 @@ def _too_many() -> ConfigError:
 
 
 def restore(pipeline: Any) -> Any:
-    """Undo ``accelerate``: the transformer runs as it did before; return the pipeline.
+    """Undo ``accelerate``: the transformer runs as it did before.
 
     A pipeline that is not accelerated is left as it is.
+
+    Args:
+        pipeline: a diffusers pipeline.
+
+    Returns:
+        The pipeline.
 
     Raises:
         ConfigError: the pipeline has no transformer.

@@ -68,6 +68,9 @@ def generation() -> GenerationContext:
     other one has computed. It does not show between generations of one seed and equal conditions,
     nor where the sampler adds much noise of its own (DDIM with eta=1 in few steps); where these
     take turns, the context is needed. Inside the context only timesteps are compared.
+
+    Returns:
+        A context manager, to be entered around each call of the generation.
     """
     return GenerationContext()
 

@@ -32,10 +32,16 @@ def load(
             ``build`` has made, or ``aoti``: torch's AOTInductor, for bundles exported with
             ``format="pt2"``.
         threads: of each ONNX graph on the CPU; 0 lets ONNX Runtime choose.
-        share_threads: see ``runtime.bundle.load``.
-        low_memory: see ``runtime.bundle.load``.
+        share_threads: use one pool of threads for all of ONNX Runtime's sessions in the process;
+            all others must then use it too.
+        low_memory: share the pages of the weights file and one arena of activations among all
+            ONNX graphs: a fraction of the memory, but slower.
         target: of the TensorRT engines; by default those for this GPU.
         cuda_graphs: capture each TensorRT engine as a CUDA graph.
+
+    Returns:
+        A module to put in the place of the pipeline's transformer. It takes and returns what the
+        exported model does, at any batch size unless that was fixed.
 
     Raises:
         ConfigError: the bundle is incomplete or not valid, or what was requested is missing.

@@ -22,6 +22,12 @@ def quality(tier: str) -> Generator[None]:
 
         with ditfastattn.quality("high"):
             images = pipeline("a cat").images
+
+    Args:
+        tier: the tier's name. A generation raises a ``ConfigError`` if the book has no such tier.
+
+    Returns:
+        A context manager.
     """
     token = _asked_for.set(tier)
     try:

@@ -274,7 +274,12 @@ def specialization_of(captured: CapturedGraph, options: BackendOptions) -> Speci
 
 
 def reports() -> list[RunReport]:
-    """Report every plan in force in this process, at each set of input shapes."""
+    """Report every plan in force in this process, at each set of input shapes.
+
+    Returns:
+        A report for each, with the sites, what was declined and why, FLOPs, variants, and the
+        bytes of caches.
+    """
     return [report for found in list(_registry) for report in found.reports()]
 
 
@@ -284,6 +289,9 @@ def report_of(plan: Plan) -> RunReport | None:
 
 
 def reset() -> None:
-    """Forget the generations under way in this thread, for example after an interrupted one."""
+    """Forget the generations under way in this thread, for example after an interrupted one.
+
+    Plans and what was compiled stay.
+    """
     for found in list(_registry):
         found.reset()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Conditions = Mapping[str, Sequence[Any]]  # a list entry per image, by the pipeline's argument
@@ -29,8 +30,8 @@ class EmbeddedModel:
         held_out: conditions to accept plans on.
         compared: conditions to compare plans on, repeated as often as needed.
         obeyed: what ``reads_back`` measures.
-        reads_back: from images ``[B, C, H, W]`` in [0, 1] and their conditions to the share of
-            them that show what was asked for.
+        reads_back: from images ``[B, C, H, W]`` in [0, 1] and what a generation was called with
+            to whether each of them shows what was asked for, ``[B]``.
     """
 
     name: str
@@ -41,12 +42,18 @@ class EmbeddedModel:
     held_out: Conditions
     compared: Conditions
     obeyed: str
-    reads_back: Callable[[Tensor, Sequence[Mapping[str, Any]]], float] = field(repr=False)
+    reads_back: Callable[[Tensor, Mapping[str, Any]], Tensor] = field(repr=False)
 
     @property
     def plans(self) -> Path:
         """Return the folder of the plans that come with the model."""
         return self.folder / "plans"
+
+    def share_obeyed(self, images: Tensor, conditions: Sequence[Mapping[str, Any]]) -> float:
+        """Return the share of ``images`` that show what their ``conditions``, one each, ask for."""
+        pairs = zip(images, conditions, strict=True)
+        read = [self.reads_back(one[None], asked) for one, asked in pairs]
+        return torch.cat(read).float().mean().item()
 
     def conditions(self, count: int) -> list[dict[str, Any]]:
         """Return ``count`` of the compared conditions, each of one image."""
@@ -60,9 +67,9 @@ def embedded_model() -> EmbeddedModel:
     """Return the model that comes with the package."""
     from ditfastattn.tools import digits_data, digits_pipeline  # these load diffusers
 
-    def reads_back(images: Tensor, conditions: Sequence[Mapping[str, Any]]) -> float:
-        labels = Tensor([label for each in conditions for label in each["class_labels"]]).long()
-        return digits_data.class_accuracy(images * 2.0 - 1.0, labels)
+    def reads_back(images: Tensor, call: Mapping[str, Any]) -> Tensor:
+        shown = torch.from_numpy(digits_data.classify(images * 2.0 - 1.0))
+        return shown == torch.tensor(call["class_labels"])
 
     return EmbeddedModel(
         name="digits-dit-64",
@@ -75,3 +82,13 @@ def embedded_model() -> EmbeddedModel:
         obeyed="classified as the requested digit",
         reads_back=reads_back,
     )
+
+
+def still_obeyed(dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """Return 1 where a planned image shows what was asked for if the dense one does, ``[B]``.
+
+    It is a metric for targets: ``--metric ditfastattn.tools.embedded:still_obeyed --at-least 1``.
+    Images are ``[B, C, H, W]`` in [0, 1].
+    """
+    reads_back = embedded_model().reads_back
+    return (reads_back(planned, call) | ~reads_back(dense, call)).float()

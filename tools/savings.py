@@ -23,6 +23,10 @@ class Shortcut(StrEnum):
     WHOLE_STEP = "whole step skipped"
 
 
+# Of each entry of a plan, ``[step][site]``: how much it changes its site's output, relative to it.
+Errors = tuple[tuple[float | None, ...], ...]
+
+
 class Prices(Record, frozen=True):
     """Hold the price of a dense step, and of each strategy at each site of a plan, by its name.
 

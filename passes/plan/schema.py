@@ -172,6 +172,16 @@ class Plan(Record, frozen=True):
     shape of each tensor input of the model without its batch dimension; the latent is among them.
     The batch size itself is free. With ``merge_variants`` steps of the same strategies are one
     compiled variant, even where they differ in the caches they must store.
+
+    Attributes:
+        schema_version: of the JSON; others are refused.
+        model: the fingerprint of the model that the plan is for.
+        inputs: the shapes of its tensor inputs, without the batch.
+        sampler: the scheduler, steps, timesteps and guidance that the plan is for.
+        sites: what takes strategies, in the model's order.
+        strategies: a row for each step, with an entry for each site.
+        merge_variants: whether equal rows are one variant.
+        calibration: how the plan was found, and what was measured of it.
     """
 
     schema_version: Literal[3] = 3
@@ -295,12 +305,16 @@ class Plan(Record, frozen=True):
         return facts_table(rows) + plan_map_html(names, self.strategies)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; ``path`` holds the old file or the whole new one."""
+        """Write the plan as JSON; ``path`` holds the old file or the whole new one.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
         write_text_atomically(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan.
+        """Read the plan in the file ``path``.
 
         Raises:
             ConfigError: the file is absent, not JSON, of another version, or not a valid plan.
@@ -310,7 +324,11 @@ class Plan(Record, frozen=True):
 
     @classmethod
     def parse(cls, text: str, where: str = "plan") -> Plan:
-        """Read a plan from JSON ``text``; errors as in ``load``."""
+        """Read a plan from JSON ``text``; messages call it ``where``.
+
+        Raises:
+            ConfigError: it is not JSON, of another version, or not a valid plan.
+        """
         data = parse_json(text, where, "the plan", "calibrate it again")
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:

@@ -67,6 +67,9 @@ class Book:
             figures: what a validation measured; by default what the calibration measured on its
                 held-out prompts.
 
+        Returns:
+            The plan's entry in the book.
+
         Raises:
             ConfigError: there is no such tier, nothing was measured by its metric, or the plan
                 does not keep its promise.
@@ -92,7 +95,7 @@ class Book:
         return entry
 
     def record(self, found: Mapping[Entry, Figures]) -> None:
-        """Replace the figures of plans, by entry."""
+        """Replace the figures of plans by those ``found``, by entry."""
         with self._writing():
             self._write(
                 tuple(
@@ -107,7 +110,7 @@ class Book:
         return tuple(e for e in self.manifest.plans if not e.figures.keep(tiers[e.tier]))
 
     def prune(self) -> tuple[str, ...]:
-        """Remove plans that break their promise, and files that are no plan of the book.
+        """Remove plans that break their promise, and files that are not a plan of the book.
 
         Returns:
             The names of the removed files.
@@ -162,6 +165,9 @@ def book(
         default: the tier of requests that name none; by default the first of ``tiers``.
         most_compiled: how many plans stay compiled at a time. Those that were used least recently
             are released, and compiled again when they are needed.
+
+    Returns:
+        The book.
 
     Raises:
         ConfigError: there is no book and no ``tiers``, or the book has others; it is not valid.

@@ -40,17 +40,23 @@ class Tier(Record, frozen=True):
 class Figures(Record, frozen=True):
     """Record how good the images of a plan are, by the metric of its tier.
 
-    They are of the ``calibration``'s held-out prompts, or of a ``validation`` on new ones.
+    Attributes:
+        source: what measured them: the ``calibration`` on its held-out prompts, or a
+            ``validation`` on new ones.
+        metric: the metric's name.
+        model: the model that measures a CLIP score; "" for other metrics.
+        quality: the mean and the worst value, in the metric's unit.
+        speedup: over the compiled dense model; None where nothing was timed.
     """
 
     source: Literal["calibration", "validation"]
     metric: str
-    model: str = ""  # that measures a CLIP score
+    model: str = ""
     quality: Measured
     speedup: float | None = None
 
     def keep(self, promise: PlannedTarget) -> bool:
-        """Return whether the worst image is as good as was promised."""
+        """Return whether the worst image is as good as the ``promise`` says."""
         worst = self.quality.worst
         kept = worst >= promise.bound if promise.at_least else worst <= promise.bound
         return kept and (self.metric, self.model) == (promise.name, promise.model)

@@ -30,7 +30,22 @@ def measure_plan(
 ) -> Figures:
     """Measure ``plan`` on the prompts of ``call`` by the metric that a tier promises.
 
-    ``target`` measures a promise by a metric of the user's own. Errors are those of ``validate``.
+    Args:
+        pipeline: the diffusers pipeline that the plan is for, not accelerated.
+        plan: the plan.
+        call: the keyword arguments of a generation, with a list entry per image. Steps and
+            guidance are the plan's.
+        promise: what a tier promises.
+        target: how to measure a promise by a metric of the user's own; its bound is not used.
+        speed: also compile and time generations.
+        seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
+
+    Returns:
+        What was measured, for ``Book.add``.
+
+    Raises:
+        ConfigError: the plan does not match the model, sampler or call, or the metric cannot be
+            measured.
     """
     wanted = target_for(promise) if target is None else replace(target, bound=promise.bound)
     return _figures(validate(pipeline, plan, call, target=wanted, speed=speed, seed=seed), promise)
@@ -59,6 +74,9 @@ def validate_book(
         speed: also compile and time generations.
         seed: seeds the prompts' noise.
         on_progress: called with what is done next.
+
+    Returns:
+        The figures of each plan that was measured, or the reason why it was not.
 
     Raises:
         ConfigError: there is no plan of such a name.

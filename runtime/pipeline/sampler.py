@@ -58,12 +58,15 @@ def counting_steps(pipeline: Any) -> Generator[Callable[[], int]]:
 
 
 def check_sampler(plan: Plan, scheduler: Any, guidance_scale: float | None = None) -> None:
-    """Raise ``ConfigError`` unless ``scheduler``, its config and the guidance are the plan's.
+    """Check that ``scheduler``, its configuration and the guidance are those of ``plan``.
 
     Args:
         plan: the plan.
         scheduler: a diffusers scheduler.
         guidance_scale: the guidance of the generation; not checked where None.
+
+    Raises:
+        ConfigError: one of them differs; the message names the field.
     """
     sampler = plan.sampler
     if not sampler.scheduler:

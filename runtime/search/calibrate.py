@@ -101,6 +101,10 @@ def calibrate(
         restart: forget an unfinished search.
         on_progress: called with what the search does and how long it may take.
 
+    Returns:
+        The plan, with the record of its search in ``plan.calibration``. Where nothing can be gained
+        it is full everywhere, and a warning says so.
+
     Raises:
         ConfigError: the pipeline, the call or an option is not supported.
         TargetMissedError: no plan reaches the target.

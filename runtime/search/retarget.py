@@ -70,6 +70,9 @@ def retarget(
         out: the new plan's file, written only where the target is met.
         on_progress: called with what is done, and how long it may take.
 
+    Returns:
+        The plan for the generations of ``call``.
+
     Raises:
         ConfigError: the model is not the plan's, or the target is not a quality.
         TargetMissedError: the worst prompt misses the target.

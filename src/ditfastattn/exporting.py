@@ -50,6 +50,9 @@ def export(
         on_progress: called with the file that was written, the number of files written so far, and
             the number of all files.
 
+    Returns:
+        The bundle's manifest.
+
     Raises:
         ConfigError: the plan does not match the model or the sampler; an operator has no ONNX
             form; ``out`` exists and is not a bundle.
@@ -90,6 +93,9 @@ def build(
         library: ``tensorrt`` or ``tensorrt_rtx``; "" chooses the one that suits this machine.
         on_progress: called with the graph, the builder's current phase, and the fraction done.
 
+    Returns:
+        What was built, as ``engines.json`` records it.
+
     Raises:
         ConfigError: the bundle is incomplete; TensorRT is not installed, or cannot build for the
             target.
@@ -117,8 +123,26 @@ def verify(
 ) -> Verification:
     """Compare the bundle in ``folder`` with the torch model of ``pipeline``.
 
-    Without a pipeline it is compared with its golden sample, and no torch model is needed.
-    ``runtime``, ``target`` and ``cuda_graphs`` are as for ``load``.
+    The torch model runs by the bundle's plan, uncompiled: only the runtime differs, and the
+    bundle's dtype.
+
+    Args:
+        folder: the bundle.
+        pipeline: the pipeline that it was exported from; None compares the bundle with its golden
+            sample instead, and needs no torch model.
+        call: what the pipeline is called with.
+        providers: execution providers of ONNX Runtime, in order of preference.
+        seed: seeds the noise.
+        runtime: ``onnx``, ``openvino``, ``tensorrt`` or ``aoti``, as for ``load``.
+        target: of the TensorRT engines; by default those for this GPU.
+        cuda_graphs: capture each TensorRT engine as a CUDA graph.
+
+    Returns:
+        The error of every step and of the image, and whether all are within their bounds.
+
+    Raises:
+        ConfigError: the bundle does not load, or does not match the pipeline's model.
+        EngineError: the runtime failed.
     """
     from ditfastattn.export import verify as verifying
 
@@ -135,8 +159,18 @@ def update_weights(
 ) -> Manifest:
     """Give the bundle in ``folder`` the weights of ``pipeline``'s transformer, and keep its plan.
 
-    Programs that have loaded the bundle go on with the old weights; others get it whole, old or
-    new. With ``revalidate`` the plan is first measured against its target.
+    Programs that have loaded the bundle keep the old weights; others get it whole, old or new.
+
+    Args:
+        folder: the bundle.
+        pipeline: a diffusers pipeline with the new weights, of the bundle's structure.
+        call: the arguments of a generation, as for ``export``.
+        revalidate: whether to measure first that the plan still meets its target.
+        on_progress: called with the file that was written, the number of files written so far, and
+            the number of all files.
+
+    Returns:
+        The bundle's new manifest.
 
     Raises:
         ConfigError: structure, shapes or sampler are not the bundle's, which stays as it was.

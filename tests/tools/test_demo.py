@@ -53,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
         held_out={"class_labels": [2]},
         compared={"class_labels": [3, 4]},
         obeyed="half of the images",
-        reads_back=lambda images, conditions: 0.5,
+        reads_back=lambda images, call: torch.tensor(call["class_labels"]) == 3,
     )
     made.plans.mkdir(parents=True)
     for name, strategies in ROWS.items():
@@ -106,6 +106,11 @@ def test_three_recorded_plans_are_compared_with_dense(
     assert set(entries["middle"]) == {Shortcut.GUIDANCE, Shortcut.STEP}
     for outcome in found.outcomes:
         assert outcome.quality.ssim < 1.0  # planned images are not the dense ones
+        pairs = zip(outcome.plan.strategies, outcome.given.errors, strict=True)
+        for strategies, errors in pairs:
+            for strategy, error in zip(strategies, errors, strict=True):
+                assert error is not None
+                assert (error > 0.0) is (strategy != Strategy.FULL)
         assert len(outcome.timing.speedup.samples) == 3
         counted = sum(saving.share for saving in outcome.saved[0])
         assert counted == pytest.approx(1.0 - outcome.flops_kept, abs=0.1)
@@ -165,6 +170,14 @@ def test_options_of_a_search_need_one() -> None:
     refused = CliRunner().invoke(cli.app, ["demo", "--min-ssim", "0.8"])
     assert isinstance(refused.exception, ConfigError)
     assert "--calibrate" in str(refused.exception)
+
+
+def test_contenders_of_other_steps_are_refused_before_anything_runs() -> None:
+    record = Path(__file__).parents[2] / "benchmarks/bench/demo-20.json"
+    words = ["demo", "--calibrate", "--steps", "30", "--peers", str(record)]
+    refused = CliRunner().invoke(cli.app, words)
+    assert isinstance(refused.exception, ConfigError)
+    assert "demo, 30 steps" in str(refused.exception)
 
 
 def test_an_interrupted_demo_says_how_to_resume(

@@ -15,7 +15,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.runtime.search.judge.judgement import metric_values
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.tools import digits_pipeline, digits_recipe, evaluate_digits, train_digits
+from ditfastattn.tools.commands.target import load_metric
 from ditfastattn.tools.digits_card import model_card
 from ditfastattn.tools.digits_data import class_accuracy, digit_images
 from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline
@@ -195,6 +198,17 @@ def test_classifier_reads_digits_at_the_models_size() -> None:
     images, labels = digit_images(64)
     assert class_accuracy(images, labels) > 0.97
     assert class_accuracy(images, (labels + 1) % 10) < 0.03
+
+
+def test_whether_the_digit_is_still_obeyed_is_a_target() -> None:
+    images, labels = digit_images(32)
+    three, seven = ((images[labels == digit][:1] + 1.0) / 2.0 for digit in (3, 7))
+    dense, planned = torch.cat([three, three, seven, seven]), torch.cat([three, seven] * 2)
+    metric = load_metric("ditfastattn.tools.embedded:still_obeyed")
+    target = Target.quality(metric, at_least=1)
+    assert metric_values(target, dense, planned, {"class_labels": [3] * 4}) == [1, 0, 1, 1]
+    assert metric_values(target, dense, planned, {"class_labels": [7] * 4}) == [1, 1, 0, 1]
+    assert target.describe() == "still_obeyed of at least 1 on the worst prompt"
 
 
 def test_evaluation_of_an_untrained_model_is_a_number(pipeline: DigitsPipeline) -> None:

@@ -19,10 +19,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.runtime.search.judge.judgement import metric_values
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.tools.emoji import evaluate, model, publish, recipe, sprites, train
 from ditfastattn.tools.emoji.model import CaptionedTransformer
 from ditfastattn.tools.emoji.pipeline import load_pipeline
-from ditfastattn.tools.emoji.read_back import best_fit_psnr, read_hues, read_things
+from ditfastattn.tools.emoji.read_back import StillObeyed, best_fit_psnr, read_hues, read_things
 from ditfastattn.tools.emoji.recipe import HUES, SPRITES, VOCABULARY, Stage, held_out, learning_rate
 from ditfastattn.tools.training import set_image_size, update
 from ditfastattn.tools.training_state import TrainingState
@@ -106,6 +108,17 @@ def test_pictures_are_read_back() -> None:
     images = pictures(tokens)
     assert torch.equal(read_hues(images), tokens[:, 1] - len(SPRITES))
     assert torch.equal(read_things(images[::8], drawn_sprites()), tokens[::8, 0])
+
+
+def test_whether_a_prompt_is_still_obeyed_is_a_target() -> None:
+    asked = [f"a {thing} on {hue}" for thing, hue in (("fox", "red"), ("pig", "blue"))]
+    images = pictures(torch.tensor([VOCABULARY.tokens(VOCABULARY.parse(text)) for text in asked]))
+    target = Target.quality(StillObeyed(drawn_sprites()), at_least=1)
+    call, red_pig = {"prompt": asked}, {"prompt": "a pig on red"}
+    assert metric_values(target, images, images, call) == [1, 1]
+    assert metric_values(target, images, images.flip(0), call) == [0, 0]
+    assert metric_values(target, images[:1], images[1:], red_pig) == [1]  # dense shows a fox
+    assert target.name == "StillObeyed"
 
 
 def test_a_fit_tells_sprites_facings_and_blur_apart() -> None:

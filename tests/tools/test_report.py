@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ditfastattn import ConfigError
 from ditfastattn.passes.graph.slots import Slot, SlotKind
 from ditfastattn.passes.plan.slot_schedule import CacheSlot
 from ditfastattn.passes.plan.strategies import strategies
@@ -23,6 +24,7 @@ from ditfastattn.tools.report.content import (
     pictures,
     plan_facts,
 )
+from ditfastattn.tools.report.of_bench import recorded_contenders
 from ditfastattn.tools.report.page import render, write_report
 from ditfastattn.tools.savings import Prices
 from tests.tools.test_figures import make_plan
@@ -40,6 +42,7 @@ def a_report() -> Report:
         plan=plan,
         facts=plan_facts(plan),
         prices=(prices[0], prices[1]),
+        errors=(((0.0425, 0.0, None, None),) * 9),
         caches=(CacheSlot(Slot("blocks.0", SlotKind.OUTPUT), (1,), "float32", 2**20, ((0, 5),)),),
         declined=(Declined("blocks.1", "no window", "a mask depends on the query"),),
         pictures=pictures(dense, dense.flip(0)),
@@ -102,6 +105,8 @@ def test_a_report_is_one_whole_page_that_needs_no_network() -> None:
     assert "a mask depends on the query" in page.text
     assert len(page.cells) == 2 * 4 * 9
     assert "saves 20.0% of the step's FLOPs" in " ".join(page.cells)  # a shared site of price 1 / 5
+    assert "changes the site's output by 4.2%; saves" in page.cells[4]
+    assert all("changes" not in cell for cell in page.cells[9:36])
 
 
 def test_a_report_draws_charts_only_of_what_is_known() -> None:
@@ -112,6 +117,18 @@ def test_a_report_draws_charts_only_of_what_is_known() -> None:
     assert render(full).count("<svg") == 3 + 2  # over all plans, and lifetimes of each
     assert "currentColor" in render(full)  # charts take the page's colours
     assert "saves" not in cells(bare)[0][1][4].details
+
+
+def test_a_benchmarks_record_puts_its_contenders_into_the_chart() -> None:
+    path = Path(__file__).parents[2] / "benchmarks/bench/demo-20.json"
+    peers = recorded_contenders(path, "demo", 20, "dense-eager")
+    names = [name.partition(" (recorded, ")[0] for name in peers]
+    assert {"taylorseer-lite", "fewer-steps"} <= set(names)
+    assert "dense-eager" not in names
+    drawn = render(replace(a_report(), frontier={**a_report().frontier, **peers}))
+    assert "taylorseer-lite (recorded, " in drawn
+    with pytest.raises(ConfigError, match=r"(?s)other generations.*demo, 20 steps.*demo, 30 steps"):
+        recorded_contenders(path, "demo", 30, "dense-eager")
 
 
 def test_sites_declined_alike_are_one_line() -> None:

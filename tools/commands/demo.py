@@ -36,6 +36,14 @@ Seed = Annotated[
     typer.Option(help="First seed of the search's noise. Default: 0.", rich_help_panel=_SEARCH),
 ]
 
+Peers = Annotated[
+    Path | None,
+    typer.Option(
+        help="A record of `ditfastattn bench` on this model: the report's chart shows its "
+        "contenders too.",
+    ),
+]
+
 
 def demo(
     out: Out = Path("ditfastattn-demo"),
@@ -45,6 +53,7 @@ def demo(
     guidance: GuidanceScale = None,
     min_ssim: WorstSsim = None,
     seed: Seed = None,
+    peers: Peers = None,
     as_json: Json = False,
 ) -> None:
     """Generate the same images dense and by three plans, all compiled, and compare them."""
@@ -63,8 +72,11 @@ def demo(
         )
     console = open_console(stderr=as_json)
     with spinner(console, "loading diffusers and matplotlib"):
+        from ditfastattn.tools.bench.methods import EAGER
+        from ditfastattn.tools.bench.models import DEMO
         from ditfastattn.tools.demo.result import demo_json
         from ditfastattn.tools.demo.run import NewSearch, run_demo
+        from ditfastattn.tools.report.of_bench import recorded_contenders
 
     search = NewSearch(
         min_ssim=0.9 if min_ssim is None else min_ssim,
@@ -72,8 +84,9 @@ def demo(
         guidance_scale=2.0 if guidance is None else guidance,
         seed=seed or 0,
     )
+    shown = recorded_contenders(peers, DEMO.name, search.steps, EAGER) if peers else {}
     kept = "what was searched and compiled is kept"
     with resumable(kept):
-        result = run_demo(out, repetitions, search if calibrate else None, console)
+        result = run_demo(out, repetitions, search if calibrate else None, console, shown)
     if as_json:
         print_json(demo_json(result))

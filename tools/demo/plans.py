@@ -15,7 +15,7 @@ from ditfastattn.core.strict_json import read_json
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools.embedded import EmbeddedModel
-from ditfastattn.tools.savings import Prices
+from ditfastattn.tools.savings import Errors, Prices
 
 NAMES = ("strict", "middle", "loose")
 RECORD = "recorded.json"
@@ -39,12 +39,13 @@ class Measurement(Record, frozen=True):
 
 
 class RecordedPlan(Record, frozen=True):
-    """Hold a plan's place in the demo: its name, its prices, and what was measured of it."""
+    """Hold a plan's place in the demo: its name, prices and errors, and what was measured of it."""
 
     name: str
     flops: Prices
     seconds: Prices
     measured: Measurement
+    errors: Errors = ()
 
 
 class Phases(Record, frozen=True):
@@ -69,15 +70,17 @@ class RecordedPlans(Record, frozen=True):
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """A plan of the demo, with the prices of strategies in operations and in seconds.
+    """A plan of the demo, with the prices of its strategies in operations and in seconds.
 
-    Of one that was searched just now there is no record, and no prices until they are measured.
+    Of one that was searched just now there is no record, and no prices or errors until they are
+    measured.
     """
 
     name: str
     plan: Plan
     record: RecordedPlan | None = None
     prices: tuple[Prices, Prices] | None = None
+    errors: Errors = ()
 
 
 def recorded_plans(model: EmbeddedModel) -> RecordedPlans | None:
@@ -116,7 +119,8 @@ def shipped_plans(model: EmbeddedModel) -> list[DemoPlan]:
     for name in NAMES:
         plan, record = Plan.load(model.plans / f"{name}.json"), records.get(name)
         prices = None if record is None else (record.flops, record.seconds)
-        found.append(DemoPlan(name, plan, record, prices))
+        errors = () if record is None else record.errors
+        found.append(DemoPlan(name, plan, record, prices, errors))
     return found
 
 

@@ -106,7 +106,8 @@ def _recorded(
     name: str, pipeline: Any, plan: Plan, model: EmbeddedModel, validated: Validation
 ) -> RecordedPlan:
     prompt = Prompt({**model.conditions(1)[0], **model.call}, 0)
-    flops, seconds = examine_plan(pipeline, plan, prompt).prices
+    examined = examine_plan(pipeline, plan, prompt)
+    flops, seconds = examined.prices
     ssim, psnr = (
         next(each for each in validated.qualities if each.name == metric)
         for metric in ("ssim", "psnr")
@@ -116,6 +117,7 @@ def _recorded(
         name=name,
         flops=flops,
         seconds=seconds,
+        errors=examined.errors,
         measured=Measurement(
             prompts=len(validated.seeds),
             lowering=validated.lowering,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +40,7 @@ from ditfastattn.tools.demo.result import (
 from ditfastattn.tools.embedded import EmbeddedModel, embedded_model
 from ditfastattn.tools.examine import examine_plan
 from ditfastattn.tools.figures import MOST_SAMPLES, image_grid, plan_map
+from ditfastattn.tools.report.content import Points
 from ditfastattn.tools.report.of_demo import demo_report
 from ditfastattn.tools.report.page import write_report
 from ditfastattn.tools.terminal import duration, open_console, progress_bar, spinner
@@ -57,9 +59,16 @@ class NewSearch:
 
 
 def run_demo(
-    out: Path, repetitions: int, search: NewSearch | None = None, console: Console | None = None
+    out: Path,
+    repetitions: int,
+    search: NewSearch | None = None,
+    console: Console | None = None,
+    peers: Points = MappingProxyType({}),
 ) -> DemoResult:
-    """Run the demo, print its tables, and write pictures, plans and measurements to ``out``."""
+    """Run the demo, print its tables, and write pictures, plans and measurements to ``out``.
+
+    The report's chart shows the ``peers`` as well.
+    """
     began = time.monotonic()
     console = console or open_console()
     make_folder(out)
@@ -109,7 +118,7 @@ def run_demo(
         priced, contenders[1:], timings, compile_seconds[1:], strict=True
     ):
         quality = compare_images(dense, planned.stacked())
-        obeyed = model.reads_back(planned.stacked(), conditions)
+        obeyed = model.share_obeyed(planned.stacked(), conditions)
         report = _report_of(each.plan)
         outcomes.append(
             PlanOutcome(each, report, timing, quality, obeyed, seconds, planned.stacked())
@@ -119,12 +128,12 @@ def run_demo(
         obeyed=model.obeyed,
         outcomes=tuple(outcomes),
         dense_images=dense,
-        dense_obeyed=model.reads_back(dense, conditions),
+        dense_obeyed=model.share_obeyed(dense, conditions),
         compile_seconds=compile_seconds[0],
         phases=phases,
         seconds=time.monotonic() - began,
     )
-    _write(console, result, out)
+    _write(console, result, out, peers)
     return result
 
 
@@ -228,7 +237,8 @@ def _priced(
     for each in plans:
         if each.prices is None:
             with progress_bar(console, "pricing each strategy", total=None):
-                each = replace(each, prices=examine_plan(pipeline, each.plan, prompt).prices)
+                examined = examine_plan(pipeline, each.plan, prompt)
+                each = replace(each, prices=examined.prices, errors=examined.errors)
         found.append(each)
     return found
 
@@ -240,14 +250,14 @@ def _report_of(plan: Plan) -> RunReport:
     return report
 
 
-def _write(console: Console, result: DemoResult, out: Path) -> None:
+def _write(console: Console, result: DemoResult, out: Path, peers: Points) -> None:
     first = result.outcomes[-1]
     shown = slice(0, MOST_SAMPLES)
     image_grid(result.dense_images[shown], first.images[shown], out / "images.png")
     for outcome in result.outcomes:
         plan_map(outcome.plan, out / f"{outcome.name}.png", outcome.attention_kept)
     write_text_atomically(out / "result.json", json.dumps(demo_json(result), indent=1) + "\n")
-    write_report(demo_report(result), out / "report.html")
+    write_report(demo_report(result, peers), out / "report.html")
     console.print(result_table(result))
     console.print(savings_table(result))
     console.print(

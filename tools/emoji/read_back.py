@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ditfastattn.tools.emoji.recipe import HUES
+from ditfastattn.tools.emoji.recipe import HUES, VOCABULARY
 from ditfastattn.tools.emoji.sprites import LARGEST_SHIFT, SCALES, place
 
 _SOLID = 0.99  # opacity above which a pixel shows the sprite alone
@@ -76,3 +79,30 @@ def read_hues(images: Tensor) -> Tensor:
     wheel = 2 * math.pi * (torch.arange(len(HUES))[:, None] / len(HUES) - torch.arange(3) / 3)
     centred = colour - colour.mean(1, keepdim=True)
     return (functional.normalize(centred, dim=1) @ torch.cos(wheel).T).argmax(1)
+
+
+def shown_as_asked(images: Tensor, prompts: Sequence[str], sprites: Tensor) -> Tensor:
+    """Return whether each image shows the thing and the hue of its prompt, ``[B]``.
+
+    Images are ``[B, 3, 64, 64]`` in [0, 1].
+    """
+    captions = [VOCABULARY.parse(prompt) for prompt in prompts]
+    things = torch.tensor([VOCABULARY.things.index(caption.thing) for caption in captions])
+    hues = torch.tensor([HUES.index(caption.hue) for caption in captions])
+    return (read_things(images, sprites) == things) & (read_hues(images) == hues)
+
+
+@dataclass(frozen=True)
+class StillObeyed:
+    """A metric for targets: 1 where a planned image shows thing and hue if the dense one does.
+
+    ``Target.quality(StillObeyed(load_sprites(package)), at_least=1)``
+    """
+
+    sprites: Tensor = field(repr=False)
+
+    def __call__(self, dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Return 1 or 0 for each image, ``[B]``."""
+        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
+        before, after = (shown_as_asked(each, prompts, self.sprites) for each in (dense, planned))
+        return (after | ~before).float()

@@ -18,7 +18,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import CacheSlot
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.reports import summary
-from ditfastattn.tools.savings import Prices, Saving, saved_entries, savings
+from ditfastattn.tools.savings import Errors, Prices, Saving, saved_entries, savings
 
 MOST_PICTURES = 12
 _AMPLIFICATION = 4.0
@@ -55,6 +55,7 @@ class PlanSection:
         plan: the plan.
         facts: what was measured, as pairs.
         prices: of each strategy at each site, in operations and in seconds; None if unknown.
+        errors: how much each entry changes its site's output, ``[step][site]``; empty if unknown.
         caches: the cache slots; empty if unknown.
         declined: what was left alone, with reasons.
         pictures: dense and planned.
@@ -64,6 +65,7 @@ class PlanSection:
     plan: Plan
     facts: tuple[tuple[str, str], ...] = ()
     prices: tuple[Prices, Prices] | None = None
+    errors: Errors = ()
     caches: tuple[CacheSlot, ...] = ()
     declined: tuple[Declined, ...] = ()
     pictures: tuple[Picture, ...] = ()
@@ -122,8 +124,13 @@ def cells(section: PlanSection) -> list[tuple[str, list[Cell]]]:
             strategy = row[index]
             parts = [f"step {step}, {site.name} ({site.kind})", strategy.label]
             if step in idle[index]:
-                parts[1] = "idle: a range of blocks that holds it, or the whole step, is skipped"
-            elif amounts:
+                why = "idle: a range of blocks that holds it, or the whole step, is skipped"
+                line.append(Cell(strategy, f"{parts[0]}; {why}"))
+                continue
+            error = section.errors[step][index] if section.errors else None
+            if error:
+                parts.append(f"changes the site's output by {error:.1%}")
+            if amounts:
                 flops, seconds = (of[step][index] for of in amounts)
                 whole = [prices.step for prices in section.prices or ()]
                 parts.append(

@@ -6,6 +6,7 @@ from ditfastattn.tools.demo.result import DemoResult, PlanOutcome
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.report.content import (
     PlanSection,
+    Points,
     Report,
     declined_of,
     pictures,
@@ -14,8 +15,8 @@ from ditfastattn.tools.report.content import (
 from ditfastattn.tools.terminal import duration
 
 
-def demo_report(result: DemoResult) -> Report:
-    """Return the report of ``result``."""
+def demo_report(result: DemoResult, peers: Points) -> Report:
+    """Return the report of ``result``; its chart shows the ``peers`` as well."""
     outcomes = result.outcomes
     headings = ("", "dense", *(outcome.name for outcome in outcomes))
     dense = outcomes[0].timing.baseline.median
@@ -56,7 +57,8 @@ def demo_report(result: DemoResult) -> Report:
             result.model: [
                 (1.0, 1.0, "dense"),
                 *((o.timing.speedup.median, o.quality.ssim, o.name) for o in outcomes),
-            ]
+            ],
+            **peers,
         },
         quality="mean SSIM to dense",
         environment=machine(),
@@ -69,6 +71,7 @@ def _section(result: DemoResult, outcome: PlanOutcome) -> PlanSection:
         plan=outcome.plan,
         facts=plan_facts(outcome.plan),
         prices=outcome.given.prices,
+        errors=outcome.given.errors,
         caches=outcome.report.caches,
         declined=declined_of(outcome.report.sites, outcome.plan),
         pictures=pictures(result.dense_images, outcome.images),

@@ -82,5 +82,13 @@ def _section(
         return PlanSection("the plan", plan, facts, pictures=drawn)
     prompt = split_prompts(planned_call(pipeline, plan, call), 0)[0]
     examined = examine_plan(pipeline, plan, prompt)
-    declined = declined_of(examined.sites, plan)
-    return PlanSection("the plan", plan, facts, examined.prices, examined.caches, declined, drawn)
+    return PlanSection(
+        name="the plan",
+        plan=plan,
+        facts=facts,
+        prices=examined.prices,
+        errors=examined.errors,
+        caches=examined.caches,
+        declined=declined_of(examined.sites, plan),
+        pictures=drawn,
+    )

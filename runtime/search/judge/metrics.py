@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 
-# What a user may pass: (dense, planned) -> one value per image, or one for all of them.
-Metric = Callable[[Tensor, Tensor], Tensor | float]
+# What a user may pass: (dense, planned) -> one value per image, or one for all of them. A function
+# with a parameter ``call`` also gets what the pipeline was called with.
+Metric = Callable[..., Tensor | Sequence[float] | float]
 
 SSIM_WINDOW = 11
 
@@ -107,7 +109,7 @@ class Psnr(QualityMetric):
 
 @dataclass(frozen=True, kw_only=True)
 class UserMetric(QualityMetric):
-    """Compare by a user's function."""
+    """Compare by a user's function; it gets ``call`` if it has a parameter of that name."""
 
     function: Metric = field(repr=False)
 
@@ -117,8 +119,9 @@ class UserMetric(QualityMetric):
         Raises:
             ConfigError: the function raised.
         """
+        asked = {"call": call} if _takes_call(self.function) else {}
         try:
-            return self.function(dense, planned)
+            return self.function(dense, planned, **asked)
         except Exception as error:
             raise ConfigError(
                 "the metric failed",
@@ -126,6 +129,14 @@ class UserMetric(QualityMetric):
                 got=f"{type(error).__name__}: {error}",
                 expected="a value per image, from dense and planned images [B, C, H, W] in [0, 1]",
             ) from error
+
+
+def _takes_call(function: Metric) -> bool:
+    try:
+        parameter = inspect.signature(function).parameters.get("call")
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return False
+    return parameter is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
 
 
 def measured(

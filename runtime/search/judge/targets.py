@@ -34,6 +34,8 @@ class TargetKind(StrEnum):
 class Target:
     """Ask for a bound; use a constructor such as ``min_ssim``.
 
+    Constructors raise a ``ConfigError`` for a bound that is out of range.
+
     Attributes:
         name: what is bounded: "ssim", "psnr", "lpips", "flip", "feature-distance", "clip-score",
             "speedup", "latency", "threshold", or the name of a user's metric.
@@ -103,7 +105,7 @@ class Target:
 
     @classmethod
     def threshold(cls, delta: float) -> Target:
-        """Ask for the calibration's threshold itself (the paper's delta)."""
+        """Ask for the calibration's threshold ``delta`` itself (that of the paper)."""
         bound = _within(delta, 0.0, math.inf, "threshold", 0.075)
         return cls("threshold", bound, TargetKind.THRESHOLD, at_least=False)
 
@@ -120,7 +122,9 @@ class Target:
 
         Args:
             metric: takes the dense and the planned images, both ``[B, C, H, W]`` in [0, 1], and
-                returns a value per image, or one that stands for all of them.
+                returns a value per image, or one that stands for all of them. If it has a
+                parameter ``call``, it is also given what the pipeline was called with, such as
+                the prompt of these images.
             at_least: the least value that will do, where more is better.
             at_most: the greatest value that will do, where less is better.
             name: what to call the metric; its own name where empty.
@@ -142,6 +146,9 @@ class Target:
 
     def prepare(self, call: Mapping[str, Any]) -> None:
         """Load what the target needs, so that missing parts are reported before a generation.
+
+        Args:
+            call: what the pipeline is called with.
 
         Raises:
             ConfigError: a package, weights or the prompt is missing.
@@ -170,7 +177,7 @@ class Target:
         return value >= self.bound if self.at_least else value <= self.bound
 
     def worst(self, values: Sequence[float]) -> float:
-        """Return the value that is furthest on the bad side."""
+        """Return the one of ``values`` that is furthest on the bad side."""
         return min(values) if self.at_least else max(values)
 
     def describe(self) -> str:

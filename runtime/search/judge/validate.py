@@ -143,6 +143,9 @@ def validate(
         timestep: the name of the transformer's timestep argument.
         on_progress: called with what is done next.
 
+    Returns:
+        Qualities per image, drift, and seconds per generation, dense and planned.
+
     Raises:
         ConfigError: the plan does not match the model, sampler or call, or the target cannot be
             measured.

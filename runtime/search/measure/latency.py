@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -228,11 +229,31 @@ def _group_prices(
     }
     stored = own.pop(_STORING, whole[_FULL])
     own[Strategy.FULL.name] = whole[_FULL]
+    own |= _prices_of_reuse(own)
     shared = own[Strategy.SHARE_STEP.name]
     own |= {both.name: (own[first.name] + shared) / 2.0 for both, first in halves.items()}
     each = {name: (price - cheapest) / len(members) for name, price in own.items()}
     each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
     return each
+
+
+def _prices_of_reuse(prices: Mapping[str, float]) -> dict[str, float]:
+    """Return the price of each strategy that reuses outputs, at most that of any doing more.
+
+    Repeating an output does nothing that the others do not do as well, a line less than a
+    parabola. A timing that says otherwise is noise, and plans would follow it.
+    """
+    reusing = sorted(
+        (each for each in strategies() if each.outputs_read and each.name in prices),
+        key=lambda strategy: strategy.outputs_read,
+        reverse=True,
+    )
+    least = {each.name: prices[each.name] for each in reusing}
+    for more, less in pairwise(reusing):
+        least[less.name] = min(least[less.name], least[more.name])
+    computed = [price for name, price in prices.items() if name not in least]
+    least[reusing[-1].name] = min(least[reusing[-1].name], *computed)
+    return least
 
 
 def _acting(sites: tuple[Site, ...], members: Sequence[int], action: SiteAction) -> _Acting:

@@ -9,7 +9,7 @@ speed).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -39,19 +39,14 @@ class Problem:
 
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
         """Return one site's share; infinite if it reads a cache that no step wrote."""
-        output = residual = 0
-        gaps: tuple[int, ...] = (0,) * most_outputs_read()  # between the outputs computed last
         inherited = total = 0.0  # a reused output carries the error of the step that computed it
-        for step, strategy in enumerate(column):
-            source = residual if strategy.computes else output
+        for step, strategy, source, gaps in reads(column):
             error = self.errors.of(strategy, step, source, site, gaps)
             if strategy.computes:
-                gaps, output, inherited = (step - output, *gaps[:-1]), step, error
+                inherited = error
             else:  # extrapolation amplifies it
                 used = gaps[: strategy.outputs_read - 1]
-                error += inherited * carried(strategy, step - output, used)
-            if strategy.refreshes_residual:
-                residual = step
+                error += inherited * carried(strategy, step - source, used)
             total += error * float(self.weights[step, site])
         return total
 
@@ -66,6 +61,22 @@ class Problem:
     def speedup(self, rows: Sequence[Row], merge_variants: bool = False) -> float:
         """Return the dense price over the plan's."""
         return self.costs.speedup(rows, merge_variants)
+
+
+def reads(column: Sequence[Strategy]) -> Iterator[tuple[int, Strategy, int, tuple[int, ...]]]:
+    """Yield each step of a site with its strategy, and what that reads.
+
+    That is the step that stored the residual or computed the output last, and the gaps between the
+    outputs before it, the latest first.
+    """
+    output = residual = 0
+    gaps: tuple[int, ...] = (0,) * most_outputs_read()
+    for step, strategy in enumerate(column):
+        yield step, strategy, residual if strategy.computes else output, gaps
+        if strategy.computes:
+            gaps, output = (step - output, *gaps[:-1]), step
+        if strategy.refreshes_residual:
+            residual = step
 
 
 @cache

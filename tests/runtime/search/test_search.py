@@ -351,6 +351,17 @@ def test_unseen_prompts_that_are_harder_make_the_plan_gentler() -> None:
     assert gated.calibration.held_out.worst == pytest.approx(max(values), abs=1e-5)
 
 
+def test_a_metric_is_told_the_prompt_and_may_ask_more_of_some() -> None:
+    def strict_on_two(dense: Tensor, planned: Tensor, call: dict[str, Any]) -> Tensor:
+        return mean_difference(dense, planned) * (20.0 if call["class_labels"] == [2] else 1.0)
+
+    alike = search(Target.quality(mean_difference, at_most=0.01))
+    plan = search(Target.quality(strict_on_two, at_most=0.01))
+    values = [float(mean_difference(*pair)) for pair in images(plan, CALL, 0)]
+    assert values[1] <= 0.0005 < values[0]
+    assert 0.0 < plan.calibration.strength < alike.calibration.strength
+
+
 def test_where_no_plan_meets_the_target_on_unseen_prompts_the_model_stays_dense(
     by_ssim: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:

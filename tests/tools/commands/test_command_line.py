@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,73 @@ def test_compiled_code_is_kept_where_the_user_keeps_caches(
     assert CACHE not in os.environ
 
 
+def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Start a command in a process of its own."""
+    source = "from ditfastattn.tools.commands.app import run; run()"
+    return subprocess.Popen(
+        [sys.executable, "-c", source, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+            "COLUMNS": "80",
+        },
+    )
+
+
+def finished(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own to its end."""
+    with started(words, folder) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["diff", "one.json", "one.json"], 0, "the plans do the same"),
+        (["diff", "one.json", "other.json"], 1, "entries differ"),
+        (["inspect", "absent.json"], 2, "remedy:   run `ditfastattn calibrate`"),
+        (["calibrate", "--min-ssim", "2", "--out", "p.json"], 2, "remedy:   for example 0.95"),
+        (["validate", "one.json", "--min-sim", "0.9"], 2, "--min-ssim"),
+        (["doctor"], 0, "torch"),
+    ],
+    ids=lambda item: "-".join(item) if isinstance(item, list) else None,
+)
+def test_a_shell_sees_the_documented_exit_code_and_no_traceback(
+    words: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    make_plan(sites=2, steps=5).save(tmp_path / "one.json")
+    make_plan(sites=2, steps=6).save(tmp_path / "other.json")
+    done = finished(words, tmp_path)
+    assert done.returncode == code, done.stderr
+    shown = done.stdout + done.stderr
+    assert said in shown
+    assert "Traceback" not in shown
+    if words == ["doctor"]:
+        assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_search_with_the_command_that_resumes_it(tmp_path: Path) -> None:
+    words = ["calibrate", "--min-ssim", "0.9", "--steps", "20", "--out", "plan.json"]
+    with started(words, tmp_path) as process:
+        deadline = time.monotonic() + 300.0
+        while not (tmp_path / "plan.json.search").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "to resume, run: " in err
+    assert "calibrate --min-ssim 0.9 --steps 20 --out plan.json" in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "plan.json").exists()
+
+
 @pytest.mark.slow
 def test_a_command_in_a_process_of_its_own_prints_nothing_but_json(tmp_path: Path) -> None:
     call = {"class_labels": [3], "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -125,14 +194,7 @@ def test_a_command_in_a_process_of_its_own_prints_nothing_but_json(tmp_path: Pat
     plan = plan_for(pipeline, call, [Strategy.FULL, Strategy.SHARE_STEP])
     plan.save(tmp_path / "plan.json")
     words = ["inspect", "plan.json", "--pipeline", "pipeline", "--graph", "graphs", "--json"]
-    source = "from ditfastattn.tools.commands.app import run; run()"
-    done = subprocess.run(
-        [sys.executable, "-c", source, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-    )
+    done = finished(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passes"]
     for noise in ("float32: []", "torchao", "register_constant", "Warning"):

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -182,6 +182,23 @@ def test_a_single_value_stands_for_every_image() -> None:
     target = Target.quality(lambda dense, planned: 0.5, at_least=0.25, name="half")
     assert target.name == "half"
     assert metric_values(target, DENSE, PLANNED, {}) == [0.5, 0.5, 0.5]
+
+
+class Asked:
+    """Return the number that was asked for."""
+
+    def __call__(self, dense: Tensor, planned: Tensor, call: Mapping[str, Any]) -> Tensor:
+        return torch.tensor(call["class_labels"])
+
+
+def by_keyword(dense: Tensor, planned: Tensor, *, call: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(call["class_labels"])
+
+
+@pytest.mark.parametrize("metric", [Asked(), by_keyword, lambda dense, planned, **_: [3, 5, 8]])
+def test_a_metric_with_a_parameter_call_is_told_what_was_asked_for(metric: Any) -> None:
+    target = Target.quality(metric, at_least=1)
+    assert metric_values(target, DENSE, PLANNED, {"class_labels": [3, 5, 8]}) == [3.0, 5.0, 8.0]
 
 
 def test_what_the_dense_image_scores_is_the_measure_of_damage() -> None:

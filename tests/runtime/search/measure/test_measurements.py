@@ -18,6 +18,7 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure import error_table as error_table_module
+from ditfastattn.runtime.search.measure import latency
 from ditfastattn.runtime.search.measure import profile as profile_module
 from ditfastattn.runtime.search.measure.error_table import MAX_GAP, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
@@ -282,6 +283,19 @@ def prices(count: int) -> CostTable:
     each = {F: 4.0, Strategy.WINDOW: 2.0, Strategy.SHARE_CFG: 2.5, Strategy.SHARE_STEP: 0.0}
     each |= {Strategy.EXTRAPOLATE: 0.2, Strategy.EXTRAPOLATE_QUADRATIC: 0.3}
     return CostTable(10.0, ({**each, Strategy.WINDOW_SHARE_CFG: 1.0},) * count, (0.5,) * count)
+
+
+def test_noise_never_makes_reuse_dearer_than_what_does_more(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(built: dict[Any, Any], *_: Any) -> dict[Any, float]:
+        noise = {Strategy.FULL.name: 9.0, Strategy.SHARE_STEP.name: 8.0, "extrapolate": 7.0}
+        return {row: noise.get(row[1], 5.0) for row in built} | {("all", "share-step"): 1.0}
+
+    monkeypatch.setattr(latency, "_time", disturbed)
+    for priced in measure_costs(Variants(session), Objective.LATENCY)[0].sites:
+        assert priced[Strategy.SHARE_STEP] == priced[Strategy.EXTRAPOLATE] == min(priced.values())
+        assert priced[Strategy.FULL] > 0.0
 
 
 def test_storing_a_residual_is_charged_once_per_full_step() -> None:
