@@ -39,7 +39,7 @@ class Problem:
 
     def column_drift(self, site: int, column: Sequence[Strategy]) -> float:
         """Return one site's share; infinite if it reads a cache that no step wrote."""
-        output = residual = 0
+        output = residual = 0  # the residual of a shared step counts from ``steps`` on
         gaps: tuple[int, ...] = (0,) * most_outputs_read()  # between the outputs computed last
         inherited = total = 0.0  # a reused output carries the error of the step that computed it
         for step, strategy in enumerate(column):
@@ -51,7 +51,7 @@ class Problem:
                 used = gaps[: strategy.outputs_read - 1]
                 error += inherited * carried(strategy, step - output, used)
             if strategy.refreshes_residual:
-                residual = step
+                residual = step + self.errors.steps * strategy.shares_guidance
             total += error * float(self.weights[step, site])
         return total
 
