@@ -61,7 +61,7 @@ def _feed(hashed: Any, item: Any) -> None:
         item = {**dict(item.named_parameters()), **dict(item.named_buffers())}
     if isinstance(item, Tensor):
         hashed.update(f"{item.shape}{item.dtype}{item.stride()}".encode())
-        content = item.detach().cpu().contiguous().flatten()
+        content = item.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
         hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
     elif isinstance(item, Mapping):
         for name, part in item.items():
