@@ -58,7 +58,10 @@ def test_every_runtime_is_started_in_processes_of_its_own(tmp_path: Path) -> Non
 
 
 def test_the_table_has_dashes_for_what_was_not_measured() -> None:
-    rows = {DENSE: {"disk_bytes": 2**21}, PLANNED: {"speed": {"speedup": {"median": 2.5}}}}
+    rows: dict[str, dict[str, Any]] = {
+        DENSE: {"disk_bytes": 2**21},
+        PLANNED: {"speed": {"speedup": {"median": 2.5}}},
+    }
     assert table_text(rows).splitlines()[2:] == [
         "| torch, dense | 1.00x | - | - | 2.00 MiB | - |",
         "| torch, planned | 2.50x | - | - | - | - |",
