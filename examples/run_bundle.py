@@ -8,8 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 KINDS = {"F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
-root = Path(sys.argv[1])
-m = json.loads((root / "manifest.json").read_text())
+m = json.loads(((root := Path(sys.argv[1])) / "manifest.json").read_text())
 data = (root / m["golden"]).read_bytes()
 size, golden = 8 + int.from_bytes(data[:8], "little"), {}
 for name, entry in json.loads(data[8:size]).items():
@@ -19,7 +18,8 @@ for name, entry in json.loads(data[8:size]).items():
 conditions = {name[7:]: item for name, item in golden.items() if name.startswith("inputs/")}
 inputs, layout = {spec["name"]: spec for spec in m["inputs"]}, m["sampler"]["cfg_layout"]
 timestep, latent = inputs[m["timestep"]], inputs[m["latent"]]
-graphs = [*m["variants"], *([m["hoisted"]] if m["hoisted"] else [])]
+assert not m.get("second"), "guidance in two calls a step: see docs/bundle-format.md"
+graphs = filter(None, [*m["variants"], m["hoisted"]])
 sessions = {g["file"]: ort.InferenceSession(root / g["file"]) for g in graphs}
 
 

@@ -93,7 +93,10 @@ def export(
     def stepping(prepared: PreparedModel) -> Stepping | None:
         return _stepping(watched, prepared, chosen.loop)
 
-    return export_model(pipeline.transformer, watched.first, loaded, out, chosen, stepping, accept)
+    calls = watched.first(1 if loaded is None else loaded.sampler.cfg_layout.calls)
+    return export_model(
+        pipeline.transformer, calls[0], loaded, out, chosen, stepping, accept, *calls[1:]
+    )
 
 
 def _stepping(watched: WatchedGeneration, prepared: PreparedModel, needed: bool) -> Stepping | None:
@@ -117,20 +120,22 @@ def export_model(
     options: ExportOptions | None = None,
     stepping_of: FindStepping = no_stepping,
     accept: Accept | None = None,
+    second: RecordedCall | None = None,
 ) -> Manifest:
     """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``.
 
-    ``stepping_of`` says what the sampler does between the steps; a loop needs that.
+    ``stepping_of`` says what the sampler does between the steps; a loop needs that. Where the
+    plan's guidance calls the model twice a step, ``second`` is the second call.
     """
     chosen = options or ExportOptions()
     _check_loop(chosen)
     if chosen.regions and chosen.dynamic_batch:
         # Half a batch of two is one row, which is contiguous however it lies in memory: regions
         # would be cut as no larger batch allows.
-        call = call.doubled()
+        call, second = call.doubled(), second and second.doubled()
     plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:
-        prepared = prepare(plain, call, plan, chosen, other_weights=accept is not None)
+        prepared = prepare(plain, call, plan, chosen, accept is not None, second)
         stepping = stepping_of(prepared)
         partial = PartialBundle(folder, _request(prepared, chosen, stepping))
         try:
@@ -190,10 +195,7 @@ class _Writer:
         self._on_progress = options.on_progress
         self._done = 0
         self._count = (
-            len(prepared.program.variants)
-            + bool(prepared.per_generation)
-            + options.loop
-            + options.golden
+            len(prepared.variants) + bool(prepared.per_generation) + options.loop + options.golden
         )
 
     def write(self) -> Manifest:
@@ -209,10 +211,12 @@ class _Writer:
             prepared.plan.save(partial.folder / PLAN_FILE)
         variants: list[VariantSpec] = []
         graphs: list[StepGraph] = []
-        for index, actions in enumerate(prepared.program.variants):
+        schedules = [prepared.schedule(program) for program in prepared.programs]
+        for index, actions in enumerate(prepared.variants):
             file = f"variant_{index:02d}.{suffix}"
             graphs.append(variant_graph(captures, actions, layout, per_generation, file, form))
-            steps = [t for t, variant in enumerate(prepared.program.schedule) if variant == index]
+            at = zip(*schedules, strict=True)
+            steps = [step for step, used in enumerate(at) if index in used]
             variants.append(self._graph(graphs[-1], file, steps))
         once = hoisted_graph_of(captures, per_generation, form) if per_generation else None
         hoisted = self._graph(once, f"hoisted.{suffix}") if once else None
@@ -268,7 +272,8 @@ class _Writer:
         source = LoopSource(
             graphs=tuple(graphs),
             hoisted=once,
-            program=prepared.program,
+            programs=prepared.programs,
+            schedules=tuple(map(prepared.schedule, prepared.programs)),
             stepping=stepping,
             timesteps=tuple(torch.full_like(timestep, t) for t in plan.sampler.timesteps),
             latent=prepared.latent,

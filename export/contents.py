@@ -19,6 +19,7 @@ from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import (
+    CallSchedule,
     FileSpec,
     LoopSpec,
     ModelSpec,
@@ -64,9 +65,10 @@ def make_manifest(
         inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
         outputs=tuple(map(spec, first.results)),
         variants=contents.variants,
-        schedule=program.schedule,
-        slots=_slots(prepared, contents),
+        schedule=prepared.schedule(program),
+        slots=(*_slots(program, contents), *_hoisted_slots(contents)),
         factors=_by_name(program),
+        second=_second(prepared, contents),
         hoisted=contents.hoisted,
         loop=contents.loop,
         stepping=contents.stepping,
@@ -99,22 +101,40 @@ def _model(prepared: PreparedModel) -> ModelSpec:
     )
 
 
-def _slots(prepared: PreparedModel, contents: Contents) -> tuple[SlotSpec, ...]:
-    """Return the slots; their shapes are those of the values written to them."""
-    once = contents.once.written if contents.once else ()
+def _slots(program: StepProgram, contents: Contents) -> tuple[SlotSpec, ...]:
+    """Return the slots of a call; their shapes are those of the values written to them."""
     values = {v.name: v for graph in contents.graphs for v in graph.written}
+    return tuple(
+        _slot(
+            str(each.slot), values[str(each.slot.latest)], each.lives, str(each.slot.source or "")
+        )
+        for each in program.slots.slots
+    )
 
-    def made(
-        name: str, value: Value, lives: tuple[tuple[int, int], ...], source: str = ""
-    ) -> SlotSpec:
-        shape, dtype = sizes(value.shape), dtype_name(value.dtype)
-        return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
 
-    stepped = [
-        made(str(each.slot), values[str(each.slot.latest)], each.lives, str(each.slot.source or ""))
-        for each in prepared.program.slots.slots
-    ]
-    return (*stepped, *(made(value.name, value, ()) for value in once))
+def _hoisted_slots(contents: Contents) -> tuple[SlotSpec, ...]:
+    once = contents.once.written if contents.once else ()
+    return tuple(_slot(value.name, value, ()) for value in once)
+
+
+def _slot(
+    name: str, value: Value, lives: tuple[tuple[int, int], ...], source: str = ""
+) -> SlotSpec:
+    shape, dtype = sizes(value.shape), dtype_name(value.dtype)
+    return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
+
+
+def _second(prepared: PreparedModel, contents: Contents) -> CallSchedule | None:
+    """Return what the second call of each step does, if there is one."""
+    program = prepared.second
+    if program is None:
+        return None
+    return CallSchedule(
+        schedule=prepared.schedule(program),
+        slots=_slots(program, contents),
+        factors=_by_name(program),
+        adopted=tuple(tuple(sorted(map(str, slots))) for slots in program.slots.adopted),
+    )
 
 
 def _by_name(program: StepProgram) -> tuple[dict[str, float], ...]:

@@ -13,7 +13,8 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph
 from ditfastattn.passes.graph.slots import Slot, parse_slot
-from ditfastattn.runtime.bundle.golden import INPUT, LATENTS, NOISE, output_name
+from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.runtime.bundle.golden import LATENTS, NOISE, input_name, output_name
 from ditfastattn.runtime.bundle.stepping import Stepper, Stepping, first_noise, guided
 from ditfastattn.runtime.caches import Caches
 
@@ -34,42 +35,76 @@ def golden_sample(
 
 
 @dataclass
+class _Call:
+    """One of a step's calls: its inputs, and what it keeps between the steps."""
+
+    program: StepProgram
+    schedule: tuple[int, ...]
+    given: dict[str, Tensor]
+    hoisted: Mapping[Slot, Tensor]
+    caches: Caches = field(default_factory=Caches)
+
+
+@dataclass
 class _Sample:
     prepared: PreparedModel
     graphs: Sequence[StepGraph]
     once: StepGraph | None
     stepping: Stepping | None
-    caches: Caches = field(default_factory=Caches)
 
     def run(self) -> dict[str, Tensor]:
         """Run all steps."""
         prepared, stepping = self.prepared, self.stepping
-        given = {entry.name: tensor for entry, tensor in prepared.arguments()}
-        timesteps = self._timesteps(given[prepared.timestep])
-        if prepared.latent and prepared.program.shares_guidance:
-            half = given[prepared.latent].tensor_split(2)[0]
-            given[prepared.latent] = torch.cat([half, half])
+        calls = self._calls()
+        first = calls[0].given
+        timesteps = self._timesteps(first[prepared.timestep])
         computed = {prepared.timestep} if prepared.plan else set()
         computed |= {prepared.latent} if stepping else set()
-        found = {INPUT + name: item for name, item in given.items() if name not in computed}
+        found = {
+            input_name(name, index): item.clone() if index else item  # a file holds each once
+            for index, call in enumerate(calls)
+            for name, item in call.given.items()
+            if name not in computed
+        }
         stepper = None
         if stepping is not None:
-            found[NOISE] = first_noise(given[prepared.latent], stepping, prepared.layout)
+            found[NOISE] = first_noise(first[prepared.latent], stepping, prepared.layout)
             stepper = Stepper(stepping, found[NOISE])
-        hoisted = dict(zip(self._once(), _run(self.once, given), strict=True)) if self.once else {}
         for step, timestep in enumerate(timesteps):
-            now = {**given, prepared.timestep: timestep}
+            now = {prepared.timestep: timestep}
             if stepper is not None:
                 rows = torch.cat([stepper.model_input] * (2 if prepared.layout.batched else 1))
-                now[prepared.latent] = rows.to(given[prepared.latent].dtype)
-            results = self._step(step, now, hoisted)
-            for value, result in zip(self.graphs[0].results, results, strict=True):
-                found[output_name(step, value.name)] = result.clone()
+                now[prepared.latent] = rows.to(first[prepared.latent].dtype)
+            outputs: list[Tensor] = []
+            for index, call in enumerate(calls):
+                results = self._step(step, call, calls[index + 1 :], now)
+                for value, result in zip(self.graphs[0].results, results, strict=True):
+                    found[output_name(step, value.name, index)] = result.clone()
+                outputs.append(results[0].float())
             if stepper is not None and stepping is not None:
-                stepper.step(guided(results[0].float(), stepping, prepared.layout))
+                stepper.step(guided(torch.cat(outputs), stepping, prepared.layout))
         if stepper is not None:
             found[LATENTS] = stepper.latents[-1]
         return found
+
+    def _calls(self) -> list[_Call]:
+        """Return the calls of a step; both are given the same latents."""
+        prepared = self.prepared
+        first = {entry.name: tensor for entry, tensor in prepared.arguments()}
+        if prepared.layout.batched and prepared.latent and prepared.program.shares_guidance:
+            half = first[prepared.latent].tensor_split(2)[0]
+            first[prepared.latent] = torch.cat([half, half])
+        latents = {name: item for name, item in first.items() if name == prepared.latent}
+        inputs = (first, {**prepared.other, **latents})
+        return [
+            _Call(program, prepared.schedule(program), given, self._hoisted(given))
+            for program, given in zip(prepared.programs, inputs, strict=False)
+        ]
+
+    def _hoisted(self, given: Mapping[str, Tensor]) -> dict[Slot, Tensor]:
+        if self.once is None:
+            return {}
+        return dict(zip(map(parse_slot, self.once.writes), _run(self.once, given), strict=True))
 
     def _timesteps(self, example: Tensor) -> list[Tensor]:
         if self.prepared.plan is None:
@@ -78,27 +113,26 @@ class _Sample:
             raise ConfigError("the timestep differs within the batch", where="the golden sample")
         return [torch.full_like(example, at) for at in self.prepared.plan.sampler.timesteps]
 
-    def _once(self) -> list[Slot]:
-        return [parse_slot(name) for name in self.once.writes] if self.once else []
-
     def _step(
-        self, step: int, given: Mapping[str, Tensor], hoisted: Mapping[Slot, Tensor]
+        self, step: int, call: _Call, following: Sequence[_Call], now: Mapping[str, Tensor]
     ) -> list[Tensor]:
-        """Return the model's outputs at ``step``; keep what it has written."""
-        program = self.prepared.program
-        graph = self.graphs[program.schedule[step]]
-        slots = [parse_slot(name) for name in graph.reads]
-        device = given[self.prepared.timestep].device
+        """Return the model's outputs at ``step``; keep and hand on what it has written."""
+        graph, slots = self.graphs[call.schedule[step]], call.program.slots
+        read = [parse_slot(name) for name in graph.reads]
+        device = call.given[self.prepared.timestep].device
         if self.prepared.plan is not None:
-            held = self.caches.read(program.slots, step, slots, device, hoisted)
+            held = call.caches.read(slots, step, read, device, call.hoisted)
         else:
-            held = [hoisted[slot] for slot in slots]
-        returned = _run(graph, {**given, **dict(zip(graph.reads, held, strict=True))})
+            held = [call.hoisted[slot] for slot in read]
+        returned = _run(graph, {**call.given, **now, **dict(zip(graph.reads, held, strict=True))})
         count = len(graph.results)
-        written = map(parse_slot, graph.writes)
         if self.prepared.plan is not None:
-            kept = dict(zip(written, returned[count:], strict=True))
-            self.caches.write(program.slots, step, kept)
+            kept = dict(zip(map(parse_slot, graph.writes), returned[count:], strict=True))
+            call.caches.write(slots, step, kept)
+            for other in following:
+                adopted = other.program.slots.adopted_at(step)
+                taken = {slot: kept[slot] for slot in adopted}
+                other.caches.adopt(other.program.slots, step, taken)
         return returned[:count]
 
 

@@ -7,7 +7,7 @@ computed at export; the steps share their weights. Guidance and scheduler are a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import onnx
@@ -22,7 +22,7 @@ from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import StepProgram
-from ditfastattn.runtime.bundle.specs import BATCH
+from ditfastattn.runtime.bundle.specs import BATCH, SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import LinearStep, Stepping, Terms
 
 LOOP_FILE = "loop.onnx"
@@ -36,18 +36,20 @@ class LoopSource:
     Attributes:
         graphs: the variants.
         hoisted: what is computed once, or None.
-        program: the schedule and the caches.
+        programs: the caches of each of a step's calls.
+        schedules: the number of the variant that each call runs at each step.
         stepping: what the sampler does between the steps.
         timesteps: the model's timestep input at each step, ``[batch]``.
         latent: the name of the model's latent input.
         timestep: the name of its timestep input.
-        layout: the order of the guidance halves.
+        layout: the order of the guidance branches.
         about: what the graph is, for its metadata.
     """
 
     graphs: tuple[StepGraph, ...]
     hoisted: StepGraph | None
-    program: StepProgram
+    programs: tuple[StepProgram, ...]
+    schedules: tuple[tuple[int, ...], ...]
     stepping: Stepping
     timesteps: tuple[Tensor, ...]
     latent: str
@@ -74,12 +76,15 @@ def write_loop(source: LoopSource, weights: Weights) -> Loop:
         value for name, value in inputs.items() if name not in (source.latent, source.timestep)
     )
     latent = inputs[source.latent]
-    guided = source.layout is not CfgLayout.NONE
-    noise = Value(NOISE, _halved(latent.shape) if guided else latent.shape, latent.dtype)
+    batched = source.layout.batched
+    noise = Value(NOISE, _halved(latent.shape) if batched else latent.shape, latent.dtype)
     emitter = Emitter(weights, prefix="start/")
-    writer = _Writer(source, emitter, noise, latent)
-    latents = writer.run({value.name: value for value in conditions})
-    used = _used(emitter, conditions)
+    own = [_Call(source.programs[0], source.schedules[0], {v.name: v for v in conditions})]
+    if len(source.programs) > 1:
+        others = {v.name: replace(v, name=f"{SECOND_CALL}.{v.name}") for v in conditions}
+        own.append(_Call(source.programs[1], source.schedules[1], others, f"{SECOND_CALL}/"))
+    latents = _Writer(source, emitter, noise, latent, own).run()
+    used = _used(emitter, [value for call in own for value in call.conditions.values()])
     model = finish(emitter, "loop", [noise, *used], [(LATENTS, latents)], BATCH, source.about)
     return Loop(model, noise, used)
 
@@ -95,28 +100,67 @@ def _halved(shape: Shape) -> Shape:
     return (half, *shape[1:])
 
 
+@dataclass
+class _Call:
+    """One of a step's calls: what it is given, and what it keeps between the steps."""
+
+    program: StepProgram
+    schedule: tuple[int, ...]
+    conditions: Mapping[str, Value]
+    prefix: str = ""
+    once: dict[str, Value] = field(default_factory=dict)
+    caches: dict[str, Value] = field(default_factory=dict)
+
+    def move(self, step: int, adopted: bool) -> None:
+        """Rename caches before ``step`` adopts, or writes, what replaces them."""
+        moves = self.program.slots.moves_at(step, adopted)
+        self.caches |= {str(slot): self.caches[str(source)] for slot, source in moves}
+
+    def adopt(self, step: int, written: Mapping[str, Value]) -> None:
+        """Take over what the step's first call has written."""
+        self.move(step, adopted=True)
+        self.caches |= {s: written[s] for s in map(str, self.program.slots.adopted_at(step))}
+
+    def keep(self, step: int, written: Mapping[str, Value]) -> None:
+        """Keep what ``step`` has written, and drop what no later step reads."""
+        self.move(step, adopted=False)
+        self.caches |= written
+        live = set(map(str, self.program.slots.live_after(step)))
+        self.caches = {slot: value for slot, value in self.caches.items() if slot in live}
+
+
 class _Writer:
     """Write the steps one after another; ``latent`` is the model's input, ``noise`` the loop's."""
 
-    def __init__(self, source: LoopSource, emitter: Emitter, noise: Value, latent: Value) -> None:
-        self.source, self.emitter = source, emitter
+    def __init__(
+        self,
+        source: LoopSource,
+        emitter: Emitter,
+        noise: Value,
+        latent: Value,
+        calls: Sequence[_Call],
+    ) -> None:
+        self.source, self.emitter, self.calls = source, emitter, calls
         self.noise, self.latent = noise, latent
-        self.caches: dict[str, Value] = {}
         self.clipped: list[Value] = []
 
-    def run(self, conditions: Mapping[str, Value]) -> Value:
+    def run(self) -> Value:
         """Write all steps; return the last latents."""
         source, emitter = self.source, self.emitter
         present = self._scaled(self.noise, source.stepping.noise_scale)
         first = self._model_input(present)
         if isinstance(self.latent.shape[0], BatchSize):
             emitter.batch = first.name
-        once = self._prologue(conditions)
+        for call in self.calls:
+            emitter.prefix = f"start/{call.prefix}"
+            call.once = self._prologue(call.conditions)
         latents, outputs = [present], list[Value]()
         for step, how in enumerate(source.stepping.steps):
             emitter.prefix = f"step_{step}/"
             given = self._model_input(self._scaled(latents[-1], how.input_scale)) if step else first
-            outputs.append(self._guided(self._model(step, given, conditions, once)))
+            found = [self._model(step, index, given) for index in range(len(self.calls))]
+            emitter.prefix = f"step_{step}/"
+            outputs.append(self._guided(found))
             latents.append(self._next(how, latents, outputs))
         return latents[-1]
 
@@ -127,35 +171,28 @@ class _Writer:
         given = [conditions.get(value.name, value) for value in graph.inputs]
         return dict(zip(graph.writes, emit(self.emitter, graph.source, given), strict=True))
 
-    def _model(
-        self,
-        step: int,
-        latents: Value,
-        conditions: Mapping[str, Value],
-        once: Mapping[str, Value],
-    ) -> Value:
-        source, program = self.source, self.source.program
-        graph = source.graphs[program.schedule[step]]
+    def _model(self, step: int, index: int, latents: Value) -> Value:
+        """Write one call of ``step``; return what the model returns in it."""
+        source, call = self.source, self.calls[index]
+        self.emitter.prefix = f"step_{step}/{call.prefix}"
+        graph = source.graphs[call.schedule[step]]
         timestep = source.timesteps[step]
         known = {
             source.latent: latents,
             source.timestep: self._timestep(step, timestep),
-            **conditions,
-            **once,
-            **self.caches,
+            **call.conditions,
+            **call.once,
+            **call.caches,
             **{
-                str(slot): _constant(f"step_{step}/{slot}", torch.tensor(number))
-                for slot, number in program.slots.factors[step].items()
+                str(slot): _constant(f"{self.emitter.prefix}{slot}", torch.tensor(number))
+                for slot, number in call.program.slots.factors[step].items()
             },
         }
         results = emit(self.emitter, graph.source, [known[value.name] for value in graph.inputs])
-        count = len(graph.results)
-        moves = program.slots.moves_at(step)
-        moved = {str(slot): self.caches[str(source)] for slot, source in moves}
-        self.caches.update(moved)
-        self.caches.update(zip(graph.writes, results[count:], strict=True))
-        live = set(map(str, program.slots.live_after(step)))
-        self.caches = {slot: value for slot, value in self.caches.items() if slot in live}
+        written = dict(zip(graph.writes, results[len(graph.results) :], strict=True))
+        call.keep(step, written)
+        for other in self.calls[index + 1 :]:
+            other.adopt(step, written)
         return results[0]
 
     def _timestep(self, step: int, timestep: Tensor) -> Value:
@@ -173,27 +210,33 @@ class _Writer:
         return Value(name, shape, timestep.dtype)
 
     def _model_input(self, latents: Value) -> Value:
-        if self.source.layout is CfgLayout.NONE:
+        if not self.source.layout.batched:
             return latents
         name = self.emitter.op("Concat", latents.name, latents.name, axis=0, name="lanes")
         return replace(self.latent, name=name)
 
-    def _guided(self, output: Value) -> Value:
-        """Apply guidance to the model's output, without its learned variance."""
-        emitter, source = self.emitter, self.source
-        channels, name = source.stepping.channels, emitter.use(output)
-        if channels:
-            cuts = [emitter.ints([number]) for number in (0, channels, 1)]
-            name = emitter.op("Slice", name, *cuts, name="noise_prediction")
-        if source.layout is CfgLayout.NONE:
-            return replace(self.noise, name=name)
-        halves = emitter.split("Split", name, count=2, axis=0, num_outputs=2, name="halves")
-        ordered = halves if source.layout is CfgLayout.COND_FIRST else halves[::-1]
-        conditional, unconditional = ordered
+    def _guided(self, outputs: Sequence[Value]) -> Value:
+        """Apply guidance to the outputs of a step's calls, without their learned variance."""
+        emitter, layout = self.emitter, self.source.layout
+        names = [self._prediction(output) for output in outputs]
+        if layout is CfgLayout.NONE:
+            return replace(self.noise, name=names[0])
+        if layout.batched:
+            names = emitter.split("Split", names[0], count=2, axis=0, num_outputs=2, name="halves")
+        first = layout in (CfgLayout.COND_FIRST, CfgLayout.SEPARATE)
+        conditional, unconditional = names if first else names[::-1]
         difference = emitter.op("Sub", conditional, unconditional)
-        scale = emitter.scalar(source.stepping.guidance_scale, self.noise.dtype)
+        scale = emitter.scalar(self.source.stepping.guidance_scale, self.noise.dtype)
         name = emitter.op("Add", unconditional, emitter.op("Mul", difference, scale), name="guided")
         return replace(self.noise, name=name)
+
+    def _prediction(self, output: Value) -> str:
+        """Return an output without its learned variance."""
+        channels, name = self.source.stepping.channels, self.emitter.use(output)
+        if not channels:
+            return name
+        cuts = [self.emitter.ints([number]) for number in (0, channels, 1)]
+        return self.emitter.op("Slice", name, *cuts, name="noise_prediction")
 
     def _next(self, how: LinearStep, latents: Sequence[Value], outputs: Sequence[Value]) -> Value:
         """Return the next latents; what the scheduler clips is kept for later steps."""

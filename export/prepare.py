@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,13 @@ from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.plain_tensors import is_plain
-from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.actions import ActionRow
+from ditfastattn.passes.plan.guidance import CfgLayout, GuidanceCall, calls_of
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
 from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
+from ditfastattn.runtime.bundle.arguments import argument_named
 from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.matching import (
     mismatch,
@@ -80,7 +82,10 @@ class PreparedModel:
         plan: the plan that it runs by, or None.
         identity: of the model that the plan is for, before any change of dtype.
         captures: its graph at two batch sizes.
-        program: the distinct steps, their schedule and caches.
+        program: the distinct steps, their schedule and caches; of each step's first call, where
+            there are two.
+        second: the same of the second call.
+        other: the inputs of that call which are its own, by name.
         per_generation: the nodes that are computed once per generation.
         timestep: the name of its timestep input.
         latent: the name of its latent input, "" if unknown.
@@ -93,6 +98,8 @@ class PreparedModel:
     identity: Fingerprint
     captures: Captures
     program: StepProgram
+    second: StepProgram | None
+    other: Mapping[str, Tensor]
     per_generation: tuple[str, ...]
     timestep: str
     latent: str
@@ -101,6 +108,21 @@ class PreparedModel:
     def layout(self) -> CfgLayout:
         """Return how guidance reaches the model."""
         return CfgLayout.NONE if self.plan is None else self.plan.sampler.cfg_layout
+
+    @property
+    def programs(self) -> tuple[StepProgram, ...]:
+        """Return the program of each of a step's calls, in their order."""
+        return (self.program,) if self.second is None else (self.program, self.second)
+
+    @property
+    def variants(self) -> tuple[ActionRow, ...]:
+        """Return the distinct steps of all calls, those of the first one first."""
+        return tuple(dict.fromkeys(row for each in self.programs for row in each.variants))
+
+    def schedule(self, program: StepProgram) -> tuple[int, ...]:
+        """Return the schedule of ``program`` in numbers of ``variants``."""
+        place = {row: index for index, row in enumerate(self.variants)}
+        return tuple(place[program.variants[variant]] for variant in program.schedule)
 
     def arguments(self) -> list[tuple[GraphInput, Tensor]]:
         """Return the inputs of the graph that are the call's own, and their examples."""
@@ -127,16 +149,16 @@ def prepare(
     plan: Plan | None,
     options: ExportOptions,
     other_weights: bool = False,
+    second_call: RecordedCall | None = None,
 ) -> PreparedModel:
     """Capture ``model`` and match ``plan``.
 
-    With ``other_weights``, the plan is taken over for a model of the same structure.
+    With ``other_weights``, the plan is taken over for a model of the same structure. The
+    ``second_call`` of a step is that of a plan whose guidance takes two.
 
     Raises:
-        ConfigError: the plan does not match the model or call, or makes two calls a step; there is
-            no such dtype.
+        ConfigError: the plan does not match the model or calls; there is no such dtype.
     """
-    _check_calls(plan)
     dtype = _dtype(options.dtype) if options.dtype else None
     if dtype is not None:
         _check_not_quantized(model, dtype)
@@ -153,6 +175,7 @@ def prepare(
     if dtype != own:  # the plan was matched before: it is for the model's own dtype
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
         first = _split(capture_call(model, call, options.timestep), plan)
+        second_call = second_call and RecordedCall(_cast(second_call.arguments, dtype))
     second = first
     if options.dynamic_batch:
         second = _split(capture_call(model, call.doubled(), options.timestep), plan)
@@ -161,7 +184,8 @@ def prepare(
     timestep = timestep_position(first.graph, options.timestep)
     latent = latent_position(first.graph)
     varying = {timestep} if latent is None else {timestep, latent}
-    program = _unrolled(plan, first.graph, both[0])
+    calls = calls_of(plan.sampler.cfg_layout) if plan else (GuidanceCall.ONLY,)
+    programs = [_unrolled(plan, first.graph, both[0], each) for each in calls]
     hoists = plan is not None and HOIST_PER_GENERATION not in switches().off
     return PreparedModel(
         model=model,
@@ -169,22 +193,63 @@ def prepare(
         call=call,
         plan=plan,
         identity=identity,
-        captures=Captures(first, second, batches, (program.sites, with_wholes(both[1]))),
-        program=program,
+        captures=Captures(first, second, batches, (programs[0].sites, with_wholes(both[1]))),
+        program=programs[0],
+        second=programs[1] if len(programs) > 1 else None,
+        other=_other_inputs(first, call, second_call) if len(programs) > 1 else {},
         per_generation=find_hoisted(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )
 
 
-def _check_calls(plan: Plan | None) -> None:
-    if plan is not None and plan.sampler.cfg_layout.calls == 2:
+def _other_inputs(
+    captured: CapturedCall, call: RecordedCall, second: RecordedCall | None
+) -> dict[str, Tensor]:
+    """Return the inputs of a step's ``second`` call by name, which must be like those of ``call``.
+
+    Raises:
+        ConfigError: there is none, or the graph of the first call does not hold for it.
+    """
+    if second is None:
         raise ConfigError(
-            "a plan whose steps call the model twice cannot be exported yet",
-            where="plan.sampler.cfg_layout",
-            got=plan.sampler.cfg_layout,
-            remedy="export a plan without guidance, or run this one with torch.compile",
+            "the plan's guidance calls the model twice a step, and one call is known",
+            where="export(call)",
+            remedy="export from a pipeline, called with the plan's guidance scale",
         )
+    if _without_tensors(call.arguments) != _without_tensors(second.arguments):
+        raise ConfigError(
+            "a step's two calls differ in more than tensors",
+            where="export(pipeline)",
+            got=str(_without_tensors(second.arguments))[:200],
+            expected=str(_without_tensors(call.arguments))[:200],
+            remedy="run the plan in torch, by accelerate(pipeline, plan)",
+        )
+    found: dict[str, Tensor] = {}
+    for entry, example in zip(captured.graph.inputs, captured.tensors, strict=True):
+        if entry.static:
+            continue
+        found[entry.name] = argument_named(entry.name, second.arguments)
+        got, wanted = found[entry.name], example
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+            raise ConfigError(
+                "a step's two calls have inputs of other shapes or dtypes",
+                where=f"argument {entry.name!r}",
+                got=f"{list(got.shape)} of {got.dtype} in the second call",
+                expected=f"{list(wanted.shape)} of {wanted.dtype}",
+                remedy="pad both prompts to one length, or run the plan in torch",
+            )
+    return found
+
+
+def _without_tensors(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return Tensor
+    if isinstance(item, (tuple, list)):
+        return [_without_tensors(part) for part in item]
+    if isinstance(item, Mapping):
+        return {key: _without_tensors(part) for key, part in item.items()}
+    return item
 
 
 def _taken_over(plan: Plan, identity: Fingerprint) -> Plan:
@@ -207,11 +272,13 @@ def _matched(
     return split, planned_sites(plan, split.graph, found, identity)
 
 
-def _unrolled(plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...]) -> StepProgram:
+def _unrolled(
+    plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...], call: GuidanceCall
+) -> StepProgram:
     """Return the steps of ``plan``; the dense model is one step without sites."""
     if plan is None:
         return unroll_available([[]], captured, sites)
-    return unroll_available(plan.strategies, captured, sites, plan.merge_variants)
+    return unroll_available(plan.strategies, captured, sites, plan.merge_variants, call)
 
 
 def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.golden import compare_with_golden
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
+from ditfastattn.runtime.bundle.specs import SECOND_CALL
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.load import load
 from ditfastattn.runtime.lowering import Lowering, many_compilations
@@ -34,7 +35,7 @@ class Verification:
     """Hold how far a bundle is from its model.
 
     Attributes:
-        step_errors: the largest absolute error of each step's output, on the same inputs.
+        step_errors: the largest absolute error of each call's output, on the same inputs.
         variant_errors: the largest step error of each variant.
         psnr: of the image of a whole generation, in dB; infinite where none is made.
         loop_error: the largest error of the unrolled loop's latents, relative to the largest
@@ -72,13 +73,14 @@ class _StandIn(nn.Module):
         self.config, self.dtype, self.device = bundle.config, dtype, bundle.device
         self.cache_context = bundle.cache_context
         self.errors: list[float] = []
-        self.arguments: Mapping[str, Any] = {}
+        self.last: deque[Mapping[str, Any]] = deque(maxlen=len(bundle.manifest.calls))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.arguments = self.bundle.bind(args, kwargs)
+        given = self.bundle.bind(args, kwargs)
+        self.last.append(given)
         got = [item.to(self.dtype) for item in _tensors(self.bundle(*args, **kwargs))]
         if self.reference is None:
-            return self.bundle.answer(got, self.arguments)
+            return self.bundle.answer(got, given)
         expected = self.reference(*args, **kwargs)
         pairs = zip(_tensors(expected), got, strict=True)
         self.errors.append(max(float((a.cpu() - b.cpu()).abs().max()) for a, b in pairs))
@@ -154,7 +156,7 @@ def _generate_both(
         with many_compilations(), _latents_of(pipeline.scheduler) as latents:
             pipeline.transformer = pair
             expected = as_images(generate(pipeline, prompt))
-        loop_error = _loop_error(bundle, pair.arguments, latents)
+        loop_error = _loop_error(bundle, pair.last, latents)
         with many_compilations():
             bundle.reset()
             pipeline.transformer = _StandIn(bundle, dtype)
@@ -184,15 +186,18 @@ def _latents_of(scheduler: Any) -> Generator[list[Tensor]]:
 
 
 def _loop_error(
-    bundle: BundleTransformer, arguments: Mapping[str, Any], latents: Sequence[Tensor]
+    bundle: BundleTransformer, calls: Iterable[Mapping[str, Any]], latents: Sequence[Tensor]
 ) -> float:
     loop = bundle.manifest.loop
     if loop is None:
         return 0.0
+    arguments, *others = calls
+    given = {**arguments, **dict(zip([SECOND_CALL], others, strict=False))}
     names = {spec.name.partition(".")[0] for spec in loop.conditions}
-    conditions = {name: arguments[name] for name in names}
-    branches = 1 if bundle.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
-    images = len(arguments[bundle.manifest.latent]) // branches  # some pipelines step both halves
+    conditions = {name: given[name] for name in names}
+    rows = len(arguments[bundle.manifest.latent])
+    halves = 2 if bundle.manifest.sampler.cfg_layout.batched else 1
+    images = rows // halves  # some pipelines step both halves
     noise, expected = (item[:images].float().cpu() for item in (latents[0], latents[-1]))
     got = bundle.generate((noise / loop.noise_scale).to(bundle.dtype), **conditions).float().cpu()
     return float((got - expected).abs().max() / expected.abs().max())
@@ -211,8 +216,9 @@ def _summary(
 
 def _by_variant(manifest: Manifest, errors: Sequence[float]) -> dict[str, float]:
     found: dict[str, float] = {}
+    scheduled = manifest.scheduled
     for step, error in enumerate(errors):
-        file = manifest.variants[manifest.schedule[step % len(manifest.schedule)]].file
+        file = manifest.variants[scheduled[step % len(scheduled)]].file
         found[file] = max(error, found.get(file, 0.0))
     return found
 
@@ -220,6 +226,6 @@ def _by_variant(manifest: Manifest, errors: Sequence[float]) -> dict[str, float]
 def _bounds(manifest: Manifest) -> tuple[float, float]:
     """Return the largest error and the least PSNR that the dtypes of model and caches allow."""
     allowed = [BOUNDS[manifest.model.dtype]]
-    kept = {slot.dtype for slot in manifest.slots if slot.dtype != manifest.model.dtype}
+    kept = {slot.dtype for slot in manifest.every_slot if slot.dtype != manifest.model.dtype}
     allowed += [CACHE_BOUNDS[dtype] for dtype in kept & CACHE_BOUNDS.keys()]
     return max(error for error, _ in allowed), min(psnr for _, psnr in allowed)

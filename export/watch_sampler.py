@@ -56,18 +56,17 @@ class WatchedGeneration:
     latents: Tensor | None = None
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
-        """Keep the arguments of a call; what is as in the first one is kept once."""
-        first = self.calls[0] if self.calls else {}
-        kept = {
-            name: first[name] if name in first and _same(item, first[name]) else _copied(item)
-            for name, item in arguments.items()
-        }
+        """Keep the arguments of a call; what is as in one of the first two is kept once."""
+        kept = {}
+        for name, item in arguments.items():
+            known = (call[name] for call in self.calls[:2] if name in call)
+            same = [each for each in known if _same(item, each)]
+            kept[name] = same[0] if same else _copied(item)
         self.calls.append(kept)
 
-    @property
-    def first(self) -> RecordedCall:
-        """Return the first call."""
-        return RecordedCall(self.calls[0])
+    def first(self, calls: int) -> tuple[RecordedCall, ...]:
+        """Return the first step's calls, of which there are ``calls``."""
+        return tuple(map(RecordedCall, self.calls[:calls]))
 
 
 def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedGeneration:
@@ -172,23 +171,26 @@ def find_stepping(watched: WatchedGeneration, plan: Plan, latent: str, timestep:
     sampler = plan.sampler
     if not latent:
         raise _not_linear("the model's latent was not found", "no argument is like its output")
-    calls = len(watched.calls)
-    if calls != sampler.steps or len(watched.scheduler.timesteps) != sampler.steps:
+    count, calls = sampler.cfg_layout.calls, len(watched.calls)
+    if calls != count * sampler.steps or len(watched.scheduler.timesteps) != sampler.steps:
         raise _not_linear(
             "the pipeline makes another number of steps than the plan",
             f"{calls} calls, {len(watched.scheduler.timesteps)} timesteps",
-            f"{sampler.steps} steps, one call each",
+            f"{sampler.steps} steps, {count} calls each",
         )
     _check_timesteps(watched, plan, timestep)
-    _check_conditions(watched, {latent, timestep})
+    _check_conditions(watched, {latent, timestep}, count)
     inputs = [call[latent].double().cpu() for call in watched.calls]
-    found = with_guidance(linear_schedule(watched.scheduler), plan, inputs[0], watched.outputs[0])
+    starts = range(0, calls, count)
+    outputs = [torch.cat(watched.outputs[start : start + count]) for start in starts]
+    found = with_guidance(linear_schedule(watched.scheduler), plan, inputs[0], outputs[0])
     allowed = _ALLOWED.get(watched.calls[0][latent].dtype, _ALLOWED[torch.float32])
     halves = 2 if sampler.cfg_layout.batched else 1
     stepper = Stepper(found, first_noise(inputs[0], found, sampler.cfg_layout))
-    for step, output in enumerate(watched.outputs):
+    for step, output in enumerate(outputs):
         given = torch.cat([stepper.model_input] * halves)
-        _check_alike(given, inputs[step], allowed, f"the model's latents at step {step}")
+        for held in inputs[step * count : (step + 1) * count]:
+            _check_alike(given, held, allowed, f"the model's latents at step {step}")
         stepper.step(guided(output, found, sampler.cfg_layout))
     if watched.latents is not None:
         last = watched.latents[: len(inputs[0]) // halves]
@@ -210,7 +212,7 @@ def with_guidance(found: LinearSchedule, plan: Plan, latent: Tensor, output: Ten
 
 
 def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
-    planned = plan.sampler.timesteps
+    planned = [at for at in plan.sampler.timesteps for _ in range(plan.sampler.cfg_layout.calls)]
     found = [float(torch.as_tensor(call[name]).flatten()[0]) for call in watched.calls]
     pairs = zip(found, planned, tolerances(planned), strict=True)
     if any(abs(got - wanted) > most for got, wanted, most in pairs):
@@ -221,10 +223,11 @@ def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
         )
 
 
-def _check_conditions(watched: WatchedGeneration, varying: Collection[str]) -> None:
-    for step, call in enumerate(watched.calls):
-        for name in {*call, *watched.calls[0]} - {*varying}:
-            if not _same(call.get(name), watched.calls[0].get(name)):
+def _check_conditions(watched: WatchedGeneration, varying: Collection[str], count: int) -> None:
+    for number, call in enumerate(watched.calls):
+        first, step = watched.calls[number % count], number // count
+        for name in {*call, *first} - {*varying}:
+            if not _same(call.get(name), first.get(name)):
                 raise _not_linear(
                     "the pipeline changes a condition between the steps",
                     f"argument {name!r} at step {step}",

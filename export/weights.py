@@ -56,6 +56,8 @@ def onnx_type(dtype: torch.dtype) -> int:
 def raw_bytes(tensor: Tensor) -> bytes:
     """Return the content of ``tensor``, row by row, as ONNX stores it (little-endian)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # an expanded tensor of one element
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,10 +92,10 @@ class Buffers:
         self,
         wanted: Sequence[tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
-        caches: Caches,
+        caches: Iterable[Caches],
     ) -> list[Tensor]:
-        """Return a tensor for each of ``wanted`` that nothing in ``caches`` holds."""
-        used = caches.tensors
+        """Return a tensor for each of ``wanted`` that none of ``caches`` holds."""
+        used = {item for each in caches for item in each.tensors}
         found: list[Tensor] = []
         for shape, dtype in wanted:
             made = self._made.setdefault((shape, dtype), [])

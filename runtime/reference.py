@@ -162,6 +162,8 @@ class PlanInterpreter(TorchFunctionMode):
         if strategy.shares_guidance and self._branch is self._branches[1]:
             copied = self._branches[0].history[site][-1]
             self._branch.history.setdefault(site, []).append(copied)
+            if strategy.refreshes_residual:
+                self._branch.residuals[site] = self._branches[0].residuals[site]
             return copied[1]
         output = compute(strategy)
         self._branch.history.setdefault(site, []).append((self.now, output))
@@ -199,6 +201,8 @@ class PlanInterpreter(TorchFunctionMode):
             half = {name: self._conditional(item, call["query"]) for name, item in call.items()}
             residual = self._conditional(self._branch.residuals.get(site), call["query"])
             output = self._compute(site, strategy, half, residual)
+            if strategy.refreshes_residual:  # of that half, for both
+                self._branch.residuals[site] = torch.cat([self._branch.residuals[site]] * 2)
             return torch.cat([output, output])
         return self._compute(site, strategy, call, self._branch.residuals.get(site))
 

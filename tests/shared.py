@@ -63,7 +63,7 @@ def _feed(hashed: Any, item: Any) -> None:
     if isinstance(item, Tensor):
         for name, part in parts(item, type(item).__name__):  # of which quantized ones are made
             hashed.update(f"{name}{part.shape}{part.dtype}{part.stride()}".encode())
-            content = part.detach().cpu().contiguous().flatten()
+            content = part.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
             hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
     elif isinstance(item, Mapping):
         for name, part in item.items():

@@ -61,7 +61,7 @@ EXAMPLES = {page.name: examples(page) for page in PAGES if examples(page)}
 class PromptedDigits(DigitsPipeline):
     """Draw a digit for each prompt, as a text-to-image pipeline is called."""
 
-    def __call__(  # type: ignore[override]  # it takes prompts
+    def __call__(
         self,
         prompt: Any,
         guidance_scale: float = 2.0,

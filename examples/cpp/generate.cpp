@@ -186,6 +186,7 @@ at::Tensor generate(Bundle& bundle, Tensors inputs) {
   const json& manifest = bundle.manifest;
   const json& stepping = manifest["stepping"];
   if (stepping.is_null()) refuse("the manifest does not say what the sampler does");
+  if (!manifest.value("second", json()).is_null()) refuse("guidance in two calls: see docs/bundle-format.md");
   const std::string layout = manifest["sampler"]["cfg_layout"];
   const std::string latent = manifest["latent"], timestep = manifest["timestep"];
   json timestep_spec;

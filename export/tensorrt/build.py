@@ -106,7 +106,7 @@ def _graphs(
     root: Path, manifest: Manifest, layout: Layout, rows: int
 ) -> Generator[tuple[list[_Graph], SwitchSpec | None]]:
     """Yield the graphs that the layout's engines are built from."""
-    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
+    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.every_slot}
     specs |= {spec.name: spec for spec in manifest.inputs}
 
     def of(variant: VariantSpec) -> _Graph:

@@ -10,7 +10,6 @@ from typing import Final
 import onnx
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.tensorrt.engines import Layout
 from ditfastattn.runtime.tensorrt.library import CURRENT
@@ -59,7 +58,7 @@ def rows_of(
     if manifest.fixed_batch:
         least = usual = most = manifest.fixed_batch
         return least, usual, most
-    branches = 1 if manifest.sampler.cfg_layout is CfgLayout.NONE else 2
+    branches = 2 if manifest.sampler.cfg_layout.batched else 1
     if (branches * least) % manifest.batch_multiple:
         branches *= manifest.batch_multiple
     if layout is Layout.SWITCH:

@@ -110,7 +110,7 @@ class _Joiner:
     def _used(self, index: int) -> SwitchVariant:
         """Return the ports of one variant, adding those that are missing."""
         variant, graph = self._manifest.variants[index], self._models[index].graph
-        slots = {slot.name: slot for slot in self._manifest.slots}
+        slots = {slot.name: slot for slot in self._manifest.every_slot}
         given = {info.name: info for info in graph.input}
         made = {info.name: info for info in graph.output}
         reads = [given[name] for _, name in variant.reads]
@@ -217,7 +217,7 @@ _SIZES: Final[dict[int, int]] = {
 
 def _fix_batch(graph: GraphProto, manifest: Manifest, rows: int) -> None:
     """Replace the batch by numbers in the shapes of a graph's inputs and outputs."""
-    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.slots}
+    specs: dict[str, TensorSpec] = {slot.name: slot for slot in manifest.every_slot}
     specs |= {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
     names = {made: slot for variant in manifest.variants for slot, made in variant.writes}
     for info in (*graph.input, *graph.output):

@@ -80,7 +80,12 @@ def leave_copying_to_wholes(sites: Sequence[Site], row: ActionRow) -> ActionRow:
     }
     return tuple(
         replace(action, strategy=action.strategy.for_both_branches)
-        if site.whole is not None and site.whole.name in copying and not action.writes_output
+        if site.whole is not None and site.whole.name in copying and not _writes(action)
         else action
         for site, action in pairs
     )
+
+
+def _writes(action: SiteAction) -> bool:
+    """Return whether later steps read what the site computes, of one guidance branch."""
+    return action.writes_output or action.writes_residual

@@ -61,7 +61,7 @@ def why_not(
     """Return why ``site`` may not take ``strategy`` under ``layout`` after ``history``, or ""."""
     if strategy.shares_guidance and (reason := _why_not_shared(site, layout)):
         return reason
-    if strategy.windowed and site.no_window:
+    if strategy.needs_window and site.no_window:
         return site.no_window
     if strategy.fitted and site.no_fit:
         return site.no_fit
@@ -71,7 +71,7 @@ def why_not(
         needed = f"it reads the outputs of {strategy.outputs_read} earlier steps"
         return f"{needed}, and only {history.outputs} of them compute one"
     if strategy.windowed and not history.residual:
-        return "no earlier full step computes the residual"
+        return "no earlier step computes the residual"
     return ""
 
 

@@ -33,8 +33,9 @@ class SlotSchedule:
     """Hold the cache slots of a generation, the factors of each step, and what it adopts.
 
     ``factors[step]`` are the numbers that sites combine earlier outputs with. ``adopted[step]``
-    are the outputs that the step's first call hands to this one, its second, where guidance calls
-    the model twice a step. ``bytes_written[step]`` counts what the step returns for its slots.
+    are the outputs and residuals that the step's first call hands to this one, its second, where
+    guidance calls the model twice a step. ``bytes_written[step]`` counts what the step returns for
+    its slots.
     """
 
     steps: int
@@ -44,7 +45,7 @@ class SlotSchedule:
     bytes_written: tuple[int, ...]
 
     def adopted_at(self, step: int) -> frozenset[Slot]:
-        """Return the output slots that the step's first call hands to this, its second."""
+        """Return the slots that the step's first call hands to this, its second."""
         return self.adopted[step] if self.adopted else frozenset()
 
     @property

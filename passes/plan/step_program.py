@@ -103,18 +103,23 @@ def _slot_schedule(
     acting: Sequence[ActionRow],
     call: GuidanceCall,
 ) -> SlotSchedule:
-    steps = range(len(acting))
     columns = [[row[index] for row in acting] for index in range(len(sites))]
     planned = list(zip(sites, columns, chosen, strict=True))
+    slots = tuple(
+        slot
+        for site, column, strategies in planned
+        for slot in _slots(site, column, strategies, captured)
+    )
+    rows = list(zip(*chosen, strict=True)) or [()] * len(acting)
+    second = call is GuidanceCall.SECOND
     return SlotSchedule(
         steps=len(acting),
-        slots=tuple(
-            slot
-            for site, column, strategies in planned
-            for slot in _slots(site, column, strategies, captured)
-        ),
+        slots=slots,
         factors=_factors(sites, chosen, len(acting), call),
-        adopted=tuple(_adopted(sites, [column[step] for column in chosen], call) for step in steps),
+        adopted=tuple(
+            _adopted(sites, row, step, slots) if second else frozenset()
+            for step, row in enumerate(rows)
+        ),
         bytes_written=tuple(_bytes_written(sites, row, captured) for row in acting),
     )
 
@@ -140,8 +145,10 @@ def _slots(
         outputs_read=[(step, count) for step, count in reads if count],
         adopted=adopted,
     )
+    stored = {step for step, action in enumerate(column) if action.writes_residual}
+    refreshed = {step - 1 for step in adopted if strategies[step].refreshes_residual}
     residual = lives(
-        [step for step, action in enumerate(column) if action.writes_residual],
+        sorted(stored | refreshed),
         [step for step, action in enumerate(column) if action.strategy.windowed],
     )
     slots = [
@@ -178,16 +185,18 @@ def _bytes_written(sites: Sequence[Site], row: ActionRow, captured: CapturedGrap
     return total
 
 
-def _adopted(sites: Sequence[Site], row: Sequence[Strategy], call: GuidanceCall) -> frozenset[Slot]:
-    if call is not GuidanceCall.SECOND:
-        return frozenset()
-    pairs = zip(sites, row, strict=True)
-    return frozenset(
-        output_slot(site.name, index)
-        for site, strategy in pairs
-        if strategy.shares_guidance
-        for index in range(len(site.exits))
-    )
+def _adopted(
+    sites: Sequence[Site], row: Sequence[Strategy], step: int, slots: Sequence[CacheSlot]
+) -> frozenset[Slot]:
+    """Return what the step's first call hands to the second: outputs, and residuals to be read."""
+    held = {each.slot for each in slots if any(began == step - 1 for began, _ in each.lives)}
+    found: set[Slot] = set()
+    for site, strategy in zip(sites, row, strict=True):
+        if strategy.shares_guidance:
+            found |= {output_slot(site.name, index) for index in range(len(site.exits))}
+            if strategy.refreshes_residual:
+                found |= {residual_slot(site.name)} & held
+    return frozenset(found)
 
 
 def _factors(

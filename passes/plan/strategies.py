@@ -50,7 +50,8 @@ class Strategy:
         effort: the rough share of a full site's work; greedy search tries the least first.
         windowed: attends within the site's window and adds the cached residual.
         shares_guidance: computes the conditional branch alone, which serves both.
-        refreshes_residual: may store the residual that later windows read.
+        refreshes_residual: may store the residual that later windows read: of both guidance
+            branches, or where it shares guidance of the conditional one, which serves both.
         outputs_read: how many of the outputs computed last it is made of; 0 where it computes.
         fitted: the plan holds its weights, ``combine`` takes terms in place of outputs (see
             ``fitted_terms``).
@@ -86,6 +87,7 @@ class Strategy:
     SHARE_STEP: ClassVar[Strategy]
     SHARE_CFG: ClassVar[Strategy]
     WINDOW_SHARE_CFG: ClassVar[Strategy]
+    SHARE_CFG_REFRESH: ClassVar[Strategy]
     EXTRAPOLATE: ClassVar[Strategy]
     EXTRAPOLATE_QUADRATIC: ClassVar[Strategy]
 
@@ -97,6 +99,11 @@ class Strategy:
     def computes(self) -> bool:
         """Return whether the site computes an output, rather than reuse earlier ones."""
         return self.outputs_read == 0
+
+    @property
+    def needs_window(self) -> bool:
+        """Return whether it means nothing at a site without a window."""
+        return self.windowed or (self.refreshes_residual and self.shares_guidance)
 
     @property
     def extrapolates(self) -> bool:
@@ -183,6 +190,16 @@ Strategy.WINDOW_SHARE_CFG = Strategy(  # both; the residual is the conditional b
     windowed=True,
     shares_guidance=True,
 )
+Strategy.SHARE_CFG_REFRESH = Strategy(  # ASC as in the authors' code, which refreshes here too
+    name="share-cfg+refresh",
+    label="guidance shared, residual refreshed",
+    symbol="r",
+    colour="#8c510a",
+    terminal_colour="yellow",
+    effort=0.6,
+    shares_guidance=True,
+    refreshes_residual=True,
+)
 Strategy.EXTRAPOLATE = Strategy(
     name="extrapolate",
     label="extrapolated from two steps",
@@ -218,6 +235,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy.SHARE_STEP,
     Strategy.SHARE_CFG,
     Strategy.WINDOW_SHARE_CFG,
+    Strategy.SHARE_CFG_REFRESH,
     Strategy.EXTRAPOLATE,
     Strategy.EXTRAPOLATE_QUADRATIC,
 )
@@ -265,7 +283,7 @@ def every_strategy() -> tuple[Strategy, ...]:
 
 
 def computing(windowed: bool, shares_guidance: bool) -> Strategy:
-    """Return the strategy of the table that computes an output in this way.
+    """Return the first strategy of the table that computes an output in this way.
 
     Raises:
         LookupError: there is none.

@@ -9,16 +9,19 @@ After; ``hoist-batch-slices`` then moves the slice above the projections::
     %8 = aten.linear.default(%7, %3, %4): float32[2, 64, 32]
     %9 = aten.slice.Tensor(%8, 0, 0, 1): float32[1, 64, 32]
     %10 = aten.cat.default([%9, %9]): float32[2, 64, 32]
+
+Where the step stores the residual of such a site, that is the conditional half's for both as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.graph.ir import aten, find, insert, replace_uses
+from ditfastattn.passes.graph.ir import aten, find, insert, outputs, replace_uses
+from ditfastattn.passes.graph.slots import residual_slot, written_slots
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.rewrites.hoist_batch_slices import insert_half
@@ -40,9 +43,25 @@ class ShareGuidance:
         second = self.layout is CfgLayout.UNCOND_FIRST
         for site in self.sites:
             for member in site.exits:
-                node = find(module.graph, member)
-                half = insert_half(module.graph, node, second)
-                with module.graph.inserting_after(half):
-                    both = insert(module.graph, aten.cat.default, ([half, half],), node)
-                replace_uses(node, both, keep=(half,))
+                _copy_half(module.graph, find(module.graph, member), second)
+            residual = _stored_residual(module.graph, site)
+            if residual is not None:
+                _copy_half(module.graph, residual, second)
         return PassResult(len(self.sites))
+
+
+def _copy_half(graph: Graph, node: Node, second: bool) -> None:
+    half = insert_half(graph, node, second)
+    with graph.inserting_after(half):
+        both = insert(graph, aten.cat.default, ([half, half],), node)
+    replace_uses(node, both, keep=(half,))
+
+
+def _stored_residual(graph: Graph, site: Site) -> Node | None:
+    written = written_slots(graph)
+    slot = residual_slot(site.name)
+    if slot not in written:
+        return None
+    stored = outputs(graph)[written.index(slot) - len(written)]
+    assert isinstance(stored, Node)
+    return stored

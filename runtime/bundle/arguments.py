@@ -47,7 +47,7 @@ class BundleArguments:
         """
         manifest = self._manifest
         spec = next(spec for spec in manifest.inputs if spec.shape)
-        shape = _lookup(spec.name, given).shape
+        shape = argument_named(spec.name, given).shape
         batch = shape[0] if shape else 0
         if not batch:
             raise ConfigError(
@@ -104,8 +104,12 @@ def check_range(name: str, latent: Tensor) -> None:
         )
 
 
-def _lookup(name: str, given: Mapping[str, Any]) -> Any:
-    """Return the argument called ``name``: ``conditions.mask`` lies in the dict ``conditions``."""
+def argument_named(name: str, given: Mapping[str, Any]) -> Any:
+    """Return the argument called ``name``: ``conditions.mask`` lies in the dict ``conditions``.
+
+    Raises:
+        ConfigError: there is no such tensor.
+    """
     found: Any = given
     for part in name.split("."):
         try:
@@ -123,7 +127,7 @@ def _lookup(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def _tensor(spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
-    tensor: Tensor = _lookup(spec.name, given)
+    tensor: Tensor = argument_named(spec.name, given)
     expected = spec.sizes(batch)
     if tuple(tensor.shape) != expected:
         if not tensor.dim():

@@ -3,7 +3,8 @@
 It is a file of safetensors: ``inputs/NAME`` for each condition, ``outputs/STEP/NAME`` for what the
 model returns at each step and, where the manifest says what the sampler does between steps,
 ``noise``, which the generation begins with, and ``latents``, which it ends with. Elsewhere every
-step has the latents ``inputs/NAME``.
+step has the latents ``inputs/NAME``. Where guidance takes two calls a step, the names of what the
+second one takes and returns begin with ``second/``.
 """
 
 from __future__ import annotations
@@ -20,18 +21,30 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.files import open_bundle
 from ditfastattn.runtime.bundle.manifest import EXPORT_AGAIN
+from ditfastattn.runtime.bundle.specs import SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import Stepper, guided
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 
 GOLDEN_FILE: Final = "golden.safetensors"
 INPUT: Final = "inputs/"
+SECOND: Final = "second/"  # of a step's two calls
 NOISE: Final = "noise"
 LATENTS: Final = "latents"
 
 
-def output_name(step: int, name: str) -> str:
+def prefix_of(call: int) -> str:
+    """Return what names begin with that belong to the call number ``call`` of a step."""
+    return SECOND if call else ""
+
+
+def input_name(name: str, call: int = 0) -> str:
+    """Name what the model is given as ``name``."""
+    return f"{prefix_of(call)}{INPUT}{name}"
+
+
+def output_name(step: int, name: str, call: int = 0) -> str:
     """Name what the model returns as ``name`` at ``step``."""
-    return f"outputs/{step}/{name}"
+    return f"{prefix_of(call)}outputs/{step}/{name}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class GoldenErrors:
     """Hold how far a bundle is from its golden sample.
 
     Attributes:
-        steps: the largest absolute error of each step's outputs, on the sample's latents.
+        steps: the largest absolute error of each call's outputs, on the sample's latents.
         latents: the largest error of a generation's last latents, relative to the largest one.
         loop: the same of the unrolled loop; both 0 where there are none.
     """
@@ -73,27 +86,35 @@ def compare_with_golden(folder: str | os.PathLike[str], model: BundleTransformer
 class _Comparison:
     def __init__(self, model: BundleTransformer, sample: Mapping[str, Tensor]) -> None:
         self.model, self.sample, self.manifest = model, sample, model.manifest
-        given = {name.removeprefix(INPUT): item for name, item in sample.items() if INPUT in name}
-        self.given = {name: item.to(model.device) for name, item in given.items()}
+        prefixes = [input_name("", call) for call in range(len(self.manifest.calls))]
+        self.given = [
+            {
+                name.removeprefix(prefix): item.to(model.device)
+                for name, item in sample.items()
+                if name.startswith(prefix)
+            }
+            for prefix in prefixes
+        ]
 
     def errors(self) -> GoldenErrors:
         """Compare step by step, then a whole generation, then the loop."""
         found: list[float] = []
 
-        def compare(step: int, results: list[Tensor]) -> Tensor:
-            wanted = [
-                self.sample[output_name(step, spec.name)].float() for spec in self.manifest.outputs
-            ]
+        def compare(step: int, call: int, results: list[Tensor]) -> Tensor:
+            names = [output_name(step, spec.name, call) for spec in self.manifest.outputs]
+            wanted = [self.sample[name].float() for name in names]
             pairs = zip(results, wanted, strict=True)
             found.append(max(float((a.float().cpu() - b).abs().max()) for a, b in pairs))
             return wanted[0]
 
         self._generate(compare)
-        latents = self._generate(lambda _, results: results[0].float().cpu())
+        latents = self._generate(lambda _step, _call, results: results[0].float().cpu())
         loop = None
         if self.manifest.loop is not None and NOISE in self.sample:
             noise = self.sample[NOISE].to(self.model.device, self.model.dtype)
-            loop = self.model.generate(noise, **_nested(self.given))
+            first, *others = map(_nested, self.given)
+            second = dict(zip([SECOND_CALL], others, strict=False))
+            loop = self.model.generate(noise, **first, **second)
         return GoldenErrors(tuple(found), self._relative(latents), self._relative(loop))
 
     def _relative(self, latents: Tensor | None) -> float:
@@ -102,25 +123,29 @@ class _Comparison:
         wanted = self.sample[LATENTS]
         return float((latents.float().cpu() - wanted).abs().max() / wanted.abs().max())
 
-    def _generate(self, answer: Callable[[int, list[Tensor]], Tensor]) -> Tensor | None:
-        """Step through a generation whose sampler gets ``answer`` of each step's results."""
+    def _generate(self, answer: Callable[[int, int, list[Tensor]], Tensor]) -> Tensor | None:
+        """Step through a generation whose sampler gets ``answer`` of each call's results."""
         manifest, stepping = self.manifest, self.manifest.stepping
         stepper = None if stepping is None else Stepper(stepping, self.sample[NOISE])
         halves = 2 if manifest.sampler.cfg_layout.batched else 1
         specs = {spec.name: spec for spec in manifest.inputs}
         self.model.reset()
         for step, timestep in enumerate(manifest.sampler.timesteps):
-            given = dict(self.given)
-            if stepper is not None:
-                spec = specs[manifest.latent]
-                given[spec.name] = torch.cat([stepper.model_input] * halves).to(spec.torch_dtype)
-            if manifest.plan_sha256:
-                spec, like = specs[manifest.timestep], next(iter(given.values()))
-                rows = len(given[manifest.latent] if manifest.latent else like)
-                given[spec.name] = torch.full(spec.sizes(rows), timestep, dtype=spec.torch_dtype)
-            output = answer(step, self._call(given))
+            outputs: list[Tensor] = []
+            for call, conditions in enumerate(self.given):
+                given = dict(conditions)
+                if stepper is not None:
+                    spec = specs[manifest.latent]
+                    rows = torch.cat([stepper.model_input] * halves)
+                    given[spec.name] = rows.to(spec.torch_dtype)
+                if manifest.plan_sha256:
+                    spec, like = specs[manifest.timestep], next(iter(given.values()))
+                    count = len(given[manifest.latent] if manifest.latent else like)
+                    at = torch.full(spec.sizes(count), timestep, dtype=spec.torch_dtype)
+                    given[spec.name] = at
+                outputs.append(answer(step, call, self._call(given)))
             if stepper is not None and stepping is not None:
-                stepper.step(guided(output, stepping, manifest.sampler.cfg_layout))
+                stepper.step(guided(torch.cat(outputs), stepping, manifest.sampler.cfg_layout))
         return None if stepper is None else stepper.latents[-1]
 
     def _call(self, given: Mapping[str, Tensor]) -> list[Tensor]:

@@ -68,7 +68,7 @@ def load_openvino(folder: str | os.PathLike[str], *, threads: int = 0) -> Bundle
 
     opened = open_bundle(folder)
     manifest = opened.manifest
-    specs = (*manifest.inputs, *manifest.outputs, *manifest.slots)
+    specs = (*manifest.inputs, *manifest.outputs, *manifest.every_slot)
     if any(spec.dtype == "bfloat16" for spec in specs):
         raise ConfigError(
             "a bundle in bfloat16 cannot be run by OpenVINO",
@@ -137,7 +137,7 @@ def _read(
 def _signature(manifest: Manifest, graph: VariantSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Return the inputs and outputs of one graph, as it names them."""
     arguments = {spec.name: spec for spec in manifest.inputs}
-    slots = {spec.name: spec for spec in manifest.slots}
+    slots = {spec.name: spec for spec in manifest.every_slot}
     number = TensorSpec(name="", shape=(), dtype="float32")  # how far a step extrapolates
 
     def ports(pairs: Sequence[tuple[str, str]]) -> list[TensorSpec]:

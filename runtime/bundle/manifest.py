@@ -23,6 +23,7 @@ from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import (
+    CallSchedule,
     FileSpec,
     LoopSpec,
     ModelSpec,
@@ -38,8 +39,8 @@ from ditfastattn.runtime.bundle.stepping import Stepping
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
 STEP_SUFFIX = ".json"  # of a step that calls packages of regions
-SCHEMA_VERSION = 4
-READABLE: Final = (3, SCHEMA_VERSION)  # 3: without stepping and golden sample
+SCHEMA_VERSION = 5
+READABLE: Final = (3, 4, SCHEMA_VERSION)  # 3: without stepping and golden; 4: without second
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
 _SEAL: Final = "sha256"  # of all other entries
@@ -86,6 +87,8 @@ class Manifest(Record, frozen=True):
         schedule: the variant of each step.
         slots: the caches.
         factors: the numbers that each step combines earlier outputs with, by slot.
+        second: what the second call of each step does, where guidance takes two; ``schedule``,
+            ``slots`` and ``factors`` are then the first one's.
         hoisted: what is computed once per generation.
         loop: the unrolled sampler.
         stepping: what the sampler does between the steps; absent where that is not linear.
@@ -95,7 +98,7 @@ class Manifest(Record, frozen=True):
         files: every file of the bundle.
     """
 
-    schema_version: Literal[3, 4] = 4
+    schema_version: Literal[3, 4, 5] = 5
     ditfastattn: str
     opset: Natural
     model: ModelSpec
@@ -112,6 +115,7 @@ class Manifest(Record, frozen=True):
     schedule: tuple[Natural, ...]
     slots: tuple[SlotSpec, ...]
     factors: tuple[dict[SlotName, FiniteFloat], ...]
+    second: CallSchedule | None = None
     hoisted: VariantSpec | None = None
     loop: LoopSpec | None = None
     stepping: Stepping | None = None
@@ -139,11 +143,17 @@ class Manifest(Record, frozen=True):
         for file in named:
             if file not in self.files:
                 raise ValueError(f"{file!r} is not among the files")
-        if len(self.schedule) != self.sampler.steps or len(self.factors) != self.sampler.steps:
-            raise ValueError(f"schedule: {len(self.schedule)} steps, not {self.sampler.steps}")
+        if len(self.calls) != self.sampler.cfg_layout.calls:
+            raise ValueError(
+                f"second: {self.sampler.cfg_layout} has {len(self.calls)} calls a step"
+            )
+        for call in self.calls:
+            for each in (call.schedule, call.factors, call.adopted):
+                if len(each) != self.sampler.steps:
+                    raise ValueError(f"schedule: {len(each)} steps, not {self.sampler.steps}")
         if len(self.sampler.timesteps) != self.sampler.steps:
             raise ValueError(f"sampler.timesteps: {len(self.sampler.timesteps)} values")
-        if any(variant >= len(self.variants) for variant in self.schedule):
+        if any(variant >= len(self.variants) for variant in self.scheduled):
             raise ValueError(f"schedule: there are {len(self.variants)} variants")
         stepped = self.stepping.steps if self.stepping else ()
         if stepped and tuple(how.timestep for how in stepped) != self.sampler.timesteps:
@@ -161,7 +171,13 @@ class Manifest(Record, frozen=True):
             if not inputs.issuperset(graph.inputs):
                 raise ValueError(f"{graph.file}: inputs that the model lacks")
         self._check_packages()
-        self._check_slots()
+        slots = {slot.name for slot in self.every_slot}
+        for graph in self.graphs:
+            for slot, _ in graph.writes:
+                if slot not in slots:
+                    raise ValueError(f"{graph.file} writes {slot!r}, which is not a slot")
+        for call in self.calls:
+            self._check_slots(call)
         return self
 
     def _check_packages(self) -> None:
@@ -181,34 +197,55 @@ class Manifest(Record, frozen=True):
     def _hash_of(self, file: str) -> str:
         return self.files[file].sha256 if file in self.files else ""
 
-    def _check_slots(self) -> None:
+    def _check_slots(self, call: CallSchedule) -> None:
         """Check that every slot that is read, or taken over, was written before and is kept."""
         once = {slot for slot, _ in self.hoisted.writes} if self.hoisted else set()
-        lives = {slot.name: slot.lives for slot in self.slots}
-        for graph in self.graphs:
-            for slot, _ in graph.writes:
-                if slot not in lives:
-                    raise ValueError(f"{graph.file} writes {slot!r}, which is not a slot")
+        lives = {slot.name: slot.lives for slot in call.slots}
 
         def kept(slot: str, step: int) -> bool:
             return any(began < step <= last for began, last in lives.get(slot, ()))
 
-        for moved in self.slots:
+        for moved in call.slots:
             for began, _ in moved.lives if moved.source else ():
                 if not kept(moved.source, began):
                     raise ValueError(f"slots: {moved.name!r} takes over a slot that is not kept")
         written = set(once)
-        for step, index in enumerate(self.schedule):
-            variant, given = self.variants[index], {*once, *self.factors[step]}
+        for step, index in enumerate(call.schedule):
+            for slot in call.adopted[step]:
+                if slot not in {each for each, _ in self.variants[self.schedule[step]].writes}:
+                    raise ValueError(f"step {step} adopts {slot!r}, which its first call lacks")
+            written |= set(call.adopted[step])
+            variant, given = self.variants[index], {*once, *call.factors[step]}
             for slot, _ in variant.reads:
                 if slot not in given and not (slot in written and kept(slot, step)):
                     raise ValueError(f"step {step} reads {slot!r}, which no step has written")
             written |= {
                 moved.name
-                for moved in self.slots
+                for moved in call.slots
                 if moved.source in written and any(began == step for began, _ in moved.lives)
             }
             written |= {slot for slot, _ in variant.writes}
+
+    @property
+    def calls(self) -> tuple[CallSchedule, ...]:
+        """Return what the one or two calls of each step do, in their order."""
+        none = ((),) * len(self.schedule)
+        first = CallSchedule(
+            schedule=self.schedule, slots=self.slots, factors=self.factors, adopted=none
+        )
+        return (first,) if self.second is None else (first, self.second)
+
+    @property
+    def scheduled(self) -> tuple[int, ...]:
+        """Return the variant of each call of a generation, in their order."""
+        steps = zip(*(call.schedule for call in self.calls), strict=True)
+        return tuple(variant for step in steps for variant in step)
+
+    @property
+    def every_slot(self) -> tuple[SlotSpec, ...]:
+        """Return the slots of both calls, each once; their lives are one call's."""
+        found = {slot.name: slot for call in reversed(self.calls) for slot in call.slots}
+        return tuple(found.values())
 
     @property
     def format(self) -> Format:

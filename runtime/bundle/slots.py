@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from ditfastattn.passes.graph.slots import Slot, parse_slot
 from ditfastattn.passes.plan.slot_schedule import CacheSlot, SlotSchedule
-from ditfastattn.runtime.bundle.manifest import Manifest
-from ditfastattn.runtime.bundle.specs import VariantSpec
+from ditfastattn.runtime.bundle.specs import CallSchedule, VariantSpec
 
 
-def slot_schedule(manifest: Manifest) -> SlotSchedule:
-    """Return when each slot of a bundle is written, renamed, read and dropped."""
+def slot_schedule(call: CallSchedule) -> SlotSchedule:
+    """Return when each slot of a bundle's call is written, renamed, read and dropped."""
     return SlotSchedule(
-        steps=len(manifest.schedule),
+        steps=len(call.schedule),
         slots=tuple(
-            CacheSlot(parse_slot(spec.name), (), spec.dtype, 0, spec.lives)
-            for spec in manifest.slots
+            CacheSlot(parse_slot(spec.name), (), spec.dtype, 0, spec.lives) for spec in call.slots
         ),
         factors=tuple(
             {parse_slot(name): number for name, number in factors.items()}
-            for factors in manifest.factors
+            for factors in call.factors
         ),
-        adopted=(),
+        adopted=tuple(frozenset(map(parse_slot, slots)) for slots in call.adopted),
         bytes_written=(),
     )
 

@@ -8,13 +8,14 @@ from fractions import Fraction
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.graph.slots import parse_slot
 
 BATCH = "batch"  # the name of that dimension in the graphs
+SECOND_CALL = "second"  # a loop's conditions of each step's second call: ``second.NAME``
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -92,10 +93,12 @@ class TensorSpec(Record, frozen=True):
 class SlotSpec(TensorSpec, frozen=True):
     """Describe a cache slot: ``lives`` holds pairs (step that writes, last step that reads).
 
-    A slot that has a ``source`` takes over what that one held when a step replaces it.
+    A slot that has a ``source`` takes over what that one held when a step replaces it. What the
+    second of two calls takes over from the first is as if the step before had written it, which
+    is -1 at the first step.
     """
 
-    lives: tuple[tuple[Natural, Natural], ...]
+    lives: tuple[tuple[Annotated[int, Field(ge=-1)], Natural], ...]
     source: str = ""
 
     @model_validator(mode="after")
@@ -104,6 +107,23 @@ class SlotSpec(TensorSpec, frozen=True):
         if self.source != expected:
             raise ValueError(f"slots: {self.name!r} takes over {expected!r}, not {self.source!r}")
         return self
+
+
+class CallSchedule(Record, frozen=True):
+    """Describe what one of a step's calls of the model does, step by step.
+
+    Attributes:
+        schedule: the variant of each step.
+        slots: its caches.
+        factors: the numbers that each step combines earlier outputs with, by slot.
+        adopted: the slots that it takes over, before each step, from what the step's first call
+            has written.
+    """
+
+    schedule: tuple[Natural, ...]
+    slots: tuple[SlotSpec, ...]
+    factors: tuple[dict[SlotName, FiniteFloat], ...]
+    adopted: tuple[tuple[SlotName, ...], ...]
 
 
 class GraphSize(Record, frozen=True):

@@ -102,13 +102,17 @@ def weighted_sum(*parts: tuple[Sequence[Any], Terms]) -> Any:
 
 
 def guided(output: Any, stepping: Stepping, layout: CfgLayout) -> Any:
-    """Return the guided output of a call's ``output``, without a learned variance."""
+    """Return the guided output of a call's ``output``, without a learned variance.
+
+    Those of two calls are one after the other, as halves of a batch are.
+    """
     if stepping.channels:
         output = output[:, : stepping.channels]
-    if not layout.batched:
+    if layout is CfgLayout.NONE:
         return output
     first, second = output[: len(output) // 2], output[len(output) // 2 :]
-    conditional, other = (first, second) if layout is CfgLayout.COND_FIRST else (second, first)
+    conditional_first = layout in (CfgLayout.COND_FIRST, CfgLayout.SEPARATE)
+    conditional, other = (first, second) if conditional_first else (second, first)
     return other + stepping.guidance_scale * (conditional - other)
 
 

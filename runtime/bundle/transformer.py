@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.arguments import BundleArguments, check_range
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers
-from ditfastattn.runtime.calls import Call, InterleavedError
+from ditfastattn.runtime.calls import FIRST, Call, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.current_generation import PerGeneration, shown
-from ditfastattn.runtime.generation import Generation
+from ditfastattn.runtime.generation import Generation, GuidanceBranch
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
 from ditfastattn.runtime.matching import warn_of_unchecked_latents
 from ditfastattn.runtime.trace import Shown
@@ -50,16 +49,16 @@ class _State:
     buffers: Buffers = field(default_factory=Buffers)
     batch: int = 0
 
-    def keep_batch(self, step: int, batch: int) -> None:
+    def keep_batch(self, call: Call, batch: int) -> None:
         """Refuse another batch within a generation; a new one may have another."""
-        if step == 0:
+        if call == FIRST:
             if batch != self.batch:
                 self.buffers.clear()
             self.batch = batch
         elif batch != self.batch:
             raise ConfigError(
                 "the batch has changed within a generation",
-                where=f"step {step}",
+                where=f"step {call.step}",
                 got=batch,
                 expected=self.batch,
             )
@@ -95,10 +94,11 @@ class BundleTransformer(nn.Module):
         self._device = device
         self._arguments = BundleArguments(manifest, device)
         self._open_loop = functools.cache(open_loop)
-        self._schedule = slot_schedule(manifest)
+        self._schedules = tuple(map(slot_schedule, manifest.calls))
+        self._scheduled = manifest.scheduled
         self._reads = tuple(map(slots_read, manifest.variants))
         self._writes = tuple(map(slots_written, manifest.variants))
-        self._slots = {parse_slot(spec.name): spec for spec in manifest.slots}
+        self._slots = {parse_slot(spec.name): spec for spec in manifest.every_slot}
         self._states = PerGeneration(self._begin)
         if manifest.shares_guidance and not manifest.latent:
             warn_of_unchecked_latents([spec.name for spec in manifest.inputs])
@@ -116,7 +116,7 @@ class BundleTransformer(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str) -> Generator[None]:
-        """Accept diffusers' naming of guidance branches; ours are batched."""
+        """Accept diffusers' naming of guidance branches; ours are told apart by their order."""
         yield
 
     def reset(self) -> None:
@@ -129,6 +129,7 @@ class BundleTransformer(nn.Module):
         Args:
             noise: standard normal, the shape of the latents, one row per image.
             **conditions: the model's other arguments, both halves of guidance as it takes them.
+                Where guidance takes two calls a step, ``second`` holds those of the second one.
 
         Raises:
             ConfigError: the bundle has no loop, or an argument is not the loop's.
@@ -137,8 +138,7 @@ class BundleTransformer(nn.Module):
         engine = self._open_loop()
         loop = self.manifest.loop
         assert loop is not None  # it was opened
-        branches = 1 if self.manifest.sampler.cfg_layout is CfgLayout.NONE else 2
-        batch = branches * len(noise)
+        batch = len(noise) * (2 if self.manifest.sampler.cfg_layout.batched else 1)
         given = {**conditions, loop.noise.name: noise}
         tensors = self._arguments.tensors([loop.noise, *loop.conditions], given, batch)
         latents = self._empty(loop.noise, batch)
@@ -174,30 +174,32 @@ class BundleTransformer(nn.Module):
 
     def _begin(self) -> _State:
         sampler = self.manifest.sampler
-        clock = StepClock(sampler.timesteps, f"argument {self.manifest.timestep!r}")
+        timesteps = [at for at in sampler.timesteps for _ in self._schedules]
+        clock = StepClock(timesteps, f"argument {self.manifest.timestep!r}")
         halves = 2 if sampler.cfg_layout.batched else 1
-        return _State(Generation([self._schedule], clock, halves=halves))
+        return _State(Generation(self._schedules, clock, halves=halves))
 
     def _step(self, state: _State, given: Mapping[str, Any]) -> list[Tensor]:
         manifest, generation = self.manifest, state.generation
         batch = self._arguments.batch(given)
         inputs = self._arguments.tensors(manifest.inputs, given, batch)
         call = self._advance(generation, inputs)
-        state.keep_batch(call.step, batch)
+        state.keep_batch(call, batch)
         if call.step == 0 and manifest.latent:
             check_range(manifest.latent, inputs[manifest.latent])
         if call.step == 0 and manifest.shares_guidance and manifest.latent:
             name = f"argument {manifest.latent!r}"
             generation.check_latents(call, {name: inputs[manifest.latent]})
-        index = manifest.schedule[call.step]
+        index = self._scheduled[call.step * len(self._schedules) + call.branch]
         variant, written = manifest.variants[index], self._writes[index]
-        hoisted = self._hoisted(generation, inputs, batch)
+        hoisted = self._hoisted(generation.branches[call.branch], inputs, batch)
         caches = generation.read(call, self._reads[index], self._device, hoisted)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
         specs = [self._slots[slot] for slot in written]
         wanted = [(spec.sizes(batch), spec.torch_dtype) for spec in specs]
-        free = state.buffers.take(wanted, self._device, generation.branches[0].caches)
+        held = [branch.caches for branch in generation.branches]
+        free = state.buffers.take(wanted, self._device, held)
         self._engines[index](tensors, [*results, *free])
         generation.write(call, dict(zip(written, free, strict=True)), results[0])
         return results
@@ -219,7 +221,7 @@ class BundleTransformer(nn.Module):
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
         return torch.empty(spec.sizes(batch), dtype=spec.torch_dtype, device=self._device)
 
-    def _hoisted(self, generation: Generation, inputs: Mapping[str, Tensor], batch: int) -> Values:
+    def _hoisted(self, branch: GuidanceBranch, inputs: Mapping[str, Tensor], batch: int) -> Values:
         spec, hoisted = self.manifest.hoisted, self._hoisted_engine
         if spec is None or hoisted is None:
             return NO_VALUES
@@ -231,7 +233,7 @@ class BundleTransformer(nn.Module):
             hoisted(tensors, results)
             return dict(zip(written, results, strict=True))
 
-        return generation.branches[0].hoisted.of(tensors, compute)
+        return branch.hoisted.of(tensors, compute)
 
 
 def _output(results: list[Tensor]) -> Any:

@@ -179,14 +179,6 @@ def test_windows_by_tiles_equal_the_plan_interpreter(name: str, tmp_path: Path) 
     assert largest_difference(tiny.run(load(tmp_path / "bundle")), expected) < 1e-4
 
 
-def test_a_plan_of_two_calls_a_step_is_not_exported(tmp_path: Path) -> None:
-    tiny = tiny_dit()
-    plan = make_plan(tiny, [(Strategy.FULL,) * 3] * len(TIMESTEPS), CfgLayout.SEPARATE)
-    with pytest.raises(ConfigError, match=r"cannot be exported yet(.|\n)*remedy"):
-        export_model(tiny.model, RecordedCall(tiny.call(0, 4)), plan, tmp_path / "bundle")
-    assert not list(tmp_path.iterdir())
-
-
 def test_caches_are_written_into_what_dropped_caches_leave(tmp_path: Path) -> None:
     """Two tensors take turns at a slot, and a second generation allocates none."""
     tiny = tiny_dit()

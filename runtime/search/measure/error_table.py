@@ -9,6 +9,7 @@ share-step          ``o[t] - o[s]``
 window              ``r[t] - r[s]``
 share-cfg           ``d[t]`` at the copied half, where ``d = o_cond - o_uncond``
 window+share-cfg    ``r_c[t] - r_c[s]``, and ``d[t] - (r_c[t] - r_c[s])`` at the copied half
+share-cfg+refresh   that of share-cfg; then a window's is ``r_u[t] - r_c[s]`` at the other half
 extrapolate         ``o[t] - o[s] - (t - s) / g * (o[s] - o[s - g])``, with gap ``g``
 quadratic           ``o[t]`` minus the parabola through ``o[s]``, ``o[s - g]``, ``o[s - g - h]``
 ==================  ==============================================================
@@ -45,8 +46,10 @@ class ErrorTable:
     """Hold relative errors by strategy, infinite where it is not legal; ``FULL`` has none.
 
     At step ``t`` and site ``m``: of what computes ``[T, M]``; of what reads a residual
-    ``[T, T, M]``, by the step ``s < t`` that stored it; of what reads outputs ``[T, T, G, M]``, by
-    the step ``s < t`` of the last one and the gaps before it, ``gap_choices(outputs_read)``.
+    ``[T, 2 T, M]``, by the step ``s < t`` that stored it, or by ``T + s`` where that is a step that
+    shares guidance, and the conditional half's residual serves both; of what reads outputs
+    ``[T, T, G, M]``, by the step ``s < t`` of the last one and the gaps before it,
+    ``gap_choices(outputs_read)``.
     """
 
     by_strategy: Mapping[Strategy, Array]
@@ -133,8 +136,10 @@ def error_table(
     steps = len(sketches[0].outputs)
     future = np.triu(np.ones((steps, steps), dtype=bool))  # a cache is of an earlier step
     for strategy, table in tables.items():
-        if strategy.outputs_read or strategy.windowed:
+        if strategy.outputs_read:
             table[future] = np.inf
+        elif strategy.windowed:
+            table[np.tile(future, 2)] = np.inf
     return ErrorTable(tables)
 
 
@@ -151,30 +156,32 @@ def _energies(sketch: Sketch, site: int, form: int) -> dict[Strategy, Array]:
             missed = _missed(flat, strategy, gap_choices(strategy.outputs_read))
             found[strategy] = missed / energy[:, None, None]
         elif strategy.windowed and not strategy.shares_guidance:
-            found[strategy] = _distances(residuals.reshape(steps, -1)) / energy[:, None]
+            own = _distances(residuals.reshape(steps, -1))
+            crossed = sum(_distances(each, residuals[:, 0]) for each in residuals.swapaxes(0, 1))
+            found[strategy] = np.concatenate([own, crossed], axis=1) / energy[:, None]
         elif strategy.shares_guidance:
             found[strategy] = _shared_energies(outputs, residuals, strategy.windowed, energy)
     return found
 
 
 def _shared_energies(outputs: Array, residuals: Array, windowed: bool, energy: Array) -> Array:
-    """Return the errors where the conditional branch serves both: ``[T]``, windowed ``[T, T]``.
+    """Return the errors where the conditional branch serves both: ``[T]``, windowed ``[T, 2 T]``.
 
     The branches are the second dimension of ``outputs`` and ``residuals``.
     """
     steps = len(outputs)
     if outputs.shape[1] == 1:
-        return np.full((steps, steps) if windowed else steps, np.inf)
+        return np.full((steps, 2 * steps) if windowed else steps, np.inf)
     between = outputs[:, 0] - outputs[:, 1]
     gap = (between**2).sum(1)
     if not windowed:
         alone: Array = gap / energy
         return alone
     conditional = residuals[:, 0]
-    drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2
+    drift = _distances(conditional)  # |r_c[t] - r_c[s]|^2, whichever step stored it
     along = (conditional * between).sum(1)[:, None] - between @ conditional.T
     both = (2.0 * drift + gap[:, None] - 2.0 * along) / energy[:, None]
-    clipped: Array = np.maximum(both, 0.0)
+    clipped: Array = np.tile(np.maximum(both, 0.0), 2)
     return clipped
 
 
@@ -210,8 +217,9 @@ def _weights(strategy: Strategy, steps: int, gaps: tuple[int, ...]) -> Array:
     return np.moveaxis(np.array(weights), -1, 0)
 
 
-def _distances(rows: Array) -> Array:
-    """Return squared distances between all pairs of ``rows``, ``[T, n] -> [T, T]``."""
-    squared = (rows**2).sum(1)
-    distances: Array = squared[:, None] + squared[None, :] - 2.0 * rows @ rows.T
+def _distances(rows: Array, others: Array | None = None) -> Array:
+    """Return squared distances of ``rows`` from ``others``, or from each other: ``[T, T]``."""
+    others = rows if others is None else others
+    squared, other = (rows**2).sum(1), (others**2).sum(1)
+    distances: Array = squared[:, None] + other[None, :] - 2.0 * rows @ others.T
     return distances.clip(min=0.0)

@@ -49,6 +49,8 @@ class Objective(StrEnum):
 class CostTable:
     """Hold prices, in seconds or in operations.
 
+    What shares guidance and refreshes the residual is priced with storing it.
+
     ``step`` is a dense step's; ``sites[i][strategy]`` what site ``i`` adds to a step in which it
     is shared, and ``residual[i]`` what storing a residual at a full step adds. At the steps
     ``skipped`` the model does not run, and nothing costs anything.
@@ -91,12 +93,12 @@ class CostTable:
 
 
 def _stores(column: Sequence[Strategy]) -> list[bool]:
-    """Return at which steps a site must store the residual that later windows read."""
+    """Return at which full steps a site must store the residual that later windows read."""
     stores: list[bool] = []
     wanted = False
     for strategy in reversed(column):
         stores.append(wanted and strategy == Strategy.FULL)
-        wanted = strategy.windowed or (wanted and strategy != Strategy.FULL)
+        wanted = strategy.windowed or (wanted and not strategy.refreshes_residual)
     return stores[::-1]
 
 
@@ -169,7 +171,7 @@ def _group_rows(
     site, first = every[members[0]], str(members[0])
     apart = layout is CfgLayout.SEPARATE  # a call computes its branch, or takes the other's output
     actions: dict[str, SiteAction] = {
-        strategy.name: SiteAction(strategy)
+        strategy.name: SiteAction(strategy, writes_residual=strategy.refreshes_residual)
         for strategy in _shortcuts(site, layout)
         if not (apart and strategy.shares_guidance)
     }
@@ -179,13 +181,13 @@ def _group_rows(
     rows: dict[_Row, _Acting] = {
         (first, name): _acting(every, members, action) for name, action in actions.items()
     }
-    windowed = [name for name in _of_windows() if name in actions]
+    of_windows = [name for name in _of_windows() if name in actions]
     for form in range(1, len(site.windows)):
         sites = tuple(
             replace(other, window=other.windows[form]) if index in members else other
             for index, other in enumerate(every)
         )
-        for name in windowed:
+        for name in of_windows:
             rows[first, _in_form(name, form)] = _acting(sites, members, actions[name])
     return rows
 
@@ -208,7 +210,7 @@ def _shortcuts(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
 
 def _of_windows() -> tuple[str, ...]:
     """Return the names of what depends on the form of the window."""
-    return (*(each.name for each in strategies() if each.windowed), _STORING)
+    return (*(each.name for each in strategies() if each.needs_window), _STORING)
 
 
 def _group_prices(
@@ -231,7 +233,9 @@ def _group_prices(
     own[Strategy.FULL.name] = whole[_FULL]
     own |= _prices_of_reuse(own)
     shared = own[Strategy.SHARE_STEP.name]
-    own |= {both.name: (own[first.name] + shared) / 2.0 for both, first in halves.items()}
+    for both, first in halves.items():
+        alone = stored if both.refreshes_residual else own[first.name]
+        own[both.name] = (alone + shared) / 2.0
     each = {name: (price - cheapest) / len(members) for name, price in own.items()}
     each[_STORING] = max(0.0, stored - whole[_FULL]) / len(members)
     return each

@@ -29,12 +29,19 @@ from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRu
 def greedy_candidates(site: Site, layout: CfgLayout) -> tuple[Strategy, ...]:
     """Return the shortcuts that ``site`` may take once caches are there, the cheapest first.
 
-    That is the order of Algorithm 1. It knows one earlier output, and so no extrapolation.
+    That is the order of Algorithm 1. It knows one earlier output, and so no extrapolation; and it
+    does not look ahead, so that nothing would be gained for it by refreshing a residual.
     """
     legal = (s for s in legal_strategies(site, layout) if s != Strategy.FULL)
     return tuple(
         sorted(
-            (s for s in legal if s.outputs_read <= 1 and not s.factor_count),
+            (
+                strategy
+                for strategy in legal
+                if strategy.outputs_read <= 1
+                and not strategy.factor_count
+                and not strategy.refreshes_residual
+            ),
             key=lambda strategy: strategy.effort,
         )
     )
@@ -126,7 +133,9 @@ class SiteEvaluator:
         memory.output = output
         window = self.sites[index].window
         if strategy.refreshes_residual and window:
-            memory.residual = self.residual(environment, index, output, window)
+            residual = self.residual(environment, index, output, window)
+            half = self._half(residual, len(residual))
+            memory.residual = torch.cat([half, half]) if strategy.shares_guidance else residual
 
     def left_after(self, index: int) -> float:
         """Return the fraction of the graph's nodes that follow site ``index``."""

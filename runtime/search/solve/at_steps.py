@@ -31,7 +31,7 @@ def at_steps(problem: Problem, runs: Collection[int]) -> Problem:
             for place, gaps in enumerate(gap_choices(strategy.outputs_read)):
                 changed[:, _reading(skipped, gaps, steps), place] = np.inf
         elif strategy.windowed:
-            changed[:, skipped] = np.inf
+            changed[:, [*skipped, *(steps + step for step in skipped)]] = np.inf
         if strategy is Strategy.SHARE_STEP:
             for step in skipped:
                 changed[step, :step] = 0.0

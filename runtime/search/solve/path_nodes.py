@@ -24,7 +24,7 @@ class Kind:
 
 def _kinds() -> tuple[Kind, ...]:
     """Return what a step can compute: ``FULL``, then kinds without and with a stored residual."""
-    shortcuts = [s for s in strategies() if s.computes and s != Strategy.FULL]
+    shortcuts = [s for s in strategies() if s.computes and not s.refreshes_residual]
     plain = [strategy for strategy in shortcuts if not strategy.windowed]
     windowed = [strategy for strategy in shortcuts if strategy.windowed]
     return (

@@ -2,7 +2,7 @@
 
 A site's shortcut reads caches that an earlier step of the *same* site wrote, so sites are
 independent, and each is a shortest path from one step that computes something to the next, the
-steps between reusing its output.
+steps between reusing its output. Residuals are of full steps here; ``refresh.py`` adds others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.search.solve.path_costs import PathCosts
 from ditfastattn.runtime.search.solve.path_nodes import FULL, LINE, nodes_of, reusing
 from ditfastattn.runtime.search.solve.problem import Array, Problem
+from ditfastattn.runtime.search.solve.refresh import refreshed
 from ditfastattn.runtime.search.solve.rows import Row
 
 
@@ -31,7 +32,9 @@ def solve(problem: Problem, multiplier: float) -> list[Row]:
         sites = np.flatnonzero(windowed == has_window)
         if len(sites):
             paths = _Paths(problem, multiplier, sites, has_window)
-            columns |= {int(site): paths.column(index) for index, site in enumerate(sites)}
+            for index, site in enumerate(map(int, sites)):
+                column = paths.column(index)
+                columns[site] = refreshed(problem, multiplier, site, column)
     return [tuple(row) for row in zip(*(columns[site] for site in sorted(columns)), strict=True)]
 
 
@@ -110,7 +113,8 @@ class _Paths:
             if (kind.stored, kind.strategy.windowed) != (stored, windowed):
                 continue
             errors = self._costs.errors.by_strategy[kind.strategy][step]
-            error = errors.T if windowed else np.broadcast_to(errors[:, None], value.shape[:2])
+            of_full = errors[: self._nodes.steps]
+            error = of_full.T if windowed else np.broadcast_to(errors[:, None], value.shape[:2])
             self._compute(step, index, value, origin, error)
 
     def _compute_full(self, step: int, reach: Array, nodes: Array) -> None:

@@ -67,7 +67,8 @@ def reads(column: Sequence[Strategy]) -> Iterator[tuple[int, Strategy, int, tupl
     """Yield each step of a site with its strategy, and what that reads.
 
     That is the step that stored the residual or computed the output last, and the gaps between the
-    outputs before it, the latest first.
+    outputs before it, the latest first. The residual of a step that shares guidance counts from the
+    number of steps on, as in an ``ErrorTable``.
     """
     output = residual = 0
     gaps: tuple[int, ...] = (0,) * most_outputs_read()
@@ -76,7 +77,7 @@ def reads(column: Sequence[Strategy]) -> Iterator[tuple[int, Strategy, int, tupl
         if strategy.computes:
             gaps, output = (step - output, *gaps[:-1]), step
         if strategy.refreshes_residual:
-            residual = step
+            residual = step + len(column) * strategy.shares_guidance
 
 
 @cache

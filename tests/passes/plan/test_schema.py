@@ -83,7 +83,7 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         ({"strategies": [[FULL], [FULL, FULL], [FULL]]}, r"strategies\[1\]: 2 entries for 1 sites"),
         ({"strategies": [[FULL], ["skip"], [FULL]]}, "strategies.1.0"),
         ({"strategies": [[SHARE], [FULL], [FULL]]}, "no earlier step computes an output"),
-        ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier full step"),
+        ({"strategies": [["window"], [FULL], [FULL]]}, "no earlier step computes the residual"),
         (
             {"strategies": [[FULL], ["extrapolate"], [FULL]]},
             "it reads the outputs of 2 earlier steps, and only 1 of them compute one",
@@ -92,7 +92,10 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
             {"strategies": [[FULL], [FULL], ["extrapolate-quadratic"]]},
             "it reads the outputs of 3 earlier steps, and only 2 of them compute one",
         ),
-        ({"strategies": [["share-cfg"], ["window"], [FULL]]}, "no earlier full step"),
+        (
+            {"strategies": [["share-cfg"], ["window"], [FULL]]},
+            "no earlier step computes the residual",
+        ),
         ({"sites": []}, "1 entries for 0 sites"),
         (
             {"sites": plan_data()["sites"] * 2, "strategies": [[FULL, FULL]] * 3},

@@ -35,6 +35,7 @@ SHARED = (SiteAction(Strategy.SHARE_STEP),) * 3
 LAYOUT = CfgLayout.COND_FIRST
 F, W, S, C = Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP, Strategy.SHARE_CFG
 B, E, Q = Strategy.WINDOW_SHARE_CFG, Strategy.EXTRAPOLATE, Strategy.EXTRAPOLATE_QUADRATIC
+R = Strategy.SHARE_CFG_REFRESH
 
 
 def test_the_pipeline_reads_at_a_glance() -> None:
@@ -92,13 +93,17 @@ def test_the_log_says_why_a_pass_is_off(
     ("disabled", "two_calls", "left"),
     [
         ("window-residual", False, {W: F, B: C}),
-        ("share-guidance", False, {C: F, B: W}),
+        ("share-guidance", False, {C: F, R: F, B: W}),
         ("reuse-outputs", False, {S: F, E: F, Q: F}),
-        ("reuse-outputs", True, {S: F, C: F, B: W, E: F, Q: F}),
+        ("reuse-outputs", True, {S: F, C: F, R: F, B: W, E: F, Q: F}),
         ("store-caches", False, {W: F, S: F, B: C, E: F, Q: F} | dict.fromkeys(FITTED, F)),
-        ("store-caches", True, {W: F, S: F, C: F, B: F, E: F, Q: F} | dict.fromkeys(FITTED, F)),
+        (
+            "store-caches",
+            True,
+            {W: F, S: F, C: F, R: F, B: F, E: F, Q: F} | dict.fromkeys(FITTED, F),
+        ),
         ("fit-outputs", False, dict.fromkeys(FITTED, F)),
-        ("share-guidance,window-residual", False, {W: F, C: F, B: F}),
+        ("share-guidance,window-residual", False, {W: F, C: F, R: F, B: F}),
         ("merge-heads,narrow-caches,hoist-invariants", True, {}),
     ],
 )

@@ -64,7 +64,8 @@ def attention_session() -> Any:
 class Exact:
     """Run dense; with the caches of one step, attend by each strategy and compare in full."""
 
-    def __init__(self, session: Session, source: int) -> None:
+    def __init__(self, session: Session, source: int, kept: Strategy = F) -> None:
+        self.kept = kept
         self.evaluator = SiteEvaluator(session.captured, session.sites, session.layout)
         self.layout = session.layout
         self.source = source
@@ -85,7 +86,7 @@ class Exact:
             row.append(found)
             evaluator.put(environment, index, output)
             if len(self.errors) == self.source:
-                evaluator.remember(environment, index, F)
+                evaluator.remember(environment, index, self.kept if site.window else F)
         self.errors.append(row)
         return evaluator.finish(environment, len(row) - 1)
 
@@ -119,6 +120,23 @@ def test_one_profile_gives_the_error_of_every_strategy_with_every_cache(
             assert table.of(strategy, step, source, site) == pytest.approx(error, rel=1e-3)
             compared += 1
     assert compared == (STEPS - source - 1) * (2 * 4 + 2 * 2)  # a feed-forward has no window
+
+
+def test_a_profile_gives_the_errors_after_a_shared_step_that_refreshes(
+    session: Session, form: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_module, "_sample", lambda item, _: item.reshape(2, -1).float())
+    profiler, exact = Profiler(session), Exact(session, 1, Strategy.SHARE_CFG_REFRESH)
+    session.run(profiler, PROMPT)
+    session.run(exact, PROMPT)
+    table = error_table([profiler.sketch()], session.sites, session.layout, form)
+    attention = [index for index, site in enumerate(session.sites) if site.window]
+    for step, site in itertools.product(range(2, STEPS), attention):
+        for strategy in (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG):
+            error = exact.errors[step][site][strategy]
+            assert table.of(strategy, step, STEPS + 1, site) == pytest.approx(error, rel=1e-3)
+        full = table.of(Strategy.WINDOW, step, 1, site)
+        assert table.of(Strategy.WINDOW, step, STEPS + 1, site) > 1.001 * full
 
 
 def test_a_sample_is_close_to_the_whole(session: Session) -> None:
@@ -264,6 +282,8 @@ def test_counted_prices_are_the_graphs_flops(session: Session, form: int) -> Non
         (Strategy.SHARE_CFG, share, Strategy.WINDOW_SHARE_CFG, F),
         (F, F, Strategy.SHARE_CFG, F),
         (share, F, F, Strategy.SHARE_CFG),
+        (Strategy.SHARE_CFG_REFRESH, F, Strategy.SHARE_CFG_REFRESH, F),  # both are read
+        (Strategy.WINDOW, F, Strategy.WINDOW_SHARE_CFG, F),
     ]
     assert costs.plan(rows) == pytest.approx(variants.flops(rows).attention)
 
@@ -282,7 +302,8 @@ def test_measured_prices_are_in_seconds_and_sharing_is_cheapest(session: Session
 def prices(count: int) -> CostTable:
     each = {F: 4.0, Strategy.WINDOW: 2.0, Strategy.SHARE_CFG: 2.5, Strategy.SHARE_STEP: 0.0}
     each |= {Strategy.EXTRAPOLATE: 0.2, Strategy.EXTRAPOLATE_QUADRATIC: 0.3}
-    return CostTable(10.0, ({**each, Strategy.WINDOW_SHARE_CFG: 1.0},) * count, (0.5,) * count)
+    each |= {Strategy.WINDOW_SHARE_CFG: 1.0, Strategy.SHARE_CFG_REFRESH: 2.75}
+    return CostTable(10.0, (each,) * count, (0.5,) * count)
 
 
 def test_noise_never_makes_reuse_dearer_than_what_does_more(
@@ -307,6 +328,8 @@ def test_storing_a_residual_is_charged_once_per_full_step() -> None:
     rows: list[Row] = [(F,), (F,), (window,)]
     assert costs.plan(rows) == 20.0 + 0.5 + 8.0  # the first full step's residual is not read
     assert costs.plan(rows, merge_variants=True) == 20.0 + 1.0 + 8.0  # one variant: both store
+    rows = [(F,), (Strategy.SHARE_CFG_REFRESH,), (window,)]
+    assert costs.plan(rows) == 10.0 + 8.75 + 8.0  # the full step's is not read; the price has it
 
 
 @pytest.mark.parametrize("seed", range(5))

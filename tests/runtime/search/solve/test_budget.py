@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ditfastattn import Strategy
 from ditfastattn.passes.plan.strategies import STRATEGIES, strategies
@@ -43,9 +44,11 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
         share_cfg=share_cfg,
         extrapolate=lines,
         extrapolate_quadratic=parabolas,
+        share_cfg_refresh=share_cfg.copy(),
     )
-    for table in (of(errors, "window"), of(errors, "window_share_cfg")):
-        table[..., 1:2] = np.inf  # the second site is a feed-forward
+    of(errors, "window")[:, steps:] *= 1.5  # the conditional half's residual for both
+    for name in ("window", "window_share_cfg", "share_cfg_refresh"):
+        of(errors, name)[..., 1:2] = np.inf  # the second site is a feed-forward
     prices = tuple(
         {
             Strategy.FULL: 3.0 + random.random(),
@@ -55,6 +58,7 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
             Strategy.EXTRAPOLATE_QUADRATIC: 0.4 * random.random(),
             Strategy.SHARE_CFG: 1.5 + random.random() if guided else np.inf,
             Strategy.WINDOW_SHARE_CFG: 0.7 + random.random() if guided else np.inf,
+            Strategy.SHARE_CFG_REFRESH: 2.0 + random.random() if guided else np.inf,
         }
         for _ in range(sites)
     )
@@ -62,8 +66,12 @@ def problem(seed: int, sites: int = 2, steps: int = STEPS, guided: bool = True) 
     return Problem(errors, random.random((steps, sites)), costs)
 
 
+REFRESH = Strategy.SHARE_CFG_REFRESH
+KNOWN = [strategy for strategy in STRATEGIES if strategy != REFRESH]  # to the shortest paths
+
+
 def best_by_trying(
-    case: Problem, multiplier: float, site: int, strategies: Iterable[Strategy] = STRATEGIES
+    case: Problem, multiplier: float, site: int, strategies: Iterable[Strategy] = KNOWN
 ) -> float:
     """Return the least value of any column of one site."""
     full = (Strategy.FULL,) * case.errors.steps
@@ -87,7 +95,45 @@ def test_no_plan_is_better(seed: int, multiplier: float, guided: bool) -> None:
     dense = case.costs.step * STEPS
     value = case.costs.plan(rows) + multiplier * case.drift(rows)
     expected = sum(best_by_trying(case, multiplier, site) - dense for site in range(2)) + dense
-    assert value == pytest.approx(expected, rel=1e-9)
+    if REFRESH in {entry for row in rows for entry in row}:
+        assert value < expected - 1e-9
+    else:
+        assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_refreshing_is_taken_where_it_makes_a_plan_better() -> None:
+    case = problem(0, sites=1, steps=8)
+    ages = np.arange(8)[:, None] - np.arange(8)
+    for strategy, errors in case.errors.by_strategy.items():
+        errors[...] = np.inf if strategy.outputs_read else 0.02
+        if strategy.windowed:  # what counts is the residual's age
+            errors[...] = np.tile(np.where(ages > 0, 0.06 * ages, np.inf), 2)[:, :, None]
+    price = {Strategy.FULL: 4.0, Strategy.SHARE_CFG: 2.5, REFRESH: 2.75}
+    price |= {Strategy.WINDOW: 2.0, Strategy.WINDOW_SHARE_CFG: 1.0}
+    costs = CostTable(10.0, ({**case.costs.sites[0], **price},), (0.1,))
+    case = Problem(case.errors, np.ones((8, 1)), costs)
+
+    def forbidden(strategy: Strategy, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.full_like(errors, np.inf) if strategy == REFRESH else errors
+
+    without = Problem(case.errors.apply(forbidden), case.weights, case.costs)
+    rows, plain = solve(case, 10.0), solve(without, 10.0)
+    assert [str(row[0]) for row in rows[:4]] == ["full", *["window+share-cfg"] * 2, str(REFRESH)]
+    assert REFRESH not in {entry for row in plain for entry in row}
+    values = [case.costs.plan(each) + 10.0 * case.drift(each) for each in (rows, plain)]
+    assert values[0] < values[1]
+
+
+def test_a_window_is_charged_by_the_step_and_the_half_of_its_residual() -> None:
+    case = problem(8, sites=1, steps=4)
+    full, share, window = Strategy.FULL, Strategy.SHARE_CFG, Strategy.WINDOW
+    errors, weights = case.errors, case.weights[:, 0]
+    for strategy, source in ((share, 0), (REFRESH, 1 + 4)):
+        expected = (
+            of(errors, "share_cfg")[1, 0] * weights[1]
+            + of(errors, "window")[2, source, 0] * weights[2]
+        )
+        assert case.column_drift(0, (full, strategy, window, full)) == pytest.approx(expected)
 
 
 def curved(seed: int, sites: int, steps: int, guided: bool = False) -> Problem:
