@@ -208,7 +208,7 @@ def test_the_python_model_joins_requests_and_serves_no_nan(
     assert (version / "model.py").read_text() == Path(python_model.__file__).read_text()
     config = read_config(version.parent / "config.pbtxt")
     assert config.backend == "python"
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", FakeTriton)  # type: ignore[arg-type]  # stands in
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", FakeTriton)
     model = python_model.TritonPythonModel()
     described = MessageToJson(config, preserving_proto_field_name=True)
     model.initialize(
