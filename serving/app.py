@@ -51,7 +51,13 @@ def create_app(server: ImageServer, authenticate: Authenticate | None = None) ->
         authenticate: takes a request's headers, and decides whether it may be served. Without it
             all may. ``/health`` is open always.
     """
-    dispatcher = Dispatcher(server.generate, server.limits)
+
+    def check(jobs: Sequence[Job], made: Sequence[Made]) -> None:
+        found = server.check(jobs, made)
+        if found is not None:
+            metrics.checked(found)
+
+    dispatcher = Dispatcher(server.generate, server.limits, check)
     metrics = Metrics(lambda: dispatcher.waiting, lambda: dispatcher.generating)
 
     @asynccontextmanager
@@ -62,6 +68,7 @@ def create_app(server: ImageServer, authenticate: Authenticate | None = None) ->
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
+        server.close()
         dispatcher.close()
 
     app = FastAPI(title="ditfastattn", version=__version__, lifespan=lifespan)

@@ -21,14 +21,18 @@ from ditfastattn.serving.request import RequestError
 log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Job]], list[Made]]
+Check = Callable[[Sequence[Job], Sequence[Made]], None]
 
 
 class Dispatcher:
     """Let jobs wait, and hand them in batches of one kind to the thread that generates."""
 
-    def __init__(self, generate: Generate, limits: Limits) -> None:
-        """Take what generates the images of some jobs; ``run`` it in the event loop."""
-        self._generate, self._limits = generate, limits
+    def __init__(self, generate: Generate, limits: Limits, check: Check) -> None:
+        """Take what generates the images of some jobs; ``run`` it in the event loop.
+
+        ``check`` is called in the same thread with images that have been handed over.
+        """
+        self._generate, self._limits, self._check = generate, limits, check
         self._waiting: deque[tuple[Job, asyncio.Future[Made]]] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "ditfastattn-generate")
@@ -81,8 +85,16 @@ class Dispatcher:
                 for (_, future), image in zip(batch, made, strict=True):
                     if not future.done():
                         future.set_result(image)
+                self.generating = 0
+                await self._checked(jobs, made)
             finally:
                 self.generating = 0
+
+    async def _checked(self, jobs: Sequence[Job], made: Sequence[Made]) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._check, jobs, made)
+        except Exception as error:
+            log.warning("ditfastattn: an image was not checked: %s", error)
 
     async def drain(self, seconds: float) -> None:
         """Accept nothing more, and wait at most ``seconds`` for what was accepted."""

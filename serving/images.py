@@ -7,14 +7,16 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.accelerate import accelerate
 from ditfastattn.runtime.book.book import Book
-from ditfastattn.runtime.plan_choice import OnMismatch
-from ditfastattn.runtime.quality import AUTO
-from ditfastattn.serving.job import Job, Kind, Made, Wanted
+from ditfastattn.runtime.plan_choice import Choice, OnMismatch
+from ditfastattn.runtime.quality import AUTO, LOSSLESS
+from ditfastattn.serving.guard import Checked, make_guard
+from ditfastattn.serving.job import Job, Kind, Made, StoppedError, Wanted
 from ditfastattn.serving.limits import Limits
 from ditfastattn.serving.pipeline import BUNDLED, generate, taken_by
 from ditfastattn.serving.request import ImageRequest, RequestError
@@ -34,12 +36,15 @@ class ImageServer:
         limits: Limits | None = None,
         on_mismatch: str = OnMismatch.DENSE,
         call: Mapping[str, Any] | None = None,
+        guard: int = 0,
+        fall_back: bool = False,
         **options: Any,
     ) -> None:
         """Accelerate ``pipeline`` by ``book``; None where its transformer is a bundle.
 
         ``name`` is the model's in the API; ``call`` holds arguments of the pipeline that are those
-        of all requests; ``options`` are those of ``accelerate``.
+        of all requests; ``options`` are those of ``accelerate``. One image of ``guard`` so many is
+        made again, dense, and compared; with ``fall_back`` what broke its promise runs dense.
 
         Raises:
             ConfigError: the pipeline cannot be served, or not by this book.
@@ -51,12 +56,39 @@ class ImageServer:
         if book is not None:
             accelerate(pipeline, book, on_mismatch=on_mismatch, **options)
         manifest = None if book is None else book.manifest
+        self._guard = make_guard(manifest, guard, fall_back)
+        self._twin: Job | None = None  # of the check under way
         self.tiers = (BUNDLED,) if manifest is None else manifest.names
         self.default = BUNDLED if manifest is None else manifest.default
 
     def generate(self, jobs: Sequence[Job]) -> list[Made]:
         """Return the images of ``jobs``, which are of one kind; errors as in ``generate``."""
-        return generate(self._pipeline, self.taken, jobs)
+        kind = jobs[0].wanted.kind
+        if self._guard is None or not self._guard.distrusts(kind):
+            return generate(self._pipeline, self.taken, jobs)
+        made = generate(self._pipeline, self.taken, jobs, LOSSLESS)
+        choice = Choice(kind.tier, reason="an image like it broke its tier's promise")
+        return [replace(image, choice=choice) for image in made]
+
+    def check(self, jobs: Sequence[Job], made: Sequence[Made]) -> Checked | None:
+        """Make one of the images again, dense, if it is time to, and compare them.
+
+        Raises:
+            ConfigError: they cannot be compared.
+        """
+        if self._guard is None or not self._guard.due(made):
+            return None
+        self._twin = Job(jobs[0].wanted, math.inf)
+        try:
+            (dense,) = generate(self._pipeline, self.taken, [self._twin], LOSSLESS)
+        except StoppedError:
+            return None
+        return self._guard.compare(jobs[0], made[0], dense, self.taken.condition)
+
+    def close(self) -> None:
+        """End a check that is under way at its next step."""
+        if self._twin is not None:
+            self._twin.cancelled = True
 
     def warm_up(self) -> None:
         """Compile each plan of the book, as far as it fits the default size; one after another."""

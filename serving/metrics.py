@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.runtime.plan_choice import Choice
 from ditfastattn.runtime.specializations import reports
+from ditfastattn.serving.guard import Checked
 from ditfastattn.serving.job import Made
 
 _BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -43,6 +44,17 @@ class Metrics:
         self._caches = Gauge(
             "cache_bytes", "Most bytes that a plan's caches take.", ("plan",), **names
         )
+        labels = ("tier", "plan")
+        self._checks = Counter("guard_checks", "Images made again, dense.", labels, **names)
+        self._broken = Counter(
+            "guard_broken_promises",
+            "Checked images that broke a promise.",
+            labels,
+            **names,
+        )
+        self._value = Gauge(
+            "guard_value", "The tier's metric of the image that was checked last.", labels, **names
+        )
         Gauge("queue_images", "Images that wait.", **names).set_function(waiting)
         Gauge("generating_images", "Images that are generated.", **names).set_function(generating)
         self._known: set[str] = set()
@@ -65,6 +77,13 @@ class Metrics:
             self._known.add(choice.name)
             found = [each.peak_cache_bytes for each in reports() if each.plan == choice.plan]
             self._caches.labels(choice.name).set(max(found, default=0))
+
+    def checked(self, found: Checked) -> None:
+        """Count an image that was compared with the dense one."""
+        self._checks.labels(found.tier, found.plan).inc()
+        self._value.labels(found.tier, found.plan).set(found.value)
+        if not found.kept:
+            self._broken.labels(found.tier, found.plan).inc()
 
     def not_finite(self) -> None:
         """Count a generation that was not served."""

@@ -122,8 +122,10 @@ def taken_by(pipeline: Any, call: Mapping[str, Any]) -> Taken:
     )
 
 
-def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job]) -> list[Made]:
+def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job], tier: str = "") -> list[Made]:
     """Return the images of ``jobs``, which are of one kind, in one generation.
+
+    It runs by a plan of ``tier``, or of the tier that they ask for.
 
     Raises:
         StoppedError: nobody waits for any of them any more; the generation has ended there.
@@ -131,6 +133,7 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job]) -> list[Made]:
         ConfigError: no plan is for them, and that is an error.
     """
     began, kind = time.monotonic(), jobs[0].wanted.kind
+    tier = tier or kind.tier
     call: dict[str, Any] = {
         **taken.call,
         taken.condition: [job.wanted.condition for job in jobs],
@@ -149,7 +152,7 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job]) -> list[Made]:
     for job in jobs:
         job.began = began
     # The caches are the context's, and go with it, however the generation ends.
-    with generation(), quality(_asked(pipeline, kind.tier)), torch.no_grad():
+    with generation(), quality(_asked(tier)), torch.no_grad():
         try:
             with _watched_steps(pipeline, jobs):
                 images = _pictures(pipeline(**call))
@@ -158,7 +161,7 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job]) -> list[Made]:
             if free is not None:
                 free()
             raise
-        choice = _choice(pipeline, kind.tier)
+        choice = _choice(pipeline, tier)
     if not bool(torch.isfinite(images).all()):
         raise NotFiniteError(f"an image has values that are not finite ({choice})")
     if len(images) != len(jobs):
@@ -170,7 +173,7 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job]) -> list[Made]:
     ]
 
 
-def _asked(pipeline: Any, tier: str) -> str:
+def _asked(tier: str) -> str:
     return "" if tier == BUNDLED else tier
 
 

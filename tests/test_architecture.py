@@ -46,6 +46,7 @@ def _described() -> dict[str, set[str]]:
         "export/aoti",
         "export/operators",
         "export/tensorrt",
+        "export/triton",
         "runtime",
         "runtime/book",
         "runtime/pipeline",

@@ -76,7 +76,7 @@ def _parse(path: Path, content: bytes) -> Any:
         import onnx
     except ImportError as error:
         raise ConfigError("onnx is not installed", got=error, remedy=INSTALL) from error
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
+    from google.protobuf.message import DecodeError
 
     try:
         return onnx.load_model_from_string(content)

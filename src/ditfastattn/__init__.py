@@ -18,7 +18,7 @@ from __future__ import annotations
 import ditfastattn.export  # noqa: F401  # before the function of that name, which replaces it
 from ditfastattn.core.errors import ConfigError, EngineError, TargetMissedError, VerifyError
 from ditfastattn.core.version import __version__
-from ditfastattn.exporting import build, export, update_weights, verify
+from ditfastattn.exporting import build, export, export_triton, update_weights, verify
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
@@ -56,6 +56,7 @@ __all__ = [
     "check_sampler",
     "dense_generations",
     "export",
+    "export_triton",
     "generation",
     "load",
     "measure_plan",

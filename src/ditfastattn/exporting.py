@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ditfastattn.export.verify import Verification
     from ditfastattn.passes.plan.schema import Plan
     from ditfastattn.runtime.bundle.manifest import Manifest
@@ -147,6 +149,37 @@ def verify(
     from ditfastattn.export import verify as verifying
 
     return verifying.verify(folder, pipeline, call, providers, seed, runtime, target, cuda_graphs)
+
+
+def export_triton(
+    folder: str | os.PathLike[str],
+    repository: str | os.PathLike[str],
+    *,
+    name: str = "",
+    backend: str = "onnxruntime",
+    images: int = 4,
+) -> Path:
+    """Write the bundle in ``folder``, which has a loop, as a model of a Triton repository.
+
+    Args:
+        folder: the bundle.
+        repository: the folder that Triton serves. A model of that name gets a new version.
+        name: of the model; "" takes that of the bundle's folder.
+        backend: ``onnxruntime``, or ``python`` for servers that lack it: Triton's Python backend,
+            with the onnxruntime package.
+        images: the most that are generated together, of all requests that wait.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        ConfigError: the bundle has no loop; the model in the repository takes other inputs;
+            ``tritonclient`` is not installed.
+    """
+    from ditfastattn.export.triton.options import TritonOptions, backend_named
+    from ditfastattn.export.triton.repository import write_repository
+
+    return write_repository(folder, repository, TritonOptions(name, backend_named(backend), images))
 
 
 def update_weights(

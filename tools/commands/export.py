@@ -11,6 +11,7 @@ from rich.console import Console
 
 import ditfastattn
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.triton.options import Backend, check_repository
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import Format, Manifest
 from ditfastattn.runtime.tensorrt.engines import Layout
@@ -52,6 +53,14 @@ Regions = Annotated[
     bool, typer.Option(help="Compile packages of blocks, once for all equal ones, not of steps.")
 ]
 Engines = Annotated[bool, typer.Option(help="Build TensorRT engines afterwards.")]
+TritonRepo = Annotated[
+    Path | None,
+    typer.Option(help="Also write the loop as a model of this repository of Triton's."),
+]
+TritonBackend = Annotated[
+    Backend, typer.Option(help="What runs it there; python, for servers without onnxruntime's.")
+]
+TritonImages = Annotated[int, typer.Option(min=1, help="Most images of requests joined there.")]
 
 
 def export(
@@ -71,6 +80,9 @@ def export(
     tensorrt: Engines = False,
     target: EngineTarget = CURRENT,
     layout: EngineLayout = Layout.AUTO,
+    triton_repo: TritonRepo = None,
+    triton_backend: TritonBackend = Backend.ONNXRUNTIME,
+    triton_images: TritonImages = 4,
     as_json: Json = False,
 ) -> None:
     """Export the model, run by a plan, as a bundle of graphs that share one weights file."""
@@ -88,20 +100,29 @@ def export(
             got=format.value,
             remedy="leave out --tensorrt, or export with --format onnx",
         )
+    if triton_repo is not None:
+        check_repository(out, triton_repo)
     loaded = None if plan is None else Plan.load(plan)
     opened = open_pipeline(pipeline, loaded.model.dtype if loaded else "float32")
     steps = 1 if loaded is None else loaded.sampler.steps
     arguments = Generation(steps, guidance, call).arguments(opened, classes, prompts)
     console = open_console(stderr=as_json)
-    with_loop = loop or layout is Layout.LOOP
+    with_loop = loop or layout is Layout.LOOP or triton_repo is not None
     options = {"dtype": dtype, "dynamic_batch": not fixed_batch, "loop": with_loop}
     options |= {"format": format, "isa": isa, "regions": regions}
     with resumable("graphs and engines that were written are kept"):
         manifest = write_bundle(console, opened, arguments, loaded, out, options)
         if tensorrt:
             build_engines(console, out, target, layout)
+    printed = {"bundle": str(out), "manifest": manifest.model_dump(mode="json")}
+    if triton_repo is not None:
+        version = ditfastattn.export_triton(
+            out, triton_repo, backend=triton_backend, images=triton_images
+        )
+        console.print(f"wrote {version}", soft_wrap=True)
+        printed["triton"] = str(version)
     if as_json:
-        print_json({"bundle": str(out), "manifest": manifest.model_dump(mode="json")})
+        print_json(printed)
 
 
 def write_bundle(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
 import ditfastattn
 from ditfastattn.core.errors import ConfigError
@@ -52,6 +53,8 @@ class Served(Record, frozen=True):
     keys: Path | None = None
     warm_up: bool = True
     most_compiled: int = MOST_COMPILED
+    guard: Annotated[int, Field(ge=0)] = 0
+    fall_back: bool = False
 
 
 def serve(
@@ -79,6 +82,13 @@ def serve(
     most_compiled: Annotated[
         int, typer.Option(min=1, help="Most plans of the book that stay compiled.")
     ] = MOST_COMPILED,
+    guard: Annotated[
+        int,
+        typer.Option(min=0, help="Make one image of so many again, dense, and compare. 0: none."),
+    ] = 0,
+    fall_back: Annotated[
+        bool, typer.Option(help="Run dense what the guard found to break its tier's promise.")
+    ] = False,
     queue: Annotated[
         int, typer.Option(min=1, help="Most images that wait.", rich_help_panel=_LIMITS)
     ] = 64,
@@ -142,6 +152,8 @@ def serve(
         keys=None if keys is None else keys.absolute(),
         warm_up=warm_up,
         most_compiled=most_compiled,
+        guard=guard,
+        fall_back=fall_back,
     )
     build = partial(build_app, served, limits)
     ray = on is Host.RAY or (on is Host.AUTO and hosting.has_ray())
@@ -205,6 +217,8 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
         limits=limits,
         on_mismatch=served.on_mismatch,
         call=json_object(served.call),
+        guard=served.guard,
+        fall_back=served.fall_back,
         **options,
     )
     if served.warm_up:

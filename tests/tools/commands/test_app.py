@@ -79,9 +79,10 @@ def test_a_plan_is_exported_and_the_bundle_verified(saved: Path, tmp_path: Path)
     searched = ["calibrate", *common, "--out", str(plan), "--classes", "1", "--steps", "3"]
     assert runner.invoke(cli.app, [*searched, "--threshold", "0.3"]).exit_code == 0
     arguments = ["export", *common, "--plan", str(plan), "--out", str(bundle), "--loop"]
-    exported = runner.invoke(cli.app, arguments)
+    exported = runner.invoke(cli.app, [*arguments, "--triton-repo", str(tmp_path / "models")])
     assert exported.exit_code == 0, exported.output
     assert "step variants for 3 steps" in exported.output
+    assert (tmp_path / "models" / "bundle" / "1" / "model.onnx").is_file()
     verified = runner.invoke(cli.app, ["verify", str(bundle), *common])
     assert verified.exit_code == 0, verified.output
     assert "variant_00.onnx" in verified.output

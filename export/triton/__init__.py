@@ -1,0 +1,1 @@
+"""Write a bundle's loop as a model of Triton Inference Server."""
