@@ -103,7 +103,7 @@ def open_graph(version: Path) -> Any:
 @pytest.mark.parametrize(
     ("name", "layout"),
     slow_but(
-        [("dit", CfgLayout.UNCOND_FIRST), ("pixart", CfgLayout.COND_FIRST)],
+        [("pixart", CfgLayout.COND_FIRST)],
         [(name, layout) for name in TINY_MODELS for layout in CfgLayout if layout.calls == 1],
     ),
 )
