@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def _starts(subject: Subject, runtime: str, later: int) -> dict[str, float]:
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_runtimes", "start", runtime]
     command += [str(subject.root), str(subject.plan), subject.pipeline, str(subject.label)]
     command += [subject.lowering.value]
-    cache = subject.root / f"compiled, {runtime}"
+    cache = subject.root / "-".join(["compiled", *re.findall(r"\w+", runtime)])  # g++ takes no spaces
     seconds: list[float] = []
     peaks: list[int] = []
     for _ in range(1 + later):
@@ -219,10 +220,12 @@ def _starts(subject: Subject, runtime: str, later: int) -> dict[str, float]:
         done = subprocess.run(
             command,
             env={**os.environ, _CACHE: str(cache)},
-            check=True,
+            check=False,
             capture_output=True,
             text=True,
         )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
         seconds.append(time.perf_counter() - began)
         peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
     return {

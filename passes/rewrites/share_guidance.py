@@ -51,9 +51,25 @@ class ShareGuidance:
 
 
 def _copy_half(graph: Graph, node: Node, second: bool) -> None:
+    """Let ``node``'s users see its one half twice, laid out in memory as ``node`` is.
+
+    Later steps are compiled for the layout of a cache, whichever step writes it.
+    """
     half = insert_half(graph, node, second)
+    strides = node.meta["val"].stride()
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    plain = order == list(range(len(order)))
     with graph.inserting_after(half):
-        both = insert(graph, aten.cat.default, ([half, half],), node)
+        if plain:
+            both = insert(graph, aten.cat.default, ([half, half],), node)
+        else:
+            given = insert(graph, aten.permute.default, (half, order), node)
+    if not plain:
+        with graph.inserting_after(given):
+            joined = insert(graph, aten.cat.default, ([given, given], order.index(0)), node)
+        with graph.inserting_after(joined):
+            back = [order.index(axis) for axis in range(len(order))]
+            both = insert(graph, aten.permute.default, (joined, back), node)
     replace_uses(node, both, keep=(half,))
 
 

@@ -44,7 +44,7 @@ def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
     interpreted = mixed.interpret(made, PROMPT)
     ditfastattn.accelerate(made, mixed.plan, lowering="eager")
     planned = generate(made, PROMPT)
-    assert float((planned - interpreted).abs().max()) < 1e-5
+    assert float((planned - interpreted).abs().max()) < 1e-4
     assert float((planned - expected).abs().max()) > 1e-5
 
 

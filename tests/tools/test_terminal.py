@@ -160,7 +160,13 @@ def test_export_and_build_show_names_as_they_are(
     def export(*_: Any, on_progress: Any, **__: Any) -> Any:
         on_progress(f"writing {NAME}", 1, 2)
         files = {"weights.bin": types.SimpleNamespace(bytes=1)}
-        return types.SimpleNamespace(files=files, weights="weights.bin", variants=(), schedule=())
+        return types.SimpleNamespace(
+            files=files,
+            weights="weights.bin",
+            variants=(),
+            schedule=(),
+            model_dump=lambda mode: {},
+        )
 
     def build(*_: Any, on_progress: Any, **__: Any) -> Any:
         on_progress(NAME, f"parsing {NAME}", 0.5)

@@ -136,7 +136,8 @@ def test_declined_attention_has_its_reason(case: str, reason: str) -> None:
 def test_declined_window_has_its_reason(case: str, tokens: int, reason: str) -> None:
     (site,) = report(case, tokens).sites
     assert site.window == 0
-    assert declined_strategies(site) == {Strategy.WINDOW: reason, Strategy.WINDOW_SHARE_CFG: reason}
+    needing = (Strategy.WINDOW, Strategy.WINDOW_SHARE_CFG, Strategy.SHARE_CFG_REFRESH)
+    assert declined_strategies(site) == dict.fromkeys(needing, reason)
 
 
 @pytest.mark.parametrize(
