@@ -212,7 +212,8 @@ def _starts(subject: Subject, runtime: str, later: int) -> dict[str, float]:
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_runtimes", "start", runtime]
     command += [str(subject.root), str(subject.plan), subject.pipeline, str(subject.label)]
     command += [subject.lowering.value]
-    cache = subject.root / "-".join(["compiled", *re.findall(r"\w+", runtime)])  # g++ takes no spaces
+    # Inductor's commands do not quote its folder.
+    cache = subject.root / "-".join(["compiled", *re.findall(r"\w+", runtime)])
     seconds: list[float] = []
     peaks: list[int] = []
     for _ in range(1 + later):
