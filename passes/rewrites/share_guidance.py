@@ -16,6 +16,7 @@ Where the step stores the residual of such a site, that is the conditional half'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -58,19 +59,19 @@ def _copy_half(graph: Graph, node: Node, second: bool) -> None:
     half = insert_half(graph, node, second)
     strides = node.meta["val"].stride()
     order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-    plain = order == list(range(len(order)))
-    with graph.inserting_after(half):
-        if plain:
-            both = insert(graph, aten.cat.default, ([half, half],), node)
-        else:
-            given = insert(graph, aten.permute.default, (half, order), node)
-    if not plain:
-        with graph.inserting_after(given):
-            joined = insert(graph, aten.cat.default, ([given, given], order.index(0)), node)
-        with graph.inserting_after(joined):
-            back = [order.index(axis) for axis in range(len(order))]
-            both = insert(graph, aten.permute.default, (joined, back), node)
+    if order == sorted(order):
+        both = _insert_after(half, aten.cat.default, ([half, half],), node)
+    else:
+        back = [order.index(axis) for axis in range(len(order))]
+        turned = _insert_after(half, aten.permute.default, (half, order), node)
+        joined = _insert_after(turned, aten.cat.default, ([turned, turned], back[0]), node)
+        both = _insert_after(joined, aten.permute.default, (joined, back), node)
     replace_uses(node, both, keep=(half,))
+
+
+def _insert_after(place: Node, operator: Any, arguments: tuple[Any, ...], like: Node) -> Node:
+    with place.graph.inserting_after(place):
+        return insert(place.graph, operator, arguments, like)
 
 
 def _stored_residual(graph: Graph, site: Site) -> Node | None:
