@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ditfastattn.core.env import read_knobs
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
 from ditfastattn.export.to_onnx import content_hash
+from ditfastattn.export.weights import raw_bytes
 from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
@@ -63,8 +63,7 @@ def _feed(hashed: Any, item: Any) -> None:
     if isinstance(item, Tensor):
         for name, part in parts(item, type(item).__name__):  # of which quantized ones are made
             hashed.update(f"{name}{part.shape}{part.dtype}{part.stride()}".encode())
-            content = part.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
-            hashed.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+            hashed.update(raw_bytes(part))
     elif isinstance(item, Mapping):
         for name, part in item.items():
             hashed.update(str(name).encode())
