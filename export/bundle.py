@@ -80,6 +80,7 @@ def export(
     chosen = options or ExportOptions()
     _check_loop(chosen)
     if loaded is not None:
+        _check_phases(loaded)
         guidance = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
         check_sampler(loaded, pipeline.scheduler, guidance)
     if chosen.loop and loaded is None:
@@ -97,6 +98,21 @@ def export(
     return export_model(
         pipeline.transformer, calls[0], loaded, out, chosen, stepping, accept, *calls[1:]
     )
+
+
+def _check_phases(plan: Plan) -> None:
+    """Raise ``ConfigError`` where a plan calls the model differently at some steps.
+
+    A bundle's graphs and loop are for one layout of guidance.
+    """
+    if plan.sampler.phases:
+        raise ConfigError(
+            "a bundle needs a plan that calls the model alike at each step",
+            where="plan.sampler.phases",
+            got=", ".join(f"{p.steps} steps {p.cfg_layout}" for p in plan.sampler.phases),
+            expected="no phases",
+            remedy="calibrate and export with guidance on from the first step to the last",
+        )
 
 
 def _stepping(watched: WatchedGeneration, prepared: PreparedModel, needed: bool) -> Stepping | None:
@@ -127,6 +143,8 @@ def export_model(
     ``stepping_of`` says what the sampler does between the steps; a loop needs that. Where the
     plan's guidance calls the model twice a step, ``second`` is the second call.
     """
+    if plan is not None:
+        _check_phases(plan)
     chosen = options or ExportOptions()
     _check_loop(chosen)
     if chosen.regions and chosen.dynamic_batch:

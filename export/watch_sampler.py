@@ -29,7 +29,7 @@ from ditfastattn.runtime.bundle.stepping import (
     first_noise,
     guided,
 )
-from ditfastattn.runtime.clock import tolerances
+from ditfastattn.runtime.clock import read_timestep, tolerances
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
@@ -213,7 +213,7 @@ def with_guidance(found: LinearSchedule, plan: Plan, latent: Tensor, output: Ten
 
 def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
     planned = [at for at in plan.sampler.timesteps for _ in range(plan.sampler.cfg_layout.calls)]
-    found = [float(torch.as_tensor(call[name]).flatten()[0]) for call in watched.calls]
+    found = [read_timestep(torch.as_tensor(call[name])).value() for call in watched.calls]
     pairs = zip(found, planned, tolerances(planned), strict=True)
     if any(abs(got - wanted) > most for got, wanted, most in pairs):
         raise _not_linear(

@@ -25,9 +25,11 @@ from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.opaque import OpaqueModel, is_opaque
 from ditfastattn.runtime.options import BackendOptions, parse_options
 from ditfastattn.runtime.pipeline.compilation import Compilation, give_back, set_aside
-from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.denoiser import plain_module, second_of, transformer_of
+from ditfastattn.runtime.pipeline.experts import whole_pipeline
 from ditfastattn.runtime.pipeline.forwards import (
     Forward,
+    is_planned,
     plan_forward,
     planned_forward,
     restore_forward,
@@ -55,9 +57,9 @@ def accelerate(
     The module stays the pipeline's own: only its forward is replaced, beneath offloading hooks.
     A ``torch.compile`` around it is set aside. A copy of it (deepcopy, pickle) runs dense, with its
     own weights. A pipeline that is accelerated already gets the new plan. A second transformer, of
-    low-noise steps, stays as it is. The scheduler, its config, and the guidance
-    scale are compared with the plan's as generations begin; they are those of the pipeline that
-    calls, where several share the transformer.
+    low-noise steps, has a plan of its own: see ``second_transformer``. The scheduler, its config,
+    and the guidance scale are compared with the plan's as generations begin; they are those of the
+    pipeline that calls, where several share the transformer.
 
     Args:
         pipeline: a diffusers pipeline with a ``transformer``.
@@ -86,17 +88,22 @@ def accelerate(
         _check_choice(plans, scheduler)
     elif plans[0] is not None and scheduler is not None:
         check_sampler(plans[0], scheduler)
-    if getattr(pipeline, "transformer_2", None) is not None:
-        log.warning("ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone")
+    second = second_of(pipeline)
+    if second is not None and not is_planned(second):
+        log.warning(
+            "ditfastattn: transformer_2 runs dense: a plan is of `transformer` alone; give it its "
+            "own by accelerate(second_transformer(pipeline), plan)"
+        )
     chosen = [
         parse_options({**options, **({} if one is None else {"plan": one})}, mode) for one in plans
     ]
     check_hooks(module, plans)
-    restore(pipeline)
+    _restore(module)
+    stop_watching(pipeline)
     models = [_opaque_model(module, each) for each in chosen]
     compilation = set_aside(module)
     compilation.take_from(pipeline, module)
-    watch = PipelineWatch(ref(pipeline), ref(module), plans, compilation)
+    watch = PipelineWatch(ref(whole_pipeline(pipeline)), ref(module), plans, compilation)
 
     def choose(own: Forward) -> PlanChoice:
         compiled: Any = torch.compile(own, backend=_backend, fullgraph=True)
@@ -290,7 +297,7 @@ def _too_many() -> ConfigError:
 
 
 def restore(pipeline: Any) -> Any:
-    """Undo ``accelerate``: the transformer runs as it did before.
+    """Undo ``accelerate``: the transformer runs as it did before, and the second one, if any.
 
     A pipeline that is not accelerated is left as it is.
 
@@ -305,6 +312,12 @@ def restore(pipeline: Any) -> Any:
     """
     module = transformer_of(pipeline, "restore(pipeline)")
     stop_watching(pipeline)
+    second = second_of(pipeline)
+    for each in (module,) if second is None else (module, plain_module(second)):
+        _restore(each)
+    return pipeline
+
+
+def _restore(module: nn.Module) -> None:
     restore_forward(module)
     give_back(module)
-    return pipeline

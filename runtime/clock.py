@@ -56,7 +56,12 @@ class _DeviceTimestep:
 
 
 def read_timestep(tensor: Tensor) -> TimestepReader:
-    """Begin to read the first element of ``tensor``, on the host at once, on a GPU in passing.
+    """Begin to read the timestep in ``tensor``, on the host at once, on a GPU in passing.
+
+    Of one per image it is the first image's. Where tokens or frames have their own, ``[B, S]``,
+    some may stand still (those of a given first frame are clean from the first step on), so it is
+    the middle between the first image's largest and smallest: that of all where they are alike,
+    and it moves with those that move.
 
     Raises:
         ConfigError: it has none.
@@ -69,6 +74,9 @@ def read_timestep(tensor: Tensor) -> TimestepReader:
             expected="one timestep, or one per image",
             remedy="call the model with at least one image",
         )
+    if tensor.dim() > 1:
+        least, most = (bound.double() for bound in tensor[0].aminmax())
+        tensor = (least + most) / 2
     return _DeviceTimestep(tensor) if tensor.is_cuda else _HostTimestep(tensor)
 
 

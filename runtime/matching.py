@@ -16,8 +16,10 @@ from ditfastattn.passes.analysis.fingerprint import OPAQUE, Fingerprint
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Plan, PlannedSite
+from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import split_heads
 from ditfastattn.passes.windows.window import TileWindow
 
@@ -32,6 +34,12 @@ def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
     for name in captured.dynamic_names:
         shapes[name] = tuple(value(captured.node(name)).shape[1:])
     return dict(sorted(shapes.items()))
+
+
+def rows_of(captured: CapturedGraph, tensors: Sequence[Tensor]) -> int:
+    """Return how many rows a call has, whose flat inputs are ``tensors``."""
+    pairs = zip(captured.inputs, tensors, strict=False)
+    return max((len(item) for entry, item in pairs if not entry.static and item.dim()), default=0)
 
 
 def check_shapes(
@@ -155,13 +163,18 @@ def planned_sites(
     if recorded != found:
         raise mismatch("sites", _names(found), _names(recorded))
     check_fingerprint(fingerprint, plan.model)
-    chosen = tuple(map(_as_planned, chosen, plan.sites))
-    for row in plan.strategies:
-        for site, strategy in zip(chosen, row, strict=True):
-            reason = why_not(strategy, site, plan.sampler.cfg_layout)
+    return tuple(map(_as_planned, chosen, plan.sites))
+
+
+def check_legal(
+    rows: Sequence[Sequence[Strategy]], sites: Sequence[Site], layout: CfgLayout
+) -> None:
+    """Raise ``ConfigError`` unless ``sites`` may take the strategies ``rows[step][site]``."""
+    for row in rows:
+        for site, strategy in zip(sites, row, strict=True):
+            reason = why_not(strategy, site, layout)
             if reason:
                 raise mismatch(f"strategies ({site.name})", strategy, reason)
-    return chosen
 
 
 def holding_sites(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.seen_weights import SeenWeights
@@ -35,6 +36,28 @@ class ModelState:
         """Return whether a call belongs to another generation than the last, as far as named."""
         before, self._name = self._name, name
         return name is not None and name is not before
+
+    def is_named(self, name: object | None) -> bool:
+        """Return whether the generation under way may be the one that the caller has named."""
+        return name is None or self._name is None or name is self._name
+
+    def refuse_to_calibrate(self, timestep: float, rows: int) -> ConfigError | None:
+        """Return what is wrong, if a call of so many ``rows`` goes on with the one calibrated.
+
+        That calibration is forgotten then: its plan would be of fewer steps.
+        """
+        known = self.calibration
+        if known is None or not known.steps or not known.goes_on(timestep):
+            return None
+        self.calibration = None
+        return ConfigError(
+            "a first generation that calibrates must call the transformer alike at each step",
+            where="a generation, without a plan",
+            got=f"{known.rows} row(s) up to step {known.steps - 1}, then {rows} row(s) at step "
+            f"{known.steps}, or further calls",
+            expected="as many rows as before: guidance that changes makes phases",
+            remedy="give accelerate() the plan of calibrate(pipeline, call), which observes them",
+        )
 
     def reset(self) -> None:
         """Forget the generation under way; a calibration under way begins anew."""
@@ -63,12 +86,18 @@ class ModelStates:
     def of(self, owner: Tensor | None, make: Callable[[], ModelState]) -> ModelState:
         """Return this thread's state of the model with the parameter ``owner``, made if new."""
         known = self._entries()
-        found = known.get(id(owner))
-        if found is not None and (found.owner is None or found.owner() is owner):
-            return found.state
+        found = self.find(owner)
+        if found is not None:
+            return found
         made = make()
         known[id(owner)] = _Entry(_weak(owner, known), made)
         return made
+
+    def find(self, owner: Tensor | None) -> ModelState | None:
+        """Return this thread's state of the model with the parameter ``owner``, if there is one."""
+        found = self._entries().get(id(owner))
+        known = found is not None and (found.owner is None or found.owner() is owner)
+        return found.state if found is not None and known else None
 
     def forget(self, owner: Tensor | None) -> None:
         """Drop this thread's state of the model with the parameter ``owner``."""

@@ -30,7 +30,8 @@ from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.calls import FIRST, Call, Calls, InterleavedError
+from ditfastattn.runtime.call_order import FIRST, Call, calls_in_order
+from ditfastattn.runtime.calls import Calls, InterleavedError
 from ditfastattn.runtime.clock import StepClock, read_timestep
 from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.matching import (
@@ -64,7 +65,14 @@ class _Branch:
 @dataclass
 class _Generation:
     calls: Calls
-    branches: tuple[_Branch, ...]
+    branches: dict[tuple[int, int], _Branch] = field(default_factory=dict)
+
+    def branch(self, call: Call) -> _Branch:
+        """Return that of ``call``; those of earlier phases are forgotten."""
+        if call.place not in self.branches:
+            kept = {at: each for at, each in self.branches.items() if at[0] == call.phase}
+            self.branches = {**kept, call.place: _Branch()}
+        return self.branches[call.place]
 
 
 class OpaqueModel:
@@ -109,11 +117,15 @@ class OpaqueModel:
         generation = self._generations.current()
         try:
             timestep = torch.as_tensor(arguments[self._timestep])
-            call = generation.calls.advance(read_timestep(timestep), self._shown(arguments))
+            call = generation.calls.advance(
+                read_timestep(timestep),
+                self._shown(arguments),
+                rows=len(arguments[self._site.latent]),
+            )
             if call == FIRST:
-                generation.branches = tuple(_Branch() for _ in generation.branches)
+                generation.branches = {}
                 self._check_weights()
-            branch = generation.branches[call.branch]
+            branch = generation.branch(call)
             result = self._step(branch, call, forward, arguments)
             generation.calls.returned(output_of(result))
             return result
@@ -168,10 +180,10 @@ class OpaqueModel:
         forward: Forward,
         arguments: Mapping[str, Any],
     ) -> Any:
-        step, place = call.step, call.branch
+        step = call.step
         strategy = self._column[step]
         if not strategy.computes:
-            made = self._reuse(branch, strategy, step, place, arguments[self._site.latent])
+            made = self._reuse(branch, strategy, call, arguments[self._site.latent])
             return with_output(branch.form, made)
         result = forward(**arguments)
         branch.form = result
@@ -188,11 +200,9 @@ class OpaqueModel:
             branch.steps = [step, *branch.steps][: self._most]
         return result
 
-    def _reuse(
-        self, branch: _Branch, strategy: Strategy, step: int, place: int, latent: Tensor
-    ) -> Tensor:
+    def _reuse(self, branch: _Branch, strategy: Strategy, call: Call, latent: Tensor) -> Tensor:
         assert strategy.combine is not None
-        read = strategy.outputs_read
+        step, read = call.step, strategy.outputs_read
         outputs = branch.outputs[:read]
         if not strategy.fitted:
             gaps = gaps_before(branch.steps[::-1], read)
@@ -201,8 +211,8 @@ class OpaqueModel:
         rows = self._site.coefficients[step]
         wide = [output.float() for output in outputs]
         like = _shaped(latent.float(), wide[0])
-        if not self._plan.sampler.cfg_layout.batched:
-            whole: Tensor = strategy.combine([like, *wide], rows[min(place, len(rows) - 1)])
+        if call.halves == 1:
+            whole: Tensor = strategy.combine([like, *wide], rows[min(call.branch, len(rows) - 1)])
             return whole.to(outputs[0].dtype)
         halves = [half for output in wide for half in output.chunk(2)]
         parts = zip(like.chunk(2), rows, strict=True)
@@ -211,11 +221,10 @@ class OpaqueModel:
         )
 
     def _begin(self) -> _Generation:
-        layout = self._plan.sampler.cfg_layout
-        timesteps = [t for t in self._plan.sampler.timesteps for _ in range(layout.calls)]
-        clock = StepClock(timesteps, f"argument {self._timestep!r}")
-        calls = Calls(clock, layout.calls, 2 if layout.batched else 1)
-        return _Generation(calls, tuple(_Branch() for _ in range(layout.calls)))
+        sampler = self._plan.sampler
+        order = calls_in_order(sampler.spans)
+        timesteps = [sampler.timesteps[call.step] for call in order]
+        return _Generation(Calls(StepClock(timesteps, f"argument {self._timestep!r}"), order))
 
     def _shown(self, arguments: Mapping[str, Any]) -> Shown:
         latent = self._site.latent

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.call_order import OtherCallsError
 from ditfastattn.runtime.current_generation import PerGeneration
 from ditfastattn.runtime.matching import mismatch
+from ditfastattn.runtime.pipeline.denoiser import second_of
 from ditfastattn.runtime.pipeline.guidance import current_guidance
 from ditfastattn.runtime.pipeline.model_call import bound_arguments
 from ditfastattn.runtime.pipeline.sampler import check_sampler
@@ -97,7 +99,8 @@ class Candidate:
         except ConfigError as error:
             found.append(error)
         steps = getattr(at.pipeline, "num_timesteps", None) or len(at.scheduler.timesteps)
-        if steps != self.plan.sampler.steps:
+        # Of two transformers, each runs some of the steps only: its own clock compares them.
+        if second_of(at.pipeline) is None and steps != self.plan.sampler.steps:
             found.append(mismatch("sampler.steps", steps, self.plan.sampler.steps, what="sampler"))
         for name, expected in self.plan.inputs.items():
             given = arguments.get(name)
@@ -218,8 +221,10 @@ class PlanChoice:
         try:
             return now.run(*args, **kwargs)
         except ConfigError as error:
-            # Nothing has been computed yet: weights or guidance, say, are another model's.
-            if not at.begins or self._on_mismatch is OnMismatch.ERROR:
+            # Nothing has been computed yet: weights or guidance, say, are another model's. Where
+            # guidance is switched at another step than the plan's, the rest is dense.
+            early = at.begins or isinstance(error, OtherCallsError)
+            if not early or self._on_mismatch is OnMismatch.ERROR:
                 raise
             self._run_dense(now, now.choice.tier, [(now.candidate, [error])])
             return self._dense(*args, **kwargs)

@@ -82,7 +82,7 @@ def run_report(
     ``calls`` holds the work of each call of a generation whose variant has been compiled.
     """
     plan, programs = unrolled.plan, unrolled.programs
-    count = plan.sampler.steps * len(programs)
+    count = sum(len(program.schedule) for program in programs)
     once = hoisted.times(len(programs))
     return RunReport(
         plan=plan,

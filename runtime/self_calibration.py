@@ -17,7 +17,7 @@ from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
-from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.matching import input_shapes, rows_of
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator
 
@@ -35,6 +35,7 @@ class SelfCalibration:
         """Begin with the first step of a generation; ``sites`` are the attentions."""
         self._captured, self._sites, self._options = captured, sites, options
         self._timesteps: list[float] = []
+        self.rows = 0  # of each call
         self._latents: list[Tensor] = []  # of the last call, while timesteps are all alike
         self._calibrator = GreedyCalibrator(
             captured,
@@ -67,6 +68,16 @@ class SelfCalibration:
             self._check_progress(timestep, latents, named)
         return (timestep - last) * direction < 0.0
 
+    @property
+    def steps(self) -> int:
+        """Return how many steps there have been."""
+        return len(self._timesteps)
+
+    def goes_on(self, timestep: float) -> bool:
+        """Return whether a call with ``timestep`` is of this generation, as far as that shows."""
+        first, last = self._timesteps[0], self._timesteps[-1]
+        return (timestep - last) * (last - first) >= 0.0 and last != first
+
     def _check_progress(self, timestep: float, latents: Sequence[Tensor], named: bool) -> None:
         """Raise ``ConfigError`` if another call with the first timestep cannot be a step."""
         calls = len(self._timesteps) + 1
@@ -87,6 +98,7 @@ class SelfCalibration:
     ) -> tuple[Any, ...]:
         """Run the next step on the flat ``tensors``, and choose its strategies."""
         self._timesteps.append(timestep)
+        self.rows = rows_of(self._captured, tensors)
         first = timestep == self._timesteps[0]
         self._latents = [latent.clone() for latent in latents if first]
         return self._calibrator.step(tensors)

@@ -11,6 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -33,13 +34,15 @@ from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
-from ditfastattn.runtime.calls import FIRST, Call, InterleavedError
+from ditfastattn.runtime.call_order import FIRST, Call
+from ditfastattn.runtime.calls import InterleavedError
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import explicit_generation, named_generation, shown
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
     check_fingerprint,
+    rows_of,
     split_as_planned,
     static_tensors,
     timestep_position,
@@ -101,7 +104,7 @@ class Specialization:
         """Run one step on the flat tensor inputs."""
         if self._runs_dense:
             return self._variants.run_dense(tensors)
-        model = self.models.of(self._owner_of(tensors), lambda: self._meet(tensors))
+        model = self._model(tensors)
         try:
             if model.plan is None:
                 return self._calibrate(model, tensors)
@@ -110,6 +113,13 @@ class Specialization:
             raise  # the generation under way goes on
         except BaseException:
             self._forget(model)
+            raise
+
+    def _model(self, tensors: Sequence[Tensor]) -> ModelState:
+        try:
+            return self.models.of(self._owner_of(tensors), lambda: self._meet(tensors))
+        except ConfigError:  # other rows may be the better reason
+            self._check_phase(tensors, read_timestep(tensors[self._timestep]).value())
             raise
 
     def _owner_of(self, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -123,7 +133,7 @@ class Specialization:
         known = self._plans.get(model.identity)
         plan = known.plan if known is not None else self.options.plan
         if plan is not None:
-            self._take_plan(model, plan)
+            self._take_plan(model, plan, self._owner_of(tensors))
         return model
 
     def _meet_again(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -150,7 +160,7 @@ class Specialization:
         assert own is not None
         if explicit is None or own.on_trial:
             return own
-        return explicit.state(plan, lambda: plan.generation(self._where))
+        return explicit.state(plan.key, lambda: plan.generation(self._where))
 
     def _calibrate(self, model: ModelState, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         name = named_generation()
@@ -159,29 +169,80 @@ class Specialization:
             sites = attentions(self.report.sites)
             model.calibration = SelfCalibration(self.captured, sites, self.options)
         now = read_timestep(tensors[self._timestep]).value()
+        self._check_phase(tensors, now)
         latents = [tensors[index] for index in self._latents]
         if not model.calibration.is_complete(now, latents, anew, name is not None):
             return model.calibration.step(now, latents, tensors)
         plan = model.calibration.plan(model.identity)
         model.calibration = None
         log.warning("ditfastattn: calibrated: %s", summary(plan))
-        return self._run_planned(model, self._take_plan(model, plan), tensors)
+        taken = self._take_plan(model, plan, self._owner_of(tensors))
+        return self._run_planned(model, taken, tensors)
 
-    def _take_plan(self, model: ModelState, plan: Plan) -> UnrolledPlan:
+    def _take_plan(self, model: ModelState, plan: Plan, owner: Tensor | None) -> UnrolledPlan:
         """Give ``model`` the plan; where several threads calibrate it, the first one's counts."""
         with self._lock:
             unrolled = self._plans.get(plan.model)
             if unrolled is None:
                 unrolled = unroll_plan(plan, self.captured, self.report.sites, model.identity)
-                self._plans[plan.model] = unrolled
+                unrolled = self._put_in_force(unrolled)
                 log_plan(unrolled, self._hoisted_bytes(unrolled))
                 if unrolled.shares_guidance and not self._latents:
                     warn_of_unchecked_latents(self.captured.dynamic_names)
             else:
                 check_fingerprint(model.identity, plan.model)
         model.plan = unrolled
-        model.generation = unrolled.generation(self._where, on_trial=self.options.plan is None)
+        shared = self._generation_elsewhere(unrolled, owner)
+        on_trial = self.options.plan is None
+        model.generation = shared or unrolled.generation(self._where, on_trial=on_trial)
         return unrolled
+
+    def _check_phase(self, tensors: Sequence[Tensor], timestep: float) -> None:
+        """Refuse a call that goes on with a generation that another graph of the model has begun.
+
+        Raises:
+            ConfigError: it does, with other rows than the plan's, or while that calibrates.
+        """
+        rows, name = rows_of(self.captured, tensors), named_generation()
+        for other in self._others():
+            state = other.models.find(self._owner_of(tensors))
+            if state is None or not state.is_named(name):
+                continue
+            if state.generation is not None:
+                wrong = state.generation.other_rows(timestep, rows)
+            else:
+                wrong = state.refuse_to_calibrate(timestep, rows)
+            if wrong is not None:
+                raise wrong
+
+    def _put_in_force(self, unrolled: UnrolledPlan) -> UnrolledPlan:
+        """Keep ``unrolled``; a plan with phases has one key in the graphs of all its phases."""
+        identity = unrolled.plan.model
+        with _registry_lock:
+            for other in self._others():
+                known = other._plans.get(identity)
+                if known is not None and unrolled.plan.sampler.phases:
+                    unrolled = replace(unrolled, key=known.key)
+            self._plans[identity] = unrolled
+        return unrolled
+
+    def _others(self) -> list[Specialization]:
+        """Return those of other graphs of the model: called with other rows, say."""
+        return [one for one in _registry if one is not self and one.options == self.options]
+
+    def _generation_elsewhere(
+        self, unrolled: UnrolledPlan, owner: Tensor | None
+    ) -> Generation | None:
+        """Return this thread's generation by ``unrolled``, if another graph has begun it."""
+        states = [one.models.find(owner) for one in list(_registry) if one is not self]
+        return next(
+            (
+                state.generation
+                for state in states
+                if state is not None and state.plan is not None and state.plan.key is unrolled.key
+            ),
+            None,
+        )
 
     @property
     def _where(self) -> str:
@@ -194,35 +255,41 @@ class Specialization:
         conditions = [tensors[index] for index in self._conditions]
         try:
             return generation.advance(
-                read_timestep(tensors[self._timestep]), shown(latents, conditions)
+                read_timestep(tensors[self._timestep]),
+                shown(latents, conditions),
+                rows_of(self.captured, tensors),
             )
         except ConfigError as error:
+            if not isinstance(error, InterleavedError):
+                self._check_phase(tensors, read_timestep(tensors[self._timestep]).value())
             if not generation.on_trial:
                 raise
-            steps = generation.branches[0].slots.steps
             self._plans.pop(model.identity, None)
             model.plan = model.generation = None
             raise ConfigError(
                 "this generation has other steps than the first one, which calibrated the plan",
                 where=self._where,
-                expected=f"the {steps} steps of the first generation; was it interrupted?",
+                expected=f"the first generation's {generation.steps} steps; was it interrupted?",
                 remedy="run the generation again: it calibrates again",
             ) from error
 
     def _run_planned(
         self, model: ModelState, plan: UnrolledPlan, tensors: Sequence[Tensor]
     ) -> tuple[Any, ...]:
+        model.begins_anew(named_generation())
         generation = self._generation(model, plan)
         call = self._advance(model, generation, tensors)
         if call == FIRST and not model.weights.equal(static_tensors(self.captured, tensors)):
             generation.reset()
             return self._meet_again(model, tensors)
-        if call.step == 0 and plan.shares_guidance:
-            # Once a generation, as on a device it waits.
+        phase = plan.phase(call.phase)
+        generation.follow(call, [each.slots for each in phase.programs])
+        if generation.begins_phase(call) and phase.shares_guidance:
+            # Once a phase, as on a device it waits.
             names = (self.captured.inputs[index].name for index in self._latents)
             latents = (tensors[index] for index in self._latents)
             generation.check_latents(call, dict(zip(names, latents, strict=True)))
-        hoisted = generation.branches[call.branch].hoisted.at(self._hoisted, tensors)
+        hoisted = generation.branch(call).hoisted.at(self._hoisted, tensors)
         return self._variants.run(plan, generation, call, hoisted, tensors)
 
     def reports(self) -> list[RunReport]:

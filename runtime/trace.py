@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ditfastattn.runtime.call_order import Call
+
 _POSITIONS = 256  # of a latent's sample, over all images
 _ELEMENTS = 256  # of a condition's sample
 _STEPS = 2  # remembered: samplers of second order look back one step
@@ -97,9 +99,13 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 @dataclass
 class Step:
-    """Hold what one step's calls showed, and samples of what they returned."""
+    """Hold what one step's calls showed, and samples of what they returned.
+
+    ``halves`` says how many guidance branches a batch holds.
+    """
 
     shown: Shown
+    halves: int = 1
     outputs: list[Tensor] = field(default_factory=list)
 
 
@@ -108,24 +114,22 @@ class Trace:
     """What is remembered of one generation.
 
     Attributes:
-        halves: how many guidance branches a batch holds.
         number: of the last call; -1 before the first.
         steps: the last ones, the newest first.
-        first: what the first call of each guidance branch showed.
+        first: what the first call of each guidance branch showed, phase by phase.
     """
 
-    halves: int = 1
     number: int = -1
     name: object | None = None
     steps: list[Step] = field(default_factory=list)
-    first: dict[int, Shown] = field(default_factory=dict)
+    first: dict[tuple[int, int], Shown] = field(default_factory=dict)
 
-    def take(self, number: int, branch: int, shown: Shown) -> None:
+    def take(self, number: int, call: Call, shown: Shown) -> None:
         """Remember a call."""
         self.number, self.name = number, shown.name
-        self.first.setdefault(branch, shown)
-        if branch == 0:
-            self.steps = [Step(shown), *self.steps][:_STEPS]
+        self.first.setdefault(call.place, shown)
+        if call.branch == 0:
+            self.steps = [Step(shown, call.halves), *self.steps][:_STEPS]
 
     def returned(self, output: Tensor) -> None:
         """Remember what the last call returned."""
@@ -135,23 +139,26 @@ class Trace:
     def began_like(self, other: Trace) -> bool:
         """Return whether both generations began with equal latents and conditions."""
         return all(
-            shown.same(other.first[branch])
-            for branch, shown in self.first.items()
-            if branch in other.first
+            shown.same(other.first[place])
+            for place, shown in self.first.items()
+            if place in other.first
         )
 
-    def conditions(self, branch: int, shown: Shown) -> bool | None:
+    def conditions(self, call: Call, shown: Shown) -> bool | None:
         """Return whether ``shown`` has the conditions of its branch's first call; None if open."""
-        first = self.first.get(branch)
+        first = self.first.get(call.place)
         return None if first is None else shown.same_conditions(first)
 
-    def unexplained(self, shown: Shown) -> float:
-        """Return which part of a latent the last steps do not explain: 0 to 1; NaN if unknown."""
-        parts = [self._rest(index, latent) for index, latent in enumerate(shown.latents)]
+    def unexplained(self, shown: Shown, halves: int) -> float:
+        """Return which part of a latent the last steps do not explain: 0 to 1; NaN if unknown.
+
+        The call holds ``halves`` guidance branches.
+        """
+        latents = [latent.cpu().chunk(halves)[0] for latent in shown.latents]
+        parts = [self._rest(index, latent) for index, latent in enumerate(latents)]
         return max(parts, default=float("nan"))
 
-    def _rest(self, index: int, latent: Tensor) -> float:
-        wanted = self._half(latent)
+    def _rest(self, index: int, wanted: Tensor) -> float:
         made = [part for step in self.steps for part in self._parts(step, index, wanted)]
         if not made:
             return 1.0
@@ -165,24 +172,25 @@ class Trace:
         solved = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
         return float((target - matrix @ solved).norm()) / size if size else 0.0
 
-    def _half(self, latent: Tensor) -> Tensor:
-        return latent.cpu().chunk(self.halves)[0]
-
     def _parts(self, step: Step, index: int, wanted: Tensor) -> list[Tensor]:
         """Return what the next latent is made of, as far as it is like ``wanted``."""
         given = step.shown.latents[index : index + 1]
-        parts = [self._half(latent) for latent in given]
-        parts += [half for output in step.outputs for half in output.cpu().chunk(self.halves)]
+        parts = [latent.cpu().chunk(step.halves)[0] for latent in given]
+        parts += [half for output in step.outputs for half in output.cpu().chunk(step.halves)]
         like = (len(wanted), wanted.shape[2])
         return [part for part in parts if (len(part), part.shape[2]) == like]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Say where a call may belong: to a generation, as a call of one guidance branch."""
+    """Say where a call may belong: to a generation, as this call of it."""
 
     trace: Trace
-    branch: int
+    call: Call
+
+    def unexplained(self, shown: Shown) -> float:
+        """Return which part of a latent is not explained there."""
+        return self.trace.unexplained(shown, self.call.halves)
 
 
 def belongs_elsewhere(own: Place, others: Sequence[Place], shown: Shown) -> bool:
@@ -198,14 +206,14 @@ def _fits_better(other: Place, own: Place, shown: Shown) -> bool:
             return False
     if other.trace.began_like(own.trace):
         return False  # one may go on for the other, or run again what was cancelled
-    theirs, mine = (place.trace.conditions(place.branch, shown) for place in (other, own))
+    theirs, mine = (place.trace.conditions(place.call, shown) for place in (other, own))
     if mine and theirs is False:
         return False
     told = bool(theirs) and mine is False
-    rest, rounding = own.trace.unexplained(shown), _rounding(shown)
+    rest, rounding = own.unexplained(shown), _rounding(shown)
     if rest <= rounding and not told:
         return False
-    left = other.trace.unexplained(shown)
+    left = other.unexplained(shown)
     better = rest > rounding and left < _CLEARLY * rest
     return better or (told and not left > rest / _CLEARLY + rounding)
 
@@ -215,9 +223,9 @@ def goes_on(other: Place, shown: Shown) -> bool:
     trace = other.trace
     if shown.name is not None:
         return shown.name is trace.name
-    if trace.conditions(other.branch, shown) is False or shown.same_latents(trace.first[0]):
+    if trace.conditions(other.call, shown) is False or shown.same_latents(trace.first[0, 0]):
         return False
-    return trace.unexplained(shown) < _FOLLOWS
+    return other.unexplained(shown) < _FOLLOWS
 
 
 def _rounding(shown: Shown) -> float:

@@ -17,7 +17,7 @@ from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.step_program import NOTHING, StepProgram
 from ditfastattn.passes.rewrites.pipeline import rewrite
-from ditfastattn.runtime.calls import Call
+from ditfastattn.runtime.call_order import Call
 from ditfastattn.runtime.generation import Generation
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.lowering import RunnableGraph, lower
@@ -71,9 +71,9 @@ class CompiledVariants:
         def read(slots: Sequence[Slot]) -> list[Tensor]:
             return generation.read(call, slots, tensors[0].device, hoisted)
 
-        program = plan.programs[call.branch]
-        actions = program.variants[program.schedule[call.step]]
-        layout = plan.plan.sampler.cfg_layout
+        phase = plan.phase(call.phase)
+        program, layout = phase.programs[call.branch], phase.layout
+        actions = program.variants[program.schedule[generation.step_in_phase(call)]]
         variant = self._compiled(program, actions, layout, tensors, read)
         returned = variant.run([*tensors, *read(variant.reads)])
         kept = dict(zip(variant.writes, returned[self._results :], strict=True))
@@ -112,7 +112,11 @@ class CompiledVariants:
 
     def flops(self, unrolled: UnrolledPlan) -> list[Flops]:
         """Return the FLOPs of each call of a generation whose variant has been compiled."""
-        programs, layout = unrolled.programs, unrolled.plan.sampler.cfg_layout
-        keys = [(p.names, p.variants[v], layout) for p in programs for v in p.schedule]
+        keys = [
+            (program.names, program.variants[variant], phase.layout)
+            for phase in unrolled.phases
+            for program in phase.programs
+            for variant in program.schedule
+        ]
         found = (self._known.get(key) for key in keys)
         return [variant.flops for variant in found if variant is not None]

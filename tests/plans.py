@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.schema import Calibration, Plan, PlannedSite
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.reference import PlanInterpreter
@@ -80,13 +80,18 @@ class MixedPlan:
 
     def interpret(self, pipeline: Any, prompt: Prompt) -> Tensor:
         """Return the images of a generation whose transformer the plan interpreter runs."""
-        layout = self.plan.sampler.cfg_layout
-        interpreter = PlanInterpreter(self.plan.strategies, self.sites, layout)
-        numbers = itertools.count()
+        spans = self.plan.sampler.spans
+        interpreters = [  # each phase is interpreted as a generation of its own
+            PlanInterpreter(self.plan.strategies[steps.start : steps.stop], self.sites, layout)
+            for steps, layout in spans
+        ]
+        calls = iter(calls_in_order(spans))
 
         def by_step(forward: Forward) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with interpreter.step(*divmod(next(numbers), layout.calls)):
+                call = next(calls)
+                step = call.step - spans[call.phase][0].start
+                with interpreters[call.phase].step(step, call.branch):
                     return forward(*args, **kwargs)
 
             return run

@@ -39,6 +39,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
@@ -175,6 +176,13 @@ def tiny_flux_img2img_pipeline() -> FluxImg2ImgPipeline:
 def tiny_wan_pipeline() -> WanPipeline:
     """Return a video pipeline that calls its transformer once per guidance half."""
     return _wan()
+
+
+def tiny_wan_image_pipeline() -> WanImageToVideoPipeline:
+    """Return a pipeline that goes on from an image: each token has a timestep of its own."""
+    parts = dict(tiny_wan_pipeline().components)
+    pipeline: WanImageToVideoPipeline = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    return _quiet(pipeline)
 
 
 def tiny_unet_pipeline() -> StableDiffusionPipeline:

@@ -35,11 +35,13 @@ from ditfastattn.passes.analysis.site import (
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
 from ditfastattn.passes.plan.nesting import held_by, why_not_nested
+from ditfastattn.passes.plan.phases import Phase, Span, spans_of, why_not_phases
 from ditfastattn.passes.plan.plan_html import plan_map_html
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
 from ditfastattn.passes.windows.window import Window
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_WITHOUT_PHASES = 3  # otherwise the same
 
 
 class HeadGroup(Record, frozen=True):
@@ -105,7 +107,11 @@ class PlannedSite(Record, frozen=True):
 
 
 class Sampler(Record, frozen=True):
-    """Hold the sampler that a plan was calibrated on; unknown fields are empty, never guessed."""
+    """Hold the sampler that a plan was calibrated on; unknown fields are empty, never guessed.
+
+    Where guidance is on for some steps only, ``phases`` say which, and ``cfg_layout`` is how it
+    reaches the model there; there are none where all steps call the model alike.
+    """
 
     scheduler: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -113,6 +119,29 @@ class Sampler(Record, frozen=True):
     timesteps: tuple[FiniteFloat, ...]
     guidance_scale: FiniteFloat | None = None
     cfg_layout: CfgLayout
+    phases: tuple[Phase, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out absent phases."""
+        fields: dict[str, Any] = write(self)
+        return {name: item for name, item in fields.items() if name != "phases" or item}
+
+    @model_validator(mode="after")
+    def _check(self) -> Sampler:
+        if reason := why_not_phases(self.steps, self.cfg_layout, self.phases):
+            raise ValueError(f"phases: {reason}")
+        return self
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Return the phases: the steps of each, and how guidance reaches the model in them."""
+        return spans_of(self.steps, self.cfg_layout, self.phases)
+
+    @property
+    def layouts(self) -> tuple[CfgLayout, ...]:
+        """Return how guidance reaches the model at each step."""
+        return tuple(layout for steps, layout in self.spans for _ in steps)
 
 
 class PlannedTarget(Record, frozen=True):
@@ -184,7 +213,7 @@ class Plan(Record, frozen=True):
         calibration: how the plan was found, and what was measured of it.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     model: Fingerprint
     inputs: dict[str, tuple[int, ...]]
     sampler: Sampler
@@ -261,17 +290,22 @@ class Plan(Record, frozen=True):
     def _check_site(self, index: int, site: PlannedSite) -> None:
         column = [row[index] for row in self.strategies]
         self._check_coefficients(column, site)
-        fault = first_fault(column, site, self.sampler.cfg_layout)
-        if fault is not None:
-            step, reason = fault
+        for steps, layout in self.sampler.spans:
+            fault = first_fault(column[steps.start : steps.stop], site, layout)
+            if fault is None:
+                continue
+            step, reason = steps.start + fault[0], fault[1]
+            if steps.start:
+                reason += f", since the phase began at step {steps.start}"
             raise ValueError(f"strategies[{step}][{index}] ({site.name}): {column[step]}: {reason}")
 
     def _check_coefficients(self, column: list[Strategy], site: PlannedSite) -> None:
-        layout = self.sampler.cfg_layout
+        layouts = self.sampler.layouts
         rows = site.coefficients or ((),) * len(column)
         if len(rows) != len(column):
             raise ValueError(f"sites ({site.name}): coefficients: {len(rows)} steps")
         for step, (strategy, given) in enumerate(zip(column, rows, strict=True)):
+            layout = layouts[step]
             wanted = (
                 [fitted_terms(strategy.outputs_read, layout.batched)] * layout.branches
                 if strategy.fitted
@@ -331,6 +365,8 @@ class Plan(Record, frozen=True):
         """
         data = parse_json(text, where, "the plan", "calibrate it again")
         version = data.get("schema_version") if isinstance(data, dict) else None
+        if version == _WITHOUT_PHASES:
+            data["schema_version"] = version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise ConfigError(
                 "the plan has another schema version",

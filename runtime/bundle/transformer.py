@@ -19,8 +19,9 @@ from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
 from ditfastattn.runtime.bundle.specs import TensorSpec
 from ditfastattn.runtime.caches import Buffers
-from ditfastattn.runtime.calls import FIRST, Call, InterleavedError
-from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.call_order import FIRST, Call
+from ditfastattn.runtime.calls import InterleavedError
+from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.generation import Generation, GuidanceBranch
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
@@ -173,17 +174,15 @@ class BundleTransformer(nn.Module):
         return tuple(results) if given.get("return_dict", True) is False else _output(results)
 
     def _begin(self) -> _State:
-        sampler = self.manifest.sampler
-        timesteps = [at for at in sampler.timesteps for _ in self._schedules]
-        clock = StepClock(timesteps, f"argument {self.manifest.timestep!r}")
-        halves = 2 if sampler.cfg_layout.batched else 1
-        return _State(Generation(self._schedules, clock, halves=halves))
+        where = f"argument {self.manifest.timestep!r}"
+        return _State(Generation(self.manifest.sampler, where))
 
     def _step(self, state: _State, given: Mapping[str, Any]) -> list[Tensor]:
         manifest, generation = self.manifest, state.generation
         batch = self._arguments.batch(given)
         inputs = self._arguments.tensors(manifest.inputs, given, batch)
         call = self._advance(generation, inputs)
+        generation.follow(call, self._schedules)
         state.keep_batch(call, batch)
         if call.step == 0 and manifest.latent:
             check_range(manifest.latent, inputs[manifest.latent])
@@ -192,13 +191,13 @@ class BundleTransformer(nn.Module):
             generation.check_latents(call, {name: inputs[manifest.latent]})
         index = self._scheduled[call.step * len(self._schedules) + call.branch]
         variant, written = manifest.variants[index], self._writes[index]
-        hoisted = self._hoisted(generation.branches[call.branch], inputs, batch)
+        hoisted = self._hoisted(generation.branch(call), inputs, batch)
         caches = generation.read(call, self._reads[index], self._device, hoisted)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
         specs = [self._slots[slot] for slot in written]
         wanted = [(spec.sizes(batch), spec.torch_dtype) for spec in specs]
-        held = [branch.caches for branch in generation.branches]
+        held = [branch.caches for branch in generation.branches(call)]
         free = state.buffers.take(wanted, self._device, held)
         self._engines[index](tensors, [*results, *free])
         generation.write(call, dict(zip(written, free, strict=True)), results[0])

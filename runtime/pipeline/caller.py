@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _NAMES = ("transformer", "unet")
+_SECOND = "transformer_2"
 _OWNERS = ("self", "components", "pipeline", "pipe")  # first arguments of what runs a pipeline
 
 
@@ -42,9 +43,10 @@ def local_of_call(pipeline: Any, name: str) -> Any:
 
 
 def holds(pipeline: Any, module: nn.Module) -> bool:
-    """Return whether ``module`` is the denoiser of ``pipeline``, compiled or not."""
-    held = _held_by(pipeline)
-    return held is not None and (held is module or getattr(held, "_orig_mod", None) is module)
+    """Return whether ``module`` is a denoiser of ``pipeline``, compiled or not."""
+    found = (_held_by(pipeline), getattr(pipeline, "__dict__", {}).get(_SECOND))
+    held = [item for item in found if isinstance(item, nn.Module)]
+    return any(item is module or getattr(item, "_orig_mod", None) is module for item in held)
 
 
 def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:

@@ -35,7 +35,7 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
             where=where,
             got=f"{type(pipeline).__name__} with transformer=None",
             expected="a pipeline whose `transformer` is loaded",
-            remedy="load the pipeline with its first transformer; the second one always runs dense",
+            remedy="call it with second_transformer(pipeline), which stands for the second one",
         )
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
@@ -44,7 +44,12 @@ def transformer_of(pipeline: Any, where: str) -> nn.Module:
             got=type(pipeline).__name__,
             expected="a diffusers pipeline with a `transformer` module",
         )
-    plain: nn.Module = getattr(transformer, "_orig_mod", transformer)
+    return plain_module(transformer)
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """Return ``module`` without a ``torch.compile`` around it."""
+    plain: nn.Module = getattr(module, "_orig_mod", module)
     return plain
 
 
@@ -57,5 +62,6 @@ def never_called(pipeline: Any, where: str) -> ConfigError:
         where=where,
         got="every timestep is below the boundary at which transformer_2 takes over",
         expected="a generation that calls `transformer` too",
-        remedy="lower boundary_ratio, or begin at an earlier timestep (more strength or steps)",
+        remedy="give second_transformer(pipeline), lower boundary_ratio, or begin at an earlier "
+        "timestep (more strength or steps)",
     )

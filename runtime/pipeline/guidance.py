@@ -59,8 +59,9 @@ def check_layout(plan: Plan, found: CfgLayout) -> None:
     The model cannot see which half of a batch is the conditional one: a plan of the other order
     would copy the unconditional half over it.
     """
-    if found is not plan.sampler.cfg_layout:
-        raise mismatch("sampler.cfg_layout", found, plan.sampler.cfg_layout, what="pipeline")
+    expected = plan.sampler.layouts[0]  # at the first step, where it is observed
+    if found is not expected:
+        raise mismatch("sampler.cfg_layout", found, expected, what="pipeline")
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,11 @@ def detect_cfg_layout(
         return CfgLayout.NONE
     guided = _observe(pipeline, {**call})
     plain = _observe(pipeline, {**call, name: 1.0})
-    for argument, conditions in plain.calls[0].items():
-        layout = _compare(conditions, guided.calls[0].get(argument))
-        if layout is not CfgLayout.NONE:
-            log.info("guidance: batched, %s (seen at the argument %s)", layout, argument)
-            return layout
+    layout = batched_layout(plain.calls[0], guided.calls[0])
+    if layout is not CfgLayout.NONE:
+        return layout
     if _of_one_step(plain, guided, timestep):
-        return _separate(plain.calls[0], guided.calls, timestep)
+        return separate_layout(plain.calls[0], guided.calls, timestep)
     log.info("guidance: none, or an input of the model: share-cfg is not considered")
     return CfgLayout.NONE
 
@@ -130,7 +129,22 @@ def _agree(calls: Sequence[Arguments], name: str) -> bool:
     return len(calls) == 2 and _same(calls[0], calls[1], name)
 
 
-def _separate(plain: Arguments, guided: Sequence[Arguments], timestep: str) -> CfgLayout:
+def batched_layout(plain: Arguments, guided: Arguments) -> CfgLayout:
+    """Return which half of a ``guided`` call holds the conditions of a ``plain`` one, if any."""
+    for argument, conditions in plain.items():
+        layout = _compare(conditions, guided.get(argument))
+        if layout is not CfgLayout.NONE:
+            log.info("guidance: batched, %s (seen at the argument %s)", layout, argument)
+            return layout
+    return CfgLayout.NONE
+
+
+def separate_layout(plain: Arguments, guided: Sequence[Arguments], timestep: str) -> CfgLayout:
+    """Return which of two ``guided`` calls is of the conditions of a ``plain`` one.
+
+    Raises:
+        ConfigError: neither is.
+    """
     names = [name for name in plain if name != timestep and not _agree(guided, name)]
     if any(_same(plain, guided[0], name) for name in names):
         log.info("guidance: in two calls, the conditional one first")

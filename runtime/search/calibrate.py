@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,19 @@ from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
 from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.call_log import ChangingCallsError, SearchedPhase
 from ditfastattn.runtime.search.measure.contender import measure_speed
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.methods import Chooser, Method, measured_costs
 from ditfastattn.runtime.search.options import SearchOptions
 from ditfastattn.runtime.search.pass_chooser import PassChooser
+from ditfastattn.runtime.search.phases import (
+    join_phases,
+    keep_if_met,
+    observe_phases,
+    share_of_target,
+)
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.request import search_request
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
@@ -139,20 +146,81 @@ def calibrate(
         plan = calibrate_jointly(pipeline, prompts, unseen, wanted, opening, options.objective)
         _warn_if_nothing_gained(plan)
         return plan
-    path = None if out is None else Path(out)
-    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, restart)
+    try:
+        return _search_sites(pipeline, call, prompts, unseen, options, opening, wanted)
+    except ChangingCallsError as error:
+        return _search_phases(pipeline, call, prompts, unseen, options, sites, wanted, error)
+
+
+def _search_sites(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    unseen: Sequence[Prompt],
+    options: SearchOptions,
+    opening: AbstractContextManager[Session],
+    wanted: Options,
+) -> Plan:
+    """Search strategies of the sites of the session that is ``opening``."""
+    path = None if wanted.out is None else Path(wanted.out)
+    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, wanted.restart)
     with holding as checkpoint, opening as session:
-        work = Work(session, checkpoint, 0.0, on_progress)
+        work = Work(session, checkpoint, 0.0, wanted.on_progress)
         resumed = checkpoint.begin(search_request(session, call, prompts, unseen, options))
         if resumed:
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
         work.at_most = most_forwards(session, options, len(prompts), len(unseen))
         work.expected = usual_forwards(session, options, len(prompts), len(unseen))
-        plan = _search(work, options, Prompt(call, seed), prompts, unseen)
+        plan = _search(work, options, Prompt(call, options.seed), prompts, unseen)
         if path is not None:
             plan.save(path)
         checkpoint.discard()
     _warn_if_nothing_gained(plan)
+    return plan
+
+
+def _search_phases(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    unseen: Sequence[Prompt],
+    options: SearchOptions,
+    sites: _SitesWanted,
+    wanted: Options,
+    refused: ChangingCallsError,
+) -> Plan:
+    """Search each phase of a generation that changes its guidance, the others dense; join them.
+
+    A form of window holds for all phases, so it is a band unless tiles are asked for.
+
+    Raises:
+        ConfigError: the calls change otherwise, or the options cannot be met phase by phase.
+    """
+    phases = observe_phases(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, refused)
+    share = share_of_target(options.target, len(phases.spans), refused)
+    if options.max_variants:
+        raise ConfigError(
+            "variants cannot be capped where guidance changes within a generation",
+            where="calibrate(max_variants)",
+            got=phases.described,
+            remedy="leave max_variants out",
+        )
+    if sites.windows is WindowForm.AUTO:
+        sites = replace(sites, windows=WindowForm.BAND)
+    each = replace(options, target=share)
+    found: list[Plan | None] = []
+    for only, (steps, layout) in zip(phases.searched, phases.spans, strict=True):
+        if len(steps) < 2:
+            found.append(None)
+            continue
+        log.info("calibrate: the phase at steps %d-%d: guidance %s", steps[0], steps[-1], layout)
+        opening = _open(pipeline, prompts[0], layout, wanted.timestep, sites, only)
+        alone = replace(wanted, out=None)
+        found.append(_search_sites(pipeline, call, prompts, unseen, each, opening, alone))
+    plan = join_phases(phases, found, options.target, refused)
+    plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)
+    if wanted.out is not None:
+        plan.save(wanted.out)
     return plan
 
 
@@ -173,10 +241,11 @@ def _open(
     cfg_layout: CfgLayout | None,
     timestep: str,
     wanted: _SitesWanted,
+    only: SearchedPhase | None = None,
 ) -> Generator[Session]:
     """Open a session whose sites are as ``wanted``."""
     narrow, groups = wanted.attention_only, wanted.head_groups
-    with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups) as session:
+    with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups, only) as session:
         _check_steps(session.steps)
         device = session.example[0].device.type
         sites = allowed_windows(session.sites, wanted.windows, device)

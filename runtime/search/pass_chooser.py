@@ -52,6 +52,7 @@ class PassChooser:
             session.timestep,
             attention_only=True,
             head_groups=session.head_groups,
+            only=session.only,
         )
         run = self._run_greedy if self.method is Method.GREEDY else self._run_per_step
         with opening as batched:

@@ -28,6 +28,7 @@ from ditfastattn.runtime.book.manifest import Figures
 from ditfastattn.runtime.book.validate import measure_plan, validate_book
 from ditfastattn.runtime.current_generation import generation
 from ditfastattn.runtime.load import load
+from ditfastattn.runtime.pipeline.experts import second_transformer
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 from ditfastattn.runtime.quality import quality
 from ditfastattn.runtime.search.calibrate import calibrate
@@ -65,6 +66,7 @@ __all__ = [
     "reset",
     "restore",
     "retarget",
+    "second_transformer",
     "update_weights",
     "validate",
     "validate_book",

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
 from torch import Tensor
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Target, accelerate, calibrate, restore
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from tests.plans import mixed_plan_for
 from tests.runtime.test_pipelines import Pipeline
+from tests.tiers import slow
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_two_stage_wan_pipeline
 from tests.works_with import works_with
 
@@ -109,34 +113,70 @@ class SkipLayer(Cutoff):
 
     def __init__(self, order: str) -> None:
         super().__init__(order)
-        self.on = 99
+        self.on, self.first = 99, 1
 
     def _more(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
-        if 1 <= step < 3:
+        if self.first <= step < 3:
             self._predict(latents, timestep, classes)
 
 
 @works_with(
     "Guidance",
-    "`calibrate` of guidance that changes within a generation (cutoff, skip-layer)",
+    "`calibrate` of guidance with further calls at some steps (skip-layer)",
     "refused",
     "what was seen at which steps",
 )
 @pytest.mark.parametrize(
     ("pipeline", "seen"),
     [
-        (Cutoff("cond-first"), r"2 row\(s\) at steps 0-1, 1 row\(s\) at step 2 on: guidance was"),
-        (Cutoff("separate"), r"2 calls at steps 0-1, 1 call at steps 2-4"),
         (SkipLayer("cond-first"), r"2 row\(s\), then 1 row\(s\) at step 1: a further call"),
         (SkipLayer("separate"), r"2 calls at step 0, 3 calls at steps 1-2, 2 calls at steps 3-4"),
     ],
-    ids=["cutoff", "cutoff-separate", "skip-layer", "skip-layer-separate"],
+    ids=["skip-layer", "skip-layer-separate"],
 )
 def test_guidance_that_changes_within_a_generation_is_named(pipeline: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=seen) as raised:
         calibrate(pipeline, {"labels": [1]}, target=Target.min_psnr(20.0))
     assert "prompt" not in str(raised.value)
     assert "scheduler" not in str(raised.value)
+
+
+@works_with(
+    "Guidance",
+    "a further call at some steps of a generation by a plan (skip-layer guidance)",
+    "refused",
+    "what was seen at which step, before that call runs",
+)
+def test_a_further_call_is_refused_where_it_comes() -> None:
+    pipeline: Any = SkipLayer("cond-first")
+    pipeline.first = 99
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 5}
+    accelerate(pipeline, mixed_plan_for(pipeline, call).plan, lowering="eager")
+    pipeline.first = 1
+    with pytest.raises(ConfigError, match=r"a further call at step 1, with 1 row\(s\)") as raised:
+        generate(pipeline, Prompt(call, 5))
+    restore(pipeline)
+    assert "scheduler" not in str(raised.value)
+
+
+@works_with(
+    "Pipelines",
+    "schedulers of second order, which call the transformer twice a step (Heun, KDPM2)",
+    "works",
+    "each call is a step of the plan",
+)
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, slow(KDPM2DiscreteScheduler)])
+@pytest.mark.parametrize("order", ["cond-first", slow("separate")])
+def test_a_scheduler_of_second_order_makes_two_steps_of_one(order: str, scheduler: Any) -> None:
+    pipeline: Any = Pipeline(order, scheduler())
+    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 3}
+    mixed = mixed_plan_for(pipeline, call)
+    assert mixed.plan.sampler.steps == 5
+    expected = mixed.interpret(pipeline, Prompt(call, 5))
+    accelerate(pipeline, mixed.plan, lowering="eager")
+    images = [generate(pipeline, Prompt(call, 5)) for _ in range(2)]
+    restore(pipeline)
+    assert all(float((got - expected).abs().max()) < 1e-4 * expected.abs().max() for got in images)
 
 
 # What a call's lists are ----------------------------------------------------------------------
@@ -194,7 +234,7 @@ def test_a_pipeline_of_the_second_expert_alone_is_refused_by_name() -> None:
         lambda: accelerate(pipeline),
         lambda: ditfastattn.restore(pipeline),
     ):
-        with pytest.raises(ConfigError, match=r"transformer_2 alone[\s\S]*transformer=None"):
+        with pytest.raises(ConfigError, match=r"transformer_2 alone[\s\S]*second_transformer"):
             refused()
 
 

@@ -35,6 +35,19 @@ def test_steps_follow_the_timesteps_over_several_generations() -> None:
     assert [host(clock, t) for t in (*TIMESTEPS, *TIMESTEPS)] == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize("clean", [0.0, 1000.0], ids=["falling", "rising"])
+def test_tokens_that_stand_still_do_not_stop_the_clock(clean: float) -> None:
+    def given(timestep: float) -> torch.Tensor:
+        return torch.tensor([[clean, timestep, timestep], [timestep, timestep, timestep]])
+
+    timesteps = [read_timestep(given(timestep)).value() for timestep in TIMESTEPS]
+    clock = StepClock(timesteps, "timestep")
+    steps = [clock.tick(read_timestep(given(t))) for t in (TIMESTEPS[0], *TIMESTEPS)]
+    assert steps == [0, 0, 1, 2]  # the first generation is interrupted
+    alike = [read_timestep(torch.full((1, 3), t)).value() for t in TIMESTEPS]
+    assert alike == list(TIMESTEPS)
+
+
 def test_the_first_timestep_begins_a_new_generation_at_any_time() -> None:
     clock = StepClock(TIMESTEPS, "timestep")
     assert [host(clock, t) for t in (900.0, 600.0, 900.0, 600.0)] == [0, 1, 0, 1]

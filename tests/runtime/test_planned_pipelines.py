@@ -16,7 +16,13 @@ from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import MixedPlan, mixed_plan_for
 from tests.tiers import slow_but
-from tests.tiny_pipelines import TINY_PIPELINES, load_saved, tiny_two_stage_wan_pipeline
+from tests.tiny_pipelines import (
+    TINY_PIPELINES,
+    load_saved,
+    tiny_two_stage_wan_pipeline,
+    tiny_wan_image_pipeline,
+    tiny_wan_pipeline,
+)
 from tests.works_with import works_with
 
 STEPS = 5
@@ -72,6 +78,23 @@ def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> 
     shares = any(strategy.shares_guidance for strategy in used)
     assert shares == (mixed.plan.sampler.cfg_layout is not CfgLayout.NONE)
     assert mixed.plan.sampler.cfg_layout.calls == 1 + (name in TWO_CALLS)
+    assert_interprets(pipeline, call, mixed)
+
+
+@works_with(
+    "Pipelines",
+    "a timestep per token or frame, some standing still, as of a given first frame (Wan 2.2 TI2V)",
+    "works",
+    "steps are told by the tokens that move",
+)
+def test_a_given_first_frame_does_not_stop_the_clock() -> None:
+    pipeline: Any = tiny_wan_image_pipeline()
+    call = {**TINY_PIPELINES["wan"][1], "num_inference_steps": STEPS}
+    texts = tiny_wan_pipeline().encode_prompt(call.pop("prompt"), max_sequence_length=8)
+    call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True))
+    call["image"] = torch.rand(1, 3, call["height"], call["width"], generator=torch.manual_seed(0))
+    mixed = mixed_plan_for(pipeline, call)
+    assert len(set(mixed.plan.sampler.timesteps)) == STEPS
     assert_interprets(pipeline, call, mixed)
 
 
@@ -136,6 +159,53 @@ def test_a_second_transformer_runs_dense_and_that_is_said(
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):
         assert_interprets(pipeline, call, mixed)
     assert "transformer_2 runs dense" in caplog.text
+
+
+@works_with(
+    "Pipelines",
+    "two transformers, each at some of the steps (Wan 2.2 A14B)",
+    "works",
+    "by a plan each: see `second_transformer(pipeline)`; either may be absent",
+)
+def test_two_transformers_run_by_a_plan_each(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline: Any = tiny_two_stage_wan_pipeline()
+    second = ditfastattn.second_transformer(pipeline)
+    call = {"num_inference_steps": 2 * STEPS, **TINY_PIPELINES["wan"][1]}
+    plans = [mixed_plan_for(each, call) for each in (pipeline, second)]
+    assert sum(each.plan.sampler.steps for each in plans) == 2 * STEPS
+    assert all(each.plan.sampler.steps > 1 for each in plans)
+    prompt, dense = Prompt(call, SEED), run(pipeline, call)
+
+    ditfastattn.accelerate(second, plans[1].plan, lowering="eager")
+    expected = plans[0].interpret(pipeline, prompt)  # the first one alone; the second by its plan
+    with caplog.at_level(logging.WARNING, logger="ditfastattn"):
+        ditfastattn.accelerate(pipeline, plans[0].plan, lowering="eager")
+    assert "transformer_2 runs dense" not in caplog.text
+    assert float((run(pipeline, call) - expected).abs().max()) < 1e-4
+    ditfastattn.restore(second)
+    alone = run(pipeline, call)
+    assert float((alone - expected).abs().max()) > 1e-3
+
+    ditfastattn.restore(pipeline)
+    ditfastattn.accelerate(pipeline, plans[0].plan, lowering="eager")
+    expected = plans[1].interpret(second, prompt)
+    ditfastattn.accelerate(second, plans[1].plan, lowering="eager")
+    assert float((run(pipeline, call) - expected).abs().max()) < 1e-4
+    ditfastattn.restore(pipeline)  # both
+    assert torch.equal(run(pipeline, call), dense)
+
+
+def test_the_second_transformer_may_be_the_only_one() -> None:
+    pipeline: Any = tiny_two_stage_wan_pipeline()
+    call = {"num_inference_steps": STEPS, **TINY_PIPELINES["wan"][1]}
+    pipeline.register_to_config(boundary_ratio=1.1)
+    pipeline.transformer = None
+    second = ditfastattn.second_transformer(pipeline)
+    mixed = mixed_plan_for(second, call)
+    assert mixed.plan.sampler.steps == STEPS
+    assert_interprets(second, call, mixed)
+    with pytest.raises(ConfigError, match="no second transformer"):
+        ditfastattn.second_transformer(second)
 
 
 @works_with(

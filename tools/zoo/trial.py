@@ -31,6 +31,7 @@ from ditfastattn.passes.plan.legality import START, legal_strategies, why_not
 from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.bundle.load import load
+from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.exported import PlannedProgram
 from ditfastattn.runtime.matching import input_shapes, static_tensors
 from ditfastattn.runtime.options import parse_options
@@ -104,7 +105,7 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
         for site in report.sites
         if site.ordinal >= 0  # the plan interpreter sees it
     ]
-    timesteps = tuple(float(call[zoo.argument].flatten()[0]) for call in calls)
+    timesteps = tuple(read_timestep(call[zoo.argument]).value() for call in calls)
     plan = mixed_plan(timesteps, captured, report.sites, seen, seed)
     whole = () if captured.traced is None else tuple(captured.traced.opaque)
     expected = reference(model, plan, seen, calls, whole)

@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.phases import in_runs
 from ditfastattn.runtime.pipeline.sampler import counting_steps
+
+
+class ChangingCallsError(ConfigError):
+    """Refuse a generation whose steps call the transformer differently."""
+
+
+@dataclass(frozen=True)
+class SearchedPhase:
+    """Say which phase of a generation a search is of; the others run dense.
+
+    ``order`` holds the phase of each call of a generation.
+    """
+
+    number: int
+    order: tuple[int, ...]
 
 
 class CallLog:
@@ -22,6 +39,7 @@ class CallLog:
     def __init__(self) -> None:
         """Begin with no call."""
         self.timesteps: list[float] = []
+        self.calls = 0  # in all phases
         self._after: list[int] = []  # how often the scheduler had stepped before each call
         self._sampled: Callable[[], int] = lambda: 0
         self._stepped = False  # the scheduler, in this generation
@@ -54,7 +72,7 @@ class CallLog:
             counts = list(Counter(self._after).values())
         else:  # runs of one timestep are steps, as far as can be seen
             counts = [len(list(run)) for _, run in groupby(self.timesteps)]
-        return phases([f"{count} call" if count == 1 else f"{count} calls" for count in counts])
+        return in_runs([f"{count} call" if count == 1 else f"{count} calls" for count in counts])
 
     def check_rows(self, wanted: int, got: int, calls: int) -> None:
         """Refuse a generation that changes how many rows it calls the transformer with.
@@ -67,24 +85,13 @@ class CallLog:
         step = self._sampled() if self._sampled() else len(self.timesteps) // calls
         rows = [f"{wanted} row(s)"] * step + [f"{got} row(s)"]
         within = bool(self._sampled()) and self._after[-1] == self._sampled()
-        raise ConfigError(
+        raise ChangingCallsError(
             "the transformer was called with another number of rows within a generation",
             where="a generation",
             got=f"{wanted} row(s), then {got} row(s) at step {step}: a further call, such as that "
             "of skip-layer guidance"
             if within
-            else f"{phases(rows)} on: guidance was switched {'off' if got < wanted else 'on'}",
+            else f"{in_runs(rows)} on: guidance was switched {'off' if got < wanted else 'on'}",
             expected="the same calls at each step",
             remedy="keep guidance as it is from the first step to the last",
         )
-
-
-def phases(steps: Sequence[str]) -> str:
-    """Return what each of ``steps`` did, equal ones in a row together."""
-    parts, first = [], 0
-    for done, run in groupby(steps):
-        last = first + len(list(run)) - 1
-        where = f"step {first}" if first == last else f"steps {first}-{last}"
-        parts.append(f"{done} at {where}")
-        first = last + 1
-    return ", ".join(parts)

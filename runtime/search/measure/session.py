@@ -30,7 +30,7 @@ from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.rewrites.split_heads import Groups
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import many_compilations
-from ditfastattn.runtime.matching import check_shapes
+from ditfastattn.runtime.matching import check_shapes, rows_of
 from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated, replace_forward
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
@@ -38,7 +38,11 @@ from ditfastattn.runtime.pipeline.hooks import check_not_hooked
 from ditfastattn.runtime.pipeline.model_call import by_name
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
-from ditfastattn.runtime.search.measure.call_log import CallLog
+from ditfastattn.runtime.search.measure.call_log import (
+    CallLog,
+    ChangingCallsError,
+    SearchedPhase,
+)
 from ditfastattn.runtime.search.measure.captured_model import (
     CapturedModel,
     ModelOptions,
@@ -83,6 +87,8 @@ class _Call:
         self._broken = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._session.searches_next():
+            return self._forward(*args, **kwargs)
         if not self._broken:
             args, kwargs = by_name(self._kind, args, kwargs)
             try:
@@ -106,8 +112,10 @@ class Session:
         timestep: str,
         attention_only: bool,
         head_groups: int | Groups = 1,
+        only: SearchedPhase | None = None,
     ) -> None:
         """Prepare; use ``open_session``."""
+        self.only = only
         self.pipeline = pipeline
         self.head_groups = head_groups
         self._options = ModelOptions(timestep, attention_only, head_groups)
@@ -160,6 +168,14 @@ class Session:
             raise LookupError("the session has not captured its model")
         return self._model
 
+    def searches_next(self) -> bool:
+        """Count a call of the transformer; return whether it is of the phase that is searched."""
+        number, self._log.calls = self._log.calls, self._log.calls + 1
+        if self.only is None:
+            return True
+        order = self.only.order
+        return number < len(order) and order[number] == self.only.number
+
     def hold(self) -> None:
         """Put the captured transformer into the pipeline."""
         plain = transformer_of(self.pipeline, "calibrate(pipeline)")
@@ -201,7 +217,7 @@ class Session:
         self.steps = len(self._log.timesteps) // calls
         if not self._log.is_regular(calls, stepper.calls):
             often = "once" if calls == 1 else "twice"
-            raise ConfigError(
+            raise ChangingCallsError(
                 f"a generation must call the transformer {often} a step",
                 where="a generation",
                 got=self._log.described(),
@@ -217,7 +233,8 @@ class Session:
             ConfigError: the generation has other steps than the first one had.
         """
         images = self._generate(stepper, prompt)
-        if len(self._log.timesteps) != self.steps * self.layout.calls:
+        wanted = len(self.only.order) if self.only else len(self._log.timesteps)
+        if len(self._log.timesteps) != self.steps * self.layout.calls or wanted != self._log.calls:
             raise ConfigError(
                 "the generations of a search must have equal steps",
                 where="a generation",
@@ -280,7 +297,7 @@ class Session:
 
     def _step(self, tensors: list[Tensor]) -> Outputs:
         known = self._known
-        wanted, got = (_rows(known.captured, given) for given in (known.example, tensors))
+        wanted, got = (rows_of(known.captured, given) for given in (known.example, tensors))
         self._log.check_rows(wanted, got, self.layout.calls)
         check_shapes(
             known.captured,
@@ -292,11 +309,6 @@ class Session:
         self._log.note(read_timestep(tensors[known.timestep]).value())
         assert self._stepper is not None
         return self._stepper.step(tensors)
-
-
-def _rows(captured: CapturedGraph, tensors: Sequence[Tensor]) -> int:
-    pairs = zip(captured.inputs, tensors, strict=False)
-    return max((len(item) for entry, item in pairs if not entry.static and item.dim()), default=0)
 
 
 class _CountingStepper:
@@ -336,12 +348,14 @@ def open_session(
     timestep: str = "timestep",
     attention_only: bool = False,
     head_groups: int | Groups = 1,
+    only: SearchedPhase | None = None,
 ) -> Generator[Session]:
     """Capture the transformer of ``pipeline`` while ``prompt`` runs; restore it at the end.
 
     ``cfg_layout`` is observed where None. With ``attention_only``, feed-forwards are not sites.
     ``head_groups`` is the number of groups to split the heads of each attention into, each a site
-    of its own; or the sizes of the groups, by the attention's name.
+    of its own; or the sizes of the groups, by the attention's name. ``only`` is the phase to be
+    searched, where there are several.
 
     Raises:
         ConfigError: the pipeline has no transformer, or one without attention sites.
@@ -351,7 +365,7 @@ def open_session(
     check_not_hooked(transformer)
     if cfg_layout is None:
         cfg_layout = detect_cfg_layout(pipeline, prompt.call, timestep)
-    session = Session(pipeline, cfg_layout, timestep, attention_only, head_groups)
+    session = Session(pipeline, cfg_layout, timestep, attention_only, head_groups, only)
     session.hold()
     try:
         with many_compilations():

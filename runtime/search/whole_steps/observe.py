@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.phases import in_runs
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
@@ -169,6 +170,9 @@ def _described(
             f"each step must call the model {per_step} time(s), and the scheduler once after it",
             f"calls of the model before each call of the scheduler: {numbers}",
         )
+    rows = [f"{len(call.output)} row(s)" for call in calls[::per_step]]
+    if len(set(rows)) > 1:
+        raise _unsupported("the same rows at each step", f"guidance changes: {in_runs(rows)}")
     grouped = [
         (tuple(calls[per_step * index : per_step * (index + 1)]), made)
         for index, (_, made) in enumerate(steps)

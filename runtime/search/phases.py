@@ -1,0 +1,266 @@
+"""Plans with phases: observe where guidance is on, and join the plans of the phases.
+
+Each phase is searched as a generation of its own, while the others run dense: strategies begin anew
+with each, so what one phase does changes nothing in another but its latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.phases import Phase, Span, in_runs, spans_of
+from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.clock import read_timestep
+from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.guidance import Arguments, batched_layout, separate_layout
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from ditfastattn.runtime.pipeline.sampler import counting_steps
+from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
+from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.call_log import SearchedPhase
+from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
+from ditfastattn.runtime.search.record.planned_target import record_target, record_values
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Step:
+    """The calls of one step: rows, the first one's timestep, and the tensors of each."""
+
+    timestep: float
+    rows: list[int] = field(default_factory=list)
+    calls: list[Arguments] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ObservedPhases:
+    """What a dense generation has shown: its phases, and the timestep of each step."""
+
+    layout: CfgLayout
+    spans: tuple[Span, ...]
+    timesteps: tuple[float, ...]
+    described: str
+
+    @property
+    def searched(self) -> tuple[SearchedPhase, ...]:
+        """Return each phase as what a search is of."""
+        order = tuple(
+            number
+            for number, (steps, layout) in enumerate(self.spans)
+            for _ in range(len(steps) * layout.calls)
+        )
+        return tuple(SearchedPhase(number, order) for number in range(len(self.spans)))
+
+
+def observe_phases(
+    pipeline: Any, prompt: Prompt, layout: CfgLayout | None, timestep: str, refused: ConfigError
+) -> ObservedPhases:
+    """Generate ``prompt`` densely, and return the phases of its guidance.
+
+    ``layout`` is that of the guided steps, observed where None.
+
+    Raises:
+        ConfigError: ``refused``, where the calls change otherwise than by guidance.
+    """
+    steps = _watch(pipeline, prompt, timestep)
+    kinds = list(dict.fromkeys(tuple(step.rows) for step in steps))
+    if len(kinds) != 2 or not all(map(_is_one_branch_or_two(kinds), kinds)):
+        raise refused
+    plain, guided = sorted(kinds, key=sum)
+    first = {kind: next(s for s in steps if tuple(s.rows) == kind) for kind in kinds}
+    if layout is None or layout is CfgLayout.NONE:
+        conditions, both = first[plain].calls[0], first[guided].calls
+        if len(guided) == 2:
+            layout = separate_layout(conditions, both, timestep)
+        else:
+            layout = batched_layout(conditions, both[0])
+    if layout is CfgLayout.NONE or layout.calls != len(guided):
+        raise refused
+    at = [layout if tuple(step.rows) == guided else CfgLayout.NONE for step in steps]
+    phases = [Phase(steps=len(list(run)), cfg_layout=each) for each, run in groupby(at)]
+    described = in_runs([f"guidance {each}" for each in at])
+    log.warning(
+        "ditfastattn: guidance changes within a generation: the plan has phases: %s", described
+    )
+    spans = spans_of(len(steps), layout, phases)
+    return ObservedPhases(layout, spans, tuple(step.timestep for step in steps), described)
+
+
+def _is_one_branch_or_two(kinds: Sequence[tuple[int, ...]]) -> Any:
+    images = min(min(rows) for rows in kinds)
+    wanted = {(images,), (2 * images,), (images, images)}
+    return lambda rows: rows in wanted and (images,) in kinds
+
+
+def _watch(pipeline: Any, prompt: Prompt, timestep: str) -> list[_Step]:
+    """Return the steps of a dense generation; tensors are kept of the first step of each kind."""
+    steps: list[_Step] = []
+    known: set[tuple[int, ...]] = set()
+    last = -1
+    module = transformer_of(pipeline, "calibrate(pipeline)")
+    names = list(inspect.signature(module.forward).parameters)
+
+    def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal last
+        named = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
+        now = read_timestep(torch.as_tensor(named[timestep])).value()
+        # Where the scheduler is not seen, a run of one timestep is a step.
+        same = counted() == last if counted() else bool(steps) and now == steps[-1].timestep
+        if not steps or not same:
+            _forget_known(steps, known)
+            steps.append(_Step(now))
+        last = counted()
+        wide = {name: item for name, item in tensors.items() if item.dim()}
+        steps[-1].rows.append(max(map(len, wide.values()), default=0))
+        steps[-1].calls.append({name: item.detach().clone() for name, item in wide.items()})
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with counting_steps(pipeline) as counted:
+            generate(pipeline, prompt)
+    finally:
+        handle.remove()
+    return steps
+
+
+def _forget_known(steps: Sequence[_Step], known: set[tuple[int, ...]]) -> None:
+    """Keep the tensors of the last step only if it is the first of its kind."""
+    if steps:
+        kind = tuple(steps[-1].rows)
+        if kind in known:
+            steps[-1].calls = []
+        known.add(kind)
+
+
+def share_of_target(target: Target, phases: int, refused: ConfigError) -> Target:
+    """Return what each of so many ``phases`` must meet alone, for all of them to meet ``target``.
+
+    A threshold is one of each step. Errors of phases add up as amplitudes, so each phase may do the
+    damage of one part in ``phases`` squared.
+
+    Raises:
+        ConfigError: the target is not one of each phase.
+    """
+    if target.kind is TargetKind.THRESHOLD:
+        return target
+    if target.kind is TargetKind.QUALITY and (metric := target.metric) is not None:
+        perfect = metric.perfect
+        if perfect is not None and math.isinf(perfect):
+            return replace(target, bound=target.bound + 20.0 * math.log10(phases))
+        if perfect is not None:
+            return replace(target, bound=perfect + (target.bound - perfect) / phases**2)
+    raise ConfigError(
+        f"{target.describe()} is not a target that phases can share",
+        where="calibrate(target)",
+        got="guidance that changes within a generation",
+        expected="SSIM, PSNR, another metric with a known best value, or a threshold",
+        remedy="choose such a target, or guide all steps alike",
+    ) from refused
+
+
+def join_phases(
+    phases: ObservedPhases, found: Sequence[Plan | None], target: Target, refused: ConfigError
+) -> Plan:
+    """Return the plan of all phases; None among those ``found`` is a single step, and dense.
+
+    Raises:
+        ConfigError: no phase has two steps, or they found different sites.
+    """
+    first = next((plan for plan in found if plan is not None), None)
+    if first is None:
+        raise refused
+    rows: list[tuple[Strategy, ...]] = []
+    for plan, (steps, _) in zip(found, phases.spans, strict=True):
+        if plan is not None and (plan.sites, plan.inputs) != (first.sites, first.inputs):
+            raise refused
+        dense = ((Strategy.FULL,) * len(first.sites),) * len(steps)
+        rows += dense if plan is None else plan.strategies
+    known = [plan.calibration for plan in found if plan is not None]
+    sampler = first.sampler.model_dump() | {
+        "steps": len(rows),
+        "timesteps": phases.timesteps,
+        "cfg_layout": phases.layout,
+        "phases": [{"steps": len(s), "cfg_layout": layout} for s, layout in phases.spans],
+    }
+    calibration = known[0].model_copy(
+        update={
+            "target": record_target(target),
+            "strength": max(each.strength for each in known),
+            "calibrated": None,
+            "held_out": None,
+            "cache_bytes": max(each.cache_bytes for each in known),
+            "predicted_speedup": None,
+            "rounds": sum(each.rounds for each in known),
+            "forwards": sum(each.forwards for each in known),
+            "seconds": sum(each.seconds for each in known),
+        }
+    )
+    data = {**first.model_dump(), "sampler": sampler, "strategies": rows}
+    return Plan.model_validate({**data, "calibration": calibration.model_dump()})
+
+
+def keep_if_met(
+    pipeline: Any,
+    plan: Plan,
+    target: Target,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    timestep: str,
+) -> Plan:
+    """Return ``plan`` with what all its phases together measure.
+
+    Where they miss the target, only the phase with the most shortcuts stays; it alone has met more.
+    """
+    if target.kind is not TargetKind.QUALITY:
+        return plan
+    groups = [_judged(pipeline, plan, target, group, timestep) for group in (prompts, held_out)]
+    if not all(target.met_by(item.value) for group in groups for item in group):
+        log.warning(
+            "ditfastattn: the phases together miss %s: one of them stays", target.describe()
+        )
+        plan = _strongest_alone(plan)
+        groups = [_judged(pipeline, plan, target, group, timestep) for group in (prompts, held_out)]
+    calibrated, unseen = (record_values(target, [item.value for item in g]) for g in groups)
+    measured = {"calibrated": calibrated, "held_out": unseen}
+    return plan.model_copy(update={"calibration": plan.calibration.model_copy(update=measured)})
+
+
+def _judged(
+    pipeline: Any, plan: Plan, target: Target, prompts: Sequence[Prompt], timestep: str
+) -> list[Judgement]:
+    dense = dense_contender(pipeline, prompts, Lowering.EAGER)
+    planned = planned_contender(pipeline, plan, prompts, Lowering.EAGER, timestep)
+    with many_compilations():
+        pairs = zip(prompts, dense.by_prompt(), planned.by_prompt(), strict=True)
+        return [
+            item
+            for prompt, one, other in pairs
+            for item in judge_images(target, one, other, prompt.call)
+        ]
+
+
+def _strongest_alone(plan: Plan) -> Plan:
+    spans = [steps for steps, _ in plan.sampler.spans]
+    changed = [
+        sum(each is not Strategy.FULL for step in steps for each in plan.strategies[step])
+        for steps in spans
+    ]
+    kept = spans[changed.index(max(changed))]
+    full = (Strategy.FULL,) * len(plan.sites)
+    rows = tuple(row if step in kept else full for step, row in enumerate(plan.strategies))
+    return plan.model_copy(update={"strategies": rows})
