@@ -59,6 +59,11 @@ class Generation:
         self._calls = Calls(clock, order)
         self._latents: list[Tensor] = []  # of step 0's first call, until its second one
 
+    @property
+    def every_branch(self) -> tuple[GuidanceBranch, ...]:
+        """Return the guidance branches of all phases."""
+        return tuple(branch for phase in self._phases for branch in phase)
+
     def branches(self, call: Call) -> tuple[GuidanceBranch, ...]:
         """Return the guidance branches of the phase of ``call``."""
         return self._phases[call.phase]
@@ -118,7 +123,7 @@ class Generation:
 
         The first call of a step may hand outputs to the second one, at the first step too.
         """
-        for branch in (branch for phase in self._phases for branch in phase):
+        for branch in self.every_branch:
             branch.clear()
         self._latents = []
 

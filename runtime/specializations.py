@@ -34,7 +34,7 @@ from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.passes.rewrites.pipeline import switches
-from ditfastattn.runtime.call_order import FIRST, Call
+from ditfastattn.runtime.call_order import FIRST, Call, OtherCallsError
 from ditfastattn.runtime.calls import InterleavedError
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import explicit_generation, named_generation, shown
@@ -260,7 +260,7 @@ class Specialization:
                 rows_of(self.captured, tensors),
             )
         except ConfigError as error:
-            if not isinstance(error, InterleavedError):
+            if not isinstance(error, (InterleavedError, OtherCallsError)):
                 self._check_phase(tensors, read_timestep(tensors[self._timestep]).value())
             if not generation.on_trial:
                 raise

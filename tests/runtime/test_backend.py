@@ -353,7 +353,7 @@ def models() -> list[ModelState]:
 
 
 def branches(model: ModelState) -> tuple[GuidanceBranch, ...]:
-    return () if model.generation is None else model.generation.branches
+    return () if model.generation is None else model.generation.every_branch
 
 
 def live_caches() -> dict[Slot, torch.Tensor]:

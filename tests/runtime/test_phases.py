@@ -129,7 +129,7 @@ def test_phases_run_as_the_interpreter_runs_them(
     pipeline: Any = Interval(order, guided)
     wanted = {
         (label, seed): made.interpret(pipeline, Prompt({**CALL, "labels": label}, seed))
-        for label, seed in (((1,), 5), ((1, 3), 6))
+        for label, seed in (((1,), 5), ((1, 3), 6))[: 2 if guided.start else 1]
     }
     accelerated(pipeline, made.plan)
     for (label, seed), images in (*wanted.items(), *wanted.items()):
@@ -146,7 +146,14 @@ def test_phases_run_as_the_interpreter_runs_them(
 @pytest.mark.parametrize(
     ("order", "planned", "guided", "seen"),
     [
-        ("cond-first", range(3), range(2), r"1 row\(s\) at step 2[\s\S]*2 row\(s\) at steps 0-2"),
+        slow(
+            (
+                "cond-first",
+                range(3),
+                range(2),
+                r"1 row\(s\) at step 2[\s\S]*2 row\(s\) at steps 0-2",
+            )
+        ),
         slow(
             (
                 "cond-first",
@@ -271,7 +278,7 @@ class Pictures(Interval):
     ("order", "guided", "target"),
     [
         slow(("cond-first", range(3), Target.min_psnr(20.0))),
-        ("uncond-first", range(2, 4), Target.threshold(0.5)),
+        ("uncond-first", range(1, 3), Target.threshold(0.5)),
         slow(("separate", range(3), Target.min_psnr(20.0))),
     ],
     ids=["cutoff", "interval", "two-calls"],
@@ -280,15 +287,17 @@ def test_phases_are_calibrated(
     order: str, guided: range, target: Target, accelerated: Callable[..., Any]
 ) -> None:
     pipeline: Any = Pictures(order, guided)
-    dense = generate(pipeline, Prompt(CALL, 5))
+    steps = 6 if target.kind is TargetKind.QUALITY else 4
+    call = {**CALL, "num_inference_steps": steps}
+    dense = generate(pipeline, Prompt(call, 5))
     options: dict[str, Any] = {"objective": "flops", "lowering": "eager"}
-    plan = calibrate(pipeline, CALL, target=target, **options)
-    assert plan.sampler.steps == 6
-    assert plan.sampler.phases == phases_of(CfgLayout(order), guided, 6)
-    assert plan.sampler.timesteps == pytest.approx([830, 664, 498, 332, 166, 0])
+    plan = calibrate(pipeline, call, target=target, **options)
+    assert plan.sampler.steps == steps
+    assert plan.sampler.phases == phases_of(CfgLayout(order), guided, steps)
+    assert plan.sampler.timesteps == tuple(pipeline.scheduler.timesteps.tolist())
     assert plan.changed > 0
     accelerated(pipeline, plan)
-    images = generate(pipeline, Prompt(CALL, 5))
+    images = generate(pipeline, Prompt(call, 5))
     assert float((images - dense).abs().max()) > 0.0
     if target.kind is TargetKind.QUALITY:
         assert plan.calibration.held_out is not None
