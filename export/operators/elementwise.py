@@ -92,6 +92,10 @@ def _log1p(emitter: Emitter, call: Call) -> str:
     return emitter.op("Log", emitter.op("Add", emitter.use(call.first), one), name=call.name)
 
 
+def _isnan(emitter: Emitter, call: Call) -> str:
+    return emitter.op("IsNaN", emitter.use(call.first), name=call.name)
+
+
 def _remainder(emitter: Emitter, call: Call) -> str:
     """Write ``remainder``, which takes the divisor's sign as ONNX's integer ``Mod`` does."""
     dtype = _common(call)
@@ -165,6 +169,11 @@ def _same(emitter: Emitter, call: Call) -> str:
     return emitter.use(call.first)
 
 
+def _leaky_relu(emitter: Emitter, call: Call) -> str:
+    slope = float(call.get(1, "negative_slope", 0.01))
+    return emitter.op("LeakyRelu", emitter.use(call.first), name=call.name, alpha=slope)
+
+
 ELEMENTWISE: dict[Any, Rule] = {
     aten.add.Tensor: binary("Add"),
     aten.add.Scalar: binary("Add"),
@@ -199,6 +208,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.log1p.default: _log1p,
     aten.logical_not.default: unary("Not"),
     aten.bitwise_not.default: unary("Not"),
+    aten.isnan.default: _isnan,
     aten.neg.default: unary("Neg"),
     aten.abs.default: unary("Abs"),
     aten.exp.default: unary("Exp"),
@@ -206,9 +216,13 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.sqrt.default: unary("Sqrt"),
     aten.sin.default: unary("Sin"),
     aten.cos.default: unary("Cos"),
+    aten.asin.default: unary("Asin"),
+    aten.acos.default: unary("Acos"),
+    aten.atan.default: unary("Atan"),
     aten.tanh.default: unary("Tanh"),
     aten.sigmoid.default: unary("Sigmoid"),
     aten.relu.default: unary("Relu"),
+    aten.leaky_relu.default: _leaky_relu,
     aten.reciprocal.default: unary("Reciprocal"),
     aten.floor.default: unary("Floor"),
     aten.round.default: unary("Round"),

@@ -71,6 +71,12 @@ def _expand(emitter: Emitter, call: Call) -> str:
     return expand(emitter, emitter.use(call.first), call.first.shape, call.shape)
 
 
+def _copy(emitter: Emitter, call: Call) -> str:
+    """Write ``copy``: the second, in the shape and dtype of the first."""
+    source: Value = call.args[1]
+    return expand(emitter, operand(emitter, source, call.dtype), source.shape, call.shape)
+
+
 def _repeat(emitter: Emitter, call: Call) -> str:
     times: tuple[Size, ...] = call.args[1]
     source = emitter.use(call.first)
@@ -119,6 +125,7 @@ SHAPES: dict[Any, Rule] = {
     aten.permute.default: _permute,
     aten.einsum.default: _einsum,
     aten.expand.default: _expand,
+    aten.copy.default: _copy,
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.zeros.default: _filled(None, 0.0),
