@@ -39,8 +39,8 @@ class RecordedCall:
 
     def doubled(self) -> RecordedCall:
         """Return the call with twice the batch: tensors of as many rows as it are repeated."""
-        batch = self.batch
-        doubled = {name: _doubled(item, batch) for name, item in self.arguments.items()}
+        batch, made = self.batch, dict[int, Tensor]()
+        doubled = {name: _doubled(item, batch, made) for name, item in self.arguments.items()}
         return RecordedCall(doubled)
 
     def doubled_otherwise(self) -> Generator[RecordedCall]:
@@ -57,13 +57,16 @@ class RecordedCall:
                 yield RecordedCall({**doubled, name: type(item)([*item, *item])})
 
 
-def _doubled(item: Any, batch: int) -> Any:
+def _doubled(item: Any, batch: int, made: dict[int, Tensor]) -> Any:
+    """Return ``item`` with its rows twice; a tensor that is given twice is one input for Dynamo."""
     if isinstance(item, Tensor):
-        return torch.cat([item, item]) if item.dim() and item.shape[0] == batch else item
+        if not item.dim() or item.shape[0] != batch:
+            return item
+        return made.setdefault(id(item), torch.cat([item, item]))
     if isinstance(item, (tuple, list)):
-        return type(item)(_doubled(part, batch) for part in item)
+        return type(item)(_doubled(part, batch, made) for part in item)
     if isinstance(item, dict):
-        return {key: _doubled(part, batch) for key, part in item.items()}
+        return {key: _doubled(part, batch, made) for key, part in item.items()}
     return item
 
 

@@ -66,9 +66,14 @@ def _decomposed(module: GraphModule, node: Node) -> GraphModule:
     with fake_mode(module.graph), torch.no_grad():
         examples = [torch.empty_like(source.meta["val"]) for source in sources]
         rules: dict[Any, Any] = dict(core_aten_decompositions())
-        made = make_fx(torch.func.functionalize(call), decomposition_table=rules)(*examples)
-    made.graph.eliminate_dead_code()  # a decomposition may write to a tensor of its own
+        made = make_fx(call, decomposition_table=rules)(*examples)
+        if any(map(_writes, made.graph.nodes)):  # to a tensor of its own
+            made = make_fx(torch.func.functionalize(made))(*examples)
     return made
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import Shape, Size
 from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.operators.base import Call, Rule, axis_of
-from ditfastattn.export.operators.elementwise import operand
+from ditfastattn.export.operators.elementwise import choose, operand
 from ditfastattn.export.operators.shapes import expand, transpose
 from ditfastattn.passes.graph.ir import aten
 
@@ -76,7 +77,8 @@ def _known_places(emitter: Emitter, source: Value, used: list[tuple[int, Value]]
         if index.tensor is None or not isinstance(size, int):
             return ""
         found.append(index.tensor.long() % size)  # negative places count from the end
-    return emitter.constant(torch.stack(torch.broadcast_tensors(*found), -1))  # type: ignore[no-untyped-call]  # torch
+    spread = torch.broadcast_tensors(*found)  # type: ignore[no-untyped-call]  # torch
+    return emitter.constant(torch.stack(spread, -1))
 
 
 def _column(emitter: Emitter, source: Value, axis: int, index: Value, shape: Shape) -> str:
@@ -113,7 +115,7 @@ def _index_put(emitter: Emitter, call: Call) -> str:
     """Write ``x[i, j] = y`` as ``ScatterND``, and ``x[mask] = number`` as ``Where``."""
     base, indices, values = call.args[:3]
     mask = next((index for index in indices if index is not None), None)
-    if mask is not None and mask.dtype == torch.bool and _is_one(values):
+    if mask is not None and mask.dtype == torch.bool and _is_one_row(base, indices, mask, values):
         return _masked(emitter, call, mask)
     places = _places(emitter, call)
     front = transpose(emitter, emitter.use(base), places.order)
@@ -131,8 +133,11 @@ def _index_put(emitter: Emitter, call: Call) -> str:
     return transpose(emitter, written, places.inverse)
 
 
-def _is_one(values: Value) -> bool:
-    return all(size == 1 for size in values.shape)
+def _is_one_row(base: Value, indices: Sequence[Any], mask: Value, values: Value) -> bool:
+    """Return whether ``values`` are the same for all that ``mask`` chooses."""
+    axis = next(place for place, index in enumerate(indices) if index is not None)
+    rest = base.rank - axis - mask.rank
+    return values.rank <= rest or (values.rank == rest + 1 and values.shape[0] == 1)
 
 
 def _masked(emitter: Emitter, call: Call, mask: Value) -> str:
@@ -144,8 +149,10 @@ def _masked(emitter: Emitter, call: Call, mask: Value) -> str:
     chosen = emitter.use(mask)
     if len(sizes) > mask.rank:
         chosen = emitter.reshape(chosen, tuple(sizes))
-    filling = emitter.reshape(operand(emitter, values, call.dtype), ())
-    return emitter.op("Where", chosen, filling, emitter.use(base), name=call.name)
+    filling = operand(emitter, values, call.dtype)
+    if values.rank > len(sizes) - mask.rank:  # one row for all that are chosen
+        filling = emitter.reshape(filling, tuple(values.shape[1:]))
+    return choose(emitter, call, chosen, filling, emitter.use(base))
 
 
 def _gather(emitter: Emitter, call: Call) -> str:

@@ -104,6 +104,13 @@ def _filled(number_at: int | None, number: float = 0.0) -> Rule:
     return rule
 
 
+def _range(emitter: Emitter, call: Call) -> str:
+    """Write ``arange``: up to an end, from a start, or in steps."""
+    bounds = (0, *call.args, 1) if len(call.args) == 1 else (*call.args, 1)[:3]
+    names = [emitter.op("Squeeze", emitter.size(bound), emitter.ints([0])) for bound in bounds]
+    return emitter.cast(emitter.op("Range", *names, name=call.name), call.dtype)
+
+
 def _pixel_shuffle(emitter: Emitter, call: Call) -> str:
     source, factor = emitter.use(call.first), call.args[1]
     return emitter.op("DepthToSpace", source, name=call.name, blocksize=factor, mode="CRD")
@@ -137,5 +144,8 @@ SHAPES: dict[Any, Rule] = {
     aten.full_like.default: _filled(1),
     aten.new_zeros.default: _filled(None, 0.0),
     aten.new_ones.default: _filled(None, 1.0),
+    aten.arange.default: _range,
+    aten.arange.start: _range,
+    aten.arange.start_step: _range,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }

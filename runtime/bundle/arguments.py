@@ -89,8 +89,8 @@ def _batched(manifest: Manifest) -> TensorSpec:
     whole, fixed = Multiple(numerator=1, denominator=1), manifest.fixed_batch
     shaped = [spec for spec in manifest.inputs if spec.shape]
     rows = [spec for spec in shaped if spec.shape[0] == whole or spec.shape[0] == fixed]
-    latents = [spec for spec in shaped if spec.name == manifest.latent]
-    return [*latents, *rows, *shaped][0] if fixed else [*rows, *shaped][0]
+    latents = [spec for spec in rows if spec.name == manifest.latent]
+    return [*latents, *rows, *shaped][0]
 
 
 def check_range(name: str, latent: Tensor) -> None:

@@ -114,6 +114,11 @@ FUNCTIONS: dict[str, Function] = {
     "indices apart": lambda x: x.view(-1, 6, 4, 2)[:, places(), :, places() % 2],
     "written at indices": lambda x: written(x, (slice(None), places(), places()), x[:, 0, :3]),
     "added at indices": lambda x: x.index_put([places() % 2], x[:1].expand(3, 6, 8), True),
+    "range": lambda x: x + torch.arange(x.shape[0])[:, None, None],
+    "flags": lambda x: (x > 0) * (x < 1) + (x > 2),
+    "padded sequence": lambda x: nn.utils.rnn.pad_sequence([x[0], x[0, :4]], True).sum(0) + x,
+    "masked flags": lambda x: (x > 0).masked_fill(x > 1, False) | torch.where(x < 0, x > -1, x > 2),
+    "masked rows": lambda x: torch.index_put(x, [x[..., 0] > 0.5], torch.arange(8.0)),
     "masked write": lambda x: torch.index_put(x, [x > 0.5], torch.tensor(7.0)),
     "gather and scatter": lambda x: torch.zeros_like(x).scatter_add(
         2, routed(x).indices, x.gather(2, routed(x).indices) * routed(x).values
@@ -124,7 +129,7 @@ FUNCTIONS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_a_function_computes_the_same(name: str, tmp_path: Path) -> None:
-    assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path)
+    assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path, evaluator=True)
 
 
 class Linear(nn.Module):

@@ -57,8 +57,8 @@ class Trial:
     ``error`` is the largest difference between a mixed plan's outputs and the plan interpreter's,
     relative to the largest output. ``program_error`` is the same for the plan over the graph of
     torch.export, ``onnx_error`` for the exported bundle; ``no_program`` and ``no_onnx`` say why
-    there is none, and ``fixed_batch`` why the bundle takes one batch alone. ``guards`` and ``opaque`` say what a traced graph holds for, and which modules
-    are called as they are, with the reasons.
+    there is none, ``fixed_batch`` why the bundle takes one batch alone. ``guards`` and ``opaque``
+    say what a traced graph holds for, and which modules are called as they are, with the reasons.
     """
 
     name: str
