@@ -22,6 +22,9 @@ ENDINGS = 3  # plans of each number of runs that are looked at as images
 
 Rule = Callable[[Sequence[Rollout], Sequence[State], int, int], Tensor]  # as ``fit``
 
+# After each of a mask's runs, by the runs so far: the states, and the coefficients of each step.
+Begun = dict[tuple[int, ...], tuple[tuple[State, ...], tuple[Tensor | None, ...]]]
+
 
 @dataclass(frozen=True)
 class Path:
@@ -134,18 +137,31 @@ def fit_mask(
     spend: Callable[[float], None],
     outputs: int = HISTORY - 1,
     rule: Rule = fit,
+    begun: Begun | None = None,
 ) -> tuple[FittedMask, tuple[State, ...]]:
-    """Return the coefficients of the steps that are not in ``runs``, and the last states."""
+    """Return the coefficients of the steps that are not in ``runs``, and the last states.
+
+    ``begun`` holds the mask that was fitted before it, to the same generations by the same rule:
+    where that begins with the same runs, it is continued. It is replaced by this one.
+    """
+    known = {} if begun is None else begun
+    own: Begun = {}
     states = tuple(rollout.begin for rollout in rollouts)
-    found: list[Tensor | None] = []
+    found: tuple[Tensor | None, ...] = ()
     for step in range(len(rollouts[0].observed.steps)):
-        if step in runs:
-            states = run_step(rollouts, states, step)
-            spend(len(rollouts))
-            found.append(None)
+        ran = tuple(run for run in runs if run < step)
+        if step not in runs:
+            coefficients = rule(rollouts, states, step, min(outputs, len(ran)))
+            found = (*found, coefficients)
+            states = skip_step(rollouts, states, step, coefficients)
             continue
-        known = min(outputs, sum(run < step for run in runs))
-        coefficients = rule(rollouts, states, step, known)
-        found.append(coefficients)
-        states = skip_step(rollouts, states, step, coefficients)
-    return FittedMask(tuple(runs), tuple(found), outputs), states
+        if (*ran, step) in known:
+            states, found = known[*ran, step]
+        else:
+            states, found = run_step(rollouts, states, step), (*found, None)
+            spend(len(rollouts))
+        own[*ran, step] = states, found
+    if begun is not None:
+        begun.clear()
+        begun.update(own)
+    return FittedMask(tuple(runs), found, outputs), states

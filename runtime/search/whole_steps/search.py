@@ -20,6 +20,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import fit
 from ditfastattn.runtime.search.whole_steps.judge import Judge
 from ditfastattn.runtime.search.whole_steps.masks import (
+    Begun,
     Path,
     Rule,
     drift,
@@ -57,6 +58,7 @@ class WholeStepSearch:
         self.request, self.meter = recorder.request, recorder.meter
         self.judge = Judge(pipeline, recorder, checkpoint)
         self.known: dict[int, Judged] = {}  # by how many steps run
+        self._begun: Begun = {}
 
     def run(self) -> Plan:
         """Return the plan; one in which every step runs where no other meets a quality.
@@ -128,7 +130,8 @@ class WholeStepSearch:
 
     def fitted(self, runs: Sequence[int], rule: Rule = fit) -> Plan:
         """Return the plan in which ``runs`` run, by a ``rule`` for the others; it is not judged."""
-        mask, _ = fit_mask(self.rollouts, runs, self.meter.spend, rule=rule)
+        begun = self._begun if rule is fit else None
+        mask, _ = fit_mask(self.rollouts, runs, self.meter.spend, rule=rule, begun=begun)
         return self.plan(Judged(mask, []))
 
     @property
@@ -202,7 +205,8 @@ class WholeStepSearch:
         3 dB more, on the demo's model, than those found on the first ones, or the hardest alone.
         """
         self.meter.begin("which images are hard")
-        _, states = fit_mask(self.rollouts, range(0, self.steps, 3), self.meter.spend)
+        every_third = range(0, self.steps, 3)
+        _, states = fit_mask(self.rollouts, every_third, self.meter.spend, begun=self._begun)
         pairs = zip(self.rollouts, states, strict=True)
         missed = [drift([rollout], [state], self.steps) for rollout, state in pairs]
         order = sorted(range(len(missed)), key=missed.__getitem__, reverse=True)
@@ -214,7 +218,7 @@ class WholeStepSearch:
         number = len(runs)
         if number not in self.known:
             self.meter.begin(f"{number} of {self.steps} steps: the calibration prompts")
-            mask, states = fit_mask(self.rollouts, runs, self.meter.spend)
+            mask, states = fit_mask(self.rollouts, runs, self.meter.spend, begun=self._begun)
             judged = self.judge.replayed(mask, self.request.prompts, self.observed, states)
             self.known[number] = Judged(mask, judged)
         return self.known[number]

@@ -21,6 +21,9 @@ from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
+from ditfastattn.runtime.search.whole_steps.masks import Begun, fit_mask
+from ditfastattn.runtime.search.whole_steps.observe import observe
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout
 from tests.helpers import tiny_digits_pipeline
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
@@ -236,6 +239,28 @@ def test_a_quality_is_met_on_the_worst_prompt(pixart: tuple[Any, dict[str, Any],
     planned = accelerated(pipeline, plan, Prompt(call, 500))
     error = (dense - planned).square().mean()
     assert float(-10 * error.log10()) == pytest.approx(found.held_out.worst, abs=0.01)
+
+
+def test_a_mask_continues_what_the_last_one_began(
+    pixart: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, plan = pixart
+    prompts, module = split_prompts(call, 0)[:2], transformer_of(pipeline, "test")
+    observed = [observe(pipeline, prompt, plan.sampler.cfg_layout) for prompt in prompts]
+    rollouts = [Rollout(module, each) for each in observed]
+    begun: Begun = {}
+    for runs, new in (([0, 2, 4], 3), ([0, 2, 3, 5], 2), ([0, 3], 1), ([0, 3], 0)):
+        spent: list[float] = []
+        mask, states = fit_mask(rollouts, runs, spent.append, begun=begun)
+        alone, expected = fit_mask(rollouts, runs, lambda _: None)
+        assert sum(spent) == new * len(prompts)
+        assert list(begun) == [tuple(runs[: count + 1]) for count in range(len(runs))]
+        for got, wanted in zip(mask.coefficients, alone.coefficients, strict=True):
+            assert (got is None) == (wanted is None)
+            assert got is None or wanted is None or torch.equal(got, wanted)
+        for state, other in zip(states, expected, strict=True):
+            assert torch.equal(state.latent, other.latent)
+            assert len(state.returned) == len(other.returned)
 
 
 def test_an_interrupted_search_resumes(
