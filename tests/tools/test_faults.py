@@ -32,7 +32,7 @@ KINDS = [
 def test_no_fault_ends_in_a_raw_error_or_a_wrong_result(kind: str, tmp_path: Path) -> None:
     """In a process of its own, which others are forked from."""
     command = [sys.executable, "-m", "ditfastattn.tools.faults.run", "--only", kind]
-    command += ["--trials", "12", "--out", str(tmp_path / "faults.md")]
+    command += ["--trials", "6", "--out", str(tmp_path / "faults.md")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
