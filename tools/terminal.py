@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -35,7 +38,7 @@ class Advance(Protocol):
 def progress_bar(
     console: Console, description: str, total: float | None = 1.0, percentage_of: str = ""
 ) -> Generator[Advance]:
-    """Show a progress bar, and yield a function that advances it.
+    """Show a progress bar, and yield a function that advances it, or raises a Ctrl-C that was lost.
 
     Args:
         console: where to show it.
@@ -47,13 +50,44 @@ def progress_bar(
     if percentage_of:
         shown = "{task.percentage:3.0f}% of {task.fields[whole]}"
         columns.append(TextColumn(shown, markup=False))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+    progress = Progress(*columns, TimeElapsedColumn(), console=console)
+    with _interrupts_noticed() as raise_lost, progress as bar:
         task = bar.add_task(description, total=total, whole=percentage_of)
 
         def advance(description: str, done: float, total: float | None = None) -> None:
+            raise_lost()
             bar.update(task, description=description, completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def _interrupts_noticed() -> Generator[Callable[[], None]]:
+    """Yield a function that raises a Ctrl-C again that was lost.
+
+    Python drops an exception that is raised in a finalizer, or in a callback from C code that looks at
+    no errors. A Ctrl-C that comes at such a time would do nothing.
+    """
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.default_int_handler(number, frame)
+
+    def raise_lost() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_lost
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield raise_lost
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

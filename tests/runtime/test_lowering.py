@@ -73,7 +73,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
         seen.append(module)
         return lambda *inputs: module(*inputs)
 
-    monkeypatch.setattr(lowering, "compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     monkeypatch.setattr(lowering, "_compiled", weakref.WeakValueDictionary())
     return seen
 
@@ -88,7 +88,7 @@ def test_inductor_is_told_the_environment_that_its_cache_on_disk_asks_for(
         seen.append(mode and mode.shape_env)
         return lambda *inputs: module(*inputs)
 
-    monkeypatch.setattr(lowering, "compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     tiny = tiny_dit()
     tiny.run(planned(tiny, uniform_plan(tiny, Strategy.SHARE_STEP)))
     assert seen

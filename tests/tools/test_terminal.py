@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -308,3 +309,24 @@ def test_help_texts_survive_typers_markup_parser(command: Callable[..., None]) -
     options = [item for hint in hints for item in getattr(hint, "__metadata__", ())]
     texts = [inspect.getdoc(command) or "", *(option.help for option in options)]
     assert [Text.from_markup(text).plain for text in texts] == texts
+
+
+class Swallows:
+    """Is interrupted as it dies, where Python drops exceptions."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_progress() -> None:
+    went_on = False
+    with (
+        pytest.raises(KeyboardInterrupt),
+        terminal.progress_bar(terminal.open_console(), "searching") as advance,
+    ):
+        Swallows()
+        went_on = True
+        advance("searching", 0.5)
+    assert went_on
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ditfastattn.core.errors import VerifyError
@@ -106,6 +105,8 @@ def choose_row(errors: Sequence[dict[Strategy, float]], costs: CostTable, budget
 
     One binary variable per site and candidate; a site takes one candidate at most, or stays full.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second's import
+
     choices = [
         (site, strategy, error)
         for site, candidates in enumerate(errors)

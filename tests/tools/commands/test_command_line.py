@@ -143,7 +143,6 @@ def finished(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -156,29 +155,35 @@ def finished(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     ],
     ids=lambda item: "-".join(item) if isinstance(item, list) else None,
 )
-def test_a_shell_sees_the_documented_exit_code_and_no_traceback(
-    words: list[str], code: int, said: str, tmp_path: Path
+def test_a_command_ends_with_the_documented_exit_code_and_no_traceback(
+    words: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     make_plan(sites=2, steps=5).save(tmp_path / "one.json")
     make_plan(sites=2, steps=6).save(tmp_path / "other.json")
-    done = finished(words, tmp_path)
-    assert done.returncode == code, done.stderr
-    shown = done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["ditfastattn", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    assert (ended.value.code or 0) == code
+    shown = "".join(capfd.readouterr())
     assert said in shown
     assert "Traceback" not in shown
     if words == ["doctor"]:
         assert max(map(len, shown.splitlines())) <= 80
 
 
-def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Press Ctrl-C, and again where a callback within torch has swallowed it, as users do."""
-    for _ in range(4):
-        process.send_signal(signal.SIGINT)
-        try:
-            return process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-    pytest.fail("the command does not end")
+@pytest.mark.slow
+def test_a_shell_sees_the_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    done = finished(["inspect", "absent.json"], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "remedy:   run `ditfastattn calibrate`" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -188,7 +193,8 @@ def test_ctrl_c_ends_a_search_with_the_command_that_resumes_it(tmp_path: Path) -
         deadline = time.monotonic() + 300.0
         while not (tmp_path / "plan.json.search").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        out, err = interrupted(process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "to resume, run: " in err
     assert "calibrate --min-ssim 0.9 --steps 20 --out plan.json" in err
