@@ -1,10 +1,10 @@
 """Interpret a plan eagerly, one call at a time: slow, obvious, and the oracle.
 
 It uses neither graphs nor exit nodes. While the mode is active, every call of
-``scaled_dot_product_attention`` and of ``linear`` is counted, and the plan's strategy for that site
-decides what it returns. Sharing a step *before* the output projection gives the same result as
-sharing it after, since the projection sees nothing else; so this checks the analysis of exit nodes
-too.
+``scaled_dot_product_attention`` is counted and every call of ``linear`` known by its weight, and
+the plan's strategy for that site decides what it returns. Sharing a step *before* the output
+projection gives the same result as sharing it after, since the projection sees nothing else; so
+this checks the analysis of exit nodes too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.capture.plain_tensors import is_plain
+from ditfastattn.passes.graph.origin import readable_path
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow
@@ -45,7 +47,7 @@ class PlanInterpreter(TorchFunctionMode):
 
     For example::
 
-        reference = PlanInterpreter(strategies, sites, layout)
+        reference = PlanInterpreter(model, strategies, sites, layout)
         for step in range(steps):
             with reference.step(step):
                 output = model(...)
@@ -54,15 +56,16 @@ class PlanInterpreter(TorchFunctionMode):
 
     def __init__(
         self,
+        model: nn.Module,
         strategies: Sequence[Sequence[Strategy]],
         sites: Sequence[Site],
         layout: CfgLayout,
     ) -> None:
-        """Take ``strategies[step][site]``.
+        """Take ``strategies[step][site]``, and the model that will be called.
 
         Of ``sites`` it needs their windows and their positions: an attention's among all attention
-        calls of the model, that of a feed-forward's last linear among all linear calls. Ranges of
-        blocks are run by ``interpreted_ranges``, and the whole output by the caller.
+        calls of the model, that of a feed-forward's last linear among the calls with its weight.
+        Ranges of blocks are run by ``interpreted_ranges``, and the whole output by the caller.
 
         Raises:
             ValueError: a site is not such a call, as where attention is written as products.
@@ -78,16 +81,23 @@ class PlanInterpreter(TorchFunctionMode):
         self._strategies = strategies
         self._described = sites
         self._layout = layout
+        self._model = model  # so that no address is used again
+        self._weights: dict[int, str] = {}  # names by identity; the first one of a shared weight
+        names: dict[str, str] = {}
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if is_plain(parameter):  # what is computed from others is counted
+                names[readable_path(path)] = self._weights.setdefault(id(parameter), path)
         self._sites: dict[tuple[Any, int], list[int]] = {}  # several where heads are split
         for index, site in enumerate(sites):
             if site.kind.holds_others:
                 continue
-            func = linear if site.kind is SiteKind.FEED_FORWARD else _ATTENTION
+            of_feed_forward = site.kind is SiteKind.FEED_FORWARD
+            func = (linear, names.get(site.weight, "")) if of_feed_forward else _ATTENTION
             self._sites.setdefault((func, site.ordinal), []).append(index)
         self._branches = [_Branch(), _Branch()]
         self._branch = self._branches[0]
         self._hidden = self.now = self.call = 0
-        self.calls: Counter[Any] = Counter()  # of this call of the model, by function
+        self.calls: Counter[Any] = Counter()  # of this call of the model, by function and weight
 
     def step(self, step: int, call: int = 0) -> PlanInterpreter:
         """Make ``step`` current; use the result as a context around the model's call.
@@ -135,8 +145,9 @@ class PlanInterpreter(TorchFunctionMode):
             # If it dispatched by itself, the calls that it makes would not be seen.
             with self, patch.object(functional, "has_torch_function", lambda _: False):
                 return func(*args, **keywords)
-        sites = self._sites.get((func, self.calls[func]), [])
-        self.calls[func] += 1
+        called = (linear, self._weight(*args, **keywords)) if func is linear else func
+        sites = self._sites.get((called, self.calls[called]), [])
+        self.calls[called] += 1
         if not sites:
             return func(*args, **keywords)
         if func is linear:
@@ -153,6 +164,10 @@ class PlanInterpreter(TorchFunctionMode):
             for site, call in zip(sites, calls, strict=True)
         ]
         return torch.cat(outputs, dim=-3)
+
+    def _weight(self, _: Tensor, weight: Tensor, *__: Any, **___: Any) -> str:
+        """Return the name of a linear's weight, "" where that is not one of the model's own."""
+        return self._weights.get(id(weight), "")
 
     def _run(self, site: int, compute: Callable[[Strategy], Tensor]) -> Tensor:
         """Return the output of ``site``, reused or from ``compute``, and record it."""

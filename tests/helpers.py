@@ -63,7 +63,7 @@ class TinyModel:
         layout: CfgLayout,
     ) -> list[Tensor]:
         """Run the plan interpreter."""
-        interpreter = PlanInterpreter(strategies, sites, layout)
+        interpreter = PlanInterpreter(self.model, strategies, sites, layout)
         results: list[Tensor] = []
         for step in range(len(strategies)):
             with torch.no_grad(), interpreter.step(step):

@@ -82,7 +82,12 @@ class MixedPlan:
         """Return the images of a generation whose transformer the plan interpreter runs."""
         spans = self.plan.sampler.spans
         interpreters = [  # each phase is interpreted as a generation of its own
-            PlanInterpreter(self.plan.strategies[steps.start : steps.stop], self.sites, layout)
+            PlanInterpreter(
+                pipeline.transformer,
+                self.plan.strategies[steps.start : steps.stop],
+                self.sites,
+                layout,
+            )
             for steps, layout in spans
         ]
         calls = iter(calls_in_order(spans))

@@ -8,11 +8,14 @@ embedders, which precede all attention.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, users_outside, value
 
 _LINEAR = aten.linear.default
@@ -59,6 +62,23 @@ def find_feed_forwards(graph: Graph, is_static: Callable[[Node], bool]) -> list[
             linears = (*sorted(sources, key=order.__getitem__), linear)
             found.setdefault(exits[0], FeedForward(linears, ordinal, exits[0]))
     return list(found.values())
+
+
+def linear_calls(captured: CapturedGraph) -> dict[Node, tuple[str, int]]:
+    """Return the weight of each linear, and the linear's place among the calls with that weight.
+
+    A weight is called as the model calls it, or "" where it is computed, as from a quantized one.
+    """
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    named = zip(placeholders, captured.inputs, strict=True)
+    names: dict[Any, str] = {node: entry.name for node, entry in named if entry.static}
+    seen: Counter[str] = Counter()
+    found: dict[Node, tuple[str, int]] = {}
+    for linear in calls(captured.module.graph, _LINEAR):
+        weight = names.get(linear.args[1], "")
+        found[linear] = weight, seen[weight]
+        seen[weight] += 1
+    return found
 
 
 def closure(graph: Graph, starts: Iterable[Node], is_static: Callable[[Node], bool]) -> set[Node]:

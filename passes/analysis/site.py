@@ -46,12 +46,13 @@ class Site:
     """Describe one site of a captured graph: an attention, or a feed-forward as one head.
 
     ``node`` and ``exits`` name graph nodes; ``node`` is the attention, or where the feed-forward
-    leaves. ``ordinal`` is the place among the model's calls of attention, or of linear; -1 where
-    the model spells attention otherwise. ``text`` counts the tokens before and after the image's,
-    in joint attention. ``grid`` is that of the image's tokens, time first, () where none is known;
-    ``no_grid`` says why there is none. ``windows`` are the forms that fit, the one chosen is
-    ``window``, 0 where none is legal: ``no_window`` says why. ``no_shared_guidance`` says why the
-    halves of a batch cannot share this site, "" where they can.
+    leaves. ``ordinal`` is the place among the model's calls of attention, or among its calls of
+    linear with ``weight``, a feed-forward's last one; -1 where the model spells attention
+    otherwise. ``text`` counts the tokens before and after the image's, in joint attention.
+    ``grid`` is that of the image's tokens, time first, () where none is known; ``no_grid`` says
+    why there is none. ``windows`` are the forms that fit, the one chosen is ``window``, 0 where
+    none is legal: ``no_window`` says why. ``no_shared_guidance`` says why the halves of a batch
+    cannot share this site, "" where they can.
     A group of the heads of another site, ``whole``, begins at ``first_head``; ``node`` of that one
     puts its groups together. ``cache_dtype`` is what a plan has its caches kept in.
     Of the whole output (see ``output_site``), ``latent`` names the input that is denoised, and
@@ -85,6 +86,7 @@ class Site:
     ends: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     cache_dtype: CacheDtype | None = None
+    weight: str = ""
 
     @property
     def axes(self) -> str:

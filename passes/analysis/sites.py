@@ -19,7 +19,12 @@ from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.attention import kind_of, why_no_window
-from ditfastattn.passes.analysis.feed_forwards import FeedForward, closure, find_feed_forwards
+from ditfastattn.passes.analysis.feed_forwards import (
+    FeedForward,
+    closure,
+    find_feed_forwards,
+    linear_calls,
+)
 from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
@@ -79,22 +84,27 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
         node = find(graph, other.node)
         name = _unique(module_path(node) or node.name, names)
         declined.append(DeclinedAttention(name, -1, other.reason))
+    linears = linear_calls(captured)
     for branch in find_feed_forwards(graph, ancestry.is_static):
         if latent and latent not in ancestry.roots(branch.exit):
             continue  # of the text alone: computed once per generation
         path = _common_path([module_path(linear) for linear in branch.linears])
         name = _unique(path or f"feed_forward.{branch.ordinal}", names)
-        sites.append(_describe_feed_forward(branch, name, ancestry))
+        call = linears[branch.linears[-1]]
+        sites.append(_describe_feed_forward(branch, name, call, ancestry))
     order = {node.name: position for position, node in enumerate(graph.nodes)}
     sites.sort(key=lambda site: order[site.node])
     return SiteReport(tuple(sites), tuple(declined))
 
 
-def _describe_feed_forward(branch: FeedForward, name: str, ancestry: Ancestry) -> Site:
+def _describe_feed_forward(
+    branch: FeedForward, name: str, call: tuple[str, int], ancestry: Ancestry
+) -> Site:
     width = value(branch.exit).shape[-1]
     return Site(
         name=name,
-        ordinal=branch.ordinal,
+        weight=call[0],
+        ordinal=call[1],
         node=branch.exit.name,
         exits=(branch.exit.name,),
         kind=SiteKind.FEED_FORWARD,

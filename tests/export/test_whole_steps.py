@@ -68,7 +68,7 @@ def mixed_plan(tiny: TinyModel, layout: CfgLayout = CfgLayout.COND_FIRST) -> Pla
 
 def interpreted(tiny: TinyModel, plan: Plan) -> list[Tensor]:
     _, sites = capture_every_site(tiny)
-    interpreter = PlanInterpreter(plan.strategies, sites, plan.sampler.cfg_layout)
+    interpreter = PlanInterpreter(tiny.model, plan.strategies, sites, plan.sampler.cfg_layout)
     whole, found = WholeSteps(json.loads(plan.model_dump_json())), []
     for step in range(STEPS):
         call = tiny.call(step, 4)

@@ -166,7 +166,7 @@ def inputs_of(case: Case, step: int, call: int) -> list[Tensor]:
 
 def interpreted(case: Case) -> list[Tensor]:
     inner = [site for site in case.sites if site.kind is not SiteKind.OUTPUT]
-    interpreter = PlanInterpreter(case.rows, inner, case.layout)
+    interpreter = PlanInterpreter(case.tiny.model, case.rows, inner, case.layout)
     wholes = [WholeSteps(as_json(case), call) for call in range(case.layout.calls)]
     found: list[Tensor] = []
     with torch.no_grad(), interpreting(interpreter, case.tiny.model, inner):

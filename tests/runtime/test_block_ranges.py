@@ -46,7 +46,7 @@ def plan_of(tiny: TinyModel, sites: tuple[Site, ...], rows: Rows) -> Plan:
 
 
 def interpreted(tiny: TinyModel, sites: tuple[Site, ...], rows: Rows) -> list[Tensor]:
-    interpreter = PlanInterpreter(rows, sites, CfgLayout.COND_FIRST)
+    interpreter = PlanInterpreter(tiny.model, rows, sites, CfgLayout.COND_FIRST)
     found: list[Tensor] = []
     with torch.no_grad(), interpreting(interpreter, tiny.model, sites):
         for step in range(STEPS):
@@ -93,7 +93,7 @@ def test_they_compose_with_sites_other_ranges_and_the_output(name: str, tmp_path
     sites, rows = with_output(tiny, *with_ranges(inner, ranges, seed=5))
     plan = plan_of(tiny, sites, rows)
     assert Plan.parse(plan.model_dump_json()) == plan
-    interpreter = PlanInterpreter(rows, sites, CfgLayout.COND_FIRST)
+    interpreter = PlanInterpreter(tiny.model, rows, sites, CfgLayout.COND_FIRST)
     whole, expected = WholeSteps(json.loads(plan.model_dump_json())), []
     with torch.no_grad(), interpreting(interpreter, tiny.model, sites):
         for step in range(STEPS):

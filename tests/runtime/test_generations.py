@@ -120,7 +120,7 @@ def test_guidance_may_be_shared_at_the_first_step(name: str, steps: Sequence[Str
     every = captured_once(tiny, BATCH).every
     plan = plan_of(tiny, steps, TIMES, CfgLayout.SEPARATE)
     calls = [(step, branch) for step in range(len(steps)) for branch in range(2)]
-    interpreter = PlanInterpreter(plan.strategies, every, CfgLayout.SEPARATE)
+    interpreter = PlanInterpreter(tiny.model, plan.strategies, every, CfgLayout.SEPARATE)
     expected = []
     for step, branch in calls:
         with torch.no_grad(), interpreter.step(step, branch):

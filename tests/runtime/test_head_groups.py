@@ -119,7 +119,7 @@ def test_guidance_in_two_calls_equals_the_reference(name: str, seed: int) -> Non
     sites = split(tiny, 4, batch=2).every
     layout = CfgLayout.SEPARATE
     rows = some_rows(sites, seed)
-    interpreter = PlanInterpreter(rows, sites, layout)
+    interpreter = PlanInterpreter(tiny.model, rows, sites, layout)
     plan = head_plan(tiny, 4, rows, layout)
     options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
     torch._dynamo.reset()

@@ -110,7 +110,7 @@ def test_the_interpreter_attends_half_and_stores_it_twice() -> None:
     rows = rows_of(sites, (R, W))
 
     def residuals(layout: CfgLayout) -> Tensor:
-        interpreter = PlanInterpreter(rows, sites, layout)
+        interpreter = PlanInterpreter(tiny.model, rows, sites, layout)
         with torch.no_grad(), interpreter.step(0):
             tiny.model(**tiny.call(0, 4))
         return interpreter._branch.residuals[0]

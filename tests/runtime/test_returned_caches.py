@@ -87,7 +87,7 @@ def written_over(tiny: TinyModel, model: Any) -> list[Tensor]:
 def interpreted(tiny: TinyModel, strategy: Strategy) -> list[Tensor]:
     _, sites = capture_every_site(tiny)
     rows = uniform_strategies(sites, strategy)
-    interpreter = PlanInterpreter(rows, sites, CfgLayout.COND_FIRST)
+    interpreter = PlanInterpreter(tiny.model, rows, sites, CfgLayout.COND_FIRST)
     results: list[Tensor] = []
     for step in range(len(TIMESTEPS)):
         with torch.no_grad(), interpreter.step(step):

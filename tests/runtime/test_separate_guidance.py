@@ -88,7 +88,7 @@ def run(tiny: TinyModel, model: Any) -> list[Tensor]:
 
 def reference(tiny: TinyModel, rows: Rows) -> list[Tensor]:
     sites = captured_once(tiny, BATCH).every
-    interpreter = PlanInterpreter(rows, sites, CfgLayout.SEPARATE)
+    interpreter = PlanInterpreter(tiny.model, rows, sites, CfgLayout.SEPARATE)
     results: list[Tensor] = []
     for step in range(STEPS):
         for lane in range(2):

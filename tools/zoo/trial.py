@@ -21,11 +21,11 @@ from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.prepare import ExportOptions
-from ditfastattn.passes.analysis.feed_forwards import closure
+from ditfastattn.passes.analysis.feed_forwards import closure, linear_calls
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
-from ditfastattn.passes.graph.ir import VIEWS, aten, calls, find
+from ditfastattn.passes.graph.ir import VIEWS, aten, find
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, legal_strategies, why_not
@@ -226,11 +226,12 @@ def _not_affine(captured: CapturedCall, sites: Sequence[Site]) -> frozenset[str]
     positions = [i for i, entry in enumerate(captured.graph.inputs) if entry.static]
     inputs = graph.find_nodes(op="placeholder")
     static = {inputs[position] for position in positions}
+    linears = {call: node for node, call in linear_calls(captured.graph).items()}
     found: set[str] = set()
     for site in sites:
         start = find(graph, site.node)
         if site.kind is SiteKind.FEED_FORWARD:  # its last linear
-            start = calls(graph, aten.linear.default)[site.ordinal]
+            start = linears[site.weight, site.ordinal]
         inside = closure(graph, [start], static.__contains__) - {start}
         if any(node.target not in _AFFINE for node in inside):
             found.add(site.name)
@@ -273,7 +274,7 @@ def reference(
     whole: Sequence[str] = (),
 ) -> list[Tensor]:
     """Return the plan interpreter's outputs; it does not look into the modules ``whole``."""
-    interpreter = PlanInterpreter(plan.strategies, sites, plan.sampler.cfg_layout)
+    interpreter = PlanInterpreter(model, plan.strategies, sites, plan.sampler.cfg_layout)
     results: list[Tensor] = []
     for step, call in enumerate(calls):
         parts = map(model.get_submodule, whole)

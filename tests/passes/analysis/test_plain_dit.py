@@ -190,7 +190,9 @@ def test_a_mixed_plan_on_a_hand_written_dit_is_the_interpreters(
     torch._dynamo.reset()
     planned = torch.compile(made, backend="ditfastattn", fullgraph=True, options=options)
     # The interpreter intercepts calls of attention: it runs the twin that makes them.
-    interpreter = PlanInterpreter(rows, capture_call(twin, call(0)).every, CfgLayout.COND_FIRST)
+    interpreter = PlanInterpreter(
+        twin, rows, capture_call(twin, call(0)).every, CfgLayout.COND_FIRST
+    )
     expected, got, dense = [], [], []
     with torch.no_grad():
         for step in range(STEPS):
