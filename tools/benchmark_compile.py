@@ -32,7 +32,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.timing import measure_pairs, measure_turns
-from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.benchmarking.dispatch import (
     EmptiedSteps,
     dispatch_seconds,
@@ -167,8 +167,8 @@ def dispatch(
     same without our checks (of weights, and of latents and conditions), and the guards of
     ``torch.compile`` alone.
     """
-    loaded, pipeline = Plan.load(plan), DEMO.open()
-    prompt = Prompt({**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}, 0)
+    loaded, pipeline = Plan.load(plan), DIGITS.open()
+    prompt = Prompt({**DIGITS.call(3), "num_inference_steps": loaded.sampler.steps}, 0)
     checked, bare = _ours(pipeline, plan=loaded), _guards_alone(pipeline)
     unchecked = _ours(pipeline, plan=loaded, check_weights="never")
     calls = recorded_calls(pipeline, prompt)

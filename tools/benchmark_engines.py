@@ -16,7 +16,7 @@ import typer
 import ditfastattn
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.tensorrt.engines import Engines, Layout
-from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.benchmarking.plans import four_variants
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
@@ -30,8 +30,8 @@ def run(
     target: Annotated[str, typer.Option(help="Compute capability.")] = "sm89",
 ) -> None:
     """Export the demo in fp16, dense and with four step variants; build it in all layouts."""
-    pipeline = DEMO.open()
-    call = {**DEMO.call(3), "num_inference_steps": 8}
+    pipeline = DIGITS.open()
+    call = {**DIGITS.call(3), "num_inference_steps": 8}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

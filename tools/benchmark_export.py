@@ -32,7 +32,7 @@ from ditfastattn.runtime.search.measure.contender import (
     planned_contender,
 )
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
-from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.benchmarking.plans import four_variants, make_pipeline, make_plan
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 from ditfastattn.tools.terminal import open_console
@@ -51,8 +51,8 @@ def run(
 ) -> None:
     """Export the demo dense, by a plan and with four variants; measure speed and size."""
     loaded = Plan.load(plan)
-    pipeline = DEMO.open()
-    call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
+    pipeline = DIGITS.open()
+    call = {**DIGITS.call(3), "num_inference_steps": loaded.sampler.steps}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         plans = {"dense": None, "planned": loaded, "four variants": four_variants(pipeline, call)}
@@ -83,8 +83,8 @@ def memory(
 ) -> None:
     """Measure the memory of bundles when loaded and at their peak, each in its own process."""
     loaded = Plan.load(plan)
-    pipeline = DEMO.open()
-    call = {**DEMO.call(3), "num_inference_steps": loaded.sampler.steps}
+    pipeline = DIGITS.open()
+    call = {**DIGITS.call(3), "num_inference_steps": loaded.sampler.steps}
     plans = {"dense": None, "planned": loaded, "four variants": four_variants(pipeline, call)}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -144,8 +144,8 @@ def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
 @app.command(hidden=True)
 def weigh(folder: Path, low_memory: bool = False) -> None:
     """Print the memory that a bundle takes: when loaded, and at the peak of a generation."""
-    pipeline = DEMO.open()
-    call = {**DEMO.call(3), "num_inference_steps": 20}
+    pipeline = DIGITS.open()
+    call = {**DIGITS.call(3), "num_inference_steps": 20}
     trim_memory()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     before = process_memory()

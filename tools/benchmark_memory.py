@@ -32,7 +32,7 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import planned_contender
 from ditfastattn.runtime.search.measure.session import Session, open_session
-from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 from ditfastattn.tools.terminal import open_console
 
@@ -63,8 +63,8 @@ def run(
 
 def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
     """Count what ``plan`` keeps, and measure it in its own process."""
-    pipeline = DEMO.open()
-    with open_session(pipeline, Prompt({**DEMO.call(0), "num_inference_steps": 2}, 0)) as session:
+    pipeline = DIGITS.open()
+    with open_session(pipeline, Prompt({**DIGITS.call(0), "num_inference_steps": 2}, 0)) as session:
         counted = _cache_bytes(session, plan.strategies)
     command = [sys.executable, "-m", "ditfastattn.tools.benchmark_memory", "weigh", str(path)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -76,8 +76,8 @@ def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
 @app.command(hidden=True)
 def weigh(path: Path) -> None:
     """Print the peak memory of a warm generation of the demo, and the prediction."""
-    plan, pipeline = Plan.load(path), DEMO.open()
-    prompt = Prompt({**DEMO.call(3), "num_inference_steps": plan.sampler.steps}, 0)
+    plan, pipeline = Plan.load(path), DIGITS.open()
+    prompt = Prompt({**DIGITS.call(3), "num_inference_steps": plan.sampler.steps}, 0)
     contender = planned_contender(pipeline, plan, [prompt], Lowering.INDUCTOR)
     contender.warm_up()
     (report,) = reports()

@@ -32,7 +32,7 @@ from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.measure.timing import measure_turns
 from ditfastattn.runtime.search.record.record_plan import record_plan
-from ditfastattn.tools.bench.models import DEMO
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.bench.random_models import pixart, random_pipeline
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
@@ -47,7 +47,7 @@ def _models() -> dict[str, tuple[Any, Any]]:
     text_to_image = pixart(32, 6, 6, 32, caption=4096, text=300)
     text_to_image = replace(text_to_image, shape=(4, 64, 64))  # 1024 tokens
     return {
-        "demo": (DEMO.open(), DEMO.call(0)),
+        "digits": (DIGITS.open(), DIGITS.call(0)),
         "pixart, 6 layers, 300 text tokens": (random_pipeline(text_to_image), {"image": [0]}),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +22,7 @@ from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.search.options import SearchOptions
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.demo import compile_ahead, plans, record, result, run
-from ditfastattn.tools.embedded import EmbeddedModel, embedded_model
+from ditfastattn.tools.embedded import EmbeddedModel, ModelName, embedded_model
 from ditfastattn.tools.savings import Prices, Shortcut, saved_entries, savings
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
@@ -52,6 +53,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
         calibration={"class_labels": [1]},
         held_out={"class_labels": [2]},
         compared={"class_labels": [3, 4]},
+        method=Method.AUTO,
+        least_ssim=(0.99, 0.95, 0.85),
         obeyed="half of the images",
         reads_back=lambda images, call: torch.tensor(call["class_labels"]) == 3,
     )
@@ -61,7 +64,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
         plan = plan_for(open_tiny(), call, strategies, Target.min_ssim(0.01))
         plan.save(made.plans / f"{name}.json")
     for module in (record, run, compile_ahead):
-        monkeypatch.setattr(module, "embedded_model", lambda: made)
+        monkeypatch.setattr(module, "embedded_model", lambda _: made)
     return made
 
 
@@ -74,7 +77,7 @@ def eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
             return make(*arguments[:-1], Lowering.EAGER)
 
         monkeypatch.setattr(run, name, lowered)
-    monkeypatch.setattr(run, "compiling_ahead", lambda _: compile_ahead.compiling_ahead([]))
+    monkeypatch.setattr(run, "compiling_ahead", lambda *_: nullcontext())
 
 
 @pytest.mark.parametrize("lowering", slow_but({Lowering.EAGER}, Lowering))
@@ -124,8 +127,9 @@ def test_plans_of_other_weights_are_refused(model: EmbeddedModel) -> None:
     assert "--calibrate" in str(refused.value)
 
 
-def test_the_shipped_plans_are_of_the_shipped_weights() -> None:
-    found = plans.shipped_plans(embedded_model())
+@pytest.mark.parametrize("name", ModelName)
+def test_the_shipped_plans_are_of_the_shipped_weights(name: ModelName) -> None:
+    found = plans.shipped_plans(embedded_model(name))
     assert [each.name for each in found] == ["strict", "middle", "loose"]
     for each in found:
         target, held_out = each.plan.calibration.target, each.plan.calibration.held_out
@@ -173,11 +177,11 @@ def test_options_of_a_search_need_one() -> None:
 
 
 def test_contenders_of_other_steps_are_refused_before_anything_runs() -> None:
-    record = Path(__file__).parents[2] / "benchmarks/bench/demo-20.json"
-    words = ["demo", "--calibrate", "--steps", "30", "--peers", str(record)]
+    record = Path(__file__).parents[2] / "benchmarks/bench/digits-20.json"
+    words = ["demo", "--model", "digits", "--calibrate", "--steps", "30", "--peers", str(record)]
     refused = CliRunner().invoke(cli.app, words)
     assert isinstance(refused.exception, ConfigError)
-    assert "demo, 30 steps" in str(refused.exception)
+    assert "digits, 30 steps" in str(refused.exception)
 
 
 def test_an_interrupted_demo_says_how_to_resume(
@@ -202,10 +206,11 @@ def test_identical_images_have_ssim_one_and_other_images_do_not() -> None:
     assert other.psnr == pytest.approx(20.0, abs=1.0)  # an error of 0.1: -20 log10(0.1) = 20 dB
 
 
+@pytest.mark.parametrize("model_name", ModelName)
 @pytest.mark.parametrize("name", ["strict", "middle", "loose"])
-def test_a_search_takes_about_as_long_as_estimated(name: str) -> None:
+def test_a_search_takes_about_as_long_as_estimated(name: str, model_name: ModelName) -> None:
     """By the searches of the embedded plans: a session of as many sites and steps."""
-    plan = Plan.load(embedded_model().plans / f"{name}.json")
+    plan = Plan.load(embedded_model(model_name).plans / f"{name}.json")
     target = plan.calibration.target
     assert target is not None
     assert plan.calibration.calibrated is not None

@@ -120,15 +120,17 @@ def test_a_report_draws_charts_only_of_what_is_known() -> None:
 
 
 def test_a_benchmarks_record_puts_its_contenders_into_the_chart() -> None:
-    path = Path(__file__).parents[2] / "benchmarks/bench/demo-20.json"
-    peers = recorded_contenders(path, "demo", 20, "dense-eager")
+    path = Path(__file__).parents[2] / "benchmarks/bench/digits-20.json"
+    peers = recorded_contenders(path, "digits", 20, "dense-eager")
     names = [name.partition(" (recorded, ")[0] for name in peers]
     assert {"taylorseer-lite", "fewer-steps"} <= set(names)
     assert "dense-eager" not in names
     drawn = render(replace(a_report(), frontier={**a_report().frontier, **peers}))
     assert "taylorseer-lite (recorded, " in drawn
-    with pytest.raises(ConfigError, match=r"(?s)other generations.*demo, 20 steps.*demo, 30 steps"):
-        recorded_contenders(path, "demo", 30, "dense-eager")
+    with pytest.raises(
+        ConfigError, match=r"(?s)other generations.*digits, 20 steps.*digits, 30 steps"
+    ):
+        recorded_contenders(path, "digits", 30, "dense-eager")
 
 
 def test_sites_declined_alike_are_one_line() -> None:

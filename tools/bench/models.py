@@ -12,6 +12,8 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from ditfastattn.tools.embedded import ModelName, embedded_model
+from ditfastattn.tools.emoji.recipe import VOCABULARY
 
 FIRST_TEST_SEED = (
     1000  # searches use seeds from 0 and 500, so that no test image is one they have seen
@@ -58,21 +60,36 @@ class BenchModel:
         return {**self.calibration, "num_inference_steps": steps}
 
 
-def _digits() -> Any:
-    from ditfastattn.tools.digits_pipeline import embedded_pipeline
-
-    pipeline = embedded_pipeline()
-    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
+def _open_quietly(name: ModelName) -> Any:
+    pipeline = embedded_model(name).open()
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-DEMO = BenchModel(
-    name="demo",
-    open=_digits,
+DIGITS = BenchModel(
+    name=ModelName.DIGITS,
+    open=lambda: _open_quietly(ModelName.DIGITS),
     call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
     calibration={"class_labels": [0, 3, 5, 8, 1, 2, 6, 7], "guidance_scale": 2.0},
     conditional_first=True,
 )
+
+
+_CAPTIONS = VOCABULARY.captions()  # the next of 29 places on is of another thing and hue
+
+EMOJI = BenchModel(
+    name=ModelName.EMOJI,
+    open=lambda: _open_quietly(ModelName.EMOJI),
+    call=lambda index: {
+        "prompt": [str(_CAPTIONS[(29 * index + 3) % len(_CAPTIONS)])],
+        "guidance_scale": 2.5,
+    },
+    calibration={
+        "prompt": [str(_CAPTIONS[(53 * index) % len(_CAPTIONS)]) for index in range(8)],
+        "guidance_scale": 2.5,
+    },
+)
+_EMBEDDED = {model.name: model for model in (DIGITS, EMOJI)}
 
 
 def pipeline_model(name: str, pipeline: Any, call: Mapping[str, Any]) -> BenchModel:
@@ -109,21 +126,21 @@ def _timestep_scale(pipeline: Any, call: Mapping[str, Any]) -> float:
 
 
 def model_named(name: str) -> BenchModel:
-    """Return the model called ``name``: the demo, or one with random weights.
+    """Return the model called ``name``: an embedded one, or one with random weights.
 
     Raises:
         ConfigError: there is no such model.
     """
     from ditfastattn.tools.bench.random_models import ARCHITECTURES, random_pipeline
 
-    if name == DEMO.name:
-        return DEMO
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]
     if name not in ARCHITECTURES:
         raise ConfigError(
             "there is no such model",
             where="--model",
             got=name,
-            expected=", ".join([DEMO.name, *ARCHITECTURES]),
+            expected=", ".join([*_EMBEDDED, *ARCHITECTURES]),
         )
     architecture = ARCHITECTURES[name]()
     return BenchModel(

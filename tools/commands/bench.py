@@ -24,7 +24,7 @@ from ditfastattn.tools.commands.options import (
 )
 from ditfastattn.tools.terminal import open_console, print_json
 
-ModelName = Annotated[str, typer.Option(help="demo, or the name of a model with random weights.")]
+Model = Annotated[str, typer.Option(help="digits, emoji, or one with random weights.")]
 PipelineInstead = Annotated[
     str, typer.Option(help="A pipeline instead of the model: a folder or an id on the hub.")
 ]
@@ -52,7 +52,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figures.")]
 
 
 def bench(
-    model: ModelName = "demo",
+    model: Model = "digits",
     pipeline: PipelineInstead = "",
     classes: Classes = "0,3,5,8",
     prompts: Prompts = None,

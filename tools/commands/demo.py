@@ -1,4 +1,4 @@
-"""``ditfastattn demo``: the embedded model, dense and by three plans, side by side."""
+"""``ditfastattn demo``: an embedded model, dense and by three plans, side by side."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import typer
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.tools.commands.interrupts import resumable
 from ditfastattn.tools.commands.options import Json
+from ditfastattn.tools.embedded import ModelName, embedded_model
 from ditfastattn.tools.terminal import open_console, print_json, spinner
 
 _SEARCH = "With --calibrate"
 
+Model = Annotated[ModelName, typer.Option(help="The embedded model to run.")]
 Out = Annotated[Path, typer.Option(help="Folder for the plans, pictures and measurements.")]
 Repetitions = Annotated[
     int, typer.Option(min=3, help="Images to generate with each model, each of them timed.")
@@ -22,10 +24,12 @@ Calibrate = Annotated[
     bool, typer.Option(help="Search a plan here, instead of the plans that come with the model.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=2, help="Sampler steps. Default: 20.", rich_help_panel=_SEARCH)
+    int | None,
+    typer.Option(min=2, help="Sampler steps. Default: the model's.", rich_help_panel=_SEARCH),
 ]
 GuidanceScale = Annotated[
-    float | None, typer.Option(help="Guidance scale. Default: 2.", rich_help_panel=_SEARCH)
+    float | None,
+    typer.Option(help="Guidance scale. Default: the model's.", rich_help_panel=_SEARCH),
 ]
 WorstSsim = Annotated[
     float | None,
@@ -46,6 +50,7 @@ Peers = Annotated[
 
 
 def demo(
+    model: Model = ModelName.EMOJI,
     out: Out = Path("ditfastattn-demo"),
     repetitions: Repetitions = 5,
     calibrate: Calibrate = False,
@@ -73,20 +78,15 @@ def demo(
     console = open_console(stderr=as_json)
     with spinner(console, "loading diffusers and matplotlib"):
         from ditfastattn.tools.bench.methods import EAGER
-        from ditfastattn.tools.bench.models import DEMO
         from ditfastattn.tools.demo.result import demo_json
         from ditfastattn.tools.demo.run import NewSearch, run_demo
         from ditfastattn.tools.report.of_bench import recorded_contenders
 
-    search = NewSearch(
-        min_ssim=0.9 if min_ssim is None else min_ssim,
-        steps=20 if steps is None else steps,
-        guidance_scale=2.0 if guidance is None else guidance,
-        seed=seed or 0,
-    )
-    shown = recorded_contenders(peers, DEMO.name, search.steps, EAGER) if peers else {}
+    search = NewSearch(0.9 if min_ssim is None else min_ssim, steps, guidance, seed or 0)
+    its_steps = steps or embedded_model(model).call["num_inference_steps"]
+    shown = recorded_contenders(peers, model, its_steps, EAGER) if peers else {}
     kept = "what was searched and compiled is kept"
     with resumable(kept):
-        result = run_demo(out, repetitions, search if calibrate else None, console, shown)
+        result = run_demo(out, repetitions, model, search if calibrate else None, console, shown)
     if as_json:
         print_json(demo_json(result))

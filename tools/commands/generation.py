@@ -12,6 +12,7 @@ import torch
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.strict_json import parse_json, read_json, read_text
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.tools.embedded import ModelName, embedded_model
 from ditfastattn.tools.terminal import open_console, spinner
 
 _INDEX = "model_index.json"
@@ -20,7 +21,9 @@ OFFLOAD = "offload"
 
 
 def open_pipeline(name: str = "", dtype: str = "float32", device: str = "") -> Any:
-    """Load the pipeline ``name``: a folder, an id on the hub, or "" for the embedded model.
+    """Load the pipeline ``name``: a folder, an id on the hub, or an embedded model.
+
+    The embedded ones are named "emoji" and "digits"; "" is the latter.
 
     ``device`` "" is the GPU if there is one, else the CPU; with "offload" each of the pipeline's
     models is on the GPU only while it runs.
@@ -60,13 +63,12 @@ def _offload(pipeline: Any) -> None:
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:
-    from ditfastattn.tools.digits_pipeline import DigitsPipeline, embedded_pipeline, load_pipeline
-
-    if not name:
-        return embedded_pipeline().to(dtype)
-    index = Path(name) / _INDEX
-    if index.is_file() and _class_name(index) == DigitsPipeline.__name__:
-        return load_pipeline(Path(name)).to(dtype)
+    if name in ("", *ModelName):
+        return embedded_model(ModelName(name or ModelName.DIGITS)).open().to(dtype)
+    loaders = {"DigitsPipeline": _load_digits, "EmojiPipeline": _load_emoji}
+    load = loaders.get(_class_name(Path(name) / _INDEX))
+    if load is not None:
+        return load(Path(name)).to(dtype)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
@@ -76,11 +78,26 @@ def _load(name: str, dtype: torch.dtype) -> Any:
             "cannot load the pipeline",
             where="--pipeline",
             got=f"{name}: {error}",
-            expected=f"a folder with {_INDEX}, or the id of a diffusers pipeline on the hub",
+            expected=f"a folder with {_INDEX}, the id of a diffusers pipeline on the hub, "
+            f"or {' or '.join(ModelName)}",
         ) from error
 
 
+def _load_digits(folder: Path) -> Any:
+    from ditfastattn.tools import digits_pipeline
+
+    return digits_pipeline.load_pipeline(folder)
+
+
+def _load_emoji(folder: Path) -> Any:
+    from ditfastattn.tools.emoji import pipeline
+
+    return pipeline.load_pipeline(folder)
+
+
 def _class_name(index: Path) -> str:
+    if not index.is_file():
+        return ""
     data = read_json(index, "the pipeline's index")
     return str(data.get("_class_name")) if isinstance(data, dict) else ""
 

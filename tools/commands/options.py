@@ -20,8 +20,8 @@ Seed = Annotated[int, typer.Option(help="First seed of the calibration's noise."
 PipelineName = Annotated[
     str,
     typer.Option(
-        help="A diffusers pipeline: a folder or an id on the hub. Default: the embedded digits "
-        "model.",
+        help="A diffusers pipeline: a folder, an id on the hub, or an embedded model: emoji or "
+        "digits (the default).",
         rich_help_panel=_PIPELINE,
     ),
 ]

@@ -1,1 +1,1 @@
-"""``ditfastattn demo``: the embedded model, dense and by three plans, side by side."""
+"""``ditfastattn demo``: an embedded model, dense and by three plans, side by side."""

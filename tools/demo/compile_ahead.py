@@ -22,7 +22,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
-from ditfastattn.tools.embedded import embedded_model
+from ditfastattn.tools.embedded import ModelName, embedded_model
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +31,15 @@ _MODULE = "ditfastattn.tools.demo.compile_ahead"
 
 
 @contextmanager
-def compiling_ahead(models: Sequence[str]) -> Generator[None]:
-    """Compile ``models`` in helper processes for as long as the context is open.
+def compiling_ahead(model: ModelName, forms: Sequence[str]) -> Generator[None]:
+    """Compile forms of ``model`` in helper processes for as long as the context is open.
 
-    Each is ``DENSE`` or the path of a plan, in the order in which this process comes to them.
-    Without a second core there is no helper.
+    Each of ``forms`` is ``DENSE`` or the path of a plan, in the order in which this process comes
+    to them. Without a second core there is no helper.
     """
-    others = models[::-1]
+    others = forms[::-1]
     count = min((os.cpu_count() or 1) - 1, len(others) - 1)
-    helpers = [_start(others[first::count]) for first in range(count)]
+    helpers = [_start([model, *others[first::count]]) for first in range(count)]
     try:
         yield
     finally:
@@ -47,9 +47,9 @@ def compiling_ahead(models: Sequence[str]) -> Generator[None]:
             _end(helper)
 
 
-def _start(models: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *models],
+        [sys.executable, "-m", _MODULE, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # code depends on it
@@ -67,12 +67,12 @@ def _end(helper: subprocess.Popen[bytes]) -> None:
     helper.wait()
 
 
-def compile_all(models: Sequence[str]) -> None:
-    """Compile the embedded model dense, or by plans, by one generation each."""
-    embedded = embedded_model()
+def compile_all(model: ModelName, forms: Sequence[str]) -> None:
+    """Compile an embedded model dense, or by plans, by one generation each."""
+    embedded = embedded_model(model)
     pipeline = embedded.open()
     pipeline.set_progress_bar_config(disable=True)
-    for name in models:
+    for name in forms:
         plan = None if name == DENSE else Plan.load(Path(name))
         prompts = [Prompt({**embedded.call, **embedded.conditions(1)[0]}, 0)]
         if plan is None:
@@ -86,4 +86,4 @@ def compile_all(models: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    compile_all(sys.argv[1:])
+    compile_all(ModelName(sys.argv[1]), sys.argv[2:])

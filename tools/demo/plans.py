@@ -1,4 +1,4 @@
-"""The plans that come with the embedded model, and what was measured when they were recorded.
+"""The plans that come with an embedded model, and what was measured when they were recorded.
 
 ``python -m ditfastattn.tools.demo.record`` searches them anew and writes the folder.
 """

@@ -1,9 +1,9 @@
-"""Search, validate and price the plans that come with the embedded model, and write them down.
+"""Search, validate and price the plans that come with an embedded model, and write them down.
 
-``python -m ditfastattn.tools.demo.record`` searches a strict, a middle and a loose plan, measures
-each on prompts that its search has not seen, runs the demo with them, and writes the plans with
-what was measured to the model's folder. An interrupted run resumes: plans that are there are kept
-with ``--keep``, and a search resumes in any case.
+``python -m ditfastattn.tools.demo.record --model emoji`` searches a strict, a middle and a loose
+plan, measures each on prompts that its search has not seen, runs the demo with them, and writes the
+plans with what was measured to the model's folder. An interrupted run resumes: plans that are there
+are kept with ``--keep``, and a search resumes in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.judge.validate import Validation
-from ditfastattn.runtime.search.methods import Method
 from ditfastattn.tools.commands.search_output import print_outcome, search_progress
 from ditfastattn.tools.demo.plans import (
     NAMES,
@@ -33,17 +32,14 @@ from ditfastattn.tools.demo.plans import (
     hash_weights,
 )
 from ditfastattn.tools.demo.run import run_demo
-from ditfastattn.tools.embedded import EmbeddedModel, embedded_model
+from ditfastattn.tools.embedded import EmbeddedModel, ModelName, embedded_model
 from ditfastattn.tools.examine import examine_plan
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console, spinner
 
-TARGETS = dict(  # the strictest first
-    zip(NAMES, map(Target.min_ssim, (0.99, 0.95, 0.85)), strict=True)
-)
-METHOD = Method.AUTO
 _REPETITIONS = 10  # of the demo that is recorded
 
+Name = Annotated[ModelName, typer.Option("--model", help="The embedded model.")]
 Keep = Annotated[bool, typer.Option(help="Keep the plans that are there; measure them anew.")]
 RunTheDemo = Annotated[bool, typer.Option(help="Run the demo, and record how long it takes.")]
 Images = Annotated[int, typer.Option(min=1, help="Images to validate each plan on, and to time.")]
@@ -51,18 +47,19 @@ Compiler = Annotated[Lowering, typer.Option(help="What runs the generations that
 
 
 def record(
+    model_name: Name = ModelName.EMOJI,
     keep: Keep = False,
     images: Images = 20,
     demo: RunTheDemo = True,
     lowering: Compiler = Lowering.INDUCTOR,
 ) -> None:
-    """Search, validate and price the embedded model's plans, and write them to its folder."""
-    model, console = embedded_model(), open_console()
+    """Search, validate and price an embedded model's plans, and write them to its folder."""
+    model, console = embedded_model(model_name), open_console()
     pipeline = model.open()
     pipeline.set_progress_bar_config(disable=True)
     make_folder(model.plans)
     found: list[RecordedPlan] = []
-    for name, target in TARGETS.items():
+    for name, least_ssim in zip(NAMES, model.least_ssim, strict=True):
         path = model.plans / f"{name}.json"
         if keep and path.exists():
             plan = Plan.load(path)
@@ -71,9 +68,9 @@ def record(
                 plan = ditfastattn.calibrate(
                     pipeline,
                     {**model.calibration, **model.call},
-                    target=target,
+                    target=Target.min_ssim(least_ssim),
                     held_out={**model.held_out, **model.call},
-                    method=METHOD,
+                    method=model.method,
                     cache_dtype="float16",
                     out=path,
                     on_progress=show,
@@ -92,7 +89,9 @@ def record(
     _write(model, found, None)
     if demo:
         with tempfile.TemporaryDirectory() as folder:
-            _write(model, found, run_demo(Path(folder), min(images, _REPETITIONS)).phases)
+            _write(
+                model, found, run_demo(Path(folder), min(images, _REPETITIONS), model_name).phases
+            )
     console.print(f"wrote {model.plans}")
 
 

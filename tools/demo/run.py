@@ -37,7 +37,7 @@ from ditfastattn.tools.demo.result import (
     result_table,
     savings_table,
 )
-from ditfastattn.tools.embedded import EmbeddedModel, embedded_model
+from ditfastattn.tools.embedded import EmbeddedModel, ModelName, embedded_model
 from ditfastattn.tools.examine import examine_plan
 from ditfastattn.tools.figures import MOST_SAMPLES, image_grid, plan_map
 from ditfastattn.tools.report.content import Points
@@ -50,30 +50,34 @@ FIRST_TEST_SEED = 1000  # searches use seeds from 0 and 500: they have seen no t
 
 @dataclass(frozen=True)
 class NewSearch:
-    """Say which plan to search instead of taking those that come with the model."""
+    """Say which plan to search instead of taking those that come with the model.
 
-    min_ssim: float
-    steps: int
-    guidance_scale: float
-    seed: int
+    ``steps`` and ``guidance_scale`` None are the model's own.
+    """
+
+    min_ssim: float = 0.9
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
 
 
 def run_demo(
     out: Path,
     repetitions: int,
+    name: ModelName = ModelName.EMOJI,
     search: NewSearch | None = None,
     console: Console | None = None,
     peers: Points = MappingProxyType({}),
 ) -> DemoResult:
     """Run the demo, print its tables, and write pictures, plans and measurements to ``out``.
 
-    The report's chart shows the ``peers`` as well.
+    ``name`` is the model to run. The report's chart shows the ``peers`` as well.
     """
     began = time.monotonic()
     console = console or open_console()
     make_folder(out)
     with spinner(console, "loading the model"):
-        model = embedded_model()
+        model = embedded_model(name)
         pipeline = model.open()
     pipeline.set_progress_bar_config(disable=True)
     if search is None:
@@ -84,7 +88,8 @@ def run_demo(
             soft_wrap=True,
         )
     else:
-        call = {"num_inference_steps": search.steps, "guidance_scale": search.guidance_scale}
+        given = {"num_inference_steps": search.steps, "guidance_scale": search.guidance_scale}
+        call = {**model.call, **{key: item for key, item in given.items() if item is not None}}
         plans = [_searched(console, model, pipeline, search, call, out)]
     for each in plans:
         each.plan.save(out / f"{each.name}.json")
@@ -94,7 +99,7 @@ def run_demo(
         Prompt({**call, **asked}, FIRST_TEST_SEED + number)
         for number, asked in enumerate(conditions)
     ]
-    with compiling_ahead(paths):
+    with compiling_ahead(name, paths):
         _first_pictures(console, pipeline, plans[-1], prompts[0], out, began)
         pictures = time.monotonic() - began
         if search is None:

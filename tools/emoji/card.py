@@ -89,10 +89,9 @@ A small text-to-image diffusion transformer that draws 3-D emoji in pixel space,
 to test what `ditfastattn` does to a *trained* text-to-image model.
 
 ```python
-from pathlib import Path
-from ditfastattn.tools.emoji.pipeline import load_pipeline
+from ditfastattn.tools.emoji.pipeline import embedded_pipeline
 
-image = load_pipeline(Path("emoji-dit-64"))("a panda on blue, facing right").images[0]
+image = embedded_pipeline()("a panda on blue, facing right").images[0]
 ```
 
 ## Captions
@@ -142,7 +141,7 @@ Train, publish, evaluate (an interrupted run resumes from `--work`):
 
 ## Sampler
 
-Flow matching Euler (shift {shift}), 25 steps, guidance 2.5.
+Flow matching Euler (shift {shift}), 20 steps, guidance 2.5.
 
 ## Intended use and limits
 

@@ -178,7 +178,7 @@ def run(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
     every: Annotated[int, typer.Option(min=1, help="Draw each n-th caption, for a look.")] = 1,
-    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 25,
+    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Guidance scale; 1.0: no guidance.")] = 2.5,
 ) -> None:
     """Judge the pictures that an emoji pipeline draws."""

@@ -32,6 +32,7 @@ from ditfastattn.tools.pipeline_arguments import (
     load_saved,
 )
 
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "assets" / "emoji-dit-64"
 _PACKAGE_FILE = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 TRAIN_COMMAND = (
     f"python -m ditfastattn.tools.emoji.train --package {_PACKAGE_FILE} --work /tmp/emoji"
@@ -85,7 +86,7 @@ class EmojiPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str],
-        num_inference_steps: int = 25,
+        num_inference_steps: int = 20,
         guidance_scale: float = 2.5,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
@@ -183,3 +184,8 @@ def load_pipeline(folder: Path) -> EmojiPipeline:
     """
     remedy = f"train the model ({TRAIN_COMMAND}), then write it ({PUBLISH_COMMAND})"
     return load_saved(EmojiPipeline, folder, "emoji", remedy)
+
+
+def embedded_pipeline() -> EmojiPipeline:
+    """Load the model that comes with the package; raises what ``load_pipeline`` raises."""
+    return load_pipeline(EMBEDDED_FOLDER)

@@ -81,6 +81,15 @@ def read_hues(images: Tensor) -> Tensor:
     return (functional.normalize(centred, dim=1) @ torch.cos(wheel).T).argmax(1)
 
 
+def hue_as_asked(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return whether each image has the hue of its prompt, ``[B]``.
+
+    Images are ``[B, 3, H, W]`` in [0, 1].
+    """
+    hues = [HUES.index(VOCABULARY.parse(prompt).hue) for prompt in prompts]
+    return read_hues(images) == torch.tensor(hues)
+
+
 def shown_as_asked(images: Tensor, prompts: Sequence[str], sprites: Tensor) -> Tensor:
     """Return whether each image shows the thing and the hue of its prompt, ``[B]``.
 
@@ -88,8 +97,7 @@ def shown_as_asked(images: Tensor, prompts: Sequence[str], sprites: Tensor) -> T
     """
     captions = [VOCABULARY.parse(prompt) for prompt in prompts]
     things = torch.tensor([VOCABULARY.things.index(caption.thing) for caption in captions])
-    hues = torch.tensor([HUES.index(caption.hue) for caption in captions])
-    return (read_things(images, sprites) == things) & (read_hues(images) == hues)
+    return (read_things(images, sprites) == things) & hue_as_asked(images, prompts)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Stage:
 
 STAGES = (
     Stage(size=32, steps=1200, batch=32, learning_rate=4e-3),
-    Stage(size=64, steps=4000, batch=16, learning_rate=2.4e-3, noise_shift=0.3, cooldown=0.25),
+    Stage(size=64, steps=2800, batch=16, learning_rate=2.4e-3, noise_shift=0.3, cooldown=0.25),
 )
 
 
