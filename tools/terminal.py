@@ -65,8 +65,8 @@ def progress_bar(
 def _interrupts_noticed() -> Generator[Callable[[], None]]:
     """Yield a function that raises a Ctrl-C again that was lost.
 
-    Python drops an exception that is raised in a finalizer, or in a callback from C code that looks at
-    no errors. A Ctrl-C that comes at such a time would do nothing.
+    Python drops an exception that is raised in a finalizer, or in a callback from C code that looks
+    at no errors. A Ctrl-C that comes at such a time would do nothing.
     """
     pressed = False
 
