@@ -105,7 +105,8 @@ def _apart(module: GraphModule, node: Node, parts: _Parts) -> list[Any]:
             source: ComplexTensor(next(given), next(given)) if source in parts else next(given)
             for source in sources
         }
-        args, kwargs = (map_arg(item, made.__getitem__) for item in (node.args, node.kwargs))
+        args: Any = map_arg(node.args, made.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, made.__getitem__)
         target: Any = _MADE.get(node.target, node.target)
         found = target(*args, **kwargs)
         several = found if isinstance(found, (tuple, list)) else [found]

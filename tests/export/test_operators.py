@@ -34,8 +34,8 @@ class Calls(nn.Module):
 def rotated(x: Tensor) -> Tensor:
     """Rotate pairs of numbers, as rotary embeddings do with complex ones."""
     angles = torch.arange(12.0).view(3, 4)
-    turns = torch.cat([torch.polar(torch.ones(3, 4), angles)] * 2).unflatten(0, (2, 3))
-    numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    turns = torch.cat([torch.polar(torch.ones(3, 4), angles)] * 2).view(2, 3, 4)
+    numbers = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(numbers * turns[:1] + numbers.conj()).flatten(-2)
 
 
