@@ -156,6 +156,7 @@ def _searched(
             {**model.calibration, **call},
             target=Target.min_ssim(search.min_ssim),
             held_out={**model.held_out, **call},
+            method=model.method,
             cache_dtype="float16",
             seed=search.seed,
             out=out / "calibrated.json",
