@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
 
 import ditfastattn
 from ditfastattn import ConfigError, Strategy
+from ditfastattn.passes.capture.plain_tensors import is_plain, parts
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import plan_for
 from tests.quantized import QUANTIZED, quantized_pipeline
@@ -44,6 +47,38 @@ def test_a_bundle_of_a_quantized_model_computes_what_it_does(name: str, tmp_path
     # A rounding error may move an activation to the next of its 255 levels.
     tolerance = 0.02 if name == "int8-dynamic" else 1e-5
     assert float((generate(pipeline, PROMPT) - expected).abs().max()) < tolerance
+
+
+@works_with(
+    "Weights",
+    "quantized: `export` as `.pt2`",
+    "works",
+    "weights are stored as they are quantized",
+)
+@pytest.mark.slow  # it compiles; the packages of other models are tested by default
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_packages_of_a_quantized_model_compute_what_it_does(name: str, tmp_path: Path) -> None:
+    pipeline, plan = planned(name)
+    ditfastattn.accelerate(pipeline, plan, lowering="eager")
+    expected = generate(pipeline, PROMPT)
+    ditfastattn.restore(pipeline)
+    quantized = stored(pipeline.transformer)
+    ditfastattn.export(
+        pipeline, CALL, plan, tmp_path / "bundle", format="pt2", dynamic_batch=False, golden=False
+    )
+    with safe_open(tmp_path / "bundle" / "weights.safetensors", "pt") as weights:
+        kept = {str(weights.get_tensor(key).dtype) for key in weights.keys()}  # noqa: SIM118  # no mapping
+    assert quantized <= kept
+    pipeline.transformer = ditfastattn.load(tmp_path / "bundle", runtime="aoti")
+    # GGUF's weights are multiplied in fp16, which Inductor does not round.
+    tolerance = {"int8-dynamic": 0.02, "gguf": 1e-3}.get(name, 1e-5)
+    assert float((generate(pipeline, PROMPT) - expected).abs().max()) < tolerance
+
+
+def stored(module: nn.Module) -> set[str]:
+    """Return the dtypes that quantized weights are stored in."""
+    weights = [weight for weight in module.parameters() if not is_plain(weight)]
+    return {str(part.dtype) for weight in weights for _, part in parts(weight)}
 
 
 @works_with(

@@ -18,7 +18,6 @@ from ditfastattn.tools.faults.inject import flipped
 from ditfastattn.tools.faults.scene import Scene, fails_at
 from ditfastattn.tools.faults.subject import (
     built,
-    calibrated,
     image_by_plan,
     outcome,
 )
@@ -83,19 +82,20 @@ def damaged_search(scene: Scene, cut: bool) -> Iterator[str]:
     """Damage what an interrupted search has left, and search again."""
     wanted = scene.plan_found
     out = scene.place(False).with_name("plan.json")
-    work = partial(calibrated, scene.pipeline, out)
+    work = partial(scene.calibrate, out)
     fails_at(scene, out.parent, _MIDWAY, False, work)
     checkpoint, kept = out.with_name("plan.json.search"), scene.root / "kept"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(checkpoint, kept)
     for name in sorted(path.name for path in kept.iterdir()):
-        out = scene.place(False).with_name("plan.json")
-        shutil.copytree(kept, checkpoint)
         whole = (kept / name).read_bytes()
-        place = scene.random.randrange(max(1, len(whole)))
-        changed = whole[:place] if cut else flipped(whole or b"x", 8 * place)
-        (checkpoint / name).write_bytes(changed)
-        yield outcome(work, lambda plan: plan.strategies == wanted)
+        for _ in range(max(1, scene.trials // 15)):
+            out = scene.place(False).with_name("plan.json")
+            shutil.copytree(kept, checkpoint)
+            place = scene.random.randrange(max(1, len(whole)))
+            changed = whole[:place] if cut else flipped(whole or b"x", 8 * place)
+            (checkpoint / name).write_bytes(changed)
+            yield outcome(work, lambda plan: plan.strategies == wanted)
 
 
 def damaged_engines(scene: Scene, cut: bool) -> Iterator[str]:

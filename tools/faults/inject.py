@@ -40,6 +40,12 @@ class Disk:
         finally:
             self._inside = ""
 
+    def changes(self, folder: Path, full: bool, work: Callable[[], object]) -> int:
+        """Return how many changes of ``folder`` undisturbed ``work`` makes."""
+        with self.failing(folder, sys.maxsize, full):
+            work()
+        return self._count
+
     @property
     def reached(self) -> bool:
         """Return whether the last change to fail at has come."""

@@ -23,7 +23,6 @@ from ditfastattn.tools.faults.scene import Scene, fails_at, worst
 from ditfastattn.tools.faults.subject import (
     built,
     built_by_tensorrt,
-    calibrated,
     outcome,
 )
 
@@ -78,7 +77,7 @@ def killed_builders(scene: Scene) -> Iterator[str]:
     wanted = _builds_well(scene.place(True), built_by_tensorrt)
     lasts = time.monotonic() - began
     yield "survived" if wanted else "wrong"
-    for trial in range(scene.trials // 2):
+    for trial in range(max(2, scene.trials // 6)):
         bundle = scene.place(True)
         builder = os.fork()
         if builder == 0:
@@ -93,11 +92,16 @@ def killed_builders(scene: Scene) -> Iterator[str]:
 
 
 def interrupted_search(scene: Scene, full: bool) -> Iterator[str]:
-    """Interrupt a search at some of its changes; what resumes must find the same plan."""
+    """Interrupt a search at its changes, all of them if there are no more than trials.
+
+    What resumes must find the same plan.
+    """
     wanted = scene.plan_found
-    for at in sorted(scene.random.sample(range(60), max(2, scene.trials // 3))):
+    out = scene.place(False).with_name("plan.json")
+    changes = scene.disk.changes(out.parent, full, partial(scene.calibrate, out))
+    for at in sorted(scene.random.sample(range(changes), min(changes, scene.trials))):
         out = scene.place(False).with_name("plan.json")
-        work = partial(calibrated, scene.pipeline, out)
+        work = partial(scene.calibrate, out)
         began = fails_at(scene, out.parent, at, full, work)
         if began != "over":
             again = outcome(work, lambda plan: plan.strategies == wanted)

@@ -105,7 +105,6 @@ def image_by_plan(pipeline: Any, path: Path) -> Tensor:
         return image_of(pipeline)
     finally:
         ditfastattn.restore(pipeline)
-        torch._dynamo.reset()
 
 
 def calibrated(pipeline: Any, out: Path) -> Plan:
