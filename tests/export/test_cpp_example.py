@@ -16,7 +16,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from ditfastattn import Strategy, export, load
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
-from tests.shared import made_once
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
 STEPS = [Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE]
@@ -38,8 +37,8 @@ def built(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regions", [False, True])
-def test_the_cpp_example_computes_what_the_loop_does(regions: bool, tmp_path: Path) -> None:
+def test_the_cpp_example_computes_what_the_loop_does(tmp_path: Path) -> None:
+    """By packages of whole steps, and by packages of regions."""
     pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=True))
     call: dict[str, Any] = {
         "class_labels": [1],
@@ -48,23 +47,23 @@ def test_the_cpp_example_computes_what_the_loop_does(regions: bool, tmp_path: Pa
     }
     plan = plan_for(pipeline, call, STEPS)
     export(pipeline, call, plan, tmp_path / "onnx", loop=True)
-    export(pipeline, call, plan, tmp_path / "bundle", format="pt2", regions=regions)
     noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(7))
     labels = torch.tensor([1, 2, 10, 10])
     inputs = {"noise": noise, "class_labels": labels}
     safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
-    folder = made_once("cpp", "generate", built)
-    names = ("bundle", "inputs.safetensors", "latents.safetensors")
-    paths = [str(tmp_path / name) for name in names]
-    program = str(folder / "build" / "generate")
-    done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    got = safetensors.torch.load_file(tmp_path / "latents.safetensors")["latents"]
     expected = load(tmp_path / "onnx").generate(noise, class_labels=labels)
-    assert float((got - expected).abs().max()) < 1e-5
-    manifest = (tmp_path / "bundle" / "manifest.json").read_text()
-    other = manifest.replace(f'"torch": "{torch.__version__}"', '"torch": "2.99.0"')
-    (tmp_path / "bundle" / "manifest.json").write_text(other)
-    done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "for torch 2.99.0" in done.stderr
+    built(tmp_path)
+    program = str(tmp_path / "build" / "generate")
+    for name, regions in (("whole", False), ("regions", True)):
+        export(pipeline, call, plan, tmp_path / name, format="pt2", regions=regions)
+        paths = [str(tmp_path / file) for file in (name, "inputs.safetensors", f"{name}.latents")]
+        done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        got = safetensors.torch.load_file(tmp_path / f"{name}.latents")["latents"]
+        assert float((got - expected).abs().max()) < 1e-5
+        manifest = (tmp_path / name / "manifest.json").read_text()
+        other = manifest.replace(f'"torch": "{torch.__version__}"', '"torch": "2.99.0"')
+        (tmp_path / name / "manifest.json").write_text(other)
+        done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "for torch 2.99.0" in done.stderr

@@ -16,11 +16,10 @@ from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 
 
-def compared(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
+def compared(folder: Path, steps: list[Strategy], *more: str) -> tuple[dict[str, Any], str]:
     """Return what the tool records of a tiny pipeline, and its table."""
     pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
-    call = {"class_labels": [3], "num_inference_steps": 3, "guidance_scale": 2.0}
-    steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP]
+    call = {"class_labels": [3], "num_inference_steps": len(steps), "guidance_scale": 2.0}
     plan_for(pipeline, call, steps).save(folder / "plan.json")
     pipeline.save_pretrained(folder / "pipeline")
     arguments = ["--plan", str(folder / "plan.json"), "--pipeline", str(folder / "pipeline")]
@@ -33,7 +32,8 @@ def compared(folder: Path, *more: str) -> tuple[dict[str, Any], str]:
 
 def test_runtimes_are_timed_beside_the_dense_model(tmp_path: Path) -> None:
     options = ("--repetitions", "2", "--starts", "0", "--lowering", "eager")
-    found, output = compared(tmp_path, "--only", "onnxruntime; tpu", *options)
+    steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP]
+    found, output = compared(tmp_path, steps, "--only", "onnxruntime; tpu", *options)
     assert found["absent"]["tpu"].startswith("expected one of: torch, dense")
     (row,) = found["runtimes"].values()
     assert len(row["speed"]["speedup"]["samples"]) == 2
@@ -44,7 +44,8 @@ def test_runtimes_are_timed_beside_the_dense_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_runtime_is_started_in_processes_of_its_own(tmp_path: Path) -> None:
-    found, output = compared(tmp_path, "--repetitions", "1", "--starts", "1")
+    steps = [Strategy.FULL, Strategy.SHARE_STEP]
+    found, output = compared(tmp_path, steps, "--repetitions", "1", "--starts", "1")
     rows = found["runtimes"]
     assert rows.keys() | found["absent"].keys() == set(RUNTIMES)
     for name, row in rows.items():

@@ -320,8 +320,13 @@ class Swallows:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_progress() -> None:
-    with terminal.progress_bar(terminal.open_console(), "searching") as advance:
-        Swallows()  # goes on
-        with pytest.raises(KeyboardInterrupt):
-            advance("searching", 0.5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as processes begin
+    try:
+        with terminal.progress_bar(terminal.open_console(), "searching") as advance:
+            advance("searching", 0.2)
+            Swallows()
+            with pytest.raises(KeyboardInterrupt):
+                advance("searching", 0.5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
