@@ -66,62 +66,19 @@ def _convolution(emitter: Emitter, call: Call) -> str:
         pads = [side // 2 for side in total] + [side - side // 2 for side in total]
     else:
         pads = 2 * ([0] * rank if padding == "valid" else _each(padding, rank))
-    return _convolved(
-        emitter,
-        call,
+    given = [call.first, weight, *([] if bias is None else [bias])]
+    halved = call.dtype == torch.bfloat16  # Conv does not take it below opset 22
+    dtype = torch.float32 if halved else call.dtype
+    result = emitter.op(
         "Conv",
-        [call.first, weight, *([] if bias is None else [bias])],
+        *(operand(emitter, item, dtype) for item in given),
+        name=call.name,
         strides=stride,
         pads=pads,
         dilations=dilation,
         group=call.get(6, "groups", 1),
     )
-
-
-def _any_convolution(emitter: Emitter, call: Call) -> str:
-    """Write ``aten.convolution``, which may be transposed; of it, both sizes are given in full."""
-    source, weight, bias, stride, padding, dilation, transposed, more, groups = call.args
-    rank = source.rank - 2
-    shaped = {"output_padding": _each(more, rank)} if transposed else {}
-    return _convolved(
-        emitter,
-        call,
-        "ConvTranspose" if transposed else "Conv",
-        [source, weight, *([] if bias is None else [bias])],
-        strides=_each(stride, rank),
-        pads=2 * _each(padding, rank),
-        dilations=_each(dilation, rank),
-        group=groups,
-        **shaped,
-    )
-
-
-def _convolved(
-    emitter: Emitter, call: Call, kind: str, given: list[Value], **attributes: Any
-) -> str:
-    halved = call.dtype == torch.bfloat16  # which neither takes below opset 22
-    dtype = torch.float32 if halved else call.dtype
-    operands = (operand(emitter, item, dtype) for item in given)
-    result = emitter.op(kind, *operands, name=call.name, **attributes)
     return emitter.cast(result, call.dtype) if halved else result
-
-
-def _mean_pool(emitter: Emitter, call: Call) -> str:
-    """Write ``avg_pool1d``, ``avg_pool2d`` or ``avg_pool3d``."""
-    kernel = call.args[1]
-    rank = call.first.rank - 2 if not isinstance(kernel, tuple) else len(kernel)
-    if call.get(6, "divisor_override") is not None or call.first.rank != rank + 2:
-        raise ConfigError("such an average pool cannot be exported", where=f"node {call.name}")
-    return emitter.op(
-        "AveragePool",
-        emitter.use(call.first),
-        name=call.name,
-        kernel_shape=_each(kernel, rank),
-        strides=_each(call.get(2, "stride") or kernel, rank),
-        pads=2 * _each(call.get(3, "padding", 0), rank),
-        ceil_mode=int(call.get(4, "ceil_mode", False)),
-        count_include_pad=int(call.get(5, "count_include_pad", True)),
-    )
 
 
 def _each(item: Any, rank: int) -> list[int]:
@@ -213,9 +170,5 @@ PRODUCTS: dict[Any, Rule] = {
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
     aten.conv3d.padding: _convolution,
-    aten.convolution.default: _any_convolution,
-    aten.avg_pool1d.default: _mean_pool,
-    aten.avg_pool2d.default: _mean_pool,
-    aten.avg_pool3d.default: _mean_pool,
     ATTENTION: _attention,
 }

@@ -71,12 +71,6 @@ def _expand(emitter: Emitter, call: Call) -> str:
     return expand(emitter, emitter.use(call.first), call.first.shape, call.shape)
 
 
-def _copy(emitter: Emitter, call: Call) -> str:
-    """Write ``copy``: the second, in the shape and dtype of the first."""
-    source: Value = call.args[1]
-    return expand(emitter, operand(emitter, source, call.dtype), source.shape, call.shape)
-
-
 def _repeat(emitter: Emitter, call: Call) -> str:
     times: tuple[Size, ...] = call.args[1]
     source = emitter.use(call.first)
@@ -104,13 +98,6 @@ def _filled(number_at: int | None, number: float = 0.0) -> Rule:
     return rule
 
 
-def _range(emitter: Emitter, call: Call) -> str:
-    """Write ``arange``: up to an end, from a start, or in steps."""
-    bounds = (0, *call.args, 1) if len(call.args) == 1 else (*call.args, 1)[:3]
-    names = [emitter.op("Squeeze", emitter.size(bound), emitter.ints([0])) for bound in bounds]
-    return emitter.cast(emitter.op("Range", *names, name=call.name), call.dtype)
-
-
 def _pixel_shuffle(emitter: Emitter, call: Call) -> str:
     source, factor = emitter.use(call.first), call.args[1]
     return emitter.op("DepthToSpace", source, name=call.name, blocksize=factor, mode="CRD")
@@ -132,7 +119,6 @@ SHAPES: dict[Any, Rule] = {
     aten.permute.default: _permute,
     aten.einsum.default: _einsum,
     aten.expand.default: _expand,
-    aten.copy.default: _copy,
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.zeros.default: _filled(None, 0.0),
@@ -144,8 +130,5 @@ SHAPES: dict[Any, Rule] = {
     aten.full_like.default: _filled(1),
     aten.new_zeros.default: _filled(None, 0.0),
     aten.new_ones.default: _filled(None, 1.0),
-    aten.arange.default: _range,
-    aten.arange.start: _range,
-    aten.arange.start_step: _range,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }
