@@ -36,6 +36,7 @@ from ditfastattn.runtime.bundle.golden import GOLDEN_FILE
 from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Manifest, file_hash
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.bundle.stepping import Stepping
+from ditfastattn.runtime.pipeline.denoiser import plain_module
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
 from ditfastattn.runtime.pipeline.prompts import argument_of, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
@@ -151,7 +152,7 @@ def export_model(
         # Half a batch of two is one row, which is contiguous however it lies in memory: regions
         # would be cut as no larger batch allows.
         call, second = call.doubled(), second and second.doubled()
-    plain: nn.Module = getattr(model, "_orig_mod", model)  # it may be compiled already
+    plain = plain_module(model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:
         prepared = prepare(plain, call, plan, chosen, accept is not None, second)
         stepping = stepping_of(prepared)

@@ -16,6 +16,7 @@ from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
 from ditfastattn.passes.capture.traced import TracedCall
 from ditfastattn.runtime.lowering import many_compilations
+from ditfastattn.runtime.pipeline.denoiser import plain_module
 from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.traced import BROKEN, TracedCalls, log_fallback, once_warm
 
@@ -64,7 +65,7 @@ def capture_call(model: nn.Module, call: RecordedCall, timestep: str = "timestep
     Raises:
         ConfigError: it is not one graph.
     """
-    plain = getattr(model, "_orig_mod", model)
+    plain = plain_module(model)
     try:
         made: CapturedCall = once_warm(
             lambda: _by_dynamo(plain, call), plain.forward, (), call.arguments

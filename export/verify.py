@@ -21,6 +21,7 @@ from ditfastattn.runtime.bundle.specs import SECOND_CALL
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
 from ditfastattn.runtime.load import load
 from ditfastattn.runtime.lowering import Lowering, many_compilations
+from ditfastattn.runtime.pipeline.denoiser import plain_module
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge.metrics import image_psnr
 
@@ -145,7 +146,7 @@ def _generate_both(
 ) -> tuple[tuple[Tensor, Tensor], _StandIn, float]:
     """Generate with both; return the images, what compared each step, and the loop's error."""
     original = pipeline.transformer
-    plain = getattr(original, "_orig_mod", original)
+    plain = plain_module(original)
     reference: Any = plain
     if plan is not None:
         options: dict[str, Any] = {"plan": plan, "lowering": Lowering.EAGER}

@@ -79,8 +79,7 @@ def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedG
     """
     transformer = transformer_of(pipeline, _WHERE)
     check_not_accelerated(transformer)
-    plain = getattr(transformer, "_orig_mod", transformer)
-    names = inspect.signature(plain.forward)
+    names = inspect.signature(transformer.forward)
     found = WatchedGeneration()
     generator = torch.Generator().manual_seed(0)
     answers: list[Any] = []
@@ -101,7 +100,7 @@ def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedG
 
         return answer
 
-    undo = replace_forward(plain, answering)
+    undo = replace_forward(transformer, answering)
     try:
         with _ending(getattr(pipeline, "scheduler", None), found):
             generate(pipeline, prompt)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.call_order import FIRST, Call, other_calls, other_rows
+from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.runtime.call_order import FIRST, Call, calls_in_order, other_calls, other_rows
 from ditfastattn.runtime.clock import StepClock, TimestepReader
 from ditfastattn.runtime.trace import (
     FRESH,
@@ -40,6 +41,12 @@ class Calls:
         self._trace = Trace()
         self._images = 0  # of the generation under way: rows of each guidance branch
         self._left: deque[Trace] = deque(maxlen=_MOST_LEFT)  # unfinished, before this one
+
+    @classmethod
+    def of(cls, sampler: Sampler, where: str) -> Calls:
+        """Return those of a generation by ``sampler``; ``where`` names the timestep."""
+        order = calls_in_order(sampler.spans)
+        return cls(StepClock([sampler.timesteps[call.step] for call in order], where), order)
 
     @property
     def at_end(self) -> bool:

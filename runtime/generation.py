@@ -16,9 +16,9 @@ from ditfastattn.passes.graph.slots import Slot
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.slot_schedule import SlotSchedule
 from ditfastattn.runtime.caches import Caches
-from ditfastattn.runtime.call_order import FIRST, Call, calls_in_order
+from ditfastattn.runtime.call_order import FIRST, Call
 from ditfastattn.runtime.calls import Calls
-from ditfastattn.runtime.clock import StepClock, TimestepReader
+from ditfastattn.runtime.clock import TimestepReader
 from ditfastattn.runtime.hoisted import HoistedPerGeneration
 from ditfastattn.runtime.matching import check_halves
 from ditfastattn.runtime.trace import NOTHING, Shown
@@ -54,9 +54,7 @@ class Generation:
         self.steps, self.on_trial = sampler.steps, on_trial
         self._spans = sampler.spans
         self._phases: list[tuple[GuidanceBranch, ...]] = [() for _ in self._spans]
-        order = calls_in_order(self._spans)
-        clock = StepClock([sampler.timesteps[call.step] for call in order], where)
-        self._calls = Calls(clock, order)
+        self._calls = Calls.of(sampler, where)
         self._latents: list[Tensor] = []  # of step 0's first call, until its second one
 
     @property

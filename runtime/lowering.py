@@ -72,11 +72,11 @@ def lower(
 def _compile(
     module: GraphModule, args: Sequence[Tensor], inductor: dict[str, Any]
 ) -> Callable[..., Any]:
-    from torch._inductor import compile_fx as inductor_door  # a second's import, seldom needed
+    from torch._inductor.compile_fx import compile_fx  # a second's import, seldom needed
 
     # Inductor reads and writes its cache on disk only where it is told the graph's environment.
     with torch.no_grad(), tracing(TracingContext(fake_mode(module.graph))):
-        compiled: Callable[..., Any] = inductor_door.compile_fx(  # type: ignore[assignment]  # a union in torch
+        compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]  # a union in torch
             module, list(args), config_patches=inductor or None
         )
     return compiled

@@ -38,8 +38,8 @@ def input_shapes(captured: CapturedGraph) -> dict[str, tuple[int, ...]]:
 
 def rows_of(captured: CapturedGraph, tensors: Sequence[Tensor]) -> int:
     """Return how many rows a call has, whose flat inputs are ``tensors``."""
-    pairs = zip(captured.inputs, tensors, strict=False)
-    return max((len(item) for entry, item in pairs if not entry.static and item.dim()), default=0)
+    own = [tensors[index] for index in captured.dynamic_positions if index < len(tensors)]
+    return max((len(item) for item in own if item.dim()), default=0)
 
 
 def check_shapes(

@@ -30,9 +30,9 @@ from ditfastattn.passes.analysis.output_site import sizes
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.slot_schedule import gaps_before
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.call_order import FIRST, Call, calls_in_order
+from ditfastattn.runtime.call_order import FIRST, Call
 from ditfastattn.runtime.calls import Calls, InterleavedError
-from ditfastattn.runtime.clock import StepClock, read_timestep
+from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.matching import (
     check_fingerprint,
@@ -221,10 +221,7 @@ class OpaqueModel:
         )
 
     def _begin(self) -> _Generation:
-        sampler = self._plan.sampler
-        order = calls_in_order(sampler.spans)
-        timesteps = [sampler.timesteps[call.step] for call in order]
-        return _Generation(Calls(StepClock(timesteps, f"argument {self._timestep!r}"), order))
+        return _Generation(Calls.of(self._plan.sampler, f"argument {self._timestep!r}"))
 
     def _shown(self, arguments: Mapping[str, Any]) -> Shown:
         latent = self._site.latent

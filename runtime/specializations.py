@@ -83,9 +83,8 @@ class Specialization:
         # A dense run needs no clock.
         self._timestep = -1 if options.dense else timestep_position(captured, options.timestep)
         self._latents = latent_candidates(captured)
-        arguments = {i for i, entry in enumerate(captured.inputs) if not entry.static}
         varying = {self._timestep, *self._latents}
-        self._conditions = sorted(arguments - varying)
+        self._conditions = [i for i in captured.dynamic_positions if i not in varying]
         disabled = self._runs_dense or HOIST_PER_GENERATION in switches().off
         self._hoisted = HoistedGraph(captured, varying, options, disabled)
         self._variants = CompiledVariants(captured, self._hoisted, options)
@@ -228,13 +227,14 @@ class Specialization:
 
     def _others(self) -> list[Specialization]:
         """Return those of other graphs of the model: called with other rows, say."""
-        return [one for one in _registry if one is not self and one.options == self.options]
+        found = list(_registry)  # other threads may add to it
+        return [one for one in found if one is not self and one.options == self.options]
 
     def _generation_elsewhere(
         self, unrolled: UnrolledPlan, owner: Tensor | None
     ) -> Generation | None:
         """Return this thread's generation by ``unrolled``, if another graph has begun it."""
-        states = [one.models.find(owner) for one in list(_registry) if one is not self]
+        states = [one.models.find(owner) for one in self._others()]
         return next(
             (
                 state.generation

@@ -31,6 +31,7 @@ from ditfastattn.runtime.search.pass_chooser import PassChooser
 from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
 from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator
+from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.benchmarking.plan_points import (
     CALIBRATION_CLASSES,
     Comparison,
@@ -42,7 +43,6 @@ from ditfastattn.tools.benchmarking.plan_points import (
     of_flops,
 )
 from ditfastattn.tools.benchmarking.search_cost import AsPrinted, greedy_pass, timed_search
-from ditfastattn.tools.digits_pipeline import embedded_pipeline
 from ditfastattn.tools.figures import curves
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
@@ -63,7 +63,7 @@ _LOWERING = Lowering.INDUCTOR
 @app.command()
 def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
     """Compare SSIM over attention FLOPs: greedy, an integer program per step, a global budget."""
-    began, pipeline = time.monotonic(), embedded_pipeline_quietly()
+    began, pipeline = time.monotonic(), DIGITS.open()
     with (
         open_checkpoint(out / "curve.json") as checkpoint,
         open_session(pipeline, first_prompt(steps), attention_only=True) as session,
@@ -119,7 +119,7 @@ def variants(
 ) -> None:
     """Measure quality and latency over the cap on distinct step variants."""
     began = time.monotonic()
-    pipeline = embedded_pipeline_quietly()
+    pipeline = DIGITS.open()
     with (
         open_checkpoint(out / "variants.json") as checkpoint,
         open_session(pipeline, first_prompt(steps)) as session,
@@ -179,7 +179,7 @@ def cost(out: Out = OUT, steps: Steps = 20) -> None:
     """
     began = time.monotonic()
     call = call_of(CALIBRATION_CLASSES, steps)
-    pipeline = embedded_pipeline_quietly()
+    pipeline = DIGITS.open()
     ours = timed_search(pipeline, call, Method.GLOBAL)
     everything = timed_search(pipeline, call, Method.GLOBAL, attention_only=False)
     greedy = timed_search(pipeline, call, Method.GREEDY)
@@ -197,13 +197,6 @@ def cost(out: Out = OUT, steps: Steps = 20) -> None:
     }
     _write(out / "cost.json", [entry], began, {"steps": steps})
     open_console().print_json(data=entry)
-
-
-def embedded_pipeline_quietly() -> Any:
-    """Return the embedded pipeline with its progress bar off."""
-    pipeline = embedded_pipeline()
-    pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
-    return pipeline
 
 
 def _write(

@@ -32,9 +32,10 @@ class EmbeddedModel:
     """Describe an embedded model.
 
     Attributes:
+        key: what it is called in options.
         name: in reports.
         folder: its weights, and its plans in ``plans``.
-        open: loads its pipeline.
+        load: loads its pipeline.
         call: the other arguments of a generation: steps and guidance.
         calibration: conditions to search plans on.
         held_out: conditions to accept plans on.
@@ -46,9 +47,10 @@ class EmbeddedModel:
             to whether each of them shows what was asked for, ``[B]``.
     """
 
+    key: ModelName
     name: str
     folder: Path
-    open: Callable[[], Any]
+    load: Callable[[], Any]
     call: Mapping[str, Any]
     calibration: Conditions
     held_out: Conditions
@@ -57,6 +59,12 @@ class EmbeddedModel:
     least_ssim: tuple[float, float, float]
     obeyed: str
     reads_back: Callable[[Tensor, Mapping[str, Any]], Tensor] = field(repr=False)
+
+    def open(self) -> Any:
+        """Load its pipeline, and switch its progress bar off."""
+        pipeline = self.load()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @property
     def plans(self) -> Path:
@@ -87,9 +95,10 @@ def _emoji() -> EmbeddedModel:
     from ditfastattn.tools.emoji import pipeline, read_back  # these load diffusers
 
     return EmbeddedModel(
+        key=ModelName.EMOJI,
         name="emoji-dit-64",
         folder=pipeline.EMBEDDED_FOLDER,
-        open=pipeline.embedded_pipeline,
+        load=pipeline.embedded_pipeline,
         call={"num_inference_steps": 20, "guidance_scale": 2.5},
         calibration={
             "prompt": [
@@ -139,9 +148,10 @@ def _digits() -> EmbeddedModel:
         return shown == torch.tensor(call["class_labels"])
 
     return EmbeddedModel(
+        key=ModelName.DIGITS,
         name="digits-dit-64",
         folder=digits_pipeline.EMBEDDED_FOLDER,
-        open=digits_pipeline.embedded_pipeline,
+        load=digits_pipeline.embedded_pipeline,
         call={"num_inference_steps": 20, "guidance_scale": 2.0},
         calibration={"class_labels": [0, 3, 5, 8]},
         held_out={"class_labels": [1, 4, 6, 9]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.fx import GraphModule, Node
 
@@ -31,6 +32,11 @@ class CapturedGraph:
     module: GraphModule
     inputs: tuple[GraphInput, ...]
     unrecognized: tuple[Unrecognized, ...] = ()
+
+    @cached_property
+    def dynamic_positions(self) -> tuple[int, ...]:
+        """Return the places of the call's own tensors among the inputs."""
+        return tuple(i for i, entry in enumerate(self.inputs) if not entry.static)
 
     @property
     def dynamic_names(self) -> tuple[str, ...]:

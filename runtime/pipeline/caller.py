@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ditfastattn.runtime.pipeline.denoiser import plain_module
+
 _NAMES = ("transformer", "unet")
 _SECOND = "transformer_2"
 _OWNERS = ("self", "components", "pipeline", "pipe")  # first arguments of what runs a pipeline
@@ -46,7 +48,7 @@ def holds(pipeline: Any, module: nn.Module) -> bool:
     """Return whether ``module`` is a denoiser of ``pipeline``, compiled or not."""
     found = (_held_by(pipeline), getattr(pipeline, "__dict__", {}).get(_SECOND))
     held = [item for item in found if isinstance(item, nn.Module)]
-    return any(item is module or getattr(item, "_orig_mod", None) is module for item in held)
+    return any(module in (item, plain_module(item)) for item in held)
 
 
 def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -176,30 +177,45 @@ def _compare(conditions: Tensor, guided: Tensor | None) -> CfgLayout:
     return CfgLayout.COND_FIRST if first else CfgLayout.UNCOND_FIRST
 
 
+@contextmanager
+def watching(denoiser: nn.Module, look: Callable[[Mapping[str, Any]], None]) -> Generator[None]:
+    """Show ``look`` the arguments, by name, of each call of ``denoiser`` before it runs."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+
+    def show(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        look(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = denoiser.register_forward_pre_hook(show, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def copied(given: Mapping[str, Any]) -> Arguments:
+    """Return copies of the tensors in what is ``given``, without those of no dimension."""
+    tensors = {name: item for name, item in given.items() if isinstance(item, Tensor)}
+    return {name: item.detach().clone() for name, item in tensors.items() if item.dim()}
+
+
 def _observe(pipeline: Any, call: dict[str, Any]) -> _Begun:
     """Return the tensors of a generation's first two calls of the transformer; end it there."""
     seen: list[Arguments] = []
     stepped: list[int] = []
-    denoiser = transformer_of(pipeline, "a generation")
-    names = list(inspect.signature(denoiser.forward).parameters)
 
-    def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
-        seen.append({name: item.detach().clone() for name, item in tensors.items() if item.dim()})
+    def look(given: Mapping[str, Any]) -> None:
+        seen.append(copied(given))
         stepped.append(steps())
         if len(seen) == 2:
             raise _Seen
 
-    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        with counting_steps(pipeline) as steps:
-            pipeline(**{**call, "generator": generator})
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
+    generator = torch.Generator().manual_seed(0)
+    with (
+        suppress(_Seen),
+        watching(transformer_of(pipeline, "a generation"), look),
+        counting_steps(pipeline) as steps,
+    ):
+        pipeline(**{**call, "generator": generator})
     if not seen:
         raise never_called(pipeline, "a generation")
     return _Begun(seen, stepped[-1] > stepped[0])

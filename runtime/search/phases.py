@@ -6,32 +6,41 @@ with each, so what one phase does changes nothing in another but its latents.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.phases import Phase, Span, in_runs, spans_of
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.pipeline.guidance import Arguments, batched_layout, separate_layout
+from ditfastattn.runtime.pipeline.guidance import (
+    Arguments,
+    batched_layout,
+    copied,
+    separate_layout,
+    watching,
+)
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.pipeline.sampler import counting_steps
 from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.call_log import SearchedPhase
-from ditfastattn.runtime.search.measure.contender import dense_contender, planned_contender
+from ditfastattn.runtime.search.measure.contender import (
+    Contender,
+    dense_contender,
+    planned_contender,
+)
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
 
 log = logging.getLogger(__name__)
@@ -58,11 +67,7 @@ class ObservedPhases:
     @property
     def searched(self) -> tuple[SearchedPhase, ...]:
         """Return each phase as what a search is of."""
-        order = tuple(
-            number
-            for number, (steps, layout) in enumerate(self.spans)
-            for _ in range(len(steps) * layout.calls)
-        )
+        order = tuple(call.phase for call in calls_in_order(self.spans))
         return tuple(SearchedPhase(number, order) for number in range(len(self.spans)))
 
 
@@ -78,9 +83,12 @@ def observe_phases(
     """
     steps = _watch(pipeline, prompt, timestep)
     kinds = list(dict.fromkeys(tuple(step.rows) for step in steps))
-    if len(kinds) != 2 or not all(map(_is_one_branch_or_two(kinds), kinds)):
+    if len(kinds) != 2:
         raise refused
     plain, guided = sorted(kinds, key=sum)
+    images = plain[0]
+    if plain != (images,) or guided not in ((2 * images,), (images, images)):
+        raise refused
     first = {kind: next(s for s in steps if tuple(s.rows) == kind) for kind in kinds}
     if layout is None or layout is CfgLayout.NONE:
         conditions, both = first[plain].calls[0], first[guided].calls
@@ -100,41 +108,28 @@ def observe_phases(
     return ObservedPhases(layout, spans, tuple(step.timestep for step in steps), described)
 
 
-def _is_one_branch_or_two(kinds: Sequence[tuple[int, ...]]) -> Any:
-    images = min(min(rows) for rows in kinds)
-    wanted = {(images,), (2 * images,), (images, images)}
-    return lambda rows: rows in wanted and (images,) in kinds
-
-
 def _watch(pipeline: Any, prompt: Prompt, timestep: str) -> list[_Step]:
     """Return the steps of a dense generation; tensors are kept of the first step of each kind."""
     steps: list[_Step] = []
     known: set[tuple[int, ...]] = set()
     last = -1
-    module = transformer_of(pipeline, "calibrate(pipeline)")
-    names = list(inspect.signature(module.forward).parameters)
 
-    def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(given: Mapping[str, Any]) -> None:
         nonlocal last
-        named = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
-        now = read_timestep(torch.as_tensor(named[timestep])).value()
+        now = read_timestep(torch.as_tensor(given[timestep])).value()
         # Where the scheduler is not seen, a run of one timestep is a step.
         same = counted() == last if counted() else bool(steps) and now == steps[-1].timestep
         if not steps or not same:
             _forget_known(steps, known)
             steps.append(_Step(now))
         last = counted()
-        wide = {name: item for name, item in tensors.items() if item.dim()}
-        steps[-1].rows.append(max(map(len, wide.values()), default=0))
-        steps[-1].calls.append({name: item.detach().clone() for name, item in wide.items()})
+        kept = copied(given)
+        steps[-1].rows.append(max(map(len, kept.values()), default=0))
+        steps[-1].calls.append(kept)
 
-    handle = module.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with counting_steps(pipeline) as counted:
-            generate(pipeline, prompt)
-    finally:
-        handle.remove()
+    denoiser = transformer_of(pipeline, "calibrate(pipeline)")
+    with watching(denoiser, look), counting_steps(pipeline) as counted:
+        generate(pipeline, prompt)
     return steps
 
 
@@ -228,22 +223,29 @@ def keep_if_met(
     """
     if target.kind is not TargetKind.QUALITY:
         return plan
-    groups = [_judged(pipeline, plan, target, group, timestep) for group in (prompts, held_out)]
-    if not all(target.met_by(item.value) for group in groups for item in group):
+    groups = [
+        (some, dense_contender(pipeline, some, Lowering.EAGER)) for some in (prompts, held_out)
+    ]
+    judged = [_judged(pipeline, plan, target, *group, timestep) for group in groups]
+    if not all(target.met_by(item.value) for group in judged for item in group):
         log.warning(
             "ditfastattn: the phases together miss %s: one of them stays", target.describe()
         )
         plan = _strongest_alone(plan)
-        groups = [_judged(pipeline, plan, target, group, timestep) for group in (prompts, held_out)]
-    calibrated, unseen = (record_values(target, [item.value for item in g]) for g in groups)
+        judged = [_judged(pipeline, plan, target, *group, timestep) for group in groups]
+    calibrated, unseen = (record_values(target, [item.value for item in g]) for g in judged)
     measured = {"calibrated": calibrated, "held_out": unseen}
     return plan.model_copy(update={"calibration": plan.calibration.model_copy(update=measured)})
 
 
 def _judged(
-    pipeline: Any, plan: Plan, target: Target, prompts: Sequence[Prompt], timestep: str
+    pipeline: Any,
+    plan: Plan,
+    target: Target,
+    prompts: Sequence[Prompt],
+    dense: Contender,
+    timestep: str,
 ) -> list[Judgement]:
-    dense = dense_contender(pipeline, prompts, Lowering.EAGER)
     planned = planned_contender(pipeline, plan, prompts, Lowering.EAGER, timestep)
     with many_compilations():
         pairs = zip(prompts, dense.by_prompt(), planned.by_prompt(), strict=True)

@@ -74,48 +74,15 @@ def test_without_a_plan_steps_of_one_timestep_are_counted() -> None:
     assert all(float((other - first).abs().max()) < 1e-5 for other in others)
 
 
-class Cutoff(Pipeline):
-    """Switch guidance off after two steps."""
-
-    def __init__(self, order: str) -> None:
-        super().__init__(order)
-        self.on = 2
-
-    def __call__(
-        self,
-        labels: list[int],
-        num_inference_steps: int = 5,
-        guidance_scale: float = 2.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        self.scheduler.set_timesteps(num_inference_steps)
-        latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
-        classes = torch.tensor(labels)
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            halves = [classes]
-            if guidance_scale != 1.0 and step < self.on:
-                halves = [classes, torch.full_like(classes, 10)]
-            calls = halves if self.order == "separate" else [torch.cat(halves)]
-            with torch.no_grad():
-                found = [self._predict(latents, timestep, part) for part in calls]
-                self._more(step, latents, timestep, classes)
-            latents = self.scheduler.step(
-                torch.cat(found)[: len(latents)], timestep, latents
-            ).prev_sample
-        return latents
-
-    def _more(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
-        """Do nothing more."""
+FIVE_STEPS: dict[str, Any] = {"labels": [1], "num_inference_steps": 5}
 
 
-class SkipLayer(Cutoff):
+class SkipLayer(Pipeline):
     """Call the transformer once more at some steps, as skip-layer guidance does."""
 
-    def __init__(self, order: str) -> None:
-        super().__init__(order)
-        self.on, self.first = 99, 1
+    first = 1
 
-    def _more(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
+    def _after_calls(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
         if self.first <= step < 3:
             self._predict(latents, timestep, classes)
 
@@ -136,7 +103,7 @@ class SkipLayer(Cutoff):
 )
 def test_guidance_that_changes_within_a_generation_is_named(pipeline: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=seen) as raised:
-        calibrate(pipeline, {"labels": [1]}, target=Target.min_psnr(20.0))
+        calibrate(pipeline, FIVE_STEPS, target=Target.min_psnr(20.0))
     assert "prompt" not in str(raised.value)
     assert "scheduler" not in str(raised.value)
 
@@ -150,11 +117,10 @@ def test_guidance_that_changes_within_a_generation_is_named(pipeline: Any, seen:
 def test_a_further_call_is_refused_where_it_comes() -> None:
     pipeline: Any = SkipLayer("cond-first")
     pipeline.first = 99
-    call: dict[str, Any] = {"labels": [1], "num_inference_steps": 5}
-    accelerate(pipeline, mixed_plan_for(pipeline, call).plan, lowering="eager")
+    accelerate(pipeline, mixed_plan_for(pipeline, FIVE_STEPS).plan, lowering="eager")
     pipeline.first = 1
     with pytest.raises(ConfigError, match=r"a further call at step 1, with 1 row\(s\)") as raised:
-        generate(pipeline, Prompt(call, 5))
+        generate(pipeline, Prompt(FIVE_STEPS, 5))
     restore(pipeline)
     assert "scheduler" not in str(raised.value)
 
@@ -192,7 +158,9 @@ class Scheduled(Pipeline):
         guidance_scale: float = 2.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        latents = super().__call__(labels, len(sigmas or [1.0]), guidance_scale, generator)
+        return super().__call__(labels, len(sigmas or [1.0]), guidance_scale, generator)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         return latents.sigmoid()  # an image's values
 
 

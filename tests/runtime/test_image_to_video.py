@@ -20,6 +20,7 @@ from ditfastattn import ConfigError, Target, accelerate, calibrate, restore
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.helpers import randomize
 from tests.plans import mixed_plan_for
+from tests.runtime.test_cancelled import Cancelled
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
@@ -60,10 +61,6 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
     torch._dynamo.reset()
     build, text = PIPELINES[name]
     return build(), {**TINY_PIPELINES[text][1], "num_inference_steps": STEPS, "image": FRAME}
-
-
-class Cancelled(Exception):  # noqa: N818  # a user's own
-    """End a generation."""
 
 
 def cancelled_after(pipeline: Any, prompt: Prompt, calls: int) -> None:

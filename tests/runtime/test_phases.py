@@ -58,31 +58,8 @@ class Interval(Pipeline):
         super().__init__(order)
         self.guided = guided
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        labels: list[int],
-        num_inference_steps: int = 6,
-        guidance_scale: float = 2.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        self.scheduler.set_timesteps(num_inference_steps)
-        latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
-        cond = torch.tensor(labels)
-        null = torch.full_like(cond, 10)
-        swapped = "uncond-first" in self.order
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            halves = [cond]
-            if guidance_scale != 1.0 and step in self.guided:
-                halves = [null, cond] if swapped else [cond, null]
-            calls = halves if "separate" in self.order else [torch.cat(halves)]
-            out = torch.cat([self._predict(latents, timestep, part) for part in calls])
-            if len(halves) == 2:
-                one, two = out.chunk(2)
-                found, other = (two, one) if swapped else (one, two)
-                out = other + guidance_scale * (found - other)
-            latents = self.scheduler.step(out, timestep, latents).prev_sample
-        return latents
+    def _guides(self, step: int) -> bool:
+        return step in self.guided
 
 
 def phases_of(layout: CfgLayout, guided: range, steps: int) -> tuple[Phase, ...]:
@@ -257,14 +234,8 @@ def test_phases_that_cannot_be_are_refused(phases: list[tuple[int, str]], reason
 class Pictures(Interval):
     """Return an image's values."""
 
-    def __call__(
-        self,
-        labels: list[int],
-        num_inference_steps: int = 6,
-        guidance_scale: float = 2.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return super().__call__(labels, num_inference_steps, guidance_scale, generator).sigmoid()
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return latents.sigmoid()
 
 
 @works_with(

@@ -52,21 +52,32 @@ class Pipeline:
         self.scheduler.set_timesteps(num_inference_steps)
         latents = torch.randn((len(labels), 4, 8, 8), generator=generator)
         classes = torch.tensor(labels)
-        guided = guidance_scale != 1.0
-        swapped, halves = "uncond-first" in self.order, [classes]
-        if guided:
-            null = torch.full_like(classes, 10)
-            halves = [null, classes] if swapped else [classes, null]
-        apart = "separate" in self.order
-        for timestep in self.scheduler.timesteps:
+        null = torch.full_like(classes, 10)
+        swapped, apart = "uncond-first" in self.order, "separate" in self.order
+        both = [null, classes] if swapped else [classes, null]
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            guided = guidance_scale != 1.0 and self._guides(step)
+            halves = both if guided else [classes]
             calls = halves if apart else [torch.cat(halves)]
             found = [self._predict(latents, timestep, labels) for labels in calls]
+            self._after_calls(step, latents, timestep, classes)
             out = torch.cat(found)
             if guided:
                 one, two = out.chunk(2)
                 cond, uncond = (two, one) if swapped else (one, two)
                 out = uncond + guidance_scale * (cond - uncond)
             latents = self.scheduler.step(out, timestep, latents).prev_sample
+        return self._decoded(latents)
+
+    def _guides(self, step: int) -> bool:
+        """Return whether guidance is on at ``step``."""
+        return True
+
+    def _after_calls(self, step: int, latents: Tensor, timestep: Tensor, classes: Tensor) -> None:
+        """Do what comes between the calls of a step and the scheduler's."""
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return what a generation gives for its last ``latents``."""
         return latents
 
     def _predict(self, latents: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:

@@ -46,9 +46,10 @@ def open_tiny() -> Any:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
     """Return a tiny model that has taken the place of the embedded one, with three plans."""
     made = EmbeddedModel(
+        key=ModelName.DIGITS,
         name="tiny",
         folder=tmp_path / "model",
-        open=open_tiny,
+        load=open_tiny,
         call=CALL,
         calibration={"class_labels": [1]},
         held_out={"class_labels": [2]},

@@ -60,15 +60,9 @@ class BenchModel:
         return {**self.calibration, "num_inference_steps": steps}
 
 
-def _open_quietly(name: ModelName) -> Any:
-    pipeline = embedded_model(name).open()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 DIGITS = BenchModel(
     name=ModelName.DIGITS,
-    open=lambda: _open_quietly(ModelName.DIGITS),
+    open=lambda: embedded_model(ModelName.DIGITS).open(),
     call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
     calibration={"class_labels": [0, 3, 5, 8, 1, 2, 6, 7], "guidance_scale": 2.0},
     conditional_first=True,
@@ -79,7 +73,7 @@ _CAPTIONS = VOCABULARY.captions()  # the next of 29 places on is of another thin
 
 EMOJI = BenchModel(
     name=ModelName.EMOJI,
-    open=lambda: _open_quietly(ModelName.EMOJI),
+    open=lambda: embedded_model(ModelName.EMOJI).open(),
     call=lambda index: {
         "prompt": [str(_CAPTIONS[(29 * index + 3) % len(_CAPTIONS)])],
         "guidance_scale": 2.5,

@@ -83,8 +83,13 @@ def demo(
         from ditfastattn.tools.report.of_bench import recorded_contenders
 
     search = NewSearch(0.9 if min_ssim is None else min_ssim, steps, guidance, seed or 0)
-    its_steps = steps or embedded_model(model).call["num_inference_steps"]
-    shown = recorded_contenders(peers, model, its_steps, EAGER) if peers else {}
+    shown = (
+        recorded_contenders(
+            peers, model, steps or embedded_model(model).call["num_inference_steps"], EAGER
+        )
+        if peers
+        else {}
+    )
     kept = "what was searched and compiled is kept"
     with resumable(kept):
         result = run_demo(out, repetitions, model, search if calibrate else None, console, shown)

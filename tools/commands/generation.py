@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,18 @@ def _offload(pipeline: Any) -> None:
 def _load(name: str, dtype: torch.dtype) -> Any:
     if name in ("", *ModelName):
         return embedded_model(ModelName(name or ModelName.DIGITS)).open().to(dtype)
-    loaders = {"DigitsPipeline": _load_digits, "EmojiPipeline": _load_emoji}
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from ditfastattn.tools import digits_pipeline
+    from ditfastattn.tools.emoji import pipeline as emoji_pipeline
+
+    loaders: dict[str, Callable[[Path], DiffusionPipeline]] = {
+        digits_pipeline.DigitsPipeline.__name__: digits_pipeline.load_pipeline,
+        emoji_pipeline.EmojiPipeline.__name__: emoji_pipeline.load_pipeline,
+    }
     load = loaders.get(_class_name(Path(name) / _INDEX))
     if load is not None:
         return load(Path(name)).to(dtype)
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
@@ -81,18 +89,6 @@ def _load(name: str, dtype: torch.dtype) -> Any:
             expected=f"a folder with {_INDEX}, the id of a diffusers pipeline on the hub, "
             f"or {' or '.join(ModelName)}",
         ) from error
-
-
-def _load_digits(folder: Path) -> Any:
-    from ditfastattn.tools import digits_pipeline
-
-    return digits_pipeline.load_pipeline(folder)
-
-
-def _load_emoji(folder: Path) -> Any:
-    from ditfastattn.tools.emoji import pipeline
-
-    return pipeline.load_pipeline(folder)
 
 
 def _class_name(index: Path) -> str:

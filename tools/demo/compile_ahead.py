@@ -71,7 +71,6 @@ def compile_all(model: ModelName, forms: Sequence[str]) -> None:
     """Compile an embedded model dense, or by plans, by one generation each."""
     embedded = embedded_model(model)
     pipeline = embedded.open()
-    pipeline.set_progress_bar_config(disable=True)
     for name in forms:
         plan = None if name == DENSE else Plan.load(Path(name))
         prompts = [Prompt({**embedded.call, **embedded.conditions(1)[0]}, 0)]

@@ -92,8 +92,9 @@ def recorded_plans(model: EmbeddedModel) -> RecordedPlans | None:
     path = model.plans / RECORD
     if not path.exists():
         return None
+    command = f"{COMMAND} --model {model.key}"
     found = RecordedPlans.from_json(
-        read_json(path, "the record of the embedded plans"), str(path), f"run {COMMAND}"
+        read_json(path, "the record of the embedded plans"), str(path), f"run {command}"
     )
     weights = hash_weights(model.folder)
     if found.weights != weights:
@@ -102,7 +103,8 @@ def recorded_plans(model: EmbeddedModel) -> RecordedPlans | None:
             where=str(path),
             got=found.weights,
             expected=weights,
-            remedy=f"search new ones with `ditfastattn demo --calibrate`, or record: {COMMAND}",
+            remedy=f"search new ones with `ditfastattn demo --model {model.key} --calibrate`, or "
+            f"record: {command}",
         )
     return found
 

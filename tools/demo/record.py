@@ -56,7 +56,6 @@ def record(
     """Search, validate and price an embedded model's plans, and write them to its folder."""
     model, console = embedded_model(model_name), open_console()
     pipeline = model.open()
-    pipeline.set_progress_bar_config(disable=True)
     make_folder(model.plans)
     found: list[RecordedPlan] = []
     for name, least_ssim in zip(NAMES, model.least_ssim, strict=True):

@@ -79,7 +79,6 @@ def run_demo(
     with spinner(console, "loading the model"):
         model = embedded_model(name)
         pipeline = model.open()
-    pipeline.set_progress_bar_config(disable=True)
     if search is None:
         plans, call = shipped_plans(model), dict(model.call)
         console.print(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from ditfastattn import ConfigError, Plan, Target, TargetMissedError
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.tools import benchmark_search
+from ditfastattn.tools import benchmark_search, digits_pipeline
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.commands.target import chosen_target
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
@@ -141,7 +141,7 @@ def test_a_missed_target_is_exit_code_1_and_bad_input_2(
 def test_the_benchmark_compares_methods_at_equal_flops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark_search, "embedded_pipeline", tiny_pipeline)
+    monkeypatch.setattr(digits_pipeline, "embedded_pipeline", tiny_pipeline)
     monkeypatch.setattr(benchmark_search, "GREEDY_THRESHOLDS", (0.05, 0.3))
     monkeypatch.setattr(benchmark_search, "PER_STEP_BUDGETS", (0.01,))
     result = CliRunner().invoke(
@@ -175,7 +175,7 @@ def test_the_benchmark_compares_methods_at_equal_flops(
 def test_the_benchmark_times_the_greedy_search_as_it_is_printed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark_search, "embedded_pipeline", tiny_pipeline)
+    monkeypatch.setattr(digits_pipeline, "embedded_pipeline", tiny_pipeline)
     arguments = ["cost", "--out", str(tmp_path), "--steps", "4"]
     result = CliRunner().invoke(benchmark_search.app, arguments)
     assert result.exit_code == 0, result.output
@@ -188,7 +188,7 @@ def test_the_benchmark_times_the_greedy_search_as_it_is_printed_too(
 
 
 def test_the_benchmark_times_capped_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_search, "embedded_pipeline", tiny_pipeline)
+    monkeypatch.setattr(digits_pipeline, "embedded_pipeline", tiny_pipeline)
     monkeypatch.setattr(benchmark_search, "_LOWERING", Lowering.EAGER)
     monkeypatch.setattr(benchmark_search, "_REPETITIONS", 2)
     arguments = ["variants", "--out", str(tmp_path), "--steps", "4", "--images", "2"]
