@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
@@ -154,6 +156,7 @@ class _Trace:
         self._leaves, self._structure = pytree.tree_flatten(dict(arguments))
         self._returned: tuple[tuple[Any, ...], Any] = (), None
         self._reads = HostReads()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def capture(self, varying: Callable[[CapturedGraph], Sequence[int]]) -> TracedCall:
         """Return the graph; raise ``_MustStayWhole`` where modules read what changes."""
@@ -165,7 +168,7 @@ class _Trace:
         used = [bool(node.users) for node in nodes]  # as Dynamo counts them
         for node in calls(traced.graph, torch._C._set_grad_enabled):
             traced.graph.erase_node(node)
-        share_mode(traced)
+        share_mode(traced, self._mode)
         whole = CapturedGraph(traced, tuple(self._inputs))
         unrecognized = finish(traced, lambda: self._bake(traced, varying(whole)))
         kept = [i for i, entry in enumerate(self._inputs) if used[i] or not entry.static]
@@ -203,6 +206,7 @@ class _Trace:
         with (
             torch.no_grad(),
             _own_compilation_refused(),
+            tracing(TracingContext(self._mode)),  # else each value has a mode of its own
             self._reads,
             following(self._module, self._opaque),
         ):

@@ -15,16 +15,21 @@ from ditfastattn.runtime.bundle.graph_size import measure
 from ditfastattn.runtime.bundle.specs import ELEMENT_TYPES, ITEM_BYTES, GraphSize, TensorSpec
 
 INSTALL: Final = 'pip install "ditfastattn[onnx]"'
+_PRODUCTS: Final = ("MatMul", "Gemm")
 _EXPORT_AGAIN: Final = "do not load bundles of unknown origin; export it again"
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Hold an initializer whose content lies in the weights file: a view of that, as numbers."""
+    """Hold an initializer whose content lies in the weights file: a view of that, as numbers.
+
+    ``only_multiplied``: no other operators than products of matrices read it.
+    """
 
     name: str
     kind: int
     content: np.ndarray[Any, Any]
+    only_multiplied: bool
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,11 @@ def read_graph(
     _check_nodes(path, model)
     _check_ports(path, model.graph, inputs, outputs)
     _check_size(path, measure(model, inputs), size)
+    read_otherwise = {
+        name for node in model.graph.node if node.op_type not in _PRODUCTS for name in node.input
+    }
     held = [
-        _weight(path, tensor, weights)
+        _weight(path, tensor, weights, tensor.name not in read_otherwise)
         for tensor in model.graph.initializer
         if not _lies_within(path, tensor)
     ]
@@ -183,7 +191,7 @@ def _lies_within(path: Path, tensor: Any) -> bool:
     return True
 
 
-def _weight(path: Path, tensor: Any, weights: WeightsFile) -> Weight:
+def _weight(path: Path, tensor: Any, weights: WeightsFile, only_multiplied: bool) -> Weight:
     """Return an initializer's content, a part of the weights file."""
     where = f"{path}: {tensor.name}"
     entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -207,7 +215,8 @@ def _weight(path: Path, tensor: Any, weights: WeightsFile) -> Weight:
         )
     bits = np.dtype(f"u{ITEM_BYTES[tensor.data_type]}")  # numpy knows no bfloat16
     content = np.frombuffer(weights.content, bits, size // bits.itemsize, offset)
-    return Weight(tensor.name, tensor.data_type, content.reshape(tuple(tensor.dims)))
+    content = content.reshape(tuple(tensor.dims))
+    return Weight(tensor.name, tensor.data_type, content, only_multiplied)
 
 
 def _natural(text: str | None) -> int:

@@ -31,7 +31,9 @@ class SessionOptions:
         share_threads: use one pool for all sessions of the process. Every other session of the
             process must then ask for it too: ONNX Runtime refuses those that do not.
         low_memory: share the pages of one weights file and one arena of activations among the
-            sessions, which takes a fraction of the memory and is slower.
+            sessions, which takes a fraction of the memory and is slower. Weights that other
+            operators than products read are copied: ONNX Runtime moves transposes past such
+            operators, and then transposes a weight under its name.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -108,6 +110,10 @@ class OnnxGraph:
         try:
             if graph.weights:
                 made.add_external_initializers([w.name for w in graph.weights], self._weights)
+            if options.low_memory:  # else each session copies them
+                for weight, value in zip(graph.weights, self._weights, strict=True):
+                    if weight.only_multiplied:
+                        made.add_initializer(weight.name, value)
             session = runtime.InferenceSession(
                 graph.content, made, providers=list(options.providers)
             )

@@ -25,9 +25,9 @@ from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (
     BATCH,
     TOLERANCE,
+    Trial,
     count_graph_breaks,
     first_tensor,
-    mixed_plan,
     relative_error,
     try_model,
 )
@@ -171,20 +171,18 @@ def test_a_class_that_breaks_dynamo_is_traced_and_runs_a_mixed_plan(name: str) -
     assert kind in trial.kinds
     assert Strategy.SHARE_STEP in trial.legal
     assert any(found.startswith(read) for found in trial.guards) or not read
-    assert dense_error(MODELS[name]) <= TOLERANCE
+    assert dense_error(MODELS[name], trial) <= TOLERANCE
     if CURRENT:
         assert documented(name) == columns(survey.row(survey.Outcome(name, trial)))
 
 
-def dense_error(zoo: ZooModel) -> float:
+def dense_error(zoo: ZooModel, trial: Trial) -> float:
     """Return how far an accelerated model is from the dense one by a plan that computes all."""
     model, twin = zoo.build(), zoo.build()
     calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
-    captured = capture_call(model, RecordedCall(calls[0]), zoo.argument)
-    sites = find_sites(captured.graph).sites
-    mixed = mixed_plan(zoo.timesteps, captured, sites, sites, 0)
-    full = ((Strategy.FULL,) * len(sites),) * len(calls)
-    plan = mixed.model_copy(update={"strategies": full})
+    assert trial.plan is not None
+    full = ((Strategy.FULL,) * len(trial.rows[0]),) * len(calls)
+    plan = trial.plan.model_copy(update={"strategies": full})
     accelerate(Pipeline(model), plan, timestep=zoo.argument, lowering="eager")
     with torch.no_grad():
         found = [first_tensor(model(**call)) for call in calls]

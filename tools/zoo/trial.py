@@ -71,6 +71,7 @@ class Trial:
     no_onnx: str = ""
     guards: tuple[str, ...] = ()
     opaque: Mapping[str, str] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def kinds(self) -> Counter[SiteKind]:
@@ -113,7 +114,8 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
     run = _planned(model, options, captured.traced is not None)
     with torch.no_grad():
         found = [first_tensor(run(**call)) for call in calls]
-    trial = Trial(zoo.name, report, plan.strategies, relative_error(found, expected))
+    error = relative_error(found, expected)
+    trial = Trial(zoo.name, report, plan.strategies, error, plan=plan)
     if captured.traced is not None:
         reads = captured.traced.guards.reads
         trial = replace(trial, guards=tuple(map(str, reads)), opaque=captured.traced.opaque)
