@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Give each of several test processes one thread: two that use both cores are slower.
 
-    Packages are compiled in a hurry. Torch writes its graphs out to a logger that does not propagate as soon as it has a handler,
-    and pytest gives such loggers one: unless it does propagate.
+    Packages are compiled in a hurry. Torch writes its graphs to a logger that does not propagate
+    as soon as it has a handler, and pytest gives such loggers one: unless it does propagate.
     """
     logging.getLogger("torch.__trace").propagate = True
     # What wraps the kernels of a package takes most of its compilation, and is run once a call.

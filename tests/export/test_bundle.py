@@ -160,7 +160,7 @@ def test_onnx_own_evaluator_agrees(
     assert largest_difference(tiny.run(bundle), expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3"])
+@pytest.mark.parametrize("name", slow_but({"dit"}, ["dit", "sd3"]))
 def test_windows_by_tiles_equal_the_plan_interpreter(name: str, tmp_path: Path) -> None:
     tiny = TINY_MODELS[name]()
     _, sites = capture_every_site(tiny)

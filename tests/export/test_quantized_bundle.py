@@ -36,7 +36,7 @@ def planned(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     "works",
     "weights quantized alone are stored as what they stand for; int8 products stay int8",
 )
-@pytest.mark.parametrize("name", slow_but({"int8-dynamic"}, QUANTIZED))
+@pytest.mark.parametrize("name", slow_but({"int8-weights"}, QUANTIZED))
 def test_a_bundle_of_a_quantized_model_computes_what_it_does(name: str, tmp_path: Path) -> None:
     pipeline, plan = planned(name)
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
@@ -87,7 +87,7 @@ def stored(module: nn.Module) -> set[str]:
     "refused",
     "cast the model before it is quantized",
 )
-@pytest.mark.parametrize("name", slow_but({"gguf"}, QUANTIZED))
+@pytest.mark.parametrize("name", slow_but((), QUANTIZED))
 def test_a_quantized_model_is_not_cast(name: str, tmp_path: Path) -> None:
     pipeline, plan = planned(name)
     with pytest.raises(ConfigError, match=r"quantized[\s\S]*before it is quantized"):

@@ -114,7 +114,8 @@ def log_of(folder: Path, engines: Engines, graph: str) -> BuildLog:
 
 
 @needs_builder
-@pytest.mark.parametrize("name", FIRST_OF_ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: Path) -> None:
     tiny = wide(name)
     _, sites = capture_every_site(tiny)

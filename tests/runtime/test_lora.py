@@ -88,7 +88,7 @@ def assert_refused(tiny: TinyModel, plan: Plan, message: str) -> None:
         tiny.run(planned(tiny.model, plan), steps=1)
 
 
-@pytest.mark.parametrize("name", slow_but({"sd3"}, TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit"}, TINY_MODELS))
 def test_a_plan_belongs_to_the_model_with_or_without_adapters(name: str) -> None:
     base, adapted = TINY_MODELS[name](), with_lora(TINY_MODELS[name]())
     without, with_adapters = plan_for(base), plan_for(adapted)

@@ -43,6 +43,7 @@ from tests.helpers import (
     uniform_strategies,
 )
 from tests.plans import plan_for
+from tests.tiers import slow_but
 
 CPU = torch.device("cpu")
 LARGEST = 16  # rows that a played engine takes
@@ -165,7 +166,7 @@ def play(
 
 
 @pytest.mark.parametrize("layout", [Layout.VARIANTS, Layout.SWITCH])
-@pytest.mark.parametrize("name", list(TINY_MODELS))
+@pytest.mark.parametrize("name", slow_but({"dit", "pixart"}, TINY_MODELS))
 def test_engines_are_driven_to_what_the_interpreter_computes(
     name: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,12 +65,7 @@ TRACED = {  # Dynamo breaks them: what their attention is, and what they read of
     "ZImageTransformer2DModel": (SELF, ""),
 }
 MODELS = {model.name: model for model in ZOO}
-QUICK = {  # tried by default: images and videos, and every kind of attention
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-    "WanTransformer3DModel",
-}
+QUICK = {"DiTTransformer2DModel", "PixArtTransformer2DModel"}  # tried by default
 MASKED = (  # text is padded, and a mask hides the padding from every query
     "BriaFiboTransformer2DModel",
     "HunyuanImageTransformer2DModel",

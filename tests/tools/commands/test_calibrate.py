@@ -172,6 +172,7 @@ def test_the_benchmark_compares_methods_at_equal_flops(
         assert 0 <= comparison["better_on"] <= comparison["images"] == 2
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_the_greedy_search_as_it_is_printed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,6 +259,7 @@ def test_a_metric_must_be_callable_and_its_bound_finite() -> None:
         Target.quality(mean_error, at_most=math.inf)
 
 
+@pytest.mark.slow
 def test_defining_targets_loads_no_metric_library() -> None:
     code = (
         "import sys; from ditfastattn.runtime.search.judge.targets import Target as T;"
