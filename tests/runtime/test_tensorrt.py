@@ -44,7 +44,6 @@ from tests.helpers import (
 )
 from tests.plans import plan_for
 from tests.tiers import slow_but
-from tests.tiers import slow_but
 
 CPU = torch.device("cpu")
 LARGEST = 16  # rows that a played engine takes
