@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx  # noqa: F401  # before memory is measured: a bundle's does not include it
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
 import typer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.tools.embedded import ModelName, embedded_model
 from ditfastattn.tools.terminal import open_console, spinner
 
+log = logging.getLogger(__name__)
 _INDEX = "model_index.json"
 _DTYPES = ("float32", "float16", "bfloat16")
 OFFLOAD = "offload"
@@ -65,6 +67,8 @@ def _offload(pipeline: Any) -> None:
 
 def _load(name: str, dtype: torch.dtype) -> Any:
     if name in ("", *ModelName):
+        if (Path(name) / _INDEX).is_file() and name:
+            log.warning("--pipeline %s is the embedded model; the folder is ./%s", name, name)
         return embedded_model(ModelName(name or ModelName.DIGITS)).open().to(dtype)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 

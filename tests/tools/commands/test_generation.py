@@ -143,3 +143,17 @@ def test_whole_steps_are_calibrated_inspected_and_validated(tmp_path: Path) -> N
     checked = runner.invoke(cli.app, ["validate", str(plan), *common, "--no-speed"])
     assert checked.exit_code == 0, checked.output
     assert "PSNR" in checked.output
+
+
+def test_a_folder_named_as_an_embedded_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = open_pipeline("digits")
+    assert "./digits" not in caplog.text
+    opened.save_pretrained("digits")
+    assert type(open_pipeline("digits")) is type(opened)
+    assert "the folder is ./digits" in caplog.text
+    caplog.clear()
+    open_pipeline("./digits")
+    assert "./digits" not in caplog.text
