@@ -77,7 +77,7 @@ def refuse_autocast(tensors: Iterable[Tensor]) -> None:
     dtypes, and equal graphs are compiled once.
     """
     for kind in {tensor.device.type for tensor in tensors}:
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             raise ConfigError(
                 "a plan runs a model in its own dtype, not under autocast",
                 where="a call of the transformer",

@@ -78,7 +78,7 @@ class RandomPipeline(DiffusionPipeline):
         guided = made.guided and guidance_scale != 1.0
         guided_batch = 2 * batch if guided else batch
         latents: Tensor = randn_tensor((batch, *made.shape), generator, device=device, dtype=dtype)
-        conditions = self._conditions(guided_batch, generator, device, dtype)
+        conditions = self.conditions(guided_batch, generator, device, dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
@@ -96,9 +96,10 @@ class RandomPipeline(DiffusionPipeline):
             latents = self.scheduler.step(noise, timestep, latents, return_dict=False)[0]
         return (_picture(latents),)
 
-    def _conditions(
+    def conditions(
         self, count: int, generator: torch.Generator | None, device: Any, dtype: torch.dtype
     ) -> Arguments:
+        """Return what the transformer is called with, beside latents and timestep."""
         made = self.architecture
         found: Arguments = {}
         for name, shape in made.conditions.items():

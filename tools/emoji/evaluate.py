@@ -140,13 +140,13 @@ def evaluate(
 
 
 def contact_sheet(images: Tensor, columns: int, path: Path) -> None:
-    """Write ``images`` row by row as one PNG."""
+    """Write ``images`` row by row as one PNG, of 256 colours."""
     rows = [torch.cat(list(row), 2) for row in torch.split(images, columns)]
     if rows[-1].shape != rows[0].shape:
         rows[-1] = functional.pad(rows[-1], (0, rows[0].shape[2] - rows[-1].shape[2]), value=1.0)
     pixels = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte()
     with replacing(path) as temporary:
-        Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
+        Image.fromarray(pixels.numpy()).quantize(256).save(temporary, format="PNG")
 
 
 def result_table(result: Evaluation) -> Table:
