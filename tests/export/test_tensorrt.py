@@ -146,14 +146,14 @@ def test_each_variant_has_the_attentions_of_its_row_fused(name: str, tmp_path: P
 
 
 def large_dit() -> TinyModel:
-    """Return a DiT of 160 MiB in fp16: beside its weights the code of kernels is small."""
+    """Return a DiT of 120 MiB in fp16: beside its weights the code of kernels is small."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=64,
         in_channels=4,
         out_channels=4,
-        num_layers=4,
+        num_layers=3,
         sample_size=32,
         patch_size=2,
         num_embeds_ada_norm=10,
@@ -232,13 +232,13 @@ def test_the_loop_is_one_engine(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_loop_of_the_embedded_model_is_built(tmp_path: Path) -> None:
     pipeline = embedded_pipeline()
-    call = {"class_labels": [3], "num_inference_steps": 4, "guidance_scale": 2.0}
-    plan = plan_for(pipeline, call, [FULL, BOTH, SHARE, FULL])
+    call = {"class_labels": [3], "num_inference_steps": 3, "guidance_scale": 2.0}
+    plan = plan_for(pipeline, call, [FULL, BOTH, SHARE])
     torch._dynamo.reset()
     ditfastattn.export(pipeline, call, plan, tmp_path, dtype="float16", loop=True)
     (spec,) = build(tmp_path, BuildOptions(TARGET, Layout.LOOP)).engines
     # Step 0 stores residuals: a window beside each full attention. Step 2 has none.
-    assert spec.fused == spec.attentions == sum([12, 6, 0, 6])
+    assert spec.fused == spec.attentions == sum([12, 6, 0])
     assert [line for line in spec.findings if "times as large" not in line] == []
 
 
