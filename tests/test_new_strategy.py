@@ -97,7 +97,7 @@ def test_a_search_prices_it_and_takes_it_where_it_is_best() -> None:
 
 def test_a_search_measures_it(tmp_path: Path) -> None:
     call: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 4, "guidance_scale": 2.0}
-    options: dict[str, Any] = {"objective": "attention-flops", "lowering": "eager"}
+    options: dict[str, Any] = {"objective": "attention-flops", "method": "global"}
     target = Target.min_ssim(0.5)
     plan = calibrate(attentive_pipeline(), call, target=target, out=tmp_path / "p.json", **options)
     assert Plan.load(tmp_path / "p.json") == plan

@@ -164,6 +164,14 @@ class Measured(Record, frozen=True):
 SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual", "whole-steps", "joint"]
 
 
+class Tried(Record, frozen=True):
+    """Record a kind of plan that a search tried, and why it was kept or passed over."""
+
+    what: str
+    outcome: str
+    predicted_speedup: float | None = None
+
+
 class Calibration(Record, frozen=True):
     """Record how a plan came to be.
 
@@ -173,7 +181,8 @@ class Calibration(Record, frozen=True):
     evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
     alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
     compiled plan, paired with the compiled dense model, where a speed was the target.
-    ``cache_bytes`` is the most that caches take at any time, at a batch of ``batch``.
+    ``cache_bytes`` is the most that caches take at any time, at a batch of ``batch``. ``tried``
+    says what a search of several kinds of plans chose from.
     """
 
     method: SearchMethod
@@ -191,6 +200,7 @@ class Calibration(Record, frozen=True):
     rounds: int = 0
     forwards: float = 0.0
     seconds: float = 0.0
+    tried: tuple[Tried, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
 

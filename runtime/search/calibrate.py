@@ -15,7 +15,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype, Site
 from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.schema import Plan, Tried
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
@@ -36,11 +36,13 @@ from ditfastattn.runtime.search.phases import (
     share_of_target,
 )
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.request import search_request
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.search import Search
 from ditfastattn.runtime.search.solve.window_choice import WindowForm, allowed_windows
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
+from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +82,12 @@ def calibrate(
             image: each is a calibration prompt. Steps, guidance and sizes fix what the plan is for.
         target: what the worst prompt must reach.
         held_out: like ``call``, other prompts to validate on; new seeds of ``call`` where None.
-        method: ``global`` (one budget for all steps), ``per-step`` (DiTFastAttnV2's integer
-            program), ``greedy`` (DiTFastAttn, Algorithm 1), ``whole-steps`` (which steps run at
-            all; the output of the others is fitted, in any model), ``joint`` (whole steps, and
-            sites within the steps that run; for a quality); ``auto`` is greedy for a threshold,
-            else global.
+        method: ``global`` (sites, with one budget for all steps), ``per-step`` (DiTFastAttnV2's
+            integer program), ``greedy`` (DiTFastAttn, Algorithm 1), ``whole-steps`` (which steps
+            run at all; the output of the others is fitted, in any model), ``joint`` (whole steps,
+            and sites within the steps that run; for a quality). ``auto`` is joint for a quality:
+            whole steps alone where the model is not captured, global where whole steps cannot be
+            searched. It is greedy for a threshold, and global for a speed or under a cap.
         objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
@@ -118,13 +121,13 @@ def calibrate(
     """
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
-    resolved = _resolve(Method(method), target)
+    resolved = _resolve(Method(method), target, bool(max_variants or max_cache_mb))
     _check_cap("max_variants", max_variants, resolved)
     _check_cap("max_cache_mb", max_cache_mb, resolved)
     _check_head_groups(head_groups)
     options = SearchOptions(
         target=target,
-        method=resolved,
+        method=Method.GLOBAL if resolved is Method.AUTO else resolved,
         objective=Objective(objective),
         max_variants=max_variants,
         max_cache_bytes=int(max_cache_mb * 2**20),
@@ -139,17 +142,44 @@ def calibrate(
     sites = _SitesWanted(
         narrow, head_groups, _window_form(WindowForm(windows), resolved), cache_dtype
     )
+    if resolved in (Method.AUTO, Method.JOINT):
+        try:
+            return _search_jointly(pipeline, prompts, unseen, options, sites, wanted, resolved)
+        except UnobservableError as error:
+            if resolved is Method.JOINT:
+                raise
+            log.warning("ditfastattn: whole steps cannot be searched, only sites: %s", error.reason)
+            missing = Tried(what="whole steps", outcome=f"not possible: {error.reason}")
+            wanted = replace(wanted, tried=(missing,))
     opening = _open(pipeline, prompts[0], cfg_layout, timestep, sites)
-    if resolved is Method.JOINT:
-        decides = {name: str(item) for name, item in asdict(sites).items()}
-        wanted = replace(wanted, decides=decides)
-        plan = calibrate_jointly(pipeline, prompts, unseen, wanted, opening, options.objective)
-        _warn_if_nothing_gained(plan)
-        return plan
     try:
         return _search_sites(pipeline, call, prompts, unseen, options, opening, wanted)
     except ChangingCallsError as error:
         return _search_phases(pipeline, call, prompts, unseen, options, sites, wanted, error)
+
+
+def _search_jointly(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    unseen: Sequence[Prompt],
+    options: SearchOptions,
+    sites: _SitesWanted,
+    wanted: Options,
+    method: Method,
+) -> Plan:
+    """Search whole steps, and strategies of ``sites`` at the steps that run."""
+    decides = {name: str(item) for name, item in asdict(sites).items()}
+    plan = calibrate_jointly(
+        pipeline,
+        prompts,
+        unseen,
+        replace(wanted, decides=decides),
+        _open(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
+        options.objective,
+        else_whole=method is Method.AUTO,
+    )
+    _warn_if_nothing_gained(plan)
+    return plan
 
 
 def _search_sites(
@@ -172,6 +202,7 @@ def _search_sites(
         work.at_most = most_forwards(session, options, len(prompts), len(unseen))
         work.expected = usual_forwards(session, options, len(prompts), len(unseen))
         plan = _search(work, options, Prompt(call, options.seed), prompts, unseen)
+        plan = with_tried(plan, *wanted.tried)
         if path is not None:
             plan.save(path)
         checkpoint.discard()
@@ -215,10 +246,11 @@ def _search_phases(
             continue
         log.info("calibrate: the phase at steps %d-%d: guidance %s", steps[0], steps[-1], layout)
         opening = _open(pipeline, prompts[0], layout, wanted.timestep, sites, only)
-        alone = replace(wanted, out=None)
+        alone = replace(wanted, out=None, tried=())
         found.append(_search_sites(pipeline, call, prompts, unseen, each, opening, alone))
     plan = join_phases(phases, found, options.target, refused)
     plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)
+    plan = with_tried(plan, *wanted.tried)
     if wanted.out is not None:
         plan.save(wanted.out)
     return plan
@@ -308,9 +340,12 @@ def _chooser(
     return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
 
 
-def _resolve(method: Method, target: Target) -> Method:
+def _resolve(method: Method, target: Target, capped: bool) -> Method:
+    """Return the method; it stays ``auto`` where whole steps and sites are to be searched."""
     threshold = target.kind is TargetKind.THRESHOLD
     if method is Method.AUTO:
+        if target.kind is TargetKind.QUALITY and not capped:
+            return Method.AUTO
         return Method.GREEDY if threshold else Method.GLOBAL
     if method is Method.GLOBAL and threshold:
         raise ConfigError(
@@ -330,7 +365,7 @@ def _window_form(windows: WindowForm, method: Method) -> WindowForm:
 
 def _searches_all_sites(method: Method) -> bool:
     """Return whether ``method`` chooses for feed-forwards too, and between forms of windows."""
-    return method in (Method.GLOBAL, Method.JOINT)
+    return method in (Method.AUTO, Method.GLOBAL, Method.JOINT)
 
 
 def _check_cap(name: str, most: float, method: Method) -> None:

@@ -14,7 +14,7 @@ from ditfastattn.runtime.search.solve.rows import Row
 class Method(StrEnum):
     """Name how strategies are chosen."""
 
-    AUTO = "auto"  # greedy for a threshold, else global
+    AUTO = "auto"  # joint for a quality, greedy for a threshold, else global
     GLOBAL = "global"
     PER_STEP = "per-step"
     GREEDY = "greedy"

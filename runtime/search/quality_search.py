@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.runtime.search.bracket import Bracket
 from ditfastattn.runtime.search.candidates import Candidates, Found
 from ditfastattn.runtime.search.judge.image_judge import (
@@ -19,7 +18,7 @@ from ditfastattn.runtime.search.judge.image_judge import (
     ImageJudge,
     damage_ratio,
 )
-from ditfastattn.runtime.search.judge.judgement import Judgement
+from ditfastattn.runtime.search.judge.judgement import Judgement, dense_misses
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.rows import Row, dense_rows, digest_of, takes_shortcuts
 
@@ -122,15 +121,7 @@ class QualitySearch:
             checked = self._judge.judge(HELD_OUT, rows)
             if self._judge.meets_target(judged) and self._judge.meets_target(checked):
                 return self._found(rows, strength, judged, checked)
-        target = self._judge.target
-        worst = target.worst([item.value for item in (*judged, *checked)])
-        raise TargetMissedError(
-            "even the dense model misses the target",
-            where=target.describe(),
-            got=f"{worst:g} on the worst prompt",
-            expected=target.bound,
-            remedy="choose a bound that the dense images meet",
-        )
+        raise dense_misses(self._judge.target, (*judged, *checked))
 
     def _found(
         self,

@@ -35,8 +35,8 @@ from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.runtime.search.whole_steps.calibrate import (
     Options,
+    prepare,
     refit_whole_steps,
-    searching,
 )
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _refitted(
     opening: AbstractContextManager[Session],
 ) -> Plan:
     """Adapt a plan of whole steps and sites: the steps that run stay, as do their shortcuts."""
-    with searching(pipeline, prompts, held_out, options, plan) as whole:
+    with prepare(pipeline, prompts, held_out, options, plan).searching() as whole:
         whole.generate_dense()  # before the session holds the model
         steps = whole.steps
         with opening as session:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.candidates import Candidates
@@ -22,11 +21,8 @@ from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.search import Search
 from ditfastattn.runtime.search.speed_search import gentlest
-from ditfastattn.runtime.search.whole_steps.calibrate import repeated
-from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
-from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
-from ditfastattn.runtime.search.whole_steps.subject import identify
+from ditfastattn.runtime.search.whole_steps.calibrate import Options, prepare
+from ditfastattn.runtime.search.whole_steps.search import WholeStepSearch
 from ditfastattn.runtime.specializations import report_of
 from ditfastattn.tools.bench.forms import Form
 from ditfastattn.tools.bench.methods import Entry, lowering_of, whole_model
@@ -146,8 +142,4 @@ def whole_step_search(
     pipeline: Any, prompts: Sequence[Prompt], target: Target, checkpoint: Checkpoint | None = None
 ) -> WholeStepSearch:
     """Return a search of whole steps on the calibration ``prompts``."""
-    layout = detect_cfg_layout(pipeline, prompts[0].call)
-    subject = identify(pipeline, prompts[0], layout, "timestep")
-    request = Request(target, repeated(prompts, FITTED_ON), (), layout, "timestep", 0)
-    recorder = Recorder(subject, request, Meter(0.0))
-    return WholeStepSearch(pipeline, recorder, checkpoint or Checkpoint())
+    return prepare(pipeline, prompts, (), Options(target)).search(checkpoint or Checkpoint())

@@ -59,6 +59,9 @@ def print_outcome(console: Console, plan: Plan) -> None:
             "(`ditfastattn validate` measures it)"
         )
     console.print(f"caches: at most {found.cache_bytes / 2**20:.1f} MiB for one image")
+    for tried in found.tried:
+        speedup = "" if tried.predicted_speedup is None else f" {tried.predicted_speedup:.2f}x,"
+        console.print(f"tried: {tried.what}:{speedup} {tried.outcome}", soft_wrap=True)
     console.print(
         f"search: {found.method}, {found.rounds} rounds, {found.forwards:.0f} evaluations of the "
         f"model, {found.seconds:.0f} s"

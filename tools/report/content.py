@@ -201,6 +201,7 @@ def plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
             rows.append((f"{label}, {measured.prompts} prompts", worst))
     if found.predicted_speedup is not None:
         rows.append(("predicted speedup", f"{found.predicted_speedup:.2f}x"))
+    rows += [(f"tried: {each.what}", each.outcome) for each in found.tried]
     if found.cache_bytes:
         rows.append(("caches, at most", f"{found.cache_bytes / 2**20:.1f} MiB"))
     return tuple(rows)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.schema import Plan, Tried
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.joint.search import MORE_RUNS, ROUNDS, JointSearch
@@ -15,8 +15,9 @@ from ditfastattn.runtime.search.judge.image_judge import CALIBRATION
 from ditfastattn.runtime.search.judge.targets import TargetKind
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session
+from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.whole_steps.calibrate import Options, searching
+from ditfastattn.runtime.search.whole_steps.calibrate import Options, Prepared, prepare
 from ditfastattn.runtime.search.whole_steps.search import MOST_RUNS, WholeStepSearch
 
 _WHERE = "calibrate(method='joint')"
@@ -29,12 +30,21 @@ def calibrate_jointly(
     options: Options,
     opening: AbstractContextManager[Session],
     objective: Objective,
+    else_whole: bool = False,
 ) -> Plan:
     """Search the fastest plan that meets a quality, of whole steps and of sites.
 
-    ``opening`` opens a session with the sites that may take shortcuts.
+    Args:
+        pipeline: what is searched.
+        prompts: the calibration prompts.
+        held_out: other prompts, which decide.
+        options: what is asked for.
+        opening: opens a session with the sites that may take shortcuts.
+        objective: what to save.
+        else_whole: search whole steps alone where the model is not captured.
 
     Raises:
+        UnobservableError: whole steps cannot be searched in this pipeline.
         ConfigError: the target is not a quality, or the model is not captured.
     """
     if options.target.kind is not TargetKind.QUALITY:
@@ -45,23 +55,42 @@ def calibrate_jointly(
             remedy="for example Target.min_ssim(0.9), or search one of both for a speed",
         )
     decides = {"method": "joint", "objective": objective, **options.decides}
-    with searching(pipeline, prompts, held_out, replace(options, decides=decides)) as whole:
-        if whole.subject.captured is None:
-            raise ConfigError(
-                "sites can be searched in a captured model only",
-                where=_WHERE,
-                got="a model that is called as it is; the log says why",
-                remedy="search whole steps alone: method='whole-steps'",
-            )
-        whole.meter.at_most += _more_forwards(whole)
-        start = whole.fewest()
-        dense = whole.generate_dense()  # before the session holds the model
+    prepared = prepare(pipeline, prompts, held_out, replace(options, decides=decides))
+    if prepared.captured:
         with opening as session:
-            work = Work(session, whole.checkpoint, 0.0, _reported(whole))
-            for index, images in enumerate(dense):
-                work.keep_dense(CALIBRATION, index, images)
-            chooser = make_global(work, whole.request.prompts, options.target, objective)
-            plan = JointSearch(whole, work).run(start, chooser)
+            return _searched(prepared, session, objective)
+    if not else_whole:
+        raise ConfigError(
+            "sites can be searched in a captured model only",
+            where=_WHERE,
+            got="a model that is called as it is; the log says why",
+            remedy="search whole steps alone: method='whole-steps'",
+        )
+    with prepared.searching() as whole:
+        plan = with_tried(
+            whole.run(), Tried(what="sites", outcome="not possible: the model is not captured")
+        )
+        if options.out is not None:
+            plan.save(options.out)
+        return plan
+
+
+def _searched(prepared: Prepared, session: Session, objective: Objective) -> Plan:
+    """Search whole steps while ``session`` does not hold the model, then sites within it."""
+    options = prepared.options
+    with prepared.searching() as whole:
+        session.release()
+        try:
+            whole.meter.at_most += _more_forwards(whole)
+            start = whole.fewest()
+            dense = whole.generate_dense()
+        finally:
+            session.hold()
+        work = Work(session, whole.checkpoint, 0.0, _reported(whole))
+        for index, images in enumerate(dense):
+            work.keep_dense(CALIBRATION, index, images)
+        chooser = make_global(work, whole.request.prompts, options.target, objective)
+        plan = JointSearch(whole, work).run(start, chooser)
         if options.out is not None:
             plan.save(options.out)
         return plan

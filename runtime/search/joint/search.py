@@ -18,7 +18,7 @@ import torch
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.output_site import output_site
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Calibration, Plan, Tried
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.search.bracket import Bracket
 from ditfastattn.runtime.search.candidates import Candidates
@@ -27,7 +27,7 @@ from ditfastattn.runtime.search.joint.planned_model import PlannedModel
 from ditfastattn.runtime.search.judge.image_judge import damage_ratio
 from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
-from ditfastattn.runtime.search.record.record_plan import record_plan
+from ditfastattn.runtime.search.record.record_plan import record_plan, with_tried
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.at_steps import at_steps
 from ditfastattn.runtime.search.solve.rows import Row, digest_of
@@ -73,6 +73,7 @@ class JointSearch:
         self._output = _fitted_output(work, whole.observed[0].latent)
         self._session.take_sites((*self._sites, self._output))
         self._rounds = 0
+        self._tried: list[Tried] = []
 
     def run(self, start: Judged | None, chooser: GlobalChooser) -> Plan:
         """Return the fastest plan found.
@@ -83,6 +84,7 @@ class JointSearch:
         """
         best: _Tried | None = None
         speedup = 1.0 if start is None else self._whole.steps / len(start.mask.runs)
+        self._note_whole_steps(start)
         for runs in self._choices(start):
             self._begin(runs, "choosing what sites do")
             problem = at_steps(chooser.problem, runs)
@@ -91,11 +93,24 @@ class JointSearch:
             if found is not None:
                 best, speedup = found, found.speedup
         if best is not None:
-            return self._plan(best)
-        log.info("joint search: no shortcut of a site makes the plan of whole steps faster")
-        plan = self._whole.dense() if start is None else self._whole.plan(start)
-        record = plan.calibration.model_copy(update={"method": "joint"})
-        return plan.model_copy(update={"calibration": record})
+            plan = self._plan(best)
+        else:
+            plan = self._whole.dense() if start is None else self._whole.plan(start)
+            record = plan.calibration.model_copy(update={"method": "joint"})
+            plan = plan.model_copy(update={"calibration": record})
+        return with_tried(plan, *self._tried)
+
+    def _note_whole_steps(self, start: Judged | None) -> None:
+        if start is None:
+            self._note("whole steps", "no plan that skips a step meets the target")
+        else:
+            steps, runs = self._whole.steps, len(start.mask.runs)
+            self._note(f"{runs} of {steps} steps", "meets the target", steps / runs)
+
+    def _note(self, what: str, outcome: str, speedup: float | None = None) -> None:
+        log.info("joint search: %s: %s", what, outcome)
+        rounded = None if speedup is None else round(speedup, 3)
+        self._tried.append(Tried(what=what, outcome=outcome, predicted_speedup=rounded))
 
     def refit(self, rows: Sequence[Row], runs: Sequence[int]) -> Plan:
         """Return the plan in which sites do ``rows`` at the steps ``runs``, fitted anew.
@@ -120,7 +135,8 @@ class JointSearch:
         self, runs: tuple[int, ...], candidates: Candidates, speedup: float
     ) -> _Tried | None:
         """Return the fastest plan found in which ``runs`` run; None if none beats ``speedup``."""
-        wanted = _FASTER * speedup
+        what = f"{len(runs)} of {self._whole.steps} steps, and sites"
+        wanted, missed = _FASTER * speedup, ""
         bracket = Bracket(gentlest(candidates, self._session, wanted).strength)
         best: _Tried | None = None
         for _ in range(ROUNDS):
@@ -134,12 +150,24 @@ class JointSearch:
                 best = _Tried(planned, judged, bracket.strength, candidates.speedup(rows))
                 wanted = _FASTER * best.speedup
             elif best is None:
+                missed = self._missed(judged)
                 break  # no plan of these runs is fast enough
             bracket.record(met)
             bracket.move(self._used(judged, runs, met))
             if bracket.closed:
                 break
+        if best is not None:
+            self._note(what, "meets the target", best.speedup)
+        else:
+            promised = f"no plan promises {wanted:.2f}x, 2% more than the best so far"
+            self._note(what, missed or promised)
         return best
+
+    def _missed(self, judged: Judged) -> str:
+        """Say how far the worst image of a plan that misses the target is."""
+        target = self._whole.request.target
+        worst = target.worst([item.value for item in (*judged.judged, *judged.checked)])
+        return f"as fast, {target.name} of the worst image is {worst:.4g}"
 
     def _used(self, judged: Judged, runs: Sequence[int], met: bool) -> float:
         """Return how much sites use of the damage that skipped steps leave to be done."""

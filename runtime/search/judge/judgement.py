@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.runtime.search.judge.metrics import image_mse, measured, perfect_values
 from ditfastattn.runtime.search.judge.targets import Target
 
@@ -64,6 +65,18 @@ def judge_images(
             values, perfect_values(metric, dense, call), errors, strict=True
         )
     ]
+
+
+def dense_misses(target: Target, judged: Sequence[Judgement]) -> TargetMissedError:
+    """Return that even dense images, ``judged``, miss the target."""
+    worst = target.worst([item.value for item in judged])
+    return TargetMissedError(
+        "even the dense model misses the target",
+        where=target.describe(),
+        got=f"{worst:g} on the worst prompt",
+        expected=target.bound,
+        remedy="choose a bound that the dense images meet",
+    )
 
 
 def allowed_damages(target: Target, dense: Tensor, call: Mapping[str, Any]) -> list[float | None]:

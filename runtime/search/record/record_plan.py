@@ -9,12 +9,19 @@ import torch
 from ditfastattn.passes.graph.ir import outputs, value
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import calls_of
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Calibration, Plan, Tried
 from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.timing import device_name
 from ditfastattn.runtime.search.solve.rows import Row
+
+
+def with_tried(plan: Plan, *tried: Tried) -> Plan:
+    """Return ``plan``, whose record also says what else was ``tried``, and not how it was found."""
+    found = plan.calibration
+    record = found.model_copy(update={"tried": (*found.tried, *tried)})
+    return plan.model_copy(update={"calibration": record})
 
 
 def record_plan(

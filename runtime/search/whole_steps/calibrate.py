@@ -14,17 +14,19 @@ import torch
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.schema import Plan, Tried
 from ditfastattn.runtime.matching import check_fingerprint
 from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
+from ditfastattn.runtime.pipeline.hooks import check_not_cached
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
+from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
 from ditfastattn.runtime.search.whole_steps.search import (
     FITTED_ON,
@@ -53,6 +55,7 @@ class Options:
     on_progress: Callable[[SearchProgress], None] | None = None
     opaque: bool = False  # leave the model's inside alone, even where it could be captured
     decides: Mapping[str, Any] = field(default_factory=dict)  # the result, besides all this
+    tried: tuple[Tried, ...] = ()  # before
 
 
 def calibrate_whole_steps(
@@ -74,7 +77,7 @@ def calibrate_whole_steps(
             got=target.describe(),
             remedy="for example Target.min_ssim(0.9)",
         )
-    with searching(pipeline, prompts, held_out, options) as search:
+    with prepare(pipeline, prompts, held_out, options).searching() as search:
         return _saved(search.run(), options)
 
 
@@ -93,25 +96,70 @@ def refit_whole_steps(
         ConfigError: the model is not the plan's, or the pipeline is not supported.
         TargetMissedError: the worst prompt misses the target.
     """
-    with searching(pipeline, prompts, held_out, options, plan) as search:
+    with prepare(pipeline, prompts, held_out, options, plan).searching() as search:
         return _saved(search.refit(plan), options)
 
 
-@contextmanager
-def searching(
+@dataclass(frozen=True)
+class Prepared:
+    """Hold what a search of whole steps begins with; no file is written yet.
+
+    Attributes:
+        pipeline: what is searched.
+        recorder: the model, and what is asked for.
+        first: the dense generation of the first calibration prompt.
+        options: of the search.
+        refits: whether a plan is fitted anew, in one pass that is not resumed.
+    """
+
+    pipeline: Any
+    recorder: Recorder
+    first: Observed
+    options: Options
+    refits: bool
+
+    @property
+    def captured(self) -> bool:
+        """Return whether the model is captured; else it is called as it is."""
+        return self.recorder.subject.captured is not None
+
+    def search(self, checkpoint: Checkpoint) -> WholeStepSearch:
+        """Return the search, whose work is kept in ``checkpoint``."""
+        return WholeStepSearch(self.pipeline, self.recorder, checkpoint, self.first)
+
+    @contextmanager
+    def searching(self) -> Generator[WholeStepSearch]:
+        """Open the search with its checkpoint, which is discarded at the end."""
+        options, recorder = self.options, self.recorder
+        path = None if options.out is None else Path(options.out)
+        holding = (
+            nullcontext(Checkpoint()) if path is None else open_checkpoint(path, options.restart)
+        )
+        with holding as checkpoint:
+            kept = Checkpoint() if self.refits else checkpoint
+            if kept.begin(_describe(recorder.subject, recorder.request) | dict(options.decides)):
+                log.warning("ditfastattn: resuming the unfinished search beside %s", path)
+            yield self.search(kept)
+            kept.discard()
+
+
+def prepare(
     pipeline: Any,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     options: Options,
     plan: Plan | None = None,
-) -> Generator[WholeStepSearch]:
-    """Open a search with its checkpoint, which is discarded at the end; ``plan`` is refitted."""
-    check_not_accelerated(transformer_of(pipeline, "calibrate(pipeline)"))
+) -> Prepared:
+    """Observe the first generation, and identify the model; ``plan`` is one to fit anew.
+
+    Raises:
+        UnobservableError: whole steps cannot be searched in this pipeline.
+        ConfigError: the pipeline is not supported, or its model is not the plan's.
+    """
+    module = transformer_of(pipeline, "calibrate(pipeline)")
+    check_not_accelerated(module)
+    check_not_cached(module)
     layout = options.cfg_layout or detect_cfg_layout(pipeline, prompts[0].call, options.timestep)
-    opaque = options.opaque or is_opaque(plan)
-    subject = identify(pipeline, prompts[0], layout, options.timestep, opaque)
-    if plan is not None:
-        check_fingerprint(subject.identity, plan.model)
     request = Request(
         options.target,
         repeated(prompts, FITTED_ON),
@@ -120,15 +168,17 @@ def searching(
         options.timestep,
         options.seed,
     )
-    path = None if options.out is None else Path(options.out)
-    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, options.restart)
-    with holding as checkpoint:
-        kept = checkpoint if plan is None else Checkpoint()
-        if kept.begin(_describe(subject, request) | dict(options.decides)):
-            log.warning("ditfastattn: resuming the unfinished search beside %s", path)
-        meter = Meter(_most_forwards(pipeline, request), options.on_progress)
-        yield WholeStepSearch(pipeline, Recorder(subject, request, meter), kept)
-        kept.discard()
+    meter = Meter(_most_forwards(pipeline, request), options.on_progress)
+    meter.begin("dense generations")
+    first = observe(pipeline, prompts[0], layout)
+    meter.spend(len(first.steps))
+    opaque = options.opaque or is_opaque(plan)
+    subject = identify(pipeline, prompts[0], layout, options.timestep, first.latent, opaque)
+    subject.sampler(first)  # refuses an unknown name of the timestep
+    if plan is not None:
+        check_fingerprint(subject.identity, plan.model)
+    recorder = Recorder(subject, request, meter)
+    return Prepared(pipeline, recorder, first, options, plan is not None)
 
 
 def _saved(plan: Plan, options: Options) -> Plan:

@@ -29,6 +29,21 @@ _CLOSE = 1e-3  # relative to the largest element
 _ROUNDINGS = 8.0  # guidance in half precision rounds some times, and amplifies it
 
 
+class UnobservableError(ConfigError):
+    """Refuse a generation that cannot be continued from outside."""
+
+    def __init__(self, expected: str, got: str) -> None:
+        """Take what was expected of the generation, and what was seen."""
+        self.reason = f"{expected}; seen: {got}"
+        super().__init__(
+            "whole steps cannot be searched in this pipeline",
+            where=_WHERE,
+            got=got,
+            expected=expected,
+            remedy="search sites instead: method='global'",
+        )
+
+
 @dataclass(frozen=True)
 class ModelCall:
     """Hold one call of the model by argument name, and what it returned, and in which ``form``."""
@@ -98,7 +113,7 @@ def observe(pipeline: Any, prompt: Prompt, layout: CfgLayout) -> Observed:
     """Generate ``prompt`` densely, and return what was observed.
 
     Raises:
-        ConfigError: the generation cannot be continued from outside; the reason is named.
+        UnobservableError: the generation cannot be continued from outside; the reason is named.
     """
     calls: list[ModelCall] = []
     steps: list[tuple[int, SamplerStep]] = []
@@ -162,17 +177,17 @@ def _described(
     layout: CfgLayout,
 ) -> Observed:
     if not steps:
-        raise _unsupported("the pipeline never calls step() of its scheduler", "no call")
+        raise UnobservableError("the pipeline never calls step() of its scheduler", "no call")
     per_step = layout.calls
     numbers = [count for count, _ in steps]
     if numbers != [per_step * (index + 1) for index in range(len(steps))]:
-        raise _unsupported(
+        raise UnobservableError(
             f"each step must call the model {per_step} time(s), and the scheduler once after it",
             f"calls of the model before each call of the scheduler: {numbers}",
         )
     rows = [f"{len(call.output)} row(s)" for call in calls[::per_step]]
     if len(set(rows)) > 1:
-        raise _unsupported("the same rows at each step", f"guidance changes: {in_runs(rows)}")
+        raise UnobservableError("the same rows at each step", f"guidance changes: {in_runs(rows)}")
     grouped = [
         (tuple(calls[per_step * index : per_step * (index + 1)]), made)
         for index, (_, made) in enumerate(steps)
@@ -208,7 +223,7 @@ def _latent_name(call: ModelCall, made: SamplerStep, layout: CfgLayout) -> str:
         if isinstance(item, Tensor) and _holds(item, made.latent, layout)
     ]
     if len(fitting) != 1:
-        raise _unsupported(
+        raise UnobservableError(
             "one argument of the model must be the scheduler's latent, times a number",
             ", ".join(fitting) or f"none of {', '.join(call.arguments)}",
         )
@@ -245,19 +260,21 @@ def _weights(
     matrix = torch.stack([part.double().flatten() for part in parts], 1)
     wanted = made.output.double().flatten()[:, None]
     if len(matrix) != len(wanted):
-        raise _unsupported(
+        raise UnobservableError(
             "the scheduler must be given what the model returns, branches weighted and added",
             f"{list(made.output.shape)} of {list(calls[0].output.shape)} at step {step}",
         )
     solved = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
     if not _near((matrix @ solved)[:, 0], wanted[:, 0], made.output.dtype):
-        raise _unsupported(
+        raise UnobservableError(
             "the scheduler must be given a weighted sum of what the model returns",
             f"something else at step {step}, such as rescaled guidance",
         )
     found = tuple(map(float, solved[:, 0]))
     if abs(sum(found)) < _CLOSE:
-        raise _unsupported("the weights of the branches must not cancel", f"{found} at step {step}")
+        raise UnobservableError(
+            "the weights of the branches must not cancel", f"{found} at step {step}"
+        )
     return found
 
 
@@ -271,13 +288,3 @@ def _near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     """Return whether both are equal but for rounding to ``dtype``."""
     close = max(_CLOSE, _ROUNDINGS * torch.finfo(dtype).eps)
     return bool((got - wanted).abs().max() <= close * wanted.abs().max().clamp(min=1e-6))
-
-
-def _unsupported(expected: str, got: str) -> ConfigError:
-    return ConfigError(
-        "whole steps cannot be searched in this pipeline",
-        where=_WHERE,
-        got=got,
-        expected=expected,
-        remedy="search sites instead: method='global'",
-    )

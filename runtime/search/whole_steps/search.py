@@ -13,7 +13,7 @@ from torch import Tensor
 from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
+from ditfastattn.runtime.search.judge.judgement import Judgement, dense_misses, judge_images
 from ditfastattn.runtime.search.judge.targets import TargetKind
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
@@ -52,12 +52,15 @@ class Judged:
 class WholeStepSearch:
     """Find the plan of the fewest runs that meets a target on its worst prompt."""
 
-    def __init__(self, pipeline: Any, recorder: Recorder, checkpoint: Checkpoint) -> None:
-        """Take what is searched, and for what."""
+    def __init__(
+        self, pipeline: Any, recorder: Recorder, checkpoint: Checkpoint, first: Observed
+    ) -> None:
+        """Take what is searched, and for what; ``first`` is the first prompt's dense generation."""
         self._pipeline, self._recorder, self.checkpoint = pipeline, recorder, checkpoint
         self.request, self.meter = recorder.request, recorder.meter
         self.judge = Judge(pipeline, recorder, checkpoint)
         self.known: dict[int, Judged] = {}  # by how many steps run
+        self._first = first
         self._begun: Begun = {}
 
     def run(self) -> Plan:
@@ -148,8 +151,8 @@ class WholeStepSearch:
     def observed(self) -> list[Observed]:
         """Return the dense generations of the calibration prompts."""
         self.meter.begin("dense generations")
-        found: list[Observed] = []
-        for prompt in self.request.prompts:
+        found = [self._first]
+        for prompt in self.request.prompts[1:]:
             found.append(observe(self._pipeline, prompt, self.request.layout))
             self.meter.spend(len(found[-1].steps))
         return found
@@ -237,7 +240,11 @@ class WholeStepSearch:
         return self.fitted(masks[max(fitting)])
 
     def dense(self) -> Plan:
-        """Return the plan in which every step runs."""
+        """Return the plan in which every step runs.
+
+        Raises:
+            TargetMissedError: even the dense images miss the target.
+        """
         log.warning("ditfastattn: no plan that skips a step meets the target: every step runs")
         mask = FittedMask(tuple(range(self.steps)), (None,) * self.steps, 1)
         pairs = zip(self.request.prompts, self.observed, strict=True)
@@ -247,6 +254,8 @@ class WholeStepSearch:
             for prompt, observed in pairs
             for item in judge_images(target, observed.images, observed.images, prompt.call)
         ]
+        if not self.judge.meets(perfect):
+            raise dense_misses(target, perfect)
         return self.plan(Judged(mask, perfect))
 
     def plan(self, found: Judged) -> Plan:

@@ -14,6 +14,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint, module_fingerprint
 from ditfastattn.passes.analysis.output_site import OUTPUT, output_site, sizes
 from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan, PlannedSite, Sampler
@@ -21,7 +22,6 @@ from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
 from ditfastattn.runtime.pipeline.guidance import guidance_argument
-from ditfastattn.runtime.pipeline.hooks import check_not_cached
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.session import open_session
@@ -99,19 +99,34 @@ def _latent_shape(observed: Observed) -> dict[str, tuple[int, ...]]:
 
 
 def identify(
-    pipeline: Any, prompt: Prompt, layout: CfgLayout, timestep: str, opaque: bool = False
+    pipeline: Any,
+    prompt: Prompt,
+    layout: CfgLayout,
+    timestep: str,
+    latent: str,
+    opaque: bool = False,
 ) -> Subject:
-    """Return what ``pipeline`` generates ``prompt`` with; captured where that is possible."""
+    """Return what ``pipeline`` generates ``prompt`` with; captured where that is possible.
+
+    ``latent`` names the model's argument that is denoised.
+    """
     module = transformer_of(pipeline, "calibrate(pipeline)")
-    check_not_cached(module)
     scale = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
     captured = None
     if not opaque and denoiser_name(pipeline) == "transformer":
         try:
             with open_session(pipeline, prompt, layout, timestep) as session:
-                site = planned_site(output_site(session.captured))
+                site = _fitted_site(session.captured, latent)
                 captured = session.identity, input_shapes(session.captured), site
         except (ConfigError, ValueError, TorchDynamoException) as error:
             reason = str(error).splitlines()[0]
             log.warning("ditfastattn: the model is not captured, and called as it is: %s", reason)
     return Subject(module_fingerprint(module), captured, scale, timestep, pipeline.scheduler)
+
+
+def _fitted_site(captured: CapturedGraph, latent: str) -> PlannedSite:
+    """Return the whole output as a plan records it; ``ValueError`` where it cannot be fitted."""
+    site = output_site(captured, latent)
+    if site.no_fit:
+        raise ValueError(site.no_fit)
+    return planned_site(site)

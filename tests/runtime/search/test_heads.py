@@ -35,6 +35,7 @@ def pipeline() -> Any:
 
 def search(**options: Any) -> Plan:
     given: dict[str, Any] = {"objective": "attention-flops", "lowering": "eager", **options}
+    given["method"] = "global"
     return calibrate(pipeline(), CALL, target=TARGET, held_out=HELD_OUT, **given)
 
 

@@ -21,6 +21,7 @@ from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search import calibrate as calibrate_pipeline
 from ditfastattn.runtime.search.judge.judgement import Judgement, metric_values
+from ditfastattn.runtime.search.judge.targets import TargetKind
 from ditfastattn.runtime.search.measure.latency import CostTable
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.steppers import DenseStepper, PlanStepper, Variants
@@ -39,8 +40,11 @@ LONGER: dict[str, Any] = {**CALL, "num_inference_steps": 16}
 
 
 def search(target: Target, **options: Any) -> Plan:
-    """Search by counted operations, so that two searches find the same plan."""
-    given = {"objective": "attention-flops", "held_out": HELD_OUT, "lowering": "eager", **options}
+    """Search sites by counted operations, so that two searches find the same plan."""
+    given = {"objective": "attention-flops", "held_out": HELD_OUT, "lowering": "eager"}
+    if target.kind is TargetKind.QUALITY:
+        given["method"] = "global"
+    given |= options
     return calibrate(attentive_pipeline(), CALL, target=target, **given)
 
 
@@ -265,6 +269,7 @@ def test_non_redundant_attention_stays_full_and_is_reported(
     for block in blocks:
         block.attn1.set_processor(Attention(random))
     options: dict[str, Any] = {"target": Target.min_psnr(70.0), "objective": "flops"}
+    options["method"] = "global"
     options["held_out"] = {**LONGER, "class_labels": HELD_OUT["class_labels"]}
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):
         plan = calibrate(made, LONGER, attention_only=True, **options)
@@ -316,6 +321,7 @@ def test_a_round_costs_at_most_four_dense_generations(target: Target) -> None:
         begun.setdefault(progress.phase, progress.done)
 
     options: dict[str, Any] = {"objective": "attention-flops", "held_out": HELD_OUT}
+    options["method"] = "global"
     plan = calibrate(attentive_pipeline(), FOUR, target=target, on_progress=note, **options)
     begun["the end"] = plan.calibration.forwards
     ends = dict(zip(begun, list(begun.values())[1:], strict=False))

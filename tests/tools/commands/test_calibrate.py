@@ -108,7 +108,7 @@ def test_a_search_prints_estimate_and_outcome_and_writes_the_plan(
 
 def test_a_plan_is_retargeted_to_another_file_only(saved: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "plan.json", tmp_path / "other.json"
-    assert calibrate(saved, out, "--min-psnr", "30").exit_code == 0
+    assert calibrate(saved, out, "--min-psnr", "30", "--method", "global").exit_code == 0
     result = calibrate(saved, other, "--retarget", str(out), "--steps", "6")
     assert result.exit_code == 0, result.output
     plan = Plan.load(other)
@@ -204,7 +204,8 @@ def test_the_benchmark_times_capped_plans(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_heads_are_grouped_on_request(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    result = calibrate(saved, out, "--head-groups", "2", "--min-ssim", "0.5")
+    arguments = ["--head-groups", "2", "--min-ssim", "0.5", "--method", "global"]
+    result = calibrate(saved, out, *arguments)
     assert result.exit_code == 0, result.output
     groups = Plan.load(out).head_groups
     assert groups == {f"transformer_blocks.{i}.attn1": (1, 1) for i in range(2)}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import ditfastattn
-from ditfastattn import ConfigError, Plan, Strategy, Target
+from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
-from tests.tiny_pipelines import TINY_PIPELINES
+from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
+from ditfastattn.tools.commands.search_output import print_outcome
+from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
 
 STEPS = 6
 TARGET = Target.min_psnr(40.0)
@@ -28,7 +32,7 @@ def opened(name: str) -> tuple[Any, dict[str, Any]]:
 
 def search(pipeline: Any, call: dict[str, Any], **options: Any) -> Plan:
     """Search by counted operations, so that two searches find the same plan."""
-    given = {"target": TARGET, "method": "joint", "objective": "flops", **options}
+    given = {"target": TARGET, "objective": "flops", **options}
     return ditfastattn.calibrate(pipeline, call, **given)
 
 
@@ -67,6 +71,10 @@ def check_found(pipeline: Any, call: dict[str, Any], plan: Plan) -> None:
     assert set(inside) > {Strategy.FULL}
     found = plan.calibration
     assert found.method == "joint"
+    fastest = max(found.tried, key=lambda each: each.predicted_speedup or 0.0)
+    assert fastest.what == f"{len(runs)} of {STEPS} steps, and sites"
+    assert fastest.predicted_speedup == found.predicted_speedup
+    assert found.tried[-1].what == f"{STEPS} of {STEPS} steps, and sites"
     assert found.predicted_speedup is not None
     assert found.predicted_speedup > STEPS / len(runs)
     assert found.calibrated is not None
@@ -148,6 +156,8 @@ def test_where_no_shortcut_fits_the_plan_is_of_whole_steps_or_dense(
     plan = search(pipeline, call, target=Target.min_psnr(150.0))
     assert plan.calibration.method == "joint"
     assert plan.changed == 0
+    assert plan.calibration.tried[0].outcome == "no plan that skips a step meets the target"
+    assert plan.calibration.tried[-1].predicted_speedup is None
 
 
 def test_what_the_joint_search_cannot_do_is_refused(
@@ -155,6 +165,55 @@ def test_what_the_joint_search_cannot_do_is_refused(
 ) -> None:
     pipeline, call, _ = pixart
     with pytest.raises(ConfigError, match="jointly for a quality"):
-        search(pipeline, call, target=Target.min_speedup(1.5))
+        search(pipeline, call, target=Target.min_speedup(1.5), method="joint")
     with pytest.raises(ConfigError, match="cannot be capped"):
-        search(pipeline, call, max_variants=3)
+        search(pipeline, call, max_variants=3, method="joint")
+
+
+def test_where_whole_steps_cannot_be_searched_sites_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UnobservableError("one call", "two")
+
+    pipeline, call = opened("pixart")
+    monkeypatch.setattr(whole_steps, "observe", refuse)
+    options: Any = {"target": Target.min_psnr(20.0), "out": tmp_path / "plan.json"}
+    with pytest.raises(UnobservableError):
+        search(pipeline, call, method="joint", **options)
+    plan = search(pipeline, call, **options)
+    assert "only sites: one call; seen: two" in caplog.text
+    assert plan.calibration.method == "global"
+    assert [(each.what, each.outcome) for each in plan.calibration.tried] == [
+        ("whole steps", "not possible: one call; seen: two")
+    ]
+    assert Plan.load(tmp_path / "plan.json") == plan
+    console = Console(record=True, width=120)
+    print_outcome(console, plan)
+    assert "tried: whole steps: not possible: one call; seen: two" in console.export_text()
+
+
+def test_even_dense_images_below_the_bound_are_reported(
+    pixart: tuple[Any, dict[str, Any], Plan],
+) -> None:
+    pipeline, call, _ = pixart
+    dark = Target.quality(lambda _, planned: planned.flatten(1).mean(1), at_least=2.0)
+    with pytest.raises(TargetMissedError, match="even the dense model"):
+        search(pipeline, call, target=dark, method="whole-steps")
+
+
+def test_options_of_sites_are_checked_before_anything_is_kept(
+    pixart: tuple[Any, dict[str, Any], Plan], tmp_path: Path
+) -> None:
+    pipeline, call, _ = pixart
+    with pytest.raises(ValueError, match="CacheDtype"):
+        search(pipeline, call, out=tmp_path / "plan.json", cache_dtype="float64")
+    assert not list(tmp_path.glob("*.search"))
+
+
+def test_a_model_that_is_not_captured_gets_whole_steps() -> None:
+    call = {"prompt": "a cat", "num_inference_steps": STEPS, "height": 8, "width": 8}
+    plan = search(tiny_unet_pipeline(), call, target=Target.min_psnr(20.0))
+    assert plan.calibration.method == "whole-steps"
+    assert [each.what for each in plan.calibration.tried] == ["sites"]
+    assert plan.changed > 0

@@ -104,7 +104,9 @@ def test_a_plan_is_searched_to_lpips(torchvision: Path) -> None:
     pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False), size=32)
     call = {"class_labels": [1, 2], "num_inference_steps": 6}
     plans = [
-        calibrate(pipeline, call, target=Target.max_lpips(bound), objective="flops")
+        calibrate(
+            pipeline, call, target=Target.max_lpips(bound), objective="flops", method="global"
+        )
         for bound in (1e-6, 1e-3)
     ]
     for plan, bound in zip(plans, (1e-6, 1e-3), strict=True):
@@ -235,7 +237,7 @@ def test_a_plan_is_searched_to_a_clip_score(clip_folder: str, tmp_path: Path) ->
         for image in [as_images(generate(pipeline, prompt))]
     ]
     target = Target.min_clip_score(0.9 * min(dense), clip_model=str(tmp_path))
-    plan = calibrate(pipeline, call, target=target)
+    plan = calibrate(pipeline, call, target=target, method="global")
     found = plan.calibration
     assert found.target is not None
     assert found.held_out is not None

@@ -99,7 +99,8 @@ def pipeline(sample_size: int = 16) -> Any:
 @pytest.mark.parametrize("windows", ["band", "tiles", "auto"])
 def test_a_search_plans_the_windows_it_may(windows: str) -> None:
     target = Target.min_ssim(0.2)
-    plan = calibrate(pipeline(), CALL, target=target, windows=windows, lowering="eager")
+    options: Any = {"method": "global", "lowering": "eager"}
+    plan = calibrate(pipeline(), CALL, target=target, windows=windows, **options)
     forms = {type(site.window) for site in plan.sites if site.window}
     assert forms == {int if windows == "band" else TileWindow}
     assert plan.changed > 0
@@ -108,7 +109,8 @@ def test_a_search_plans_the_windows_it_may(windows: str) -> None:
 
 def test_a_retargeted_plan_keeps_its_form() -> None:
     target = Target.min_ssim(0.2)
-    plan = calibrate(pipeline(), CALL, target=target, windows="tiles", lowering="eager")
+    options: Any = {"method": "global", "lowering": "eager"}
+    plan = calibrate(pipeline(), CALL, target=target, windows="tiles", **options)
     same = retarget(pipeline(), plan, CALL, target=Target.min_ssim(0.001))
     assert [site.window for site in same.sites] == [site.window for site in plan.sites]
     larger = retarget(pipeline(32), plan, CALL, target=Target.min_ssim(0.001))
