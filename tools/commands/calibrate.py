@@ -56,7 +56,10 @@ HeldOutPrompts = Annotated[
     Path | None,
     typer.Option(help="Prompts to validate the plan on. Default: --prompts with new seeds."),
 ]
-HowToChoose = Annotated[Method, typer.Option(help="How strategies are chosen.")]
+HowToChoose = Annotated[
+    Method,
+    typer.Option(help="What is searched. auto, for a quality: whole steps, and sites within them."),
+]
 WhatToSave = Annotated[Objective, typer.Option(help="What to save.")]
 MaxCacheMb = Annotated[
     float, typer.Option(min=0.0, help="Most MiB of caches for one image. 0: no cap.")

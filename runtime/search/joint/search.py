@@ -188,7 +188,8 @@ class JointSearch:
 
         def fitted() -> dict[str, Any]:
             module = transformer_of(self._session.pipeline, "calibrate(pipeline)")
-            mask, states = fit_mask(model.rollouts(module, whole.observed), runs, self._meter.spend)
+            rollouts = model.rollouts(module, whole.observed)
+            mask, states = fit_mask(rollouts, runs, self._meter.spend, rule=whole.rule)
             judged = whole.judge.replayed(mask, whole.request.prompts, whole.observed, states)
             fits = [None if each is None else each.tolist() for each in mask.coefficients]
             return {"coefficients": fits, "judged": _as_data(judged)}

@@ -28,6 +28,7 @@ from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
+from ditfastattn.runtime.search.whole_steps.ridge import RIDGES
 from ditfastattn.runtime.search.whole_steps.search import (
     FITTED_ON,
     MOST_RUNS,
@@ -39,7 +40,8 @@ from ditfastattn.runtime.search.whole_steps.subject import Subject, identify
 log = logging.getLogger(__name__)
 
 _PER_IMAGE = 7  # dense generations' worth of runs, in finding which steps run
-_FITS, _CHECKS = 4, 3  # plans that are judged on the calibration prompts, and on the held-out ones
+_FITS = 5 + 2 * len(RIDGES)  # plans that are made on the calibration prompts
+_CHECKS = 3  # of these, on the held-out ones
 
 
 @dataclass(frozen=True)
