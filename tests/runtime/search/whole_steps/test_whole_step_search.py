@@ -20,6 +20,7 @@ from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
+from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from ditfastattn.runtime.search.whole_steps.masks import Begun, fit_mask
 from ditfastattn.runtime.search.whole_steps.observe import observe
@@ -226,6 +227,13 @@ def test_rescaled_guidance_is_refused_with_the_reason() -> None:
         searched(make(), {"num_inference_steps": 2, **given}, opaque=True)
 
 
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit on three images: what is found differs, how it is found does not."""
+    monkeypatch.setattr(whole_steps, "FITTED_ON", 3)
+
+
+@pytest.mark.usefixtures("few_images")
 def test_a_quality_is_met_on_the_worst_prompt(pixart: tuple[Any, dict[str, Any], Plan]) -> None:
     pipeline, call, _ = pixart
     prompts, unseen = split_prompts(call, 0), split_prompts(call, 500)
@@ -263,6 +271,7 @@ def test_a_mask_continues_what_the_last_one_began(
             assert len(state.returned) == len(other.returned)
 
 
+@pytest.mark.usefixtures("few_images")
 def test_an_interrupted_search_resumes(
     pixart: tuple[Any, dict[str, Any], Plan], tmp_path: Any
 ) -> None:
