@@ -14,7 +14,6 @@ from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps import calibrate, ridge
-from ditfastattn.runtime.search.whole_steps import search as whole_steps
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, Prepared, prepare
 from ditfastattn.runtime.search.whole_steps.fit import RIDGE, fit, linear_rule
 from ditfastattn.runtime.search.whole_steps.masks import run_step, skip_step
@@ -59,23 +58,30 @@ def test_each_image_is_generated_by_a_fit_to_the_others(prepared: Prepared) -> N
         assert torch.equal(states[0].latent, fold.states[0].latent)
 
 
-@pytest.mark.parametrize(("at_least", "chosen"), [(True, 1e-2), (False, RIDGE)])
-def test_the_worst_unseen_image_chooses(
-    at_least: bool, chosen: float, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("at_least", "usual", "looser", "chosen"),
+    [
+        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 9.0], 1e-2),
+        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 8.0], RIDGE),  # the mean is worse
+        (True, [1.0, 5.0, 9.0], [0.5, 9.0, 9.0], RIDGE),
+        (False, [1.0, 5.0, 9.0], [2.0, 5.0, 8.0], 1e-2),
+        (False, [1.0, 5.0, 9.0], [0.0, 0.0, 10.0], RIDGE),
+    ],
+)
+def test_unseen_images_choose(
+    at_least: bool,
+    usual: list[float],
+    looser: list[float],
+    chosen: float,
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def metric(_dense: Any, planned: Any) -> Any:
-        return planned.flatten(1).mean(1)
-
     bound: dict[str, Any] = {"at_least": 0.0} if at_least else {"at_most": 0.0}
+    target = Target.quality(lambda _, planned: planned.flatten(1).mean(1), **bound)
     search = prepared.search(Checkpoint())
-    target = Target.quality(metric, **bound)
     monkeypatch.setattr(search, "request", replace(search.request, target=target))
-    values = iter([1.0, 5.0, 9.0, 2.0, 3.0, 10.0])  # three images by either ridge
-
-    def replayed(*_: Any) -> list[Judgement]:
-        return [Judgement(next(values), 0.0, None)]
-
-    monkeypatch.setattr(search.judge, "replayed", replayed)
+    values = iter([*usual, *looser])  # of three images
+    monkeypatch.setattr(search.judge, "replayed", lambda *_: [Judgement(next(values), 0.0, None)])
     assert search._ridges(RUNS) == list(dict.fromkeys((chosen, RIDGE)))
 
 
@@ -84,7 +90,7 @@ def test_a_ridge_that_misses_the_target_is_dropped(
     meets: bool, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = prepared.search(Checkpoint())
-    monkeypatch.setattr(whole_steps, "RIDGES", (LINEAR,))
+    monkeypatch.setattr(search, "_ridges", lambda _: [LINEAR, RIDGE])
     monkeypatch.setitem(vars(search), "masks", {len(RUNS): RUNS})
     monkeypatch.setattr(search.judge, "meets", lambda _: meets or search._ridge == RIDGE)
     found = search.fewest()
