@@ -178,19 +178,25 @@ class WholeStepSearch:
 
     def _fitted_best(self, runs: Sequence[int], ridges: Sequence[float]) -> Judged:
         """Return the plan of ``runs`` by the first ridge that meets the target, or by the last."""
-        for ridge in ridges:
-            if ridge != self._ridge:
-                self._ridge = ridge
-                self._begun.clear()
-                self.known.clear()
-            found = self._calibrated(runs)
-            if not self.judge.meets(found.judged):
-                continue
-            self.meter.begin(f"{len(runs)} of {self.steps} steps: the held-out prompts")
-            found = replace(found, checked=self.judge.held_out(found.mask, self.observed[0]))
-            if self.judge.meets(found.checked):
+        first, *others = ridges
+        found = self._fitted_by(first, runs)
+        for ridge in others:
+            if found.checked and self.judge.meets(found.checked):
                 break
+            found = self._fitted_by(ridge, runs)
         return found
+
+    def _fitted_by(self, ridge: float, runs: Sequence[int]) -> Judged:
+        """Return the plan of ``runs``; held-out prompts are judged where the others are met."""
+        if ridge != self._ridge:
+            self._ridge = ridge
+            self._begun.clear()
+            self.known.clear()
+        found = self._calibrated(runs)
+        if not self.judge.meets(found.judged):
+            return found
+        self.meter.begin(f"{len(runs)} of {self.steps} steps: the held-out prompts")
+        return replace(found, checked=self.judge.held_out(found.mask, self.observed[0]))
 
     @property
     def subject(self) -> Subject:

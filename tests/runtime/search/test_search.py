@@ -41,7 +41,8 @@ LONGER: dict[str, Any] = {**CALL, "num_inference_steps": 16}
 
 def search(target: Target, **options: Any) -> Plan:
     """Search sites by counted operations, so that two searches find the same plan."""
-    given = {"objective": "attention-flops", "held_out": HELD_OUT, "lowering": "eager"}
+    given: dict[str, Any] = {"objective": "attention-flops", "lowering": "eager"}
+    given["held_out"] = HELD_OUT
     if target.kind is TargetKind.QUALITY:
         given["method"] = "global"
     given |= options
