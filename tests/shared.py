@@ -22,7 +22,7 @@ from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
 from ditfastattn.export.to_onnx import content_hash
 from ditfastattn.export.weights import raw_bytes
-from ditfastattn.passes.capture.plain_tensors import parts
+from ditfastattn.passes.capture.plain_tensors import parts, settings_of
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
 from ditfastattn.runtime.search.measure.session import Session
@@ -64,6 +64,7 @@ def _feed(hashed: Any, item: Any) -> None:
         for name, part in parts(item, type(item).__name__):  # of which quantized ones are made
             hashed.update(f"{name}{part.shape}{part.dtype}{part.stride()}".encode())
             hashed.update(raw_bytes(part))
+        hashed.update(repr(settings_of(item)).encode())
     elif isinstance(item, Mapping):
         for name, part in item.items():
             hashed.update(str(name).encode())
