@@ -38,7 +38,7 @@ def _permute(emitter: Emitter, call: Call) -> str:
     return transpose(emitter, emitter.use(call.first), order)
 
 
-def _einsum(emitter: Emitter, call: Call) -> str:
+def _einsum(emitter: Emitter, call: Call) -> str | list[str]:
     """Write ``einsum``, a permutation as ``Transpose``."""
     equation = str(call.args[0]).replace(" ", "")
     operands: tuple[Value, ...] = call.args[1]

@@ -62,12 +62,13 @@ def settings_of(tensor: Tensor) -> list[str]:
     """
     if is_plain(tensor):
         return []
+    inner: list[str] = []
     if is_traceable_wrapper_subclass(tensor):
         names, settings = tensor.__tensor_flatten__()
         inner = [text for name in names for text in settings_of(getattr(tensor, name))]
     else:
         named = vars(tensor).items()
-        inner, settings = [], {n: v for n, v in named if n[0] != "_" and not isinstance(v, Tensor)}
+        settings = {n: v for n, v in named if n[0] != "_" and not isinstance(v, Tensor)}
     own = re.sub(r" at 0x[0-9a-f]+", "", repr(settings))  # the same in another process
     return [f"{type(tensor).__name__} {own}", *inner]
 
