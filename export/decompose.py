@@ -29,7 +29,8 @@ def decompose_unknown(
     """
     unknown = _unknown(module, known, static)
     for node in unknown:
-        _paste(module, node, _decomposed(module, node))
+        if isinstance(node.target, torch._ops.OpOverload):  # not of functions, as FlexAttention
+            _paste(module, node, _decomposed(module, node))
     remaining = _unknown(module, known, static)
     if remaining:
         raise ConfigError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from ditfastattn import ConfigError
 from ditfastattn.export.lint import findings
@@ -338,6 +339,7 @@ REFUSED: dict[str, Function] = {  # apart from the messages, which quote these l
     "masked write": lambda x: torch.index_put(x, [x > -99], x.flatten()),
     "scatter": lambda x: x.scatter(1, places()[None, :2, None] % 2, x),
     "norm": lambda x: torch.linalg.vector_norm(x, 0, 1),
+    "flex attention": lambda x: flex_attention(x[:, None], x[:, None], x[:, None]),
 }
 
 
@@ -348,6 +350,7 @@ REFUSED: dict[str, Function] = {  # apart from the messages, which quote these l
         ("masked write", "what a mask selects has no fixed shape"),
         ("scatter", "a part of a tensor is scattered"),
         ("norm", "a norm of order 0"),
+        ("flex attention", r"no ONNX form\n +got: +flex_attention"),
     ],
 )
 def test_what_onnx_lacks_is_refused(name: str, message: str, tmp_path: Path) -> None:
