@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
 from ditfastattn.passes.capture.plain_tensors import plain_tensors
@@ -19,6 +22,8 @@ from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.pipeline.denoiser import plain_module
 from ditfastattn.runtime.pipeline.forwards import replace_forward
 from ditfastattn.runtime.traced import BROKEN, TracedCalls, log_fallback, once_warm
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,41 @@ class RecordedCall:
         return int(first.shape[0])
 
     def doubled(self) -> RecordedCall:
-        """Return the call with twice the batch."""
-        batch = self.batch
-        doubled = {name: _doubled(item, batch) for name, item in self.arguments.items()}
+        """Return the call with twice the batch: tensors of as many rows as it are repeated."""
+        batch, made = self.batch, dict[int, Tensor]()
+        doubled = {name: _doubled(item, batch, made) for name, item in self.arguments.items()}
         return RecordedCall(doubled)
 
+    def doubled_otherwise(self) -> Generator[RecordedCall]:
+        """Yield calls in which one argument is kept as it is, or its lists are repeated too.
 
-def _doubled(item: Any, batch: int) -> Any:
+        A size may equal the batch by chance: the number of layers, say, that a scale is given for.
+        """
+        doubled, batch = self.doubled().arguments, self.batch
+        for name, item in self.arguments.items():
+            kept = {**doubled, name: item}
+            if _tensors_differ(item, doubled[name]):
+                yield RecordedCall(kept)
+            if isinstance(item, (list, tuple)) and len(item) == batch:
+                yield RecordedCall({**doubled, name: type(item)([*item, *item])})
+
+
+def _doubled(item: Any, batch: int, made: dict[int, Tensor]) -> Any:
+    """Return ``item`` with its rows twice; a tensor that is given twice is one input for Dynamo."""
     if isinstance(item, Tensor):
-        return torch.cat([item, item]) if item.dim() and item.shape[0] == batch else item
+        if not item.dim() or item.shape[0] != batch:
+            return item
+        return made.setdefault(id(item), torch.cat([item, item]))
     if isinstance(item, (tuple, list)):
-        return type(item)(_doubled(part, batch) for part in item)
+        return type(item)(_doubled(part, batch, made) for part in item)
     if isinstance(item, dict):
-        return {key: _doubled(part, batch) for key, part in item.items()}
+        return {key: _doubled(part, batch, made) for key, part in item.items()}
     return item
+
+
+def _tensors_differ(one: Any, other: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return any(a is not b for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -77,6 +103,52 @@ def capture_call(model: nn.Module, call: RecordedCall, timestep: str = "timestep
         calls = TracedCalls(plain, timestep)
         traced, tensors, _ = calls.find(plain.forward, (), call.arguments)
     return CapturedCall(traced.captured, tuple(tensors), traced)
+
+
+def capture_doubled(
+    model: nn.Module, call: RecordedCall, timestep: str = "timestep"
+) -> CapturedCall:
+    """Capture ``model``, called with ``call`` at twice its batch.
+
+    Raises:
+        ConfigError: the model does not take it.
+    """
+    try:
+        return capture_call(model, call.doubled(), timestep)
+    except ConfigError:
+        raise
+    except Exception as error:  # of the model's own code, about its arguments
+        plain = plain_module(model)
+        for other in call.doubled_otherwise():
+            if _takes(plain, other, call.batch):
+                return capture_call(model, other, timestep)
+        said = str(error).strip() or type(error).__name__
+        raise ConfigError(
+            "the model does not take twice the batch",
+            where="a call whose tensors are repeated",
+            got=said.splitlines()[0],
+            expected="a batch in the first dimension of its tensors",
+            remedy=FIX_BATCH,
+        ) from error
+
+
+def _takes(plain: nn.Module, call: RecordedCall, batch: int) -> bool:
+    """Return whether the model takes a doubled call, and returns each of ``batch`` rows twice."""
+    try:
+        with torch.no_grad():
+            found = pytree.tree_leaves(plain(**call.arguments))
+    except Exception:  # of the model's own code: it does not
+        log.debug("a doubled call was refused", exc_info=True)
+        return False
+    results = [item for item in found if isinstance(item, Tensor) and item.dim()]
+    return bool(results) and all(
+        len(item) == 2 * batch and _are_close(item[:batch], item[batch:]) for item in results
+    )
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Return whether two results differ by rounding alone, in half precision too."""
+    return float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
 
 
 def _by_dynamo(plain: nn.Module, call: RecordedCall) -> CapturedCall:

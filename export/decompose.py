@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def decompose_unknown(
     """
     unknown = _unknown(module, known, static)
     for node in unknown:
-        _paste(module, node, _decomposed(module, node))
+        if isinstance(node.target, torch._ops.OpOverload):  # not of functions, as FlexAttention
+            _paste(module, node, _decomposed(module, node))
     remaining = _unknown(module, known, static)
     if remaining:
         raise ConfigError(
@@ -66,12 +67,31 @@ def _decomposed(module: GraphModule, node: Node) -> GraphModule:
     with fake_mode(module.graph), torch.no_grad():
         examples = [torch.empty_like(source.meta["val"]) for source in sources]
         rules: dict[Any, Any] = dict(core_aten_decompositions())
-        return make_fx(call, decomposition_table=rules)(*examples)
+        made = make_fx(call, decomposition_table=rules)(*examples)
+        if any(map(_writes, made.graph.nodes)):  # to a tensor of its own
+            made = make_fx(torch.func.functionalize(made))(*examples)
+    return made
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:
+    returned = copy_trace(module, node, trace, node.all_input_nodes)
+    if isinstance(returned, Node):
+        node.replace_all_uses_with(returned)
+    else:  # several results, each taken by its number
+        for user in list(node.users):
+            user.replace_all_uses_with(returned[user.args[1]])
+            module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def copy_trace(module: GraphModule, node: Node, trace: GraphModule, given: Sequence[Node]) -> Any:
+    """Copy the nodes of ``trace`` before ``node``, for the inputs ``given``; return its results."""
     inputs = trace.graph.find_nodes(op="placeholder")
-    copies: dict[Node, Node] = dict(zip(inputs, node.all_input_nodes, strict=True))
+    copies: dict[Node, Node] = dict(zip(inputs, given, strict=True))
     with module.graph.inserting_before(node):
         for inner in trace.graph.nodes:
             if inner.op == "get_attr":
@@ -82,11 +102,4 @@ def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:
             elif inner.op == "call_function":
                 copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
                 copies[inner].meta["stack_trace"] = node.meta.get("stack_trace", "")
-    returned: Any = trace.graph.output_node().args[0]
-    if isinstance(returned, Node):
-        node.replace_all_uses_with(copies[returned])
-    else:  # several results, each taken by its number
-        for user in list(node.users):
-            user.replace_all_uses_with(copies[returned[user.args[1]]])
-            module.graph.erase_node(user)
-    module.graph.erase_node(node)
+    return map_arg(trace.graph.output_node().args[0], copies.__getitem__)

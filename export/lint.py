@@ -5,7 +5,7 @@ Each rule is a trap that was observed; ARCHITECTURE.md lists which runtime does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,6 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, numpy_hel
 from ditfastattn.core.errors import VerifyError
 
 _SEQUENCES: Final = ("SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence")
-_NOT_IN_BF16: Final = ("Conv", "Einsum", "Sin", "Cos")  # below opset 22
 _HALF: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _NEWEST_OPSET: Final = 20
 
@@ -96,9 +95,15 @@ def _sequences(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 
 def _bf16(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     for node in nodes_of(model.graph):
-        given = {types.get(name, 0) for name in node.input}
-        if node.op_type in _NOT_IN_BF16 and TensorProto.BFLOAT16 in given:
-            yield f"{node.name}: {node.op_type} does not take bfloat16 below opset 22"
+        given = [types.get(name, 0) == TensorProto.BFLOAT16 for name in node.input]
+        if any(given) and defs.has(node.op_type, _NEWEST_OPSET, node.domain):
+            schema = defs.get_schema(node.op_type, _NEWEST_OPSET, node.domain)
+            inputs = [*schema.inputs, *[schema.inputs[-1]] * len(given)]  # the last may repeat
+            if any(
+                there and "tensor(bfloat16)" not in formal.types
+                for there, formal in zip(given, inputs, strict=False)
+            ):
+                yield f"{node.name}: {node.op_type} does not take bfloat16 in opset {_NEWEST_OPSET}"
 
 
 def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
@@ -112,20 +117,35 @@ def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 
 
 def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
-    """Find scores computed in fp32 from half precision: TensorRT does not fuse that attention."""
+    """Find scores computed in fp32 from half precision: TensorRT does not fuse that attention.
+
+    A model in fp32 may round its queries and keys to half precision; its values are in fp32.
+    """
     makers = {name: node for node in model.graph.node for name in node.output}
+    wide = {
+        node.input[0]
+        for node in model.graph.node
+        if node.op_type == "MatMul"
+        and types.get(node.input[1]) == TensorProto.FLOAT
+        and not _was_half(node.input[1], makers, types)
+    }
     for node in model.graph.node:
         maker = makers.get(node.input[0]) if node.op_type == "Softmax" else None
         while maker is not None and maker.op_type in ("Add", "Mul", "Div", "Where"):
             maker = makers.get(maker.input[0])
-        if maker is None or maker.op_type != "MatMul":
+        if maker is None or maker.op_type != "MatMul" or node.output[0] in wide:
             continue
         for name in maker.input:
-            cast = makers.get(name)
-            while cast is not None and cast.op_type in ("Mul", "Transpose", "Reshape", "Gather"):
-                cast = makers.get(cast.input[0])
-            if cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in _HALF:
+            if _was_half(name, makers, types):
                 yield f"{maker.name}: scores of half precision in fp32: TensorRT does not fuse them"
+
+
+def _was_half(name: str, makers: Mapping[str, NodeProto], types: Mapping[str, int]) -> bool:
+    """Return whether the value called ``name`` is cast from one in half precision."""
+    cast = makers.get(name)
+    while cast is not None and cast.op_type in ("Mul", "Transpose", "Reshape", "Gather"):
+        cast = makers.get(cast.input[0])
+    return cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in _HALF
 
 
 RULES: Final[tuple[Rule, ...]] = (

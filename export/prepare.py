@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.export.capture_call import (
+    CapturedCall,
+    RecordedCall,
+    capture_call,
+    capture_doubled,
+)
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.coarse_sites import coarse_sites
@@ -132,8 +137,18 @@ class PreparedModel:
 
 
 def _check_guards(captured: CapturedCall) -> None:
-    """Refuse a graph that holds for some inputs alone: a bundle would not notice others."""
-    for read in captured.traced.guards.reads if captured.traced is not None else ():
+    """Refuse a graph that holds for some inputs alone, or has parts that are no graph."""
+    if captured.traced is None:
+        return
+    for path, line in captured.traced.opaque.items():
+        raise ConfigError(
+            "a part of the model reads what it denoises, as a router to experts does, and is no "
+            "graph",
+            where="export",
+            got=f"{path}: {line}",
+            remedy="run it in torch, by accelerate(pipeline, plan)",
+        )
+    for read in captured.traced.guards.reads:
         raise ConfigError(
             "the graph holds only for what the model reads of its inputs, which a bundle cannot "
             "check",
@@ -178,7 +193,7 @@ def prepare(
         second_call = second_call and RecordedCall(_cast(second_call.arguments, dtype))
     second = first
     if options.dynamic_batch:
-        second = _split(capture_call(model, call.doubled(), options.timestep), plan)
+        second = _split(capture_doubled(model, call, options.timestep), plan)
     both = _again(sites, first), _again(sites, second)
     batches = call.batch, call.batch * (1 + options.dynamic_batch)
     timestep = timestep_position(first.graph, options.timestep)

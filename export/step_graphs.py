@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ditfastattn.export.batch import BatchSize, Shape, Symbols, find_batch
 from ditfastattn.export.capture_call import CapturedCall
+from ditfastattn.export.complex_numbers import split_complex
 from ditfastattn.export.decompose import decompose_unknown
 from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.operators import RULES
@@ -44,6 +45,7 @@ Form = Callable[[GraphModule, Sequence[int]], None]  # the positions of static i
 
 def onnx_form(module: GraphModule, static: Sequence[int]) -> None:
     """Leave only operators that have an ONNX form, and linears of one input as one."""
+    split_complex(module, static)
     decompose_unknown(module, RULES.keys(), static)
     merge_linears(module, static)
 

@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.version import __version__
-from ditfastattn.export.batch import BatchSize, Symbols
+from ditfastattn.export.batch import FIX_BATCH, BatchSize, Symbols
 from ditfastattn.export.emitter import OPSET, Emitter, Value, value_info
 from ditfastattn.export.operators import RULES
 from ditfastattn.export.operators.base import Call
@@ -88,7 +88,7 @@ def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[N
             "the operator has no ONNX form at a free batch",
             where=str(node.meta.get("stack_trace", node.name)).strip(),
             got=node.target,
-            remedy="export with a fixed batch, or add a rule in export/operators",
+            remedy=f"{FIX_BATCH}, or add a rule in export/operators",
         )
     made = rule(emitter, Call(node.name, args, kwargs, shape, first.dtype))
     if isinstance(made, str):

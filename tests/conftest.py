@@ -13,6 +13,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from ditfastattn.export import prepare
+from ditfastattn.export.capture_call import capture_call, capture_doubled
 from ditfastattn.export.tensorrt import build
 from ditfastattn.runtime import lowering
 from ditfastattn.runtime.search.measure import latency
@@ -61,7 +62,8 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
     distributed = "PYTEST_XDIST_WORKER" in os.environ
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "store", (base.parent if distributed else base) / "shared")
-        patch.setattr(prepare, "capture_call", shared.capture_once)
+        for capture in (capture_call, capture_doubled):
+            patch.setattr(prepare, capture.__name__, shared.captured_once(capture))
         patch.setattr(build, "run_job", shared.run_job_once)
         patch.setattr(Variants, "__init__", shared.share_rewritten)
         patch.setattr(lowering, "_compiled", {})  # what is compiled stays, for the next test too

@@ -18,11 +18,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ditfastattn.core.env import read_knobs
-from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
+from ditfastattn.export.capture_call import CapturedCall, RecordedCall
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
 from ditfastattn.export.to_onnx import content_hash
 from ditfastattn.export.weights import raw_bytes
-from ditfastattn.passes.capture.plain_tensors import parts
+from ditfastattn.passes.capture.plain_tensors import parts, settings_of
 from ditfastattn.passes.graph.ir import constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
 from ditfastattn.runtime.search.measure.session import Session
@@ -64,6 +64,7 @@ def _feed(hashed: Any, item: Any) -> None:
         for name, part in parts(item, type(item).__name__):  # of which quantized ones are made
             hashed.update(f"{name}{part.shape}{part.dtype}{part.stride()}".encode())
             hashed.update(raw_bytes(part))
+        hashed.update(repr(settings_of(item)).encode())
     elif isinstance(item, Mapping):
         for name, part in item.items():
             hashed.update(str(name).encode())
@@ -88,15 +89,19 @@ def _attributes(module: nn.Module) -> list[tuple[str, str]]:
 _captured: dict[str, CapturedCall] = {}
 
 
-def capture_once(model: nn.Module, call: RecordedCall, timestep: str = "timestep") -> CapturedCall:
-    """Capture as an export does, each small model and call once: nobody changes a capture."""
-    if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
-        return capture_call(model, call, timestep)
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    key = digest([model, modules, call.arguments])
-    if key not in _captured:
-        _captured[key] = capture_call(model, call, timestep)
-    return _captured[key]
+def captured_once(capture: Callable[..., CapturedCall]) -> Callable[..., CapturedCall]:
+    """Return ``capture``, which takes each small model and call once: nobody changes a capture."""
+
+    def once(model: nn.Module, call: RecordedCall, timestep: str = "timestep") -> CapturedCall:
+        if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
+            return capture(model, call, timestep)
+        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        key = digest([capture.__name__, model, modules, call.arguments])
+        if key not in _captured:
+            _captured[key] = capture(model, call, timestep)
+        return _captured[key]
+
+    return once
 
 
 _rewritten: dict[str, dict[tuple[Any, ...], EagerVariant]] = {}

@@ -168,6 +168,8 @@ def notes(outcome: Outcome) -> list[str]:
     found += [f"bands only at {reason}" for reason in _bands_only(outcome.trial)]
     if outcome.trial.no_program:
         found.append(f"no torch.export: {outcome.trial.no_program}")
+    if outcome.trial.fixed_batch:
+        found.append(f"ONNX at a fixed batch: {outcome.trial.fixed_batch}")
     if outcome.trial.no_onnx:
         found.append(f"no ONNX: {outcome.trial.no_onnx}")
     return found

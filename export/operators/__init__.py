@@ -6,10 +6,19 @@ from typing import Any
 
 from ditfastattn.export.operators.base import Rule
 from ditfastattn.export.operators.elementwise import ELEMENTWISE
+from ditfastattn.export.operators.gathers import GATHERS
 from ditfastattn.export.operators.indexing import INDEXING
 from ditfastattn.export.operators.norms import NORMS
 from ditfastattn.export.operators.products import PRODUCTS
 from ditfastattn.export.operators.shapes import SHAPES
 from ditfastattn.export.operators.windows import WINDOWS
 
-RULES: dict[Any, Rule] = {**ELEMENTWISE, **INDEXING, **NORMS, **PRODUCTS, **SHAPES, **WINDOWS}
+RULES: dict[Any, Rule] = {
+    **ELEMENTWISE,
+    **GATHERS,
+    **INDEXING,
+    **NORMS,
+    **PRODUCTS,
+    **SHAPES,
+    **WINDOWS,
+}

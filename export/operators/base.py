@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ditfastattn.export.batch import Shape
 from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.passes.graph.ir import aten
 
-__all__ = ["Call", "Emitter", "Rule", "Value", "aten", "axis_of"]
+__all__ = ["Call", "Emitter", "Rule", "Value", "aten", "axis_of", "in_fp32"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,32 @@ class Call:
 
 # The name of the result, or of each of several.
 Rule = Callable[[Emitter, Call], str | list[str]]
+
+
+def in_fp32(rule: Rule) -> Rule:
+    """Return ``rule``, computed in fp32 around an operator that does not take bf16 in opset 20.
+
+    Of several results, the first has the dtype of the call.
+    """
+
+    def wide(emitter: Emitter, call: Call) -> str | list[str]:
+        if call.dtype != torch.bfloat16:
+            return rule(emitter, call)
+        args = tuple(_widened(emitter, item) for item in call.args)
+        made = rule(emitter, replace(call, args=args, dtype=torch.float32))
+        if isinstance(made, str):
+            return emitter.cast(made, call.dtype)
+        return [emitter.cast(made[0], call.dtype), *made[1:]]
+
+    return wide
+
+
+def _widened(emitter: Emitter, item: Any) -> Any:
+    if isinstance(item, tuple):
+        return tuple(_widened(emitter, part) for part in item)
+    if not isinstance(item, Value) or item.dtype != torch.bfloat16:
+        return item
+    return Value(emitter.cast(emitter.use(item), torch.float32), item.shape, torch.float32)
 
 
 def axis_of(axis: int, rank: int) -> int:

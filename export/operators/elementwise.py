@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.operators.base import Call, Rule
+from ditfastattn.export.operators.base import Call, Rule, in_fp32
 from ditfastattn.passes.graph.ir import aten
 
 
@@ -37,6 +37,9 @@ def _finished(emitter: Emitter, call: Call, name: str, dtype: torch.dtype) -> st
     return name if dtype == call.dtype else emitter.cast(name, call.dtype)
 
 
+_OF_FLAGS = {"Mul": "And", "Add": "Or", "Max": "Or", "Min": "And"}
+
+
 def binary(kind: str) -> Rule:
     """Return the rule of an operator of two operands; ``alpha`` scales the second."""
 
@@ -48,7 +51,8 @@ def binary(kind: str) -> Rule:
         alpha = call.kwargs.get("alpha", 1)
         if alpha != 1:
             right = emitter.op("Mul", right, emitter.scalar(alpha, dtype))
-        return _finished(emitter, call, emitter.op(kind, left, right, name=call.name), dtype)
+        named = _OF_FLAGS.get(kind, kind) if dtype == torch.bool else kind
+        return _finished(emitter, call, emitter.op(named, left, right, name=call.name), dtype)
 
     return rule
 
@@ -90,6 +94,10 @@ def unary(kind: str, **attributes: Any) -> Rule:
 def _log1p(emitter: Emitter, call: Call) -> str:
     one = emitter.scalar(1.0, call.dtype)
     return emitter.op("Log", emitter.op("Add", emitter.use(call.first), one), name=call.name)
+
+
+def _isnan(emitter: Emitter, call: Call) -> str:
+    return emitter.op("IsNaN", emitter.use(call.first), name=call.name)
 
 
 def _remainder(emitter: Emitter, call: Call) -> str:
@@ -138,8 +146,17 @@ def _clamp(emitter: Emitter, call: Call) -> str:
 
 def _where(emitter: Emitter, call: Call) -> str:
     chosen, left, right = call.args[:3]
-    operands = (operand(emitter, item, call.dtype) for item in (left, right))
-    return emitter.op("Where", emitter.use(chosen), *operands, name=call.name)
+    one, other = (operand(emitter, item, call.dtype) for item in (left, right))
+    return choose(emitter, call, emitter.use(chosen), one, other)
+
+
+def choose(emitter: Emitter, call: Call, chosen: str, one: str, other: str) -> str:
+    """Return ``one`` where ``chosen``, else ``other``; ONNX Runtime has no ``Where`` of bools."""
+    if call.dtype != torch.bool:
+        return emitter.op("Where", chosen, one, other, name=call.name)
+    left = emitter.op("And", chosen, one)
+    right = emitter.op("And", emitter.op("Not", chosen), other)
+    return emitter.op("Or", left, right, name=call.name)
 
 
 def _masked_fill(emitter: Emitter, call: Call) -> str:
@@ -147,7 +164,7 @@ def _masked_fill(emitter: Emitter, call: Call) -> str:
     if not isinstance(filling, Value) and not math.isfinite(filling):
         filling = math.copysign(finite_minimum(call.dtype), -filling)
     fill = operand(emitter, filling, call.dtype)
-    return emitter.op("Where", emitter.use(mask), fill, emitter.use(source), name=call.name)
+    return choose(emitter, call, emitter.use(mask), fill, emitter.use(source))
 
 
 def finite_minimum(dtype: torch.dtype) -> float:
@@ -163,6 +180,11 @@ def _to(emitter: Emitter, call: Call) -> str:
 
 def _same(emitter: Emitter, call: Call) -> str:
     return emitter.use(call.first)
+
+
+def _leaky_relu(emitter: Emitter, call: Call) -> str:
+    slope = float(call.get(1, "negative_slope", 0.01))
+    return emitter.op("LeakyRelu", emitter.use(call.first), name=call.name, alpha=slope)
 
 
 ELEMENTWISE: dict[Any, Rule] = {
@@ -199,19 +221,24 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.log1p.default: _log1p,
     aten.logical_not.default: unary("Not"),
     aten.bitwise_not.default: unary("Not"),
+    aten.isnan.default: _isnan,
     aten.neg.default: unary("Neg"),
     aten.abs.default: unary("Abs"),
     aten.exp.default: unary("Exp"),
     aten.log.default: unary("Log"),
     aten.sqrt.default: unary("Sqrt"),
-    aten.sin.default: unary("Sin"),
-    aten.cos.default: unary("Cos"),
+    aten.sin.default: in_fp32(unary("Sin")),
+    aten.cos.default: in_fp32(unary("Cos")),
+    aten.asin.default: in_fp32(unary("Asin")),
+    aten.acos.default: in_fp32(unary("Acos")),
+    aten.atan.default: in_fp32(unary("Atan")),
     aten.tanh.default: unary("Tanh"),
     aten.sigmoid.default: unary("Sigmoid"),
     aten.relu.default: unary("Relu"),
+    aten.leaky_relu.default: _leaky_relu,
     aten.reciprocal.default: unary("Reciprocal"),
     aten.floor.default: unary("Floor"),
-    aten.round.default: unary("Round"),
+    aten.round.default: in_fp32(unary("Round")),
     aten.rsqrt.default: _rsqrt,
     aten.silu.default: _silu,
     aten.gelu.default: _gelu,

@@ -1,4 +1,4 @@
-"""Write operators that slice, split, join, gather and scatter in ONNX."""
+"""Write operators that slice, split and join in ONNX, and write parts of tensors."""
 
 from __future__ import annotations
 
@@ -134,17 +134,6 @@ def _index_select(emitter: Emitter, call: Call) -> str:
     return emitter.op("Gather", emitter.use(call.first), index, name=call.name, axis=axis)
 
 
-def _index(emitter: Emitter, call: Call) -> str:
-    indices: tuple[Value | None, ...] = call.args[1]
-    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(used) != 1:
-        raise ConfigError(
-            "indexing by several tensors at once cannot be exported", where=f"node {call.name}"
-        )
-    axis, index = used[0]
-    return emitter.op("Gather", emitter.use(call.first), emitter.use(index), axis=axis)
-
-
 def _slice_scatter(emitter: Emitter, call: Call) -> str:
     """Take each index from the source or from the base, by one gather of both."""
     base, source = call.args[:2]
@@ -190,5 +179,4 @@ INDEXING: dict[Any, Rule] = {
     aten.flip.default: _flip,
     aten.embedding.default: _embedding,
     aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.emitter import Emitter
 from ditfastattn.export.operators.base import Call, Rule, axis_of
 from ditfastattn.export.operators.elementwise import operand
@@ -97,6 +99,51 @@ def _variance(emitter: Emitter, call: Call) -> str:
     return emitter.op("Div", total, emitter.scalar(count - (correction or 0), call.dtype))
 
 
+def _vector_norm(emitter: Emitter, call: Call) -> str:
+    """Compute in fp32 at least, as torch does: squares overflow half precision."""
+    wide = torch.promote_types(call.dtype, torch.float32)
+    dims = call.get(2, "dim")
+    axes = [dims] if isinstance(dims, int) else list(dims or range(call.first.rank))
+    source, over = operand(emitter, call.first, wide), emitter.ints(axes)
+    kept = int(bool(call.get(3, "keepdim", False)))
+    order = float(call.get(1, "ord", 2))
+    if order == 0:
+        raise ConfigError("a norm of order 0 cannot be exported", where=f"node {call.name}")
+    if order in (1, 2):
+        result = emitter.op(f"ReduceL{order:.0f}", source, over, name=call.name, keepdims=kept)
+    elif math.isinf(order):
+        kind = "ReduceMax" if order > 0 else "ReduceMin"
+        sizes = emitter.op("Abs", source)
+        result = emitter.op(kind, sizes, over, name=call.name, keepdims=kept)
+    else:
+        powers = emitter.op("Pow", emitter.op("Abs", source), emitter.scalar(order, wide))
+        total = emitter.op("ReduceSum", powers, over, keepdims=kept)
+        result = emitter.op("Pow", total, emitter.scalar(1 / order, wide), name=call.name)
+    return result if wide == call.dtype else emitter.cast(result, call.dtype)
+
+
+def _truth(kind: str) -> Rule:
+    """Return the rule of ``any``, by ``ReduceMax``, or ``all``, by ``ReduceMin``."""
+
+    def rule(emitter: Emitter, call: Call) -> str:
+        dims: Any = call.get(1, "dim")
+        axes = [dims] if isinstance(dims, int) else list(dims or range(call.first.rank))
+        kept = int(bool(call.get(2, "keepdim", False)))
+        flags = operand(emitter, call.first, torch.bool)
+        found = emitter.op(
+            kind, emitter.cast(flags, torch.int32), emitter.ints(axes), keepdims=kept
+        )
+        return emitter.cast(found, torch.bool)
+
+    return rule
+
+
+def _running_sum(emitter: Emitter, call: Call) -> str:
+    axis = torch.tensor(axis_of(call.args[1], call.first.rank))
+    source = operand(emitter, call.first, call.dtype)
+    return emitter.op("CumSum", source, emitter.constant(axis), name=call.name)
+
+
 NORMS: dict[Any, Rule] = {
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
@@ -110,4 +157,10 @@ NORMS: dict[Any, Rule] = {
     aten.amax.default: reduction("ReduceMax"),
     aten.amin.default: reduction("ReduceMin"),
     aten.var.correction: _variance,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.any.default: _truth("ReduceMax"),
+    aten.any.dim: _truth("ReduceMax"),
+    aten.all.default: _truth("ReduceMin"),
+    aten.all.dim: _truth("ReduceMin"),
+    aten.cumsum.default: _running_sum,
 }

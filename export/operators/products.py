@@ -12,7 +12,7 @@ import torch
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.operators.base import Call, Rule
+from ditfastattn.export.operators.base import Call, Rule, in_fp32
 from ditfastattn.export.operators.elementwise import finite_minimum, operand
 from ditfastattn.export.operators.shapes import transpose
 from ditfastattn.passes.graph.ir import ATTENTION, aten
@@ -66,19 +66,59 @@ def _convolution(emitter: Emitter, call: Call) -> str:
         pads = [side // 2 for side in total] + [side - side // 2 for side in total]
     else:
         pads = 2 * ([0] * rank if padding == "valid" else _each(padding, rank))
-    given = [call.first, weight, *([] if bias is None else [bias])]
-    halved = call.dtype == torch.bfloat16  # Conv does not take it below opset 22
-    dtype = torch.float32 if halved else call.dtype
-    result = emitter.op(
+    return _convolved(
+        emitter,
+        call,
         "Conv",
-        *(operand(emitter, item, dtype) for item in given),
-        name=call.name,
+        [call.first, weight, *([] if bias is None else [bias])],
         strides=stride,
         pads=pads,
         dilations=dilation,
         group=call.get(6, "groups", 1),
     )
-    return emitter.cast(result, call.dtype) if halved else result
+
+
+def _any_convolution(emitter: Emitter, call: Call) -> str:
+    """Write ``aten.convolution``, which may be transposed; of it, both sizes are given in full."""
+    source, weight, bias, stride, padding, dilation, transposed, more, groups = call.args
+    rank = source.rank - 2
+    shaped = {"output_padding": _each(more, rank)} if transposed else {}
+    return _convolved(
+        emitter,
+        call,
+        "ConvTranspose" if transposed else "Conv",
+        [source, weight, *([] if bias is None else [bias])],
+        strides=_each(stride, rank),
+        pads=2 * _each(padding, rank),
+        dilations=_each(dilation, rank),
+        group=groups,
+        **shaped,
+    )
+
+
+def _convolved(
+    emitter: Emitter, call: Call, kind: str, given: list[Value], **attributes: Any
+) -> str:
+    operands = (operand(emitter, item, call.dtype) for item in given)
+    return emitter.op(kind, *operands, name=call.name, **attributes)
+
+
+def _mean_pool(emitter: Emitter, call: Call) -> str:
+    """Write ``avg_pool1d``, ``avg_pool2d`` or ``avg_pool3d``."""
+    kernel = call.args[1]
+    rank = call.first.rank - 2 if not isinstance(kernel, tuple) else len(kernel)
+    if call.get(6, "divisor_override") is not None or call.first.rank != rank + 2:
+        raise ConfigError("such an average pool cannot be exported", where=f"node {call.name}")
+    return emitter.op(
+        "AveragePool",
+        emitter.use(call.first),
+        name=call.name,
+        kernel_shape=_each(kernel, rank),
+        strides=_each(call.get(2, "stride") or kernel, rank),
+        pads=2 * _each(call.get(3, "padding", 0), rank),
+        ceil_mode=int(call.get(4, "ceil_mode", False)),
+        count_include_pad=int(call.get(5, "count_include_pad", True)),
+    )
 
 
 def _each(item: Any, rank: int) -> list[int]:
@@ -165,10 +205,14 @@ PRODUCTS: dict[Any, Rule] = {
     aten.bmm.default: _matmul,
     aten._int_mm.default: _integer_product,
     aten.addmm.default: _addmm,
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.conv2d.padding: _convolution,
-    aten.conv3d.default: _convolution,
-    aten.conv3d.padding: _convolution,
+    aten.conv1d.default: in_fp32(_convolution),
+    aten.conv2d.default: in_fp32(_convolution),
+    aten.conv2d.padding: in_fp32(_convolution),
+    aten.conv3d.default: in_fp32(_convolution),
+    aten.conv3d.padding: in_fp32(_convolution),
+    aten.convolution.default: in_fp32(_any_convolution),
+    aten.avg_pool1d.default: in_fp32(_mean_pool),
+    aten.avg_pool2d.default: in_fp32(_mean_pool),
+    aten.avg_pool3d.default: in_fp32(_mean_pool),
     ATTENTION: _attention,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from ditfastattn.export.batch import Shape, Size
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.operators.base import Call, Rule, axis_of
+from ditfastattn.export.operators.base import Call, Rule, axis_of, in_fp32
 from ditfastattn.export.operators.elementwise import operand
 from ditfastattn.passes.graph.ir import aten
 
@@ -38,14 +38,19 @@ def _permute(emitter: Emitter, call: Call) -> str:
     return transpose(emitter, emitter.use(call.first), order)
 
 
-def _einsum(emitter: Emitter, call: Call) -> str:
-    """Write a permutation as ``Transpose``: bf16 has no Einsum below opset 22."""
+def _einsum(emitter: Emitter, call: Call) -> str | list[str]:
+    """Write ``einsum``, a permutation as ``Transpose``."""
     equation = str(call.args[0]).replace(" ", "")
     operands: tuple[Value, ...] = call.args[1]
     left, arrow, right = equation.partition("->")
     if arrow and len(operands) == 1 and sorted(left) == sorted(right) and len({*left}) == len(left):
         return transpose(emitter, emitter.use(operands[0]), [left.index(axis) for axis in right])
-    names = [emitter.use(item) for item in operands]
+    return in_fp32(_sum_of_products)(emitter, call)
+
+
+def _sum_of_products(emitter: Emitter, call: Call) -> str:
+    names = [emitter.use(item) for item in call.args[1]]
+    equation = str(call.args[0]).replace(" ", "")
     return emitter.op("Einsum", *names, name=call.name, equation=equation)
 
 
@@ -69,6 +74,12 @@ def expand(emitter: Emitter, name: str, shape: Shape, target: Shape) -> str:
 
 def _expand(emitter: Emitter, call: Call) -> str:
     return expand(emitter, emitter.use(call.first), call.first.shape, call.shape)
+
+
+def _copy(emitter: Emitter, call: Call) -> str:
+    """Write ``copy``: the second, in the shape and dtype of the first."""
+    source: Value = call.args[1]
+    return expand(emitter, operand(emitter, source, call.dtype), source.shape, call.shape)
 
 
 def _repeat(emitter: Emitter, call: Call) -> str:
@@ -98,6 +109,13 @@ def _filled(number_at: int | None, number: float = 0.0) -> Rule:
     return rule
 
 
+def _range(emitter: Emitter, call: Call) -> str:
+    """Write ``arange``: up to an end, from a start, or in steps."""
+    bounds = (0, *call.args, 1) if len(call.args) == 1 else (*call.args, 1)[:3]
+    names = [emitter.op("Squeeze", emitter.size(bound), emitter.ints([0])) for bound in bounds]
+    return emitter.cast(emitter.op("Range", *names, name=call.name), call.dtype)
+
+
 def _pixel_shuffle(emitter: Emitter, call: Call) -> str:
     source, factor = emitter.use(call.first), call.args[1]
     return emitter.op("DepthToSpace", source, name=call.name, blocksize=factor, mode="CRD")
@@ -119,6 +137,7 @@ SHAPES: dict[Any, Rule] = {
     aten.permute.default: _permute,
     aten.einsum.default: _einsum,
     aten.expand.default: _expand,
+    aten.copy.default: _copy,
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.zeros.default: _filled(None, 0.0),
@@ -130,5 +149,8 @@ SHAPES: dict[Any, Rule] = {
     aten.full_like.default: _filled(1),
     aten.new_zeros.default: _filled(None, 0.0),
     aten.new_ones.default: _filled(None, 1.0),
+    aten.arange.default: _range,
+    aten.arange.start: _range,
+    aten.arange.start_step: _range,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }

@@ -15,7 +15,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.capture.plain_tensors import parts
+from ditfastattn.passes.capture.plain_tensors import parts, settings_of
 from ditfastattn.passes.graph.ir import SCALINGS, aten
 
 OPAQUE = "module:"  # begins the structure of a model whose inside is not captured
@@ -96,13 +96,15 @@ def module_fingerprint(module: nn.Module, samples: int = SAMPLES) -> Fingerprint
 
 
 def module_structure(module: nn.Module) -> str:
-    """Return a hash of the names and shapes of the parameters and buffers of ``module``."""
+    """Return a hash of the names and shapes of parameters and buffers, and how these compute."""
     return _structure(module, _tensors_of(module))
 
 
 def _structure(module: nn.Module, named: Sequence[tuple[str, Tensor]]) -> str:
     shapes = ((name, list(item.shape)) for name, item in named)
-    return OPAQUE + _sha256(json.dumps([type(module).__name__, *shapes]).encode())
+    weights = module.named_parameters()
+    quantized = ((name, found) for name, item in weights if (found := settings_of(item)))
+    return OPAQUE + _sha256(json.dumps([type(module).__name__, *shapes, *quantized]).encode())
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ plain tensors alone: what a subclass does is traced as operators on those.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -52,6 +53,24 @@ def parts(tensor: Tensor, name: str = "") -> list[tuple[str, Tensor]]:
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a graph takes ``tensor`` itself: it is not quantized, for example."""
     return parts(tensor)[0][1] is tensor
+
+
+def settings_of(tensor: Tensor) -> list[str]:
+    """Return what ``tensor`` is set to beside its plain parts, as text; nothing if it is plain.
+
+    Two weights may hold the same integers and scales, and one of them quantizes activations too.
+    """
+    if is_plain(tensor):
+        return []
+    inner: list[str] = []
+    if is_traceable_wrapper_subclass(tensor):
+        names, settings = tensor.__tensor_flatten__()
+        inner = [text for name in names for text in settings_of(getattr(tensor, name))]
+    else:
+        named = vars(tensor).items()
+        settings = {n: v for n, v in named if n[0] != "_" and not isinstance(v, Tensor)}
+    own = re.sub(r" at 0x[0-9a-f]+", "", repr(settings))  # the same in another process
+    return [f"{type(tensor).__name__} {own}", *inner]
 
 
 def _without_subclass(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import Manifest
-from ditfastattn.runtime.bundle.specs import TensorSpec
+from ditfastattn.runtime.bundle.specs import Multiple, TensorSpec
 
 _LARGEST_LATENT: Final = 1e15  # norms square them, and sum the squares
 
@@ -46,7 +46,7 @@ class BundleArguments:
             ConfigError: the bundle does not take this batch.
         """
         manifest = self._manifest
-        spec = next(spec for spec in manifest.inputs if spec.shape)
+        spec = _batched(manifest)
         shape = argument_named(spec.name, given).shape
         batch = shape[0] if shape else 0
         if not batch:
@@ -82,6 +82,15 @@ class BundleArguments:
             ConfigError: one is missing, or has another shape or dtype.
         """
         return {spec.name: _tensor(spec, given, batch, self._device) for spec in specs}
+
+
+def _batched(manifest: Manifest) -> TensorSpec:
+    """Return an input whose first dimension is the batch."""
+    whole, fixed = Multiple(numerator=1, denominator=1), manifest.fixed_batch
+    shaped = [spec for spec in manifest.inputs if spec.shape]
+    rows = [spec for spec in shaped if spec.shape[0] == whole or spec.shape[0] == fixed]
+    latents = [spec for spec in rows if spec.name == manifest.latent]
+    return [*latents, *rows, *shaped][0]
 
 
 def check_range(name: str, latent: Tensor) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.export.bundle import export_model
-from ditfastattn.export.capture_call import RecordedCall, capture_call
+from ditfastattn.export.capture_call import RecordedCall, capture_call, capture_doubled
 from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.lint import findings
 from ditfastattn.export.prepare import ExportOptions
@@ -87,7 +89,7 @@ def write_module(
     call = RecordedCall(arguments)
     torch._dynamo.reset()
     first = capture_call(module.eval(), call)
-    second = first if fixed else capture_call(module, call.doubled())
+    second = first if fixed else capture_doubled(module, call)
     captures = Captures(first, second, (call.batch, 2 * call.batch), ((), ()))
     step = variant_graph(captures, (), CfgLayout.NONE, (), "module")
     weights = Weights(folder / "weights.bin", "weights.bin")
@@ -105,21 +107,35 @@ def run_graph(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     return [torch.from_numpy(result) for result in results]
 
 
+def run_evaluator(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run a graph by ONNX's own evaluator."""
+    evaluator = ReferenceEvaluator(str(path))
+    results: Any = evaluator.run(None, {name: item.numpy() for name, item in inputs.items()})
+    return [torch.from_numpy(np.array(result)) for result in results]
+
+
 def assert_same(
     module: nn.Module,
     arguments: Mapping[str, Any],
     folder: Path,
     tolerance: float = 1e-5,
     fixed: bool = False,
+    evaluator: bool = False,
 ) -> None:
-    """Assert that the graph of ``module`` is sound and computes the same, at two batch sizes."""
+    """Assert that the graph of ``module`` is sound and computes the same, at two batch sizes.
+
+    With ``evaluator``, ONNX's own evaluator computes the same too.
+    """
     path, names = write_module(module, arguments, folder, fixed)
     assert findings(path) == []
     for call in (RecordedCall(arguments), *(() if fixed else (RecordedCall(arguments).doubled(),))):
         with torch.no_grad():
             expected = module(**call.arguments)
-        results = run_graph(path, {name: call.arguments[name] for name in names})
+        given = {name: call.arguments[name] for name in names}
+        results = run_graph(path, given)
         wanted = expected if isinstance(expected, (tuple, list)) else [expected]
+        if evaluator:
+            results, wanted = [*results, *run_evaluator(path, given)], [*wanted, *wanted]
         for got, item in zip(results, wanted, strict=True):
             assert got.shape == item.shape
             assert got.dtype == item.dtype

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from ditfastattn import ConfigError
+from ditfastattn.export.lint import findings
 from ditfastattn.passes.windows.forms import window_call
 from ditfastattn.passes.windows.window import TileWindow, Window
 from tests.export.helpers import assert_same, write_module
@@ -29,6 +31,28 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotate pairs of numbers, as rotary embeddings do with complex ones."""
+    angles = torch.arange(12.0).view(3, 4)
+    turns = torch.cat([torch.polar(torch.ones(3, 4), angles)] * 2).view(2, 3, 4)
+    numbers = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(numbers * turns[:1] + numbers.conj()).flatten(-2)
+
+
+def places() -> Tensor:
+    return torch.tensor([3, 0, -2])
+
+
+def written(x: Tensor, where: Any, values: Tensor) -> Tensor:
+    copy = x.clone()
+    copy[where] = values
+    return copy
+
+
+def routed(x: Tensor) -> Any:
+    return x.topk(2, dim=-1)
 
 
 X = noise(0, 2, 6, 8)
@@ -75,13 +99,39 @@ FUNCTIONS: dict[str, Function] = {
     "einsum": lambda x: torch.einsum("bnc,bmc->bnm", x, x),
     "products": lambda x: x @ x.mT + torch.bmm(x, x.mT),
     "pixel shuffle": lambda x: F.pixel_shuffle(x.reshape(x.shape[0], 4, 3, 4), 2),
+    "complex numbers": lambda x: rotated(x.view(-1, 2, 3, 8)).flatten(1, 2),
+    "inverse trigonometry": lambda x: (x / 9).asin() + (x / 9).acos() + x.atan(),
+    "leaky relu": lambda x: F.leaky_relu(x) + F.leaky_relu(x, 0.3),
+    "average pools": lambda x: (
+        F.avg_pool1d(x, 2, padding=1),
+        F.avg_pool3d(x.view(-1, 2, 3, 4, 2), 2, stride=(1, 2, 1)),
+    ),
+    "vector norms": lambda x: sum(
+        torch.linalg.vector_norm(x, order, 2, True) for order in (1, 2, 3, torch.inf, -torch.inf)
+    ),
+    "truths": lambda x: (x > 2).any(-1) & (x > -9).all(1, True)[..., 0] | x.isnan().any(2),
+    "running sum": lambda x: x.cumsum(1),
+    "copy": lambda x: x.new_zeros(x.shape[0], 6, 8).copy_(x[:, :1]).add(1),
+    "several indices": lambda x: x[:, places(), places() + 1],
+    "indices apart": lambda x: x.view(-1, 6, 4, 2)[:, places(), :, places() % 2],
+    "written at indices": lambda x: written(x, (slice(None), places(), places()), x[:, 0, :3]),
+    "added at indices": lambda x: x.index_put([places() % 2], x[:1].expand(3, 6, 8), True),
+    "range": lambda x: x + torch.arange(x.shape[0])[:, None, None],
+    "flags": lambda x: (x > 0) * (x < 1) + (x > 2),
+    "padded sequence": lambda x: nn.utils.rnn.pad_sequence([x[0], x[0, :4]], True).sum(0) + x,
+    "masked flags": lambda x: (x > 0).masked_fill(x > 1, False) | torch.where(x < 0, x > -1, x > 2),
+    "masked rows": lambda x: torch.index_put(x, [x[..., 0] > 0.5], torch.arange(8.0)),
+    "masked write": lambda x: torch.index_put(x, [x > 0.5], torch.tensor(7.0)),
+    "gather and scatter": lambda x: torch.zeros_like(x).scatter_add(
+        2, routed(x).indices, x.gather(2, routed(x).indices) * routed(x).values
+    ),
     "decomposed": lambda x: F.mish(x) + torch.lerp(x, 2 * x, 0.25) + F.softplus(x),
 }
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_a_function_computes_the_same(name: str, tmp_path: Path) -> None:
-    assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path)
+    assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path, evaluator=True)
 
 
 class Linear(nn.Module):
@@ -115,6 +165,16 @@ class Convolutions(nn.Module):
         return result
 
 
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.up(x)
+        return result
+
+
 class Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +194,7 @@ class Gather(nn.Module):
         return x[:, self.places] + x.index_select(1, self.places)  # type: ignore[arg-type, index]
 
 
-@pytest.mark.parametrize("make", [Linear, Integers, Convolutions, Embedding, Gather])
+@pytest.mark.parametrize("make", [Linear, Integers, Convolutions, Transposed, Embedding, Gather])
 def test_a_layer_computes_the_same(make: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert_same(make(), {"x": X}, tmp_path)
@@ -267,6 +327,48 @@ def test_a_window_in_blocks_skips_the_work_outside(tmp_path: Path) -> None:
 def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no ONNX form(.|\n)*sort"):
         write_module(Calls(lambda x: x.sort(-1).values), {"x": X}, tmp_path)
+
+
+def test_norms_of_half_precision_do_not_overflow(tmp_path: Path) -> None:
+    norms = Calls(lambda x: torch.linalg.vector_norm(300 * x, 2, 2))
+    assert_same(norms, {"x": X.half()}, tmp_path, tolerance=1e-2, evaluator=True)
+
+
+REFUSED: dict[str, Function] = {  # apart from the messages, which quote these lines
+    "roll": lambda x: torch.complex(x, x).roll(1, 1).real,
+    "masked write": lambda x: torch.index_put(x, [x > -99], x.flatten()),
+    "scatter": lambda x: x.scatter(1, places()[None, :2, None] % 2, x),
+    "norm": lambda x: torch.linalg.vector_norm(x, 0, 1),
+    "flex attention": lambda x: flex_attention(x[:, None], x[:, None], x[:, None]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("roll", r"an operator on complex numbers has no ONNX form[\s\S]*aten\.roll"),
+        ("masked write", "what a mask selects has no fixed shape"),
+        ("scatter", "a part of a tensor is scattered"),
+        ("norm", "a norm of order 0"),
+        ("flex attention", r"no ONNX form\n +got: +flex_attention"),
+    ],
+)
+def test_what_onnx_lacks_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write_module(Calls(REFUSED[name]), {"x": X}, tmp_path)
+
+
+def test_complex_inputs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an input holds complex numbers"):
+        write_module(Calls(lambda x: x.real + 1), {"x": torch.complex(X, X)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["trigonometry", "inverse trigonometry", "einsum", "gather and scatter"]
+)
+def test_what_takes_no_bf16_is_computed_in_fp32(name: str, tmp_path: Path) -> None:
+    path, _ = write_module(Calls(FUNCTIONS[name]), {"x": X.bfloat16()}, tmp_path)
+    assert findings(path) == []
 
 
 def test_a_model_that_depends_on_the_batch_otherwise_is_refused(tmp_path: Path) -> None:

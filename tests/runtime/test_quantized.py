@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import ditfastattn
 from ditfastattn import ConfigError, Strategy
@@ -14,6 +15,7 @@ from ditfastattn.passes.capture.plain_tensors import parts
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.plans import mixed_plan_for, plan_for
 from tests.quantized import QUANTIZED, quantized_pipeline
+from tests.shared import digest
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
@@ -64,6 +66,17 @@ def test_a_quantized_model_is_compiled(name: str) -> None:
     ditfastattn.accelerate(made, plan)
     tolerance = 0.02 if name == "int8-dynamic" else 1e-3
     assert float((generate(made, PROMPT) - expected).abs().max()) < tolerance
+
+
+def test_equal_integers_that_compute_otherwise_are_another_model() -> None:
+    made = [nn.Sequential(nn.Linear(32, 32)) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    for model, name in zip(made, ("int8-weights", "int8-dynamic"), strict=True):
+        QUANTIZED[name](model)
+    one, other = map(module_fingerprint, made)
+    assert one.weights == other.weights
+    assert one.structure != other.structure
+    assert digest(made[0]) != digest(made[1])  # so tests share no captures of them
 
 
 @pytest.mark.parametrize("name", slow_but({"int8-weights"}, QUANTIZED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,6 +338,12 @@ def test_a_router_is_called_as_it_is_and_the_sites_around_it_are_planned() -> No
     assert set(trial.opaque) == {"blocks.0.mlp", "blocks.1.mlp"}
     assert all("() (runtime/test_traced.py:" in line for line in trial.opaque.values())
     assert [site.name for site in trial.report.sites] == ["blocks.0", "blocks.1"]
+
+
+def test_no_bundle_is_made_of_a_router(tmp_path: Path) -> None:
+    call = RecordedCall(call_batch(2, TIMESTEPS[0]))
+    with pytest.raises(ConfigError, match=r"router[\s\S]*blocks\.0\.mlp: bincount\(\)"):
+        export_model(handmade(Routed).build(), call, None, tmp_path / "bundle")
 
 
 def test_routes_follow_the_latent_and_weights_the_model() -> None:

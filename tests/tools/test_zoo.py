@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ditfastattn import accelerate
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export import prepare
+from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.export.capture_call import RecordedCall, capture_call
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
@@ -271,6 +273,22 @@ def test_a_model_that_is_not_captured_stands_in_the_row_with_its_reason() -> Non
     assert survey.notes(outcome) == [outcome.reason]
     assert "depends on what it denoises" in outcome.reason
     assert "test_zoo.py:" in outcome.reason
+
+
+@pytest.mark.slow  # that such models are refused is tested by default
+def test_a_class_whose_batch_cannot_be_free_is_exported_at_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise ConfigError("made for one batch", remedy=FIX_BATCH)
+
+    monkeypatch.setattr(prepare, "capture_doubled", refused)
+    trial = try_model(MODELS["DiTTransformer2DModel"], onnx=True)
+    assert (trial.no_onnx, trial.fixed_batch) == ("", "made for one batch")
+    assert trial.onnx_error is not None
+    assert trial.onnx_error <= TOLERANCE
+    notes = survey.notes(survey.Outcome("DiTTransformer2DModel", trial))
+    assert "ONNX at a fixed batch: made for one batch" in notes
 
 
 def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:

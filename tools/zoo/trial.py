@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
 from ditfastattn.export.prepare import ExportOptions
@@ -57,8 +58,8 @@ class Trial:
     ``error`` is the largest difference between a mixed plan's outputs and the plan interpreter's,
     relative to the largest output. ``program_error`` is the same for the plan over the graph of
     torch.export, ``onnx_error`` for the exported bundle; ``no_program`` and ``no_onnx`` say why
-    there is none. ``guards`` and ``opaque`` say what a traced graph holds for, and which modules
-    are called as they are, with the reasons.
+    there is none, ``fixed_batch`` why the bundle takes one batch alone. ``guards`` and ``opaque``
+    say what a traced graph holds for, and which modules are called as they are, with the reasons.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Trial:
     no_program: str = ""
     onnx_error: float | None = None
     no_onnx: str = ""
+    fixed_batch: str = ""
     guards: tuple[str, ...] = ()
     opaque: Mapping[str, str] = field(default_factory=dict)
     plan: Plan | None = None
@@ -181,16 +183,20 @@ def _exported(
     trial: Trial, zoo: ZooModel, model: nn.Module, plan: Plan, expected: Sequence[Tensor]
 ) -> Trial:
     calls = [zoo.call(BATCH, timestep) for timestep in zoo.timesteps]
-    error, reason = None, ""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            options = ExportOptions(timestep=zoo.argument)
-            export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle", options)
-            bundle = load(Path(folder) / "bundle")
-            error = relative_error([first_tensor(bundle(**call)) for call in calls], expected)
-        except Exception as found:  # a survey reports every failure
-            reason = reason_of(found)
-    return replace(trial, onnx_error=error, no_onnx=reason)
+    reasons: list[str] = []
+    for free in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                options = ExportOptions(timestep=zoo.argument, dynamic_batch=free)
+                export_model(model, RecordedCall(calls[0]), plan, Path(folder) / "bundle", options)
+                bundle = load(Path(folder) / "bundle")
+                error = relative_error([first_tensor(bundle(**call)) for call in calls], expected)
+                return replace(trial, onnx_error=error, fixed_batch="".join(reasons))
+            except Exception as found:  # a survey reports every failure
+                reasons.append(reason_of(found))
+                if FIX_BATCH not in str(found):
+                    break
+    return replace(trial, no_onnx=reasons[-1])
 
 
 def mixed_plan(
