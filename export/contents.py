@@ -18,6 +18,7 @@ from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
 from ditfastattn.runtime.bundle.packages import PackagesSpec
+from ditfastattn.runtime.bundle.settings import settings_of
 from ditfastattn.runtime.bundle.specs import (
     CallSchedule,
     FileSpec,
@@ -92,12 +93,15 @@ def _files(folder: Path, contents: Contents, weights: str, planned: bool) -> dic
 
 
 def _model(prepared: PreparedModel) -> ModelSpec:
+    parameters = inspect.signature(prepared.model.forward).parameters
+    defaults = {name: each.default for name, each in parameters.items()}
     return ModelSpec(
         class_name=type(prepared.model).__name__,
-        parameters=tuple(inspect.signature(prepared.model.forward).parameters),
+        parameters=tuple(parameters),
         config=public_config(prepared.model),
         fingerprint=prepared.identity,
         dtype=dtype_name(prepared.dtype),
+        settings=settings_of({**defaults, **prepared.call.arguments}),
     )
 
 

@@ -142,8 +142,8 @@ def _check_guards(captured: CapturedCall) -> None:
         return
     for path, line in captured.traced.opaque.items():
         raise ConfigError(
-            "a part of the model reads what it denoises, as a router to experts does, and is not in "
-            "the graph",
+            "a part of the model reads what it denoises, as a router to experts does, and is not "
+            "in the graph",
             where="export",
             got=f"{path}: {line}",
             remedy="run it in torch, by accelerate(pipeline, plan)",

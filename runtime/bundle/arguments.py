@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import Manifest
+from ditfastattn.runtime.bundle.settings import check_settings
 from ditfastattn.runtime.bundle.specs import Multiple, TensorSpec
 
 _LARGEST_LATENT: Final = 1e15  # norms square them, and sum the squares
@@ -26,7 +27,8 @@ class BundleArguments:
         """Return the arguments of a call by name, as the model's forward would take them.
 
         Raises:
-            ConfigError: the forward has no such argument, or one is given twice.
+            ConfigError: the forward has no such argument, one is given twice, or one that is no
+                tensor is not as it was exported.
         """
         names = self._manifest.model.parameters
         if len(args) > len(names):
@@ -37,7 +39,15 @@ class BundleArguments:
             raise ConfigError(
                 "unknown or repeated arguments", got=", ".join(unknown), expected=", ".join(names)
             )
-        return {**given, **kwargs}
+        given |= kwargs
+        self.check_settings(given)
+        return given
+
+    def check_settings(self, given: Mapping[str, Any]) -> None:
+        """Refuse other numbers, texts and flags than the exported call's; see ``settings``."""
+        settings = self._manifest.model.settings
+        if settings is not None:  # older bundles do not know
+            check_settings(settings, given)
 
     def batch(self, given: Mapping[str, Any]) -> int:
         """Return the batch of a call that was bound as ``given``.

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 from ditfastattn.core.records import Record
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.graph.slots import parse_slot
+from ditfastattn.runtime.bundle.settings import Settings
 
 BATCH = "batch"  # the name of that dimension in the graphs
 SECOND_CALL = "second"  # a loop's conditions of each step's second call: ``second.NAME``
@@ -177,6 +178,7 @@ class ModelSpec(Record, frozen=True):
     config: dict[str, Any]
     fingerprint: Fingerprint
     dtype: Dtype
+    settings: Settings | None = None  # what it is called with beside tensors, defaults included
 
 
 def public_config(model: Any) -> dict[str, Any]:

@@ -141,6 +141,7 @@ class BundleTransformer(nn.Module):
         assert loop is not None  # it was opened
         batch = len(noise) * (2 if self.manifest.sampler.cfg_layout.batched else 1)
         given = {**conditions, loop.noise.name: noise}
+        self._arguments.check_settings(given)
         tensors = self._arguments.tensors([loop.noise, *loop.conditions], given, batch)
         latents = self._empty(loop.noise, batch)
         engine(list(tensors.values()), [latents])
