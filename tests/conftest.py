@@ -10,7 +10,6 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from torch._inductor import config as inductor_config
 
 from ditfastattn.export import prepare
 from ditfastattn.export.capture_call import capture_call, capture_doubled
@@ -29,12 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Give each of several test processes one thread: two that use both cores are slower.
 
-    Packages are compiled in a hurry. Torch writes its graphs to a logger that does not propagate
-    as soon as it has a handler, and pytest gives such loggers one: unless it does propagate.
+    Torch writes its graphs out to a logger that does not propagate as soon as it has a handler,
+    and pytest gives such loggers one: unless it does propagate.
     """
     logging.getLogger("torch.__trace").propagate = True
-    # What wraps the kernels of a package takes most of its compilation, and is run once a call.
-    inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -86,20 +86,25 @@ def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
-_captured: dict[str, CapturedCall] = {}
+_captured: dict[str, tuple[CapturedCall, str]] = {}
 
 
 def captured_once(capture: Callable[..., CapturedCall]) -> Callable[..., CapturedCall]:
-    """Return ``capture``, which takes each small model and call once: nobody changes a capture."""
+    """Return ``capture``, which takes each small model and call once: nobody changes a capture.
+
+    Its weights are those of the model that was captured first, which its test may write to.
+    """
 
     def once(model: nn.Module, call: RecordedCall, timestep: str = "timestep") -> CapturedCall:
         if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
             return capture(model, call, timestep)
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
         key = digest([capture.__name__, model, modules, call.arguments])
-        if key not in _captured:
-            _captured[key] = capture(model, call, timestep)
-        return _captured[key]
+        found, content = _captured.get(key, (None, ""))
+        if found is None or digest(found.tensors) != content:
+            found = capture(model, call, timestep)
+            _captured[key] = found, digest(found.tensors)
+        return found
 
     return once
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_compiled_code_is_kept_where_the_user_keeps_caches(
 
 
 def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a command in a process of its own."""
+    """Start a command in a process of its own, which Ctrl-C ends even if it does not end us."""
     source = "from ditfastattn.tools.commands.app import run; run()"
     return subprocess.Popen(
         [sys.executable, "-c", source, *words],
@@ -128,6 +129,7 @@ def started(words: list[str], folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
@@ -194,7 +196,10 @@ def test_ctrl_c_ends_a_search_with_the_command_that_resumes_it(tmp_path: Path) -
         while not (tmp_path / "plan.json.search").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "to resume, run: " in err
     assert "calibrate --min-ssim 0.9 --steps 20 --out plan.json" in err
