@@ -4,52 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.analysis.site import CacheDtype, Site
-from ditfastattn.passes.graph.ir import find, value
+from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan, Tried
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
-from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
-from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.call_log import ChangingCallsError, SearchedPhase
-from ditfastattn.runtime.search.measure.contender import measure_speed
+from ditfastattn.runtime.search.measure.call_log import ChangingCallsError
 from ditfastattn.runtime.search.measure.latency import Objective
-from ditfastattn.runtime.search.measure.session import Session, open_session
-from ditfastattn.runtime.search.methods import Chooser, Method, measured_costs
-from ditfastattn.runtime.search.options import SearchOptions
-from ditfastattn.runtime.search.pass_chooser import PassChooser
-from ditfastattn.runtime.search.phases import (
-    join_phases,
-    keep_if_met,
-    observe_phases,
-    share_of_target,
+from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.options import DEFAULT_TARGET, SearchOptions
+from ditfastattn.runtime.search.record.work import SearchProgress
+from ditfastattn.runtime.search.site_search import (
+    SitesWanted,
+    open_sites,
+    search_phases,
+    search_sites,
+    warn_if_nothing_gained,
 )
-from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
-from ditfastattn.runtime.search.record.record_plan import with_tried
-from ditfastattn.runtime.search.record.request import search_request
-from ditfastattn.runtime.search.record.work import SearchProgress, Work
-from ditfastattn.runtime.search.search import Search
-from ditfastattn.runtime.search.solve.window_choice import WindowForm, allowed_windows
+from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
 from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
 
 log = logging.getLogger(__name__)
-
-DEFAULT_TARGET = Target.min_ssim(0.9)
-NOTHING_GAINED = 1.02  # a speedup below this counts as none
-_FIRST_BUDGET = {Method.GREEDY: 0.05, Method.PER_STEP: 0.05}
-_REPETITIONS = 10
 
 
 def calibrate(
@@ -139,7 +122,7 @@ def calibrate(
     if resolved is Method.WHOLE_STEPS:
         return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
     narrow = attention_only or not _searches_all_sites(resolved)
-    sites = _SitesWanted(
+    sites = SitesWanted(
         narrow, head_groups, _window_form(WindowForm(windows), resolved), cache_dtype
     )
     if resolved in (Method.AUTO, Method.JOINT):
@@ -151,11 +134,11 @@ def calibrate(
             log.warning("ditfastattn: whole steps cannot be searched, only sites: %s", error.reason)
             missing = Tried(what="whole steps", outcome=f"not possible: {error.reason}")
             wanted = replace(wanted, tried=(missing,))
-    opening = _open(pipeline, prompts[0], cfg_layout, timestep, sites)
+    opening = open_sites(pipeline, prompts[0], cfg_layout, timestep, sites)
     try:
-        return _search_sites(pipeline, call, prompts, unseen, options, opening, wanted)
+        return search_sites(pipeline, call, prompts, unseen, options, opening, wanted)
     except ChangingCallsError as error:
-        return _search_phases(pipeline, call, prompts, unseen, options, sites, wanted, error)
+        return search_phases(pipeline, call, prompts, unseen, options, sites, wanted, error)
 
 
 def _search_jointly(
@@ -163,7 +146,7 @@ def _search_jointly(
     prompts: Sequence[Prompt],
     unseen: Sequence[Prompt],
     options: SearchOptions,
-    sites: _SitesWanted,
+    sites: SitesWanted,
     wanted: Options,
     method: Method,
 ) -> Plan:
@@ -174,170 +157,12 @@ def _search_jointly(
         prompts,
         unseen,
         replace(wanted, decides=decides),
-        _open(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
+        open_sites(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
         options.objective,
         else_whole=method is Method.AUTO,
     )
-    _warn_if_nothing_gained(plan)
+    warn_if_nothing_gained(plan)
     return plan
-
-
-def _search_sites(
-    pipeline: Any,
-    call: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    unseen: Sequence[Prompt],
-    options: SearchOptions,
-    opening: AbstractContextManager[Session],
-    wanted: Options,
-) -> Plan:
-    """Search strategies of the sites of the session that is ``opening``."""
-    path = None if wanted.out is None else Path(wanted.out)
-    holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, wanted.restart)
-    with holding as checkpoint, opening as session:
-        work = Work(session, checkpoint, 0.0, wanted.on_progress)
-        resumed = checkpoint.begin(search_request(session, call, prompts, unseen, options))
-        if resumed:
-            log.warning("ditfastattn: resuming the unfinished search beside %s", path)
-        work.at_most = most_forwards(session, options, len(prompts), len(unseen))
-        work.expected = usual_forwards(session, options, len(prompts), len(unseen))
-        plan = _search(work, options, Prompt(call, options.seed), prompts, unseen)
-        plan = with_tried(plan, *wanted.tried)
-        if path is not None:
-            plan.save(path)
-        checkpoint.discard()
-    _warn_if_nothing_gained(plan)
-    return plan
-
-
-def _search_phases(
-    pipeline: Any,
-    call: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    unseen: Sequence[Prompt],
-    options: SearchOptions,
-    sites: _SitesWanted,
-    wanted: Options,
-    refused: ChangingCallsError,
-) -> Plan:
-    """Search each phase of a generation that changes its guidance, the others dense; join them.
-
-    A form of window holds for all phases, so it is a band unless tiles are asked for.
-
-    Raises:
-        ConfigError: the calls change otherwise, or the options cannot be met phase by phase.
-    """
-    phases = observe_phases(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, refused)
-    share = share_of_target(options.target, len(phases.spans), refused)
-    if options.max_variants:
-        raise ConfigError(
-            "variants cannot be capped where guidance changes within a generation",
-            where="calibrate(max_variants)",
-            got=phases.described,
-            remedy="leave max_variants out",
-        )
-    if sites.windows is WindowForm.AUTO:
-        sites = replace(sites, windows=WindowForm.BAND)
-    each = replace(options, target=share)
-    found: list[Plan | None] = []
-    for only, (steps, layout) in zip(phases.searched, phases.spans, strict=True):
-        if len(steps) < 2:
-            found.append(None)
-            continue
-        log.info("calibrate: the phase at steps %d-%d: guidance %s", steps[0], steps[-1], layout)
-        opening = _open(pipeline, prompts[0], layout, wanted.timestep, sites, only)
-        alone = replace(wanted, out=None, tried=())
-        found.append(_search_sites(pipeline, call, prompts, unseen, each, opening, alone))
-    plan = join_phases(phases, found, options.target, refused)
-    plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)
-    plan = with_tried(plan, *wanted.tried)
-    if wanted.out is not None:
-        plan.save(wanted.out)
-    return plan
-
-
-@dataclass(frozen=True)
-class _SitesWanted:
-    """Say which sites of a model may take which shortcuts, and in what their caches are kept."""
-
-    attention_only: bool
-    head_groups: int
-    windows: WindowForm
-    cache_dtype: CacheDtype | str | None
-
-
-@contextmanager
-def _open(
-    pipeline: Any,
-    prompt: Prompt,
-    cfg_layout: CfgLayout | None,
-    timestep: str,
-    wanted: _SitesWanted,
-    only: SearchedPhase | None = None,
-) -> Generator[Session]:
-    """Open a session whose sites are as ``wanted``."""
-    narrow, groups = wanted.attention_only, wanted.head_groups
-    with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups, only) as session:
-        _check_steps(session.steps)
-        device = session.example[0].device.type
-        sites = allowed_windows(session.sites, wanted.windows, device)
-        session.take_sites(_with_caches_in(wanted.cache_dtype, session, sites))
-        yield session
-
-
-def _search(
-    work: Work,
-    options: SearchOptions,
-    batch: Prompt,
-    prompts: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-) -> Plan:
-    began = time.monotonic()
-    search = Search(work, _chooser(work, options, batch, prompts), options, prompts, held_out)
-    if options.target.kind is TargetKind.QUALITY:
-        found, timing = search.quality(), None
-    elif options.target.kind is TargetKind.THRESHOLD:
-        found, timing = search.threshold(), None
-    else:
-        session = work.session
-
-        def measure(plan: Plan) -> Any:
-            session.release()
-            try:
-                return measure_speed(
-                    session.pipeline,
-                    plan,
-                    held_out,
-                    options.lowering,
-                    _REPETITIONS,
-                    session.timestep,
-                )
-            finally:
-                session.hold()
-
-        found, timing = search.speed(measure)
-    return search.plan(found, time.monotonic() - began, timing)
-
-
-def _chooser(
-    work: Work, options: SearchOptions, batch: Prompt, prompts: Sequence[Prompt]
-) -> Chooser:
-    if options.method is Method.GLOBAL:
-        judge = options.target
-        if judge.kind is not TargetKind.QUALITY:
-            judge = DEFAULT_TARGET  # a speed does not define damage
-        most, most_bytes = options.max_variants, options.max_cache_bytes
-        return make_global(work, prompts, judge, options.objective, most, most_bytes)
-    if work.session.layout.calls == 2:
-        raise ConfigError(
-            "this method needs guidance in one call of the transformer",
-            where="calibrate(method)",
-            got=f"{options.method}, with two calls per step",
-            expected=Method.GLOBAL,
-            remedy="set a quality or a speed as the target, and the method to `global`",
-        )
-    (costs,) = measured_costs(work, options.objective)
-    return PassChooser(work, batch, costs, options.method, _FIRST_BUDGET[options.method])
 
 
 def _resolve(method: Method, target: Target, capped: bool) -> Method:
@@ -378,36 +203,6 @@ def _check_cap(name: str, most: float, method: Method) -> None:
         )
 
 
-def _with_caches_in(
-    dtype: CacheDtype | str | None, session: Session, sites: Sequence[Site]
-) -> tuple[Site, ...]:
-    """Return ``sites`` with caches kept in ``dtype``, which must be narrower than the model's."""
-    if dtype is None:
-        return tuple(sites)
-    made = tuple(site.with_caches_in(CacheDtype(dtype)) for site in sites)
-    own = {value(find(session.captured.module.graph, site.node)).dtype for site in sites}
-    if all(site.kept_dtype(item) == item for site in made for item in own):
-        raise ConfigError(
-            "caches would take as much memory as in the model's own dtype",
-            where="calibrate(cache_dtype)",
-            got=f"{dtype}, for a model that computes in "
-            + ", ".join(str(item).removeprefix("torch.") for item in own),
-            remedy="leave cache_dtype out",
-        )
-    return made
-
-
-def _check_steps(count: int) -> None:
-    if count < 2:
-        raise ConfigError(
-            "a generation of one step has nothing to reuse",
-            where="calibrate(call)",
-            got=f"{count} step",
-            expected="2 steps or more: a plan reuses what earlier steps have computed",
-            remedy="give the call more steps, by num_inference_steps, sigmas or strength",
-        )
-
-
 def _check_head_groups(count: int) -> None:
     if count < 1:
         raise ConfigError(
@@ -416,17 +211,3 @@ def _check_head_groups(count: int) -> None:
             got=count,
             expected="the number of groups per attention; 1 leaves attentions whole",
         )
-
-
-def _warn_if_nothing_gained(plan: Plan) -> None:
-    speedup = plan.calibration.measured_speedup or plan.calibration.predicted_speedup or 1.0
-    if speedup >= NOTHING_GAINED:
-        return
-    entries = len(plan.sites) * plan.sampler.steps
-    log.warning(
-        "ditfastattn: there was nothing to gain: %d of %d entries of the plan take a shortcut, "
-        "for a predicted speedup of %.2fx: at this target the model is not redundant",
-        plan.changed,
-        entries,
-        speedup,
-    )

@@ -9,6 +9,7 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.methods import Method
 
+DEFAULT_TARGET = Target.min_ssim(0.9)
 MAX_ROUNDS = 6
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ditfastattn.passes.plan.strategies import Strategy, names_of
 from ditfastattn.runtime.pipeline.prompts import Prompt
-from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET, calibrate
+from ditfastattn.runtime.search.calibrate import calibrate
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.site_evaluator import greedy_candidates
 from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.options import DEFAULT_TARGET
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator, relative_error
 

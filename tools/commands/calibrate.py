@@ -12,9 +12,9 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.search.calibrate import DEFAULT_TARGET
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.methods import Method
+from ditfastattn.runtime.search.options import DEFAULT_TARGET
 from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.tools.commands.generation import Generation, open_pipeline
 from ditfastattn.tools.commands.interrupts import resumable
