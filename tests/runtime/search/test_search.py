@@ -19,7 +19,7 @@ from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.pipeline.prompts import split_prompts
-from ditfastattn.runtime.search import calibrate as calibrate_pipeline
+from ditfastattn.runtime.search import site_search
 from ditfastattn.runtime.search.judge.judgement import Judgement, metric_values
 from ditfastattn.runtime.search.judge.targets import TargetKind
 from ditfastattn.runtime.search.measure.latency import CostTable
@@ -170,7 +170,7 @@ def test_a_speed_is_measured_and_corrected(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(predicted)
         return timing(1.0, 1.0 / (1.0 + 0.7 * (predicted - 1.0)))  # less than predicted
 
-    monkeypatch.setattr(calibrate_pipeline, "measure_speed", slow)
+    monkeypatch.setattr(site_search, "measure_speed", slow)
     plan = search(Target.min_speedup(1.3))
     assert len(seen) >= 2
     assert seen[0] == pytest.approx(1.3, rel=0.25)
@@ -184,7 +184,7 @@ def test_a_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert plan.calibration.predicted_speedup is not None
         return timing(2.0, 2.0 / plan.calibration.predicted_speedup)
 
-    monkeypatch.setattr(calibrate_pipeline, "measure_speed", exact)
+    monkeypatch.setattr(site_search, "measure_speed", exact)
     plan = search(Target.max_latency(1.5))
     assert plan.calibration.measured_seconds is not None
     assert plan.calibration.measured_seconds <= 1.5
@@ -195,7 +195,7 @@ def test_a_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_speed_out_of_reach_is_a_missed_target(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(calibrate_pipeline, "measure_speed", lambda *_: timing(1.0, 0.9))
+    monkeypatch.setattr(site_search, "measure_speed", lambda *_: timing(1.0, 0.9))
     with pytest.raises(TargetMissedError, match=r"no plan is fast enough[\s\S]*1\.11x"):
         search(Target.min_speedup(3.0), out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
