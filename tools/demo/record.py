@@ -8,6 +8,10 @@ are kept with ``--keep``, and a search resumes in any case.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,13 +35,13 @@ from ditfastattn.tools.demo.plans import (
     RecordedPlans,
     hash_weights,
 )
-from ditfastattn.tools.demo.run import run_demo
 from ditfastattn.tools.embedded import EmbeddedModel, ModelName, embedded_model
 from ditfastattn.tools.examine import examine_plan
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console, spinner
 
 _REPETITIONS = 10  # of the demo that is recorded
+_COMMAND = "from ditfastattn.tools.commands.app import run; run()"
 
 Name = Annotated[ModelName, typer.Option("--model", help="The embedded model.")]
 Keep = Annotated[bool, typer.Option(help="Keep the plans that are there; measure them anew.")]
@@ -87,11 +91,22 @@ def record(
         found.append(_recorded(name, pipeline, plan, model, validated))
     _write(model, found, None)
     if demo:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(
-                model, found, run_demo(Path(folder), min(images, _REPETITIONS), model_name).phases
-            )
+        _write(model, found, phases_of_demo(model_name, min(images, _REPETITIONS)))
     console.print(f"wrote {model.plans}")
+
+
+def phases_of_demo(model: ModelName, repetitions: int) -> Phases:
+    """Return how long the demo takes where nothing was compiled before: a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "demo"
+        words = ["demo", "--model", model, "--out", str(out), "--repetitions", str(repetitions)]
+        subprocess.run(
+            [sys.executable, "-c", _COMMAND, *words],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled")},
+            check=True,
+        )
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        return Phases.model_validate(result["phases"])
 
 
 def _conditions(model: EmbeddedModel, images: int) -> dict[str, list[Any]]:
