@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.dynamo import capture
-from ditfastattn.passes.capture.plain_tensors import plain_tensors
+from ditfastattn.passes.capture.plain_tensors import path_names, plain_tensors
 from ditfastattn.passes.graph.ir import aten, calls, clone
 from ditfastattn.passes.graph.origin import mark_static
 
@@ -152,7 +152,7 @@ def _names(program: ExportedProgram) -> list[GraphInput]:
 
 def _argument(path: Sequence[Any], name: str) -> str:
     """Return a keyword argument's name and keys, or torch.export's ``name`` of a positional one."""
-    keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in path]
+    keys = path_names(path)
     return ".".join(keys[1:]) if keys[0] == "1" else name
 
 

@@ -50,6 +50,11 @@ def parts(tensor: Tensor, name: str = "") -> list[tuple[str, Tensor]]:
     return found
 
 
+def path_names(path: Iterable[Any]) -> list[str]:
+    """Return the names and places on pytree's ``path`` to a part of the arguments."""
+    return [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Return whether a graph takes ``tensor`` itself: it is not quantized, for example."""
     return parts(tensor)[0][1] is tensor

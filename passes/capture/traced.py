@@ -30,7 +30,7 @@ from ditfastattn.passes.capture.dynamo import finish, refuse_autocast, share_mod
 from ditfastattn.passes.capture.guards import Guards, descendants, guards_of
 from ditfastattn.passes.capture.host_reads import SHAPES, VALUES, HostReads
 from ditfastattn.passes.capture.module_calls import following
-from ditfastattn.passes.capture.plain_tensors import parts, rebuilt
+from ditfastattn.passes.capture.plain_tensors import parts, path_names, rebuilt
 from ditfastattn.passes.graph.ir import calls, constant_tensors
 from ditfastattn.passes.graph.origin import mark_static, readable_path
 
@@ -81,12 +81,8 @@ def _flat(module: nn.Module, arguments: Mapping[str, Any]) -> list[tuple[str, Te
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     for path, leaf in leaves:
         if isinstance(leaf, Tensor):
-            found += [(key, item, False) for key, item in parts(leaf, _name(path))]
+            found += [(key, item, False) for key, item in parts(leaf, ".".join(path_names(path)))]
     return found
-
-
-def _name(path: Sequence[Any]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def trace(

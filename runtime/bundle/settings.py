@@ -10,6 +10,7 @@ from pydantic import FiniteFloat
 from torch.utils import _pytree as pytree
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.capture.plain_tensors import path_names
 
 Setting = bool | int | FiniteFloat | str
 Settings = dict[str, Setting]
@@ -24,7 +25,7 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     """
     found: Settings = {}
     for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
-        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        names = path_names(path)
         if names[0] == _OF_THE_RESULT or not isinstance(leaf, (bool, int, float, str)):
             continue
         lasting = not isinstance(leaf, float) or math.isfinite(leaf)

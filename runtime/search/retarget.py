@@ -124,9 +124,7 @@ def _refitted(
             idle = (Strategy.SHARE_STEP,) * len(session.sites)
             rows = [row if step in runs else idle for step, row in enumerate(rows)]
             adapted = JointSearch(whole, Work(session, Checkpoint(), 0.0)).refit(rows, runs)
-        if options.out is not None:
-            adapted.save(options.out)
-        return adapted
+        return options.saved(adapted)
 
 
 def retarget_rows(plan: Plan, session: Session) -> list[Row]:

@@ -95,9 +95,7 @@ def search_sites(
         work.at_most = most_forwards(session, options, len(prompts), len(unseen))
         work.expected = usual_forwards(session, options, len(prompts), len(unseen))
         plan = _search(work, options, Prompt(call, options.seed), prompts, unseen)
-        plan = with_tried(plan, *wanted.tried)
-        if path is not None:
-            plan.save(path)
+        plan = wanted.saved(with_tried(plan, *wanted.tried))
         checkpoint.discard()
     warn_if_nothing_gained(plan)
     return plan
@@ -143,10 +141,7 @@ def search_phases(
         found.append(search_sites(pipeline, call, prompts, unseen, each, opening, alone))
     plan = join_phases(phases, found, options.target, refused)
     plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)
-    plan = with_tried(plan, *wanted.tried)
-    if wanted.out is not None:
-        plan.save(wanted.out)
-    return plan
+    return wanted.saved(with_tried(plan, *wanted.tried))
 
 
 def _search(

@@ -70,9 +70,7 @@ def calibrate_jointly(
         plan = with_tried(
             whole.run(), Tried(what="sites", outcome="not possible: the model is not captured")
         )
-        if options.out is not None:
-            plan.save(options.out)
-        return plan
+        return options.saved(plan)
 
 
 def _searched(prepared: Prepared, session: Session, objective: Objective) -> Plan:
@@ -91,9 +89,7 @@ def _searched(prepared: Prepared, session: Session, objective: Objective) -> Pla
             work.keep_dense(CALIBRATION, index, images)
         chooser = make_global(work, whole.request.prompts, options.target, objective)
         plan = JointSearch(whole, work).run(start, chooser)
-        if options.out is not None:
-            plan.save(options.out)
-        return plan
+        return options.saved(plan)
 
 
 def _reported(whole: WholeStepSearch) -> Callable[[SearchProgress], None]:

@@ -59,6 +59,12 @@ class Options:
     decides: Mapping[str, Any] = field(default_factory=dict)  # the result, besides all this
     tried: tuple[Tried, ...] = ()  # before
 
+    def saved(self, plan: Plan) -> Plan:
+        """Return ``plan``, written to its file if there is to be one."""
+        if self.out is not None:
+            plan.save(self.out)
+        return plan
+
 
 def calibrate_whole_steps(
     pipeline: Any, prompts: Sequence[Prompt], held_out: Sequence[Prompt], options: Options
@@ -80,7 +86,7 @@ def calibrate_whole_steps(
             remedy="for example Target.min_ssim(0.9)",
         )
     with prepare(pipeline, prompts, held_out, options).searching() as search:
-        return _saved(search.run(), options)
+        return options.saved(search.run())
 
 
 def refit_whole_steps(
@@ -99,7 +105,7 @@ def refit_whole_steps(
         TargetMissedError: the worst prompt misses the target.
     """
     with prepare(pipeline, prompts, held_out, options, plan).searching() as search:
-        return _saved(search.refit(plan), options)
+        return options.saved(search.refit(plan))
 
 
 @dataclass(frozen=True)
@@ -181,12 +187,6 @@ def prepare(
         check_fingerprint(subject.identity, plan.model)
     recorder = Recorder(subject, request, meter)
     return Prepared(pipeline, recorder, first, options, plan is not None)
-
-
-def _saved(plan: Plan, options: Options) -> Plan:
-    if options.out is not None:
-        plan.save(options.out)
-    return plan
 
 
 def _most_forwards(pipeline: Any, request: Request) -> float:
