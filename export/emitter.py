@@ -50,7 +50,7 @@ class Emitter:
     _initialized: dict[Any, str] = field(default_factory=dict)
     _contents: dict[str, Tensor] = field(default_factory=dict)  # of initializers
     _kept: list[Tensor] = field(default_factory=list)
-    _computed: dict[Any, Any] = field(default_factory=dict)
+    _computed: dict[Any, list[str]] = field(default_factory=dict)  # what each node computes
     _names: dict[str, int] = field(default_factory=dict)
 
     def unique(self, base: str) -> str:
@@ -66,8 +66,18 @@ class Emitter:
     def split(
         self, kind: str, *inputs: str, count: int, name: str = "", **attributes: Any
     ) -> list[str]:
-        """Add a node with ``count`` outputs; return their names. Of constants it is computed."""
-        base = name or kind
+        """Add a node with ``count`` outputs, unless an equal one is there; return their names.
+
+        A node of constants is computed.
+        """
+        key = helper.make_node(kind, inputs, [], **attributes).SerializeToString(), count
+        if key not in self._computed:
+            self._computed[key] = self._added(kind, inputs, count, name or kind, attributes)
+        return list(self._computed[key])
+
+    def _added(
+        self, kind: str, inputs: Sequence[str], count: int, base: str, attributes: dict[str, Any]
+    ) -> list[str]:
         outputs = [self.unique(base) for _ in range(count)]
         node = helper.make_node(kind, inputs, outputs, outputs[0], **attributes)
         given = {item: self._contents.get(item) for item in inputs if item}
@@ -118,12 +128,6 @@ class Emitter:
         """Return one size as a vector ``[1]`` of int64."""
         if isinstance(size, int):
             return self.ints([size])
-        if size not in self._computed:
-            self._computed[size] = self._computed_size(size)
-        found: str = self._computed[size]
-        return found
-
-    def _computed_size(self, size: BatchSize) -> str:
         found = self.op("Shape", self.batch, start=0, end=1, name="batch")
         if size.factor.numerator != 1:
             found = self.op("Mul", found, self.ints([size.factor.numerator]))
@@ -135,11 +139,7 @@ class Emitter:
         """Return a shape as a vector of int64."""
         if all(isinstance(size, int) for size in shape):
             return self.ints([int(size) for size in shape if isinstance(size, int)])
-        if shape not in self._computed:
-            parts = [self.size(size) for size in shape]
-            self._computed[shape] = self.op("Concat", *parts, axis=0, name="sizes")
-        found: str = self._computed[shape]
-        return found
+        return self.op("Concat", *(self.size(size) for size in shape), axis=0, name="sizes")
 
     def target_shape(self, shape: Shape) -> str:
         """Return a shape for ``Reshape``, which can infer one size."""
@@ -153,12 +153,8 @@ class Emitter:
         return self.op("Reshape", name, self.target_shape(shape))
 
     def halves(self, name: str, axis: int) -> list[str]:
-        """Return the two halves of the value called ``name``; it is split once."""
-        key = ("halves", name, axis)
-        if key not in self._computed:
-            self._computed[key] = self.split("Split", name, count=2, axis=axis, num_outputs=2)
-        found: list[str] = self._computed[key]
-        return found
+        """Return the two halves of the value called ``name``."""
+        return self.split("Split", name, count=2, axis=axis, num_outputs=2)
 
     def cast(self, name: str, dtype: torch.dtype) -> str:
         """Convert the value called ``name``."""

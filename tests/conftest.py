@@ -14,10 +14,11 @@ import torch
 from ditfastattn.export import prepare
 from ditfastattn.export.capture_call import capture_call, capture_doubled
 from ditfastattn.export.tensorrt import build
-from ditfastattn.runtime import lowering
-from ditfastattn.runtime.search.measure import latency
+from ditfastattn.passes.capture import dynamo
+from ditfastattn.runtime import dynamo_adapter, lowering
+from ditfastattn.runtime.search.measure import captured_model, latency
 from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
-from tests import shared
+from tests import helpers, shared
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +62,8 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
         patch.setattr(shared, "store", (base.parent if distributed else base) / "shared")
         for capture in (capture_call, capture_doubled):
             patch.setattr(prepare, capture.__name__, shared.captured_once(capture))
+        for module in (dynamo_adapter, captured_model, helpers):
+            patch.setattr(module, "capture", shared.capture_once(dynamo.capture))
         patch.setattr(build, "run_job", shared.run_job_once)
         patch.setattr(Variants, "__init__", shared.share_rewritten)
         patch.setattr(lowering, "_compiled", {})  # what is compiled stays, for the next test too

@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ditfastattn.core.env import read_knobs
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall
 from ditfastattn.export.tensorrt.job import WORKER, Job, run_job
 from ditfastattn.export.to_onnx import content_hash
 from ditfastattn.export.weights import raw_bytes
+from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.plain_tensors import parts, settings_of
-from ditfastattn.passes.graph.ir import constant_tensors, graph_text
+from ditfastattn.passes.graph.ir import clone, constant_tensors, graph_text
 from ditfastattn.runtime.bundle.manifest import file_hash
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.steppers import EagerVariant, Variants
@@ -107,6 +111,46 @@ def captured_once(capture: Callable[..., CapturedCall]) -> Callable[..., Capture
         return found
 
     return once
+
+
+_graphs: dict[str, CapturedGraph] = {}
+
+
+def capture_once(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedGraph]:
+    """Return ``capture``, which traces each graph of Dynamo's once for inputs of equal form.
+
+    What it returns is a copy, as nobody else's: weights are inputs of such a graph.
+    """
+
+    def once(
+        module: GraphModule,
+        inputs: Sequence[GraphInput],
+        args: Sequence[object],
+        constants: Container[int] = (),
+    ) -> CapturedGraph:
+        held = [
+            getattr(module, str(node.target)) for node in module.graph.find_nodes(op="get_attr")
+        ]
+        kinds = {type(item) for item in (*args, *held)}
+        if not kinds <= {Tensor, nn.Parameter, nn.Buffer, bool, int, float}:
+            return capture(module, inputs, args, constants)
+        forms = [
+            _form(item) if isinstance(item, Tensor) and index not in constants else item
+            for index, item in enumerate(args)
+        ]
+        marks = [node.meta.get("tensor_dict") for node in module.graph.find_nodes(op="placeholder")]
+        modes = torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), read_knobs()
+        key = digest([str(module.graph), held, inputs, forms, repr(marks), modes])
+        if key not in _graphs:
+            _graphs[key] = capture(module, inputs, args, constants)
+        return replace(_graphs[key], module=clone(_graphs[key].module))
+
+    return once
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    kind = tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), *kind
 
 
 _rewritten: dict[str, dict[tuple[Any, ...], EagerVariant]] = {}

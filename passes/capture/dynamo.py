@@ -33,6 +33,7 @@ from ditfastattn.passes.capture.functionalize import functionalize
 from ditfastattn.passes.capture.plain_tensors import parts, rebuilt
 from ditfastattn.passes.capture.recognize_attention import Unrecognized, recognize_attention
 from ditfastattn.passes.graph.fake_values import empty_like
+from ditfastattn.passes.graph.lazy_code import traced_lazily
 from ditfastattn.passes.graph.origin import is_marked_static, readable_path
 
 _READS_VALUE = "trying to get value out of a tracing tensor"  # in make_fx's error
@@ -120,7 +121,12 @@ def capture(
             full[index] = rebuilt(tensor, plain)
         return Interpreter(module).run(*full)
 
-    with torch.no_grad(), fx_traceback.preserve_node_meta(), _data_dependence_refused():
+    with (
+        torch.no_grad(),
+        traced_lazily(),
+        fx_traceback.preserve_node_meta(),
+        _data_dependence_refused(),
+    ):
         traced = make_fx(call, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     kept = tuple(replace(inputs[index], name=name) for index, name, _ in flat)
     dynamo_nodes = module.graph.find_nodes(op="placeholder")

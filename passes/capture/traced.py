@@ -32,6 +32,7 @@ from ditfastattn.passes.capture.host_reads import SHAPES, VALUES, HostReads
 from ditfastattn.passes.capture.module_calls import following
 from ditfastattn.passes.capture.plain_tensors import parts, path_names, rebuilt
 from ditfastattn.passes.graph.ir import calls, constant_tensors
+from ditfastattn.passes.graph.lazy_code import traced_lazily
 from ditfastattn.passes.graph.origin import mark_static, readable_path
 
 _Read = tuple[Node, str, str]
@@ -201,6 +202,7 @@ class _Trace:
 
         with (
             torch.no_grad(),
+            traced_lazily(),
             _own_compilation_refused(),
             tracing(TracingContext(self._mode)),  # else each value has a mode of its own
             self._reads,

@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 
 from ditfastattn.passes.graph.fake_values import fake_mode
 from ditfastattn.passes.graph.kinds import result_of
+from ditfastattn.passes.graph.lazy_code import lazy_module
 
 aten = torch.ops.aten
 
@@ -90,7 +91,7 @@ def clone(module: GraphModule) -> GraphModule:
     copies: dict[Node, Node] = {}
     returned = graph.graph_copy(module.graph, copies)
     graph.output(returned)
-    return GraphModule(module, graph)
+    return lazy_module(module, graph)
 
 
 def constant_tensors(module: GraphModule) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch.nn.attention import flex_attention as flex
 
 from ditfastattn.passes.graph.fake_values import empty_like, fake_mode
 from ditfastattn.passes.graph.ir import value
+from ditfastattn.passes.graph.lazy_code import traced_lazily
 
 Form = Callable[..., Tensor]  # (q, k, v[, mask], *constants) -> output, all [B, H, N, D]
 Constants = tuple[Tensor, ...]
@@ -50,7 +51,7 @@ class FormPaster:
         def call(*inputs: Tensor) -> Tensor:  # a plain function: tracing refuses methods
             return form(*inputs)
 
-        with torch.no_grad(), _flex_traced_directly():
+        with torch.no_grad(), traced_lazily(), _flex_traced_directly():
             trace = make_fx(call, pre_dispatch=True)(*examples)
         trace.graph.eliminate_dead_code()
         return trace

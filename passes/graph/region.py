@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.passes.graph.fake_values import empty_like, fake_mode
 from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.lazy_code import lazy_module
 from ditfastattn.passes.graph.origin import is_static
 
 
@@ -46,7 +47,7 @@ class Region:
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copied)
         graph.output(tuple(copies[node] for node in self.outputs))
-        return GraphModule(module, graph)
+        return lazy_module(module, graph)
 
 
 def _tensor(module: GraphModule, node: Node) -> Tensor:

@@ -249,6 +249,19 @@ def test_variants_share_one_file_of_weights_each_content_once(tmp_path: Path) ->
     assert sizes[1] <= 1.05 * sizes[0]
 
 
+def test_nothing_is_computed_twice(tmp_path: Path) -> None:
+    """Each block of a DiT embeds the timestep anew, up to its own weights."""
+    export_tiny(tiny_dit(), None, tmp_path)
+    (variant,) = read_manifest(tmp_path).variants
+    nodes = list(onnx.load(tmp_path / variant.file).graph.node)
+    assert sum(node.op_type == "Sin" for node in nodes) == 1
+    for node in nodes:
+        del node.output[:]
+        node.name = ""
+    computed = [node.SerializeToString() for node in nodes if node.op_type != "Identity"]
+    assert len(set(computed)) == len(computed)
+
+
 def test_shared_steps_hold_no_attention(tmp_path: Path) -> None:
     tiny = tiny_dit()
     _, sites = capture_every_site(tiny)

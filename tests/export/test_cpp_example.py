@@ -59,7 +59,7 @@ def test_the_cpp_example_computes_what_the_loop_does(tmp_path: Path) -> None:
         done = subprocess.run([program, *paths], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         got = safetensors.torch.load_file(tmp_path / f"{name}.latents")["latents"]
-        assert float((got - expected).abs().max()) < 1e-5
+        assert float((got - expected).abs().max()) < 5e-5  # roundings, times 1 / sqrt(alpha)
         manifest = (tmp_path / name / "manifest.json").read_text()
         other = manifest.replace(f'"torch": "{torch.__version__}"', '"torch": "2.99.0"')
         (tmp_path / name / "manifest.json").write_text(other)

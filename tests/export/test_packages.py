@@ -36,13 +36,13 @@ from ditfastattn.tools.commands.export import export as export_command
 from tests.export.helpers import export_anew, export_tiny
 from tests.helpers import (
     STEPS,
-    TINY_MODELS,
     TinyModel,
     capture_every_site,
     largest_difference,
     make_plan,
     tiny_digits_pipeline,
     tiny_dit,
+    tiny_sd3,
     uniform_strategies,
 )
 from tests.plans import plan_for
@@ -328,7 +328,7 @@ def test_regions_are_cut_as_any_batch_allows(
 
 @pytest.mark.slow
 def test_packages_of_regions_compute_the_model_at_any_batch(tmp_path: Path) -> None:
-    tiny = tiny_dit(layers=3)
+    tiny = tiny_dit(layers=2)
     export_tiny(tiny, None, tmp_path, options=ExportOptions(format=Format.PT2, regions=True))
     bundle = load(tmp_path, runtime="aoti")
     for batch in (1, 4):
@@ -380,10 +380,9 @@ def test_operators_that_only_python_knows_are_refused() -> None:
         compile_package(module, [torch.zeros(1, 1, 4, 8)], compile_for(CPU).options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixart", "sd3"])
-def test_packages_of_cross_and_joint_attention(name: str, tmp_path: Path) -> None:
-    tiny = TINY_MODELS[name](layers=1)
+@pytest.mark.slow  # those of cross-attention: PixArt's, quantized (test_quantized_bundle.py)
+def test_packages_of_joint_attention(tmp_path: Path) -> None:
+    tiny = tiny_sd3(layers=1)
     _, sites = capture_every_site(tiny)
     rows = uniform_strategies(sites, Strategy.WINDOW_SHARE_CFG)
     export_tiny(tiny, rows, tmp_path, options=AT_BATCH_4)

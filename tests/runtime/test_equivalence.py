@@ -98,6 +98,8 @@ def test_bfloat16_equals_the_reference_in_bfloat16(name: str, lowering: Lowering
     narrow = in_bfloat16(TINY_MODELS[name]())
     _, sites = capture_every_site(narrow)
     strategies = mixed_strategies(sites, seed=3)
+    if lowering is Lowering.INDUCTOR:
+        strategies = strategies[:2] * 3  # two variants to compile in place of six
     plan = make_plan(narrow, strategies, feed_forwards=True)
     assert plan.model.dtype == "bfloat16"
     expected = narrow.reference(strategies, sites, CfgLayout.COND_FIRST)

@@ -57,7 +57,7 @@ def test_a_quantized_model_runs_dense_and_by_a_plan(name: str) -> None:
     "to what rounding moves: an activation of int8 to the next of its levels",
 )
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", sorted(QUANTIZED.keys() - {"fp8-weights"}))  # by its packages
 def test_a_quantized_model_is_compiled(name: str) -> None:
     made = quantized_pipeline(QUANTIZED[name])
     plan = plan_for(made, CALL, [Strategy.FULL, Strategy.SHARE_STEP] * 2)

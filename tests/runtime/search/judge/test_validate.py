@@ -278,7 +278,7 @@ def test_the_drift_of_bfloat16_is_precisions_too() -> None:
         return pipeline
 
     call = {"class_labels": [0], "num_inference_steps": 4, "guidance_scale": 2.0}
-    plan = plan_for(narrow(), call, [F, W, S, S], Target.min_ssim(0.9))
+    plan = plan_for(narrow(), call, [F, S, S, S], Target.min_ssim(0.9))
     assert plan.model.dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"plan.model.dtype"):
         validate(tiny_pipeline(), plan, CLASSES, speed=False)
