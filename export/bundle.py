@@ -37,8 +37,8 @@ from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Man
 from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.bundle.stepping import Stepping
 from ditfastattn.runtime.pipeline.denoiser import plain_module
-from ditfastattn.runtime.pipeline.guidance import guidance_argument
-from ditfastattn.runtime.pipeline.prompts import argument_of, split_prompts
+from ditfastattn.runtime.pipeline.guidance import guidance_of
+from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
 
 __all__ = ["ExportOptions", "export", "export_model"]
@@ -82,8 +82,7 @@ def export(
     _check_loop(chosen)
     if loaded is not None:
         _check_phases(loaded)
-        guidance = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
-        check_sampler(loaded, pipeline.scheduler, guidance)
+        check_sampler(loaded, pipeline.scheduler, guidance_of(pipeline, prompt.call))
     if chosen.loop and loaded is None:
         raise ConfigError(
             "a loop needs a plan, which fixes its steps",

@@ -14,7 +14,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.current_generation import PerGeneration, naming_generation
 from ditfastattn.runtime.opaque import is_opaque
-from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call
+from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call, is_second
 from ditfastattn.runtime.pipeline.compilation import Compilation
 from ditfastattn.runtime.pipeline.hooks import check_not_cached, check_parts_not_hooked
 from ditfastattn.runtime.plan_choice import Moment
@@ -81,7 +81,7 @@ class PipelineWatch:
         under_way.timesteps = timesteps if stable else None
         if begins:
             self.check_hooks()
-        return Moment(pipeline, begins)
+        return Moment(pipeline, begins, is_second(pipeline, self._module()))
 
 
 def check_hooks(module: nn.Module, plans: Sequence[Plan | None]) -> None:

@@ -47,10 +47,12 @@ class Moment:
     Attributes:
         pipeline: the one that calls; None if unknown.
         begins: whether this is known to be the first call of a generation.
+        second: whether the transformer is the pipeline's second one.
     """
 
     pipeline: Any
     begins: bool
+    second: bool = False
 
     @property
     def scheduler(self) -> Any:
@@ -76,14 +78,15 @@ class Candidate:
         """Raise ``ConfigError`` unless the sampler is the plan's.
 
         The guidance is compared where a generation begins: a pipeline may change it later. A
-        scheduler that counts has no index before a generation's first step.
+        scheduler that counts has no index before a generation's first step; a second transformer
+        begins later.
         """
         if self.plan is None or at.scheduler is None:
             return
-        if getattr(at.scheduler, "step_index", None) is not None:
+        if not at.second and getattr(at.scheduler, "step_index", None) is not None:
             return
-        begins = at.begins or hasattr(at.scheduler, "step_index")
-        scale = current_guidance(at.pipeline) if begins else self._accepted[2]
+        begins = at.begins or (not at.second and hasattr(at.scheduler, "step_index"))
+        scale = current_guidance(at.pipeline, at.second) if begins else self._accepted[2]
         found = [at.scheduler, at.scheduler.config, scale]
         if any(one is not other for one, other in zip(found, self._accepted, strict=True)):
             check_sampler(self.plan, at.scheduler, scale)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -40,6 +38,7 @@ from ditfastattn.tools.benchmarking.dispatch import (
     seconds,
 )
 from ditfastattn.tools.benchmarking.plans import make_pipeline, make_plan
+from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
@@ -257,17 +256,9 @@ def _cpu_seconds() -> float:
 
 
 def _alone(*arguments: str) -> dict[str, Any]:
-    """Run a command of this module in a process with empty compiler caches; return its JSON."""
+    """Run a command of this module with empty compiler caches; return its JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "ditfastattn.tools.benchmark_compile", *arguments],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return run_alone("benchmark_compile", *arguments, TORCHINDUCTOR_CACHE_DIR=folder)
 
 
 def _write(path: Path, results: dict[str, Any], **arguments: int) -> None:

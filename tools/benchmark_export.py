@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -35,6 +33,7 @@ from ditfastattn.runtime.search.measure.contender import (
 from ditfastattn.runtime.search.measure.timing import PairedTiming, measure_turns
 from ditfastattn.tools.bench.models import DIGITS
 from ditfastattn.tools.benchmarking.plans import four_variants, make_pipeline, make_plan
+from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 from ditfastattn.tools.terminal import open_console
 
@@ -133,12 +132,10 @@ def _deep(folder: Path) -> dict[str, Any]:
 
 def _alone(folder: Path, low_memory: bool) -> dict[str, int]:
     """Return the memory that a bundle takes in its own process, the median of several."""
-    command = [sys.executable, "-m", "ditfastattn.tools.benchmark_export", "weigh", str(folder)]
-    command += ["--low-memory"] if low_memory else []
-    found: list[dict[str, int]] = []
-    for _ in range(_WEIGHED):
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    option = ["--low-memory"] if low_memory else []
+    found: list[dict[str, int]] = [
+        run_alone("benchmark_export", "weigh", str(folder), *option) for _ in range(_WEIGHED)
+    ]
     return {name: int(statistics.median(each[name] for each in found)) for name in found[0]}
 
 

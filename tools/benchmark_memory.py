@@ -10,8 +10,6 @@ runs in its own process.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.contender import planned_contender
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.tools.bench.models import DIGITS
+from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.measure import machine, process_memory, trim_memory
 from ditfastattn.tools.terminal import open_console
 
@@ -66,9 +65,7 @@ def _weighed(path: Path, plan: Plan) -> dict[str, Any]:
     pipeline = DIGITS.open()
     with open_session(pipeline, Prompt({**DIGITS.call(0), "num_inference_steps": 2}, 0)) as session:
         counted = _cache_bytes(session, plan.strategies)
-    command = [sys.executable, "-m", "ditfastattn.tools.benchmark_memory", "weigh", str(path)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    measured: dict[str, int] = run_alone("benchmark_memory", "weigh", str(path))
     ratio = measured["process_growth"] / measured["predicted_peak"]
     return {**counted, **measured, "growth_over_prediction": ratio}
 

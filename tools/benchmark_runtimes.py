@@ -15,8 +15,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -38,6 +36,7 @@ from ditfastattn.runtime.search.measure.contender import (
     planned_contender,
 )
 from ditfastattn.runtime.search.measure.timing import measure_turns
+from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.commands.generation import open_pipeline
 from ditfastattn.tools.measure import machine, process_memory
 from ditfastattn.tools.terminal import open_console
@@ -209,26 +208,17 @@ def _speed(
 
 def _starts(subject: Subject, runtime: str, later: int) -> dict[str, float]:
     """Start processes one after the other; compiled code is kept in a folder of their own."""
-    command = [sys.executable, "-m", "ditfastattn.tools.benchmark_runtimes", "start", runtime]
-    command += [str(subject.root), str(subject.plan), subject.pipeline, str(subject.label)]
-    command += [subject.lowering.value]
+    arguments = ["start", runtime, str(subject.root), str(subject.plan), subject.pipeline]
+    arguments += [str(subject.label), subject.lowering.value]
     # Inductor's commands do not quote its folder.
     cache = subject.root / "-".join(["compiled", *re.findall(r"\w+", runtime)])
     seconds: list[float] = []
     peaks: list[int] = []
     for _ in range(1 + later):
         began = time.perf_counter()
-        done = subprocess.run(
-            command,
-            env={**os.environ, _CACHE: str(cache)},
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+        said = run_alone("benchmark_runtimes", *arguments, **{_CACHE: str(cache)})
         seconds.append(time.perf_counter() - began)
-        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+        peaks.append(said["peak_bytes"])
     return {
         "first_start_seconds": seconds[0],
         "later_start_seconds": statistics.median(seconds[1:]),

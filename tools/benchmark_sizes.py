@@ -11,8 +11,6 @@ that are linear in the layers take half as long.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +33,7 @@ from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.passes.windows.lower_windows import lower_windows
 from ditfastattn.tools.bench.random_models import ARCHITECTURES, Architecture, RandomPipeline
 from ditfastattn.tools.benchmarking.plans import make_rows
+from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.measure import machine, process_memory
 from ditfastattn.tools.terminal import open_console
 
@@ -53,7 +52,7 @@ def run(
     """Measure each model, and the same with half its layers."""
     found = {
         name: {
-            part: _alone(name, str(steps), str(variants), *option)
+            part: run_alone("benchmark_sizes", "one", name, str(steps), str(variants), *option)
             for part, option in (("whole", ()), ("half", ("--half",)))
         }
         for name in models.split(";")
@@ -135,15 +134,6 @@ def _captured(architecture: Architecture) -> CapturedCall:
             "return_dict": False,
         }
     return capture_call(transformer, RecordedCall(call))
-
-
-def _alone(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ditfastattn.tools.benchmark_sizes", "one", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def _table(found: dict[str, Any]) -> Table:

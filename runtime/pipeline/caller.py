@@ -51,6 +51,12 @@ def holds(pipeline: Any, module: nn.Module) -> bool:
     return any(module in (item, plain_module(item)) for item in held)
 
 
+def is_second(pipeline: Any, module: nn.Module | None) -> bool:
+    """Return whether ``module`` is the second transformer of ``pipeline``, compiled or not."""
+    second = getattr(pipeline, "__dict__", {}).get(_SECOND)
+    return isinstance(second, nn.Module) and module in (second, plain_module(second))
+
+
 def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:
     """Yield the pipelines on the stack that hold ``module``, from the inside out."""
     frame: FrameType | None = sys._getframe(2)

@@ -18,6 +18,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import mismatch
 from ditfastattn.runtime.pipeline.caller import local_of_call
 from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
+from ditfastattn.runtime.pipeline.experts import SecondTransformer
 from ditfastattn.runtime.pipeline.prompts import argument_of
 from ditfastattn.runtime.pipeline.sampler import counting_steps
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Arguments = Mapping[str, Tensor]  # of one call of the transformer
 _SCALE, _TRUE_SCALE = "guidance_scale", "true_cfg_scale"
+_SECOND_SCALE = "guidance_scale_2"  # of a second transformer
 
 
 def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
@@ -36,12 +38,36 @@ def guidance_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
     return _scale_name(argument_of(pipeline, call, _TRUE_SCALE))
 
 
-def current_guidance(pipeline: Any) -> float | None:
+def scale_argument(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """Return the name of the argument that gives the scale of the transformer's guidance.
+
+    A second transformer may have a scale of its own; without one, or where ``call`` gives only the
+    first one's, that holds for both.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    own = isinstance(pipeline, SecondTransformer) and _SECOND_SCALE in known
+    if own and (call.get(_SECOND_SCALE) is not None or _SCALE not in call):
+        return _SECOND_SCALE
+    return guidance_argument(pipeline, call)
+
+
+def guidance_of(pipeline: Any, call: Mapping[str, Any]) -> float | None:
+    """Return the scale of a generation with the arguments ``call``; None if it is not known."""
+    scale = argument_of(pipeline, call, scale_argument(pipeline, call))
+    if scale is None:
+        scale = argument_of(pipeline, call, guidance_argument(pipeline, call))
+    return scale if isinstance(scale, (int, float)) else None
+
+
+def current_guidance(pipeline: Any, second: bool = False) -> float | None:
     """Return the scale of the generation under way; None if it is not known.
 
     Some pipelines report it, all have it among the variables of their call. One that takes two
-    scales reports only one, and not which.
+    scales reports only one, and not which. ``second`` asks for a second transformer's.
     """
+    own = local_of_call(pipeline, _SECOND_SCALE) if second else None
+    if isinstance(own, (int, float)):
+        return own
     true, scale = local_of_call(pipeline, _TRUE_SCALE), None
     if true is None and _TRUE_SCALE not in inspect.signature(pipeline.__call__).parameters:
         scale = getattr(pipeline, _SCALE, None)

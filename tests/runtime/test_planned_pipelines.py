@@ -191,6 +191,20 @@ def test_two_transformers_run_by_a_plan_each(caplog: pytest.LogCaptureFixture) -
     assert torch.equal(run(pipeline, call), dense)
 
 
+def test_the_second_transformer_has_a_scale_of_its_own() -> None:
+    pipeline: Any = tiny_two_stage_wan_pipeline()
+    second = ditfastattn.second_transformer(pipeline)
+    call = {"num_inference_steps": 2 * STEPS, **TINY_PIPELINES["wan"][1], "guidance_scale": 4.0}
+    plan = mixed_plan_for(second, {**call, "guidance_scale_2": 3.0}).plan
+    assert plan.sampler.guidance_scale == 3.0
+    ditfastattn.accelerate(second, plan, lowering="eager")
+    run(pipeline, {**call, "guidance_scale_2": 3.0})
+    for other in ({}, {"guidance_scale_2": 2.0}):  # without one, the first one's
+        with pytest.raises(ConfigError, match=r"sampler\.guidance_scale"):
+            run(pipeline, {**call, **other})
+    run(pipeline, {**call, "guidance_scale": 3.0})
+
+
 def test_the_second_transformer_may_be_the_only_one() -> None:
     pipeline: Any = tiny_two_stage_wan_pipeline()
     call = {"num_inference_steps": STEPS, **TINY_PIPELINES["wan"][1]}

@@ -25,7 +25,8 @@ from ditfastattn.runtime.pipeline.forwards import check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import (
     check_layout,
     detect_cfg_layout,
-    guidance_argument,
+    guidance_of,
+    scale_argument,
 )
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
@@ -245,8 +246,8 @@ def planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str
         ConfigError: ``call``, or the pipeline's scheduler, has others than the plan.
     """
     sampler = plan.sampler
-    guidance_name = guidance_argument(pipeline, call)
-    planned = {"num_inference_steps": sampler.steps, guidance_name: sampler.guidance_scale}
+    scale = {scale_argument(pipeline, call): sampler.guidance_scale}
+    planned = {"num_inference_steps": sampler.steps, **scale}
     known = inspect.signature(pipeline.__call__).parameters
     filled = {name: item for name, item in planned.items() if name in known and item is not None}
     filled |= call
@@ -259,8 +260,7 @@ def planned_call(pipeline: Any, plan: Plan, call: Mapping[str, Any]) -> dict[str
             expected=sampler.steps,
             remedy="leave the steps to the plan, or adapt it to others (ditfastattn.retarget)",
         )
-    guidance = argument_of(pipeline, filled, guidance_name)
-    check_sampler(plan, getattr(pipeline, "scheduler", None), guidance)
+    check_sampler(plan, getattr(pipeline, "scheduler", None), guidance_of(pipeline, filled))
     return filled
 
 

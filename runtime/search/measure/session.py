@@ -33,10 +33,10 @@ from ditfastattn.runtime.lowering import many_compilations
 from ditfastattn.runtime.matching import check_shapes, rows_of
 from ditfastattn.runtime.pipeline.denoiser import never_called, transformer_of
 from ditfastattn.runtime.pipeline.forwards import Forward, check_not_accelerated, replace_forward
-from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_argument
+from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout, guidance_of
 from ditfastattn.runtime.pipeline.hooks import check_not_hooked
 from ditfastattn.runtime.pipeline.model_call import by_name
-from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, generate
+from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.call_log import (
     CallLog,
@@ -206,8 +206,7 @@ class Session:
         Raises:
             ConfigError: a generation does not call the transformer once a step.
         """
-        name = guidance_argument(self.pipeline, prompt.call)
-        self.guidance_scale = argument_of(self.pipeline, prompt.call, name)
+        self.guidance_scale = guidance_of(self.pipeline, prompt.call)
         stepper = _CountingStepper(self)
         self._generate(stepper, prompt)
         self.forward_seconds = stepper.seconds

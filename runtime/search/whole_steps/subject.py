@@ -21,8 +21,8 @@ from ditfastattn.passes.plan.schema import Plan, PlannedSite, Sampler
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
-from ditfastattn.runtime.pipeline.guidance import guidance_argument
-from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
+from ditfastattn.runtime.pipeline.guidance import guidance_of
+from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.whole_steps.observe import Observed
@@ -111,7 +111,7 @@ def identify(
     ``latent`` names the model's argument that is denoised.
     """
     module = transformer_of(pipeline, "calibrate(pipeline)")
-    scale = argument_of(pipeline, prompt.call, guidance_argument(pipeline, prompt.call))
+    scale = guidance_of(pipeline, prompt.call)
     captured = None
     if not opaque and denoiser_name(pipeline) == "transformer":
         try:
