@@ -161,7 +161,7 @@ def test_an_image_that_is_not_finite_is_not_written(book_folder: Path, tmp_path:
             result.prev_sample[0, 0, 0, 0] = math.nan
         return result
 
-    pipeline.scheduler.step = step  # type: ignore[method-assign]  # a fault
+    pipeline.scheduler.step = step
     server = server_of(book_folder, pipeline)
     wanted = wanted_of(server)
     assert write_images(server, wanted, tmp_path) == [0]
@@ -189,8 +189,8 @@ def test_the_command_makes_an_image_of_each_line(
     pipeline.save_pretrained(tmp_path / "pipeline")
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("1\n\n 1 \n")
-    given = (book_folder, "--prompts", prompts, "--out", out, "--lowering", "eager")
-    given += ("--pipeline", tmp_path / "pipeline", "--guidance", "2.0")
+    given: list[object] = [book_folder, "--prompts", prompts, "--out", out, "--lowering", "eager"]
+    given += ["--pipeline", tmp_path / "pipeline", "--guidance", "2.0"]
     for reason, more in {
         r"prompt 0: quality: no such quality": ("--quality", "best"),
         r"prompt 0: size: String should match": ("--size", "large"),
