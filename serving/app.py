@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -38,7 +39,7 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     408: {"description": "The body did not arrive in time."},
     413: {"description": "The body is too large."},
     500: {"description": "The generation failed."},
-    503: {"description": "The queue is full; try again after Retry-After seconds."},
+    503: {"description": "The queue is full (try again after Retry-After seconds), or memory is."},
     504: {"description": "The images were not made in time."},
 }
 
@@ -172,6 +173,9 @@ class _Images:
         except NotFiniteError as error:
             self._metrics.not_finite()
             raise RequestError(500, str(error), code="not_finite") from error
+        except torch.OutOfMemoryError as error:
+            what = "out of memory; ask for a smaller size, or fewer images"
+            raise RequestError(503, what, code="out_of_memory") from error
         except Exception as error:
             raise RequestError(
                 500, f"the generation failed: {type(error).__name__}", code="failed"

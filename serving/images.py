@@ -91,18 +91,23 @@ class ImageServer:
             self._twin.cancelled = True
 
     def warm_up(self) -> None:
-        """Compile each plan of the book, as far as it fits the default size; one after another."""
-        condition: str | int = "warm up" if self.taken.condition == "prompt" else 0
-        for entry, plan in () if self.book is None else self.book.plans:
+        """Compile dense and each plan of the book, as far as it fits the default size, in turn."""
+        if self.book is None:
+            return
+        height, width = self.taken.height, self.taken.width
+        kinds = {"dense": Kind(LOSSLESS, self.taken.steps, None, height, width)}
+        for entry, plan in self.book.plans:
             sampler = plan.sampler
             scale = sampler.guidance_scale if "guidance_scale" in self.taken.names else None
-            kind = Kind(entry.tier, sampler.steps, scale, self.taken.height, self.taken.width)
+            kinds[f"plan {entry.name}"] = Kind(entry.tier, sampler.steps, scale, height, width)
+        condition: str | int = "warm up" if self.taken.condition == "prompt" else 0
+        for what, kind in kinds.items():
             for batch in range(1, self.limits.batch + 1):
                 jobs = [Job(Wanted(kind, condition, seed), math.inf) for seed in range(batch)]
                 try:
                     self.generate(jobs)
                 except ConfigError as error:
-                    log.warning("ditfastattn: plan %s is not warm: %s", entry.name, error)
+                    log.warning("ditfastattn: %s is not warm: %s", what, error)
 
     def described(self) -> dict[str, Any]:
         """Return the model as the API lists it, with its tiers and what was measured of them."""

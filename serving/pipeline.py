@@ -185,26 +185,27 @@ def _choice(pipeline: Any, tier: str) -> Choice:
 
 @contextmanager
 def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
-    """End the generation after a step when nobody waits for it; refuse latents that are not finite.
+    """End the generation after a step when nobody waits for it; refuse what is not finite.
 
-    Every pipeline calls its scheduler once a step; callbacks are not offered by all.
+    Every pipeline calls its scheduler once a step; callbacks are not offered by all. All that
+    caches hold has gone into the model's output, and a sampler may clip an infinity, so outputs
+    and latents are looked at. What was found is read at the end: no step waits for the device.
     """
-    scheduler, done = pipeline.scheduler, 0
+    scheduler = pipeline.scheduler
     own, before = scheduler.step, vars(scheduler).get("step")
+    found: list[list[Tensor]] = []
 
     @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
         result = own(*args, **kwargs)
-        done += 1
-        steps = len(scheduler.timesteps)
-        if done == steps and not _finite(result):
-            raise NotFiniteError("the latents of the last step are not finite")
+        output = args[0] if args else kwargs["model_output"]
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        found.append([torch.isfinite(each).all() for each in (output, latents)])
         waiting = [job for job in jobs if not job.given_up()]
         if not waiting:
             raise StoppedError
         for job in waiting:
-            job.on_step(done, steps)
+            job.on_step(len(found), len(scheduler.timesteps))
         return result
 
     scheduler.step = step
@@ -215,11 +216,9 @@ def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
             del scheduler.step
         else:
             scheduler.step = before
-
-
-def _finite(result: Any) -> bool:
-    latents = result[0] if isinstance(result, tuple) else result.prev_sample
-    return bool(torch.isfinite(latents).all())
+    broken = [number for number, finite in enumerate(found) if not all(finite)]
+    if broken:
+        raise NotFiniteError(f"values of step {broken[0]} of {len(found)} are not finite")
 
 
 def _pictures(result: Any) -> Tensor:

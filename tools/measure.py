@@ -1,4 +1,4 @@
-"""Describe the machine of a measurement, and measure this process's memory."""
+"""Describe the machine and the code of a measurement, and measure the memory of processes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import ctypes
 import gc
 import os
 import platform
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.search.measure.timing import device_name
 
 
@@ -24,11 +28,37 @@ def machine() -> dict[str, str]:
     }
 
 
-def process_memory(field: str = "VmRSS") -> int:
-    """Return a field of this process's ``/proc/self/status``, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+def commit() -> str:
+    """Return the commit that this code is of, "" outside a checkout; "-dirty" if it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def process_memory(field: str = "VmRSS", process: int | str = "self") -> int:
+    """Return a field of ``/proc/PROCESS/status``, by default of this process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])
+
+
+def slope_per_100(samples: Sequence[tuple[int, int]]) -> float:
+    """Return by how much the second numbers grow per 100 of the first, by least squares.
+
+    Raises:
+        ConfigError: the first numbers are all the same.
+    """
+    counts, values = np.array(samples, dtype=float).T
+    if np.ptp(counts) == 0:
+        raise ConfigError(
+            "too few samples for a slope", where="slope", got=len(samples), expected="more"
+        )
+    return 100 * float(np.polyfit(counts, values, 1)[0])
 
 
 def trim_memory() -> None:

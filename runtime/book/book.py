@@ -245,11 +245,12 @@ def _make(folder: Path, tiers: Mapping[str, Target], default: str) -> None:
                 got=target.describe(),
                 expected="such as Target.min_ssim(0.98)",
             )
-    make_folder(folder)
-    with sole_writer(folder / _LOCK, folder, "another process writes to the plan book"):
-        if not (folder / MANIFEST).exists():
-            write_manifest(folder, wanted)
-            return
+    if not (folder / MANIFEST).exists():
+        make_folder(folder)
+        with sole_writer(folder / _LOCK, folder, "another process writes to the plan book"):
+            if not (folder / MANIFEST).exists():
+                write_manifest(folder, wanted)
+                return
     found = read_manifest(folder)
     if (found.tiers, found.default) != (wanted.tiers, wanted.default):
         raise ConfigError(

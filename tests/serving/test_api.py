@@ -154,6 +154,41 @@ def test_any_json_is_served_or_refused(served: Running, changes: dict[str, Any])
         assert found.error["message"]
 
 
+WHOLE = json.dumps(ASK).encode()
+DAMAGED = st.one_of(
+    st.binary(max_size=40),
+    st.builds(
+        lambda cut, more: WHOLE[:cut] + more, st.integers(0, len(WHOLE)), st.binary(max_size=9)
+    ),
+    st.builds(
+        lambda at, byte: WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :],
+        st.integers(0, len(WHOLE) - 1),
+        st.integers(0, 255),
+    ),
+)
+TYPES = st.sampled_from(["application/json", "text/plain", "multipart/form-data", "x"])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(body=DAMAGED, kind=TYPES)
+def test_a_damaged_body_is_served_or_refused(served: Running, body: bytes, kind: str) -> None:
+    found = served.request("POST", IMAGES, body, content_type=kind)
+    assert found.status in (200, 400, 404), found.content
+    if found.status != 200:
+        assert found.error["message"]
+
+
+def test_clients_that_hang_hold_nobody_up(served: Running) -> None:
+    expected = served.ask().images[0]
+    silent = socket.create_connection(("127.0.0.1", served.port), timeout=60)  # sends nothing
+    deaf = served.connect(json.dumps(ASK | {"stream": True}).encode())  # and reads nothing
+    try:
+        assert np.array_equal(served.ask().images[0], expected)
+    finally:
+        silent.close()
+        deaf.close()
+
+
 def test_another_model_is_not_found(served: Running) -> None:
     assert served.ask(model="gpt-image-1").status == 404
 

@@ -99,3 +99,20 @@ def test_prompts_of_a_batch_are_those_of_their_seeds_alone(tmp_path: Path) -> No
         changed = call | {"prompt": one["prompt"], **negative}
         wanted = alone(make(), plan, changed, one["seed"])
         assert np.abs(answer.images[0] - wanted).max() <= LEVELS
+
+
+def test_what_may_run_is_compiled_before_it_is_asked_for(
+    book_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(batch=2)
+    server = ImageServer(attentive_pipeline(), ditfastattn.book(book_folder), limits=limits)
+    compiled: list[tuple[str, int]] = []
+
+    def generate(jobs: Sequence[Job]) -> list[Made]:
+        compiled.append((jobs[0].wanted.kind.tier, len(jobs)))
+        return []
+
+    monkeypatch.setattr(server, "generate", generate)
+    server.warm_up()
+    tiers = ("lossless", "high", "medium")
+    assert compiled == [(tier, batch) for tier in tiers for batch in (1, 2)]

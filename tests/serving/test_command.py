@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +17,13 @@ from ditfastattn import ConfigError, Plan
 from ditfastattn.serving import host
 from ditfastattn.serving.images import ImageServer
 from ditfastattn.serving.limits import Limits
+from ditfastattn.tools.benchmarking.server_process import server_process
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.commands.serve import Served, build_app
 from tests.helpers import attentive_pipeline
-from tests.serving.servers import ASK, IMAGES, alone, pixels, running, running_app
+from tests.serving.servers import ASK, IMAGES, Running, alone, running, running_app
 from tests.three_steps import CALL
+from tests.works_with import works_with
 
 
 @pytest.fixture(scope="module")
@@ -120,35 +116,35 @@ def test_a_bundle_is_served(tmp_path: Path, plans: dict[str, Plan]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_end(
+@works_with(
+    "Serving",
+    "a server that is killed (`kill -9`) in the middle of a generation",
+    "works",
+    "its book is as it was; the next server's images are right, and it ends at SIGTERM",
+)
+def test_a_killed_server_is_started_again_and_ends_when_it_is_told_to(
     book_folder: Path, pipeline_folder: Path, plans: dict[str, Plan]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ditfastattn.tools.commands.app", "serve", str(book_folder)]
-    command += ["--pipeline", str(pipeline_folder), "--port", str(port), "--on", "uvicorn"]
-    process = subprocess.Popen(
-        [*command, "--lowering", "eager"], stderr=subprocess.PIPE, env=dict(os.environ)
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health")
-                break
-            except urllib.error.URLError:
-                assert time.monotonic() < end
-                assert process.poll() is None
-                time.sleep(0.1)
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(url + IMAGES, json.dumps(ASK).encode(), headers)
-        answer = json.load(urllib.request.urlopen(request))
-        found = pixels(answer["data"][0]["b64_json"])
-        assert np.array_equal(found, alone(attentive_pipeline(), plans["high"], CALL, 3))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
-    lines = [json.loads(line) for line in log.decode().splitlines() if line.startswith("{")]
+    def held() -> dict[str, int]:
+        return {
+            str(each): each.stat().st_mtime_ns for each in [book_folder, *book_folder.iterdir()]
+        }
+
+    before = held()
+    options = ("--pipeline", str(pipeline_folder), "--lowering", "eager", "--no-warm-up")
+    with server_process(book_folder, options) as served:
+        asked = ASK | {"num_inference_steps": 100, "n": 4}
+        connection = Running(served.port).connect(json.dumps(asked).encode())
+        Running(served.port).wait_for("generating_images", 1)
+        served.process.kill()
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    with server_process(book_folder, options) as served:
+        answer = Running(served.port).ask()
+        assert np.array_equal(answer.images[0], alone(attentive_pipeline(), plans["high"], CALL, 3))
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == -signal.SIGTERM
+        log = served.log.read_text()
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert [line["path"] for line in lines][-1] == IMAGES
+    assert held() == before

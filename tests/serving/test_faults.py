@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import json
+import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ import ditfastattn
 from ditfastattn import ConfigError, Plan
 from ditfastattn.runtime.caches import Caches
 from ditfastattn.serving.images import ImageServer
+from ditfastattn.serving.job import Job
 from ditfastattn.serving.limits import Limits
+from ditfastattn.serving.pipeline import NotFiniteError
+from ditfastattn.serving.request import ImageRequest
 from tests.helpers import attentive_pipeline
 from tests.serving.servers import ASK, Running, alone, running
 from tests.three_steps import CALL
@@ -141,6 +145,27 @@ def test_latents_that_are_not_finite_are_not_served(
     assert np.array_equal(image, alone(attentive_pipeline(), plans["high"], CALL, 3))
 
 
+def test_an_infinity_that_the_sampler_clips_is_not_served(book_folder: Path) -> None:
+    """What caches hold reaches the image through the model's output alone."""
+    pipeline = attentive_pipeline()
+    own, calls = pipeline.scheduler.step, [0]
+
+    def step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return own(output.clamp(-1, 1), *args, **kwargs)
+
+    def forward(_module: Any, _args: Any, result: Any) -> None:
+        if calls[0] == 1:
+            result[0][0, 0, 0, 0] = float("inf")
+
+    pipeline.scheduler.step = step
+    pipeline.transformer.register_forward_hook(forward)
+    server = ImageServer(pipeline, ditfastattn.book(book_folder), lowering="eager")
+    (wanted,) = server.wanted(ImageRequest.model_validate(ASK))
+    with pytest.raises(NotFiniteError, match="values of step 1 of 3 are not finite"):
+        server.generate([Job(wanted, math.inf)])
+
+
 @pytest.mark.slow  # the twin of latents that are not finite
 def test_out_of_memory_in_a_step_fails_one_request(
     book_folder: Path, plans: dict[str, Plan]
@@ -155,9 +180,12 @@ def test_out_of_memory_in_a_step_fails_one_request(
 
     pipeline.scheduler.step = step
     with serving(pipeline, book_folder) as served:
+        before = held_caches()
         found = served.ask()
-        assert found.status == 500
+        assert (found.status, found.error["code"]) == (503, "out_of_memory")
+        assert "smaller size" in found.error["message"]
         assert b"secret" not in found.content
+        assert held_caches() == before
         broken.clear()
         (image,) = served.ask().images
     assert np.array_equal(image, alone(attentive_pipeline(), plans["high"], CALL, 3))

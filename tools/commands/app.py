@@ -20,6 +20,7 @@ from ditfastattn.tools.commands.demo import demo
 from ditfastattn.tools.commands.diff import diff
 from ditfastattn.tools.commands.doctor import doctor
 from ditfastattn.tools.commands.export import export
+from ditfastattn.tools.commands.generate import generate
 from ditfastattn.tools.commands.inspect import inspect
 from ditfastattn.tools.commands.serve import serve
 from ditfastattn.tools.commands.surroundings import keep_compiled, silence_libraries
@@ -42,6 +43,7 @@ COMMANDS = (
     doctor,
     bench,
     serve,
+    generate,
 )
 
 EXIT_CODES = """\b

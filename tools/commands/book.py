@@ -24,11 +24,12 @@ from ditfastattn.tools.commands.options import (
     PipelineName,
     Prompts,
 )
+from ditfastattn.tools.embedded import ModelName, embedded_model
 from ditfastattn.tools.terminal import open_console, spinner
 
 BookFolder = Annotated[Path, typer.Argument(help="The book's folder.")]
 Tiers = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--tier",
         help="A tier and its promise, the best one first: high=ssim:0.98. Metrics: ssim, psnr, "
@@ -55,15 +56,32 @@ book = typer.Typer(
 @book.command()
 def create(
     folder: BookFolder,
-    tier: Tiers,
+    tier: Tiers = None,
     default: Annotated[
         str, typer.Option(help="Tier of requests that name none. Default: the first.")
     ] = "",
+    shipped: Annotated[
+        ModelName | None,
+        typer.Option(help="Instead of --tier: the plans that come with an embedded model."),
+    ] = None,
 ) -> None:
     """Make a book of no plans. The tier `lossless`, which is dense, is in every book."""
-    tiers = dict(map(_tier, tier))
-    if len(tiers) != len(tier):
-        raise ConfigError("a tier occurs twice", where="--tier", got=", ".join(tier))
+    if (shipped is None) != bool(tier) or (shipped and default):
+        raise ConfigError(
+            "a book is made of tiers, or of the plans that come with a model",
+            where="ditfastattn book create",
+            expected="--tier, once or more, and --default; or --shipped alone",
+        )
+    if shipped is not None:
+        from ditfastattn.tools.demo.plans import shipped_book
+
+        names = shipped_book(embedded_model(shipped), folder).manifest.names
+        open_console().print(f"{folder}: {', '.join(names)}", soft_wrap=True)
+        return
+    wanted = tier or []
+    tiers = dict(map(_tier, wanted))
+    if len(tiers) != len(wanted):
+        raise ConfigError("a tier occurs twice", where="--tier", got=", ".join(wanted))
     ditfastattn.book(folder, tiers, default=default)
     open_console().print(f"{folder}: {LOSSLESS}, {', '.join(tiers)}", soft_wrap=True)
 

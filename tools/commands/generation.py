@@ -144,11 +144,20 @@ def _conditions(known: Any, classes: str, prompts: Path | None) -> dict[str, Any
             where="the command line",
             expected="--prompts FILE, a text file with one prompt per line",
         )
-    lines = read_text(prompts, "the prompts").splitlines()
+    return {"prompt": read_prompts(prompts)}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts in ``path``, one a line.
+
+    Raises:
+        ConfigError: there is none, or the file cannot be read.
+    """
+    lines = read_text(path, "the prompts").splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise ConfigError("the file holds no prompt", where=str(prompts), expected="one per line")
-    return {"prompt": texts}
+        raise ConfigError("the file holds no prompt", where=str(path), expected="one per line")
+    return texts
 
 
 def integers(text: str, option: str) -> list[int]:
@@ -161,7 +170,7 @@ def integers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            "classes are integers", where=option, got=text, expected="for example 0,3,5"
+            "not integers", where=option, got=text, expected="for example 0,3,5"
         ) from error
 
 

@@ -18,14 +18,14 @@ from ditfastattn.runtime.book.manifest import MANIFEST as BOOK
 from ditfastattn.runtime.bundle.manifest import MANIFEST as BUNDLE
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.plan_choice import OnMismatch
+from ditfastattn.serving.images import ImageServer
+from ditfastattn.serving.limits import Limits
 from ditfastattn.tools.commands.generation import json_object, open_pipeline
 from ditfastattn.tools.commands.options import CallArguments, Compiler, Device, Dtype, PipelineName
 from ditfastattn.tools.terminal import open_console
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from ditfastattn.serving.limits import Limits
 
 _LIMITS = "Limits"
 _REPLICAS = "Ray Serve"
@@ -127,7 +127,6 @@ def serve(
     """
     try:
         from ditfastattn.serving import host as hosting
-        from ditfastattn.serving.limits import Limits
     except ImportError as error:
         raise ConfigError(
             "the server is not installed", got=error, remedy="pip install 'ditfastattn[serve]'"
@@ -158,13 +157,17 @@ def serve(
     build = partial(build_app, served, limits)
     ray = on is Host.RAY or (on is Host.AUTO and hosting.has_ray())
     console = open_console(stderr=True)
+    first = ", compiling its plans" if warm_up else ""
+    host_name = "Ray Serve" if ray else "uvicorn"
+    console.print(
+        f"opening {source}{first}, for http://{host}:{port} on {host_name}", soft_wrap=True
+    )
     if ray:
-        console.print(f"opening {source} for http://{host}:{port} on Ray Serve", soft_wrap=True)
         count = hosting.Replicas(replicas, max(replicas, max_replicas), gpus)
         hosting.run_ray(build, host, port, limits, count)
     else:
         app = build()
-        console.print(f"serving at http://{host}:{port} on uvicorn", soft_wrap=True)
+        console.print(f"serving at http://{host}:{port}", soft_wrap=True)
         hosting.run_uvicorn(app, host, port, limits)
 
 
@@ -174,7 +177,6 @@ def ray_application(arguments: dict[str, Any]) -> Any:
     They are the fields of ``Served``, and ``limits`` and ``replicas`` as objects.
     """
     from ditfastattn.serving import host as hosting
-    from ditfastattn.serving.limits import Limits
 
     given = dict(arguments)
     try:
@@ -192,8 +194,21 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
     """Open what is served, and return its application."""
     from ditfastattn.serving.app import create_app
     from ditfastattn.serving.host import log_as_json, read_keys, require_keys
-    from ditfastattn.serving.images import ImageServer
 
+    log_as_json()
+    authenticate = None if served.keys is None else require_keys(read_keys(served.keys))
+    server = open_server(served, limits)
+    if served.warm_up:
+        server.warm_up()
+    return create_app(server, authenticate)
+
+
+def open_server(served: Served, limits: Limits) -> ImageServer:
+    """Open a book or a bundle, and the pipeline, and return what makes images by them.
+
+    Raises:
+        ConfigError: the source is neither, or the pipeline does not fit.
+    """
     if not any((served.source / name).exists() for name in (BOOK, BUNDLE)):
         raise ConfigError(
             "there is neither a plan book nor a bundle",
@@ -201,8 +216,6 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
             expected=f"a folder with {BOOK} or {BUNDLE}",
             remedy="make one: `ditfastattn book create`, `ditfastattn export`",
         )
-    log_as_json()
-    authenticate = None if served.keys is None else require_keys(read_keys(served.keys))
     pipeline: Any = open_pipeline(served.pipeline, served.dtype, served.device)
     book, options = None, {}
     if (served.source / BOOK).exists():
@@ -210,7 +223,7 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
         options = {"lowering": served.lowering}
     else:
         pipeline.transformer = ditfastattn.load(served.source)
-    server = ImageServer(
+    return ImageServer(
         pipeline,
         book,
         name=served.name,
@@ -221,6 +234,3 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
         fall_back=served.fall_back,
         **options,
     )
-    if served.warm_up:
-        server.warm_up()
-    return create_app(server, authenticate)

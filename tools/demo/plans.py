@@ -13,7 +13,9 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import read_json
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.runtime.book.book import Book, book
 from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.tools.embedded import EmbeddedModel
 from ditfastattn.tools.savings import Errors, Prices
 
@@ -124,6 +126,20 @@ def shipped_plans(model: EmbeddedModel) -> list[DemoPlan]:
         errors = () if record is None else record.errors
         found.append(DemoPlan(name, plan, record, prices, errors))
     return found
+
+
+def shipped_book(model: EmbeddedModel, folder: Path) -> Book:
+    """Make a book of the plans that come with ``model``, each a tier with its search's promise.
+
+    Raises:
+        ConfigError: there is a book of other tiers.
+    """
+    plans = {each.name: each.plan for each in shipped_plans(model)}
+    promises = map(Target.min_ssim, model.least_ssim)
+    made = book(folder, dict(zip(plans, promises, strict=True)))
+    for name, plan in plans.items():
+        made.add(plan, name)
+    return made
 
 
 def hash_weights(folder: Path) -> str:

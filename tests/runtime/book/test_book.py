@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ditfastattn
 from ditfastattn import Book, ConfigError, Figures, Plan, Target
+from ditfastattn.core.errors import FileError
 from ditfastattn.passes.plan.schema import Measured
 from ditfastattn.tools.faults.inject import Disk, in_child
 from tests.helpers import attentive_pipeline
@@ -184,6 +187,27 @@ def test_a_change_that_fails_anywhere_leaves_a_whole_book(
         assert names == {"book.json", opened.plans[0][0].file}
         at += 1
     assert at > 3
+
+
+def test_a_book_in_a_read_only_folder_is_opened_and_not_changed(
+    made: Book, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = made.add(plan, "high", figures(0.99))
+    own = os.open
+
+    def read_only(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return own(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    tiers = {"high": Target.min_ssim(0.98), "medium": Target.min_ssim(0.9)}
+    opened = ditfastattn.book(made.folder, tiers, default="medium")
+    assert opened.plans == ((entry, plan),)
+    for change in (added, pruned):
+        with pytest.raises(FileError, match="choose a place that can be written to"):
+            change(opened, plan=changed(plan, 0.5))
+    assert opened.plans == ((entry, plan),)
 
 
 FAILED = 3  # the exit code of a process in which a change has failed with an error of ours

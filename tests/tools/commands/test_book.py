@@ -101,3 +101,17 @@ def test_a_plan_that_the_call_does_not_fit_keeps_its_figures(
     assert run(monkeypatch, "validate", book, *named, *other) == 2
     assert "another number of steps" in capsys.readouterr().err
     assert ditfastattn.book(book).plans == before
+
+
+def test_a_book_of_the_plans_that_come_with_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "create", tmp_path / "book", "--shipped", "emoji") == 0
+    opened = ditfastattn.book(tmp_path / "book")
+    assert opened.manifest.names == ("lossless", "strict", "middle", "loose")
+    assert [entry.tier for entry, _ in opened.plans] == ["strict", "middle", "loose"]
+    assert opened.broken() == ()
+    for wrong in ((), ("--shipped", "emoji", "--tier", "high=ssim:0.9")):
+        assert run(monkeypatch, "create", tmp_path / "other", *wrong) == 2
+        assert "or --shipped alone" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -47,7 +47,7 @@ def test_conditions_are_those_that_the_pipeline_takes(tmp_path: Path) -> None:
     [
         (Generation(), ByPrompt(), "0", None, "needs prompts"),
         (Generation(), ByPrompt(), "0", "\n", "holds no prompt"),
-        (Generation(), ByClass(), "one", None, "classes are integers"),
+        (Generation(), ByClass(), "one", None, "not integers"),
         (Generation(guidance=2.0), ByPrompt(), "0", "a", "does not take this argument"),
         (Generation(call="{"), ByPrompt(), "0", "a", "is not JSON"),
         (Generation(call="[1]"), ByPrompt(), "0", "a", "not a JSON object"),

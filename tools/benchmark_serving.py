@@ -1,0 +1,293 @@
+"""Put `ditfastattn serve` under load, and watch its memory over many generations.
+
+    python -m ditfastattn.tools.benchmark_serving load --out benchmarks/serving
+    python -m ditfastattn.tools.benchmark_serving soak --out benchmarks/serving
+
+The server runs in a process of its own; OpenAI's client asks it for images of all tiers, some in
+pairs, each with a seed. Every image is compared with the same seed made alone in this process.
+The plans are those that come with the emoji model, unless others are given.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import ditfastattn
+from ditfastattn import Book
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
+from ditfastattn.core.strict_json import read_json
+from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.quality import LOSSLESS
+from ditfastattn.serving.images import ImageServer
+from ditfastattn.tools.benchmarking.served_images import (
+    Answers,
+    Body,
+    Twins,
+    ask_all,
+    make_bodies,
+    make_twins,
+)
+from ditfastattn.tools.benchmarking.server_process import ServerProcess, server_process
+from ditfastattn.tools.commands.generation import integers, open_pipeline
+from ditfastattn.tools.commands.surroundings import keep_compiled
+from ditfastattn.tools.demo.plans import shipped_book
+from ditfastattn.tools.embedded import ModelName, embedded_model
+from ditfastattn.tools.measure import commit, machine, process_memory, slope_per_100
+from ditfastattn.tools.terminal import open_console
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+TIERS, DENSE = "all tiers", "dense only"  # what a server is asked for
+MOST_SLOPE = 2**20  # bytes that the server may grow by in 100 generations
+MOST_LEVELS = 1  # of 255, that an image of a batch may be from the same seed alone
+_SAMPLED = 0.5  # seconds between two looks at the server's memory
+_SETTLED = 0.2  # the share of a soak after which memory is held against the bar
+
+Out = Annotated[Path, typer.Option(help="Folder for the JSON.")]
+Pipeline = Annotated[str, typer.Option(help="emoji, digits or a folder.")]
+BookFolder = Annotated[
+    Path | None, typer.Option(help="A plan book. Default: the plans that come with the model.")
+]
+Prompts = Annotated[str, typer.Option(help="Prompts, ';' between. Default: the model's.")]
+Minutes = Annotated[float, typer.Option(help="Send nothing more after so many minutes.")]
+Lowered = Annotated[Lowering, typer.Option(help="Of torch.")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is served, and asked for."""
+
+    pipeline: str
+    book: Book
+    lowering: Lowering
+    prompts: Sequence[str]
+    twins: ImageServer
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Return the tiers, dense first."""
+        return self.book.manifest.names
+
+    def bodies(self, count: int, mix: str = TIERS) -> list[Body]:
+        """Return ``count`` requests."""
+        sampler = self.book.plans[0][1].sampler
+        call = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
+        tiers = self.tiers if mix == TIERS else (LOSSLESS,)
+        return make_bodies(count, tiers, self.prompts, call)
+
+    @contextmanager
+    def served(self, *options: str) -> Generator[ServerProcess]:
+        """Run a server of it."""
+        given = ("--pipeline", self.pipeline, "--lowering", self.lowering.value, *options)
+        with server_process(self.book.folder, given) as server:
+            yield server
+
+
+@app.command()
+def load(
+    out: Out = Path("benchmarks/serving"),
+    pipeline: Pipeline = ModelName.EMOJI,
+    book: BookFolder = None,
+    prompts: Prompts = "",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each row.")] = 42,
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, ',' between.")] = "1,8,32",
+    batches: Annotated[str, typer.Option(help="Values of --batch, ',' between.")] = "1,4",
+    queue: Annotated[int, typer.Option(min=4, help="Most images that wait.")] = 64,
+    minutes: Minutes = 10.0,
+    lowering: Lowered = Lowering.INDUCTOR,
+) -> None:
+    """Measure throughput and latency by tier, batches on and off, against dense only.
+
+    Rows are written as they are measured; another start with the same arguments continues. Exit
+    with 1 if an image is not what it must be: equal to the same seed alone without batches, at
+    most one level of 255 from it with them.
+    """
+    until, path = time.monotonic() + 60 * minutes, out / "load.json"
+    at_a_time = integers(concurrency, "--concurrency")
+    sizes = integers(batches, "--batches")
+    wanted = [(size, mix, many) for size in sizes for mix in (TIERS, DENSE) for many in at_a_time]
+    with _subject(pipeline, book, prompts, lowering) as subject:
+        arguments = _arguments(subject, requests=requests, queue=queue)
+        rows = _kept(path, arguments)
+        bodies = {mix: subject.bodies(requests, mix) for mix in (TIERS, DENSE)}
+        twins = make_twins(subject.twins, [*bodies[TIERS], *bodies[DENSE]])
+        for size in sizes:
+            missing = [key for key in wanted if key[0] == size and key not in map(_key, rows)]
+            if not missing or time.monotonic() > until:
+                continue
+            with subject.served("--batch", str(size), "--queue", str(queue)) as server:
+                for _, mix, many in missing:
+                    answers = Answers()
+                    ask_all(server.url, bodies[mix], many, twins, until, answers)
+                    if time.monotonic() > until:
+                        break  # a row is whole or not there
+                    about = {"batch": size, "asked": mix, "concurrency": many}
+                    rows.append({**about, **answers.summary()})
+                    _write(path, arguments, rows=rows, complete=len(rows) == len(wanted))
+    open_console().print(table_text(rows), soft_wrap=True)
+    if len(rows) < len(wanted):
+        typer.echo(f"{len(rows)} of {len(wanted)} rows: run it again to continue", err=True)
+    if any(row["failed"] or _wrong(row) for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    out: Out = Path("benchmarks/serving"),
+    pipeline: Pipeline = ModelName.EMOJI,
+    book: BookFolder = None,
+    prompts: Prompts = "",
+    generations: Annotated[int, typer.Option(min=10, help="Images to ask for.")] = 1000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    minutes: Minutes = 8.0,
+    lowering: Lowered = Lowering.INDUCTOR,
+) -> None:
+    """Sample the server's memory. Exit with 1 if it grows by 1 MiB or more per 100 generations.
+
+    The slope is that of least squares over what follows the first fifth.
+    """
+    until = time.monotonic() + 60 * minutes
+    with _subject(pipeline, book, prompts, lowering) as subject:
+        arguments = _arguments(subject, generations=generations, concurrency=concurrency)
+        bodies = [{**body, "n": 1} for body in subject.bodies(generations)]
+        twins = make_twins(subject.twins, bodies)
+        with subject.served() as server:
+            answers, samples = _soaked(server, bodies, concurrency, twins, until)
+    slope = slope_per_100([each for each in samples if each[0] >= _SETTLED * samples[-1][0]])
+    result = {
+        "resident_bytes": samples,  # by the number of images so far
+        "slope_bytes_per_100": slope,
+        "complete": len(answers.levels) == generations,
+        **answers.summary(),
+    }
+    _write(out / "soak.json", arguments, **result)
+    open_console().print(
+        f"{len(answers.levels)} images: {slope / 2**20:+.2f} MiB per 100, "
+        f"{result['images_that_differ']} differ, {len(answers.failed)} failed",
+        soft_wrap=True,
+    )
+    if slope >= MOST_SLOPE or answers.failed or result["images_that_differ"]:
+        raise typer.Exit(1)
+
+
+def table_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows of a load in Markdown."""
+    lines = [
+        "| batch | asked for | at a time | images/s | p50 / p95 / p99 in s, by tier | refused | "
+        "differ | levels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        latency = "; ".join(
+            f"{tier} {' / '.join(f'{found[rank]:.2f}' for rank in ('p50', 'p95', 'p99'))}"
+            for tier, found in sorted(row["latency_seconds"].items())
+        )
+        cells = (
+            *(row[name] for name in ("batch", "asked", "concurrency")),
+            f"{row['images_per_second']:.2f}",
+            latency,
+            *(row[name] for name in ("refused", "images_that_differ", "most_levels_apart")),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _subject(
+    pipeline: str, book: Path | None, prompts: str, lowering: Lowering
+) -> Generator[Subject]:
+    """Open the pipeline for what is made alone, and the book, or make one of the shipped plans."""
+    keep_compiled()
+    with tempfile.TemporaryDirectory() as folder:
+        given = [each.strip() for each in prompts.split(";") if each.strip()]
+        embedded = pipeline in tuple(ModelName)
+        if embedded:
+            model = embedded_model(ModelName(pipeline))
+            (conditions,) = model.compared.values()
+            given = given or [str(each) for each in conditions[:5]]
+        if not given or (book is None and not embedded):
+            raise ConfigError(
+                "a pipeline that does not come with ditfastattn needs prompts and a book",
+                where="--pipeline",
+                got=pipeline,
+                expected="--prompts and --book, or one of " + ", ".join(ModelName),
+            )
+        if book is None:
+            opened = shipped_book(embedded_model(ModelName(pipeline)), Path(folder) / "book")
+        else:
+            opened = ditfastattn.book(book)
+        twins = ImageServer(open_pipeline(pipeline), opened, lowering=lowering)
+        yield Subject(pipeline, opened, lowering, given, twins)
+
+
+def _soaked(
+    server: ServerProcess, bodies: Sequence[Body], concurrency: int, twins: Twins, until: float
+) -> tuple[Answers, list[tuple[int, int]]]:
+    """Return the answers, and how many images there were at each size of the server."""
+    answers, samples, ended = Answers(), list[tuple[int, int]](), threading.Event()
+
+    def look() -> None:
+        samples.append((len(answers.levels), process_memory(process=server.process.pid)))
+
+    def watch() -> None:
+        while not ended.wait(_SAMPLED):
+            look()
+
+    look()
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        ask_all(server.url, bodies, concurrency, twins, until, answers)
+    finally:
+        ended.set()
+        watching.join()
+    look()
+    return answers, samples
+
+
+def _arguments(subject: Subject, **given: Any) -> dict[str, Any]:
+    return {
+        "pipeline": subject.pipeline,
+        "plans": {entry.tier: entry.name for entry, _ in subject.book.plans},
+        "lowering": subject.lowering.value,
+        "prompts": list(subject.prompts),
+        **given,
+    }
+
+
+def _write(path: Path, arguments: dict[str, Any], **found: Any) -> None:
+    data = {"machine": machine(), "commit": commit(), "arguments": arguments, **found}
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
+
+
+def _kept(path: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows that an interrupted load of the same arguments, code and machine has left."""
+    if not path.exists():
+        return []
+    found = read_json(path, "the record of a load")
+    same = {"machine": machine(), "commit": commit(), "arguments": arguments, "complete": False}
+    kept: list[dict[str, Any]] = found["rows"] if same.items() <= found.items() else []
+    return kept
+
+
+def _key(row: dict[str, Any]) -> tuple[int, str, int]:
+    return row["batch"], row["asked"], row["concurrency"]
+
+
+def _wrong(row: dict[str, Any]) -> bool:
+    allowed = 0 if row["batch"] == 1 else MOST_LEVELS
+    return bool(row["most_levels_apart"] > allowed)
+
+
+if __name__ == "__main__":
+    app()
