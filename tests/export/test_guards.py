@@ -13,7 +13,9 @@ import ditfastattn
 from ditfastattn import ConfigError, export_triton
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.emitter import Value
 from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.step_graphs import spec
 from ditfastattn.runtime.bundle.guards import guard_of
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from tests.export.test_triton import bundle_with_loop
@@ -132,3 +134,8 @@ def test_a_loop_refuses_other_content(loop: Path) -> None:
 def test_triton_which_compares_nothing_gets_no_such_loop(loop: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"argument 'class_labels'[\s\S]*Triton does not compare"):
         export_triton(loop, tmp_path / "models")
+
+
+def test_an_empty_value_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"words: [\s\S]*is empty[\s\S]*\[2, 0, 8\]"):
+        spec(Value("words", (2, 0, 8), torch.float32))
