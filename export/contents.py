@@ -64,6 +64,7 @@ def make_manifest(
         latent=prepared.latent,
         shares_guidance=program.shares_guidance,
         inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
+        guards=prepared.guards,
         outputs=tuple(map(spec, first.results)),
         variants=contents.variants,
         schedule=prepared.schedule(program),

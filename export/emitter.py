@@ -46,9 +46,8 @@ class Emitter:
     prefix: str = ""
     batch: str = ""
     nodes: list[NodeProto] = field(default_factory=list)
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    initializers: dict[str, Tensor] = field(default_factory=dict)
     _initialized: dict[Any, str] = field(default_factory=dict)
-    _contents: dict[str, Tensor] = field(default_factory=dict)  # of initializers
     _kept: list[Tensor] = field(default_factory=list)
     _computed: dict[Any, list[str]] = field(default_factory=dict)  # what each node computes
     _names: dict[str, int] = field(default_factory=dict)
@@ -80,7 +79,7 @@ class Emitter:
     ) -> list[str]:
         outputs = [self.unique(base) for _ in range(count)]
         node = helper.make_node(kind, inputs, outputs, outputs[0], **attributes)
-        given = {item: self._contents.get(item) for item in inputs if item}
+        given = {item: self.initializers.get(item) for item in inputs if item}
         known = {item: tensor for item, tensor in given.items() if tensor is not None}
         if known and len(known) == len(given):
             made = zip(outputs, folded(node, known, OPSET), strict=True)
@@ -105,12 +104,24 @@ class Emitter:
                 free = name
                 while free in self.initializers:
                     free = self.unique(name)
-                make = inline_tensor if tensor.nbytes < INLINE_BYTES else self.weights.store
-                self.initializers[free] = make(free, tensor)
+                self.initializers[free] = tensor
                 self._initialized[content] = free
-                self._contents[free] = tensor
             self._initialized[memory] = self._initialized[content]
         return self._initialized[memory]
+
+    def stored(self) -> list[TensorProto]:
+        """Return the initializers that nodes read: others were folded into those.
+
+        ONNX Runtime refuses weights that no node reads.
+        """
+        read = {name for node in self.nodes for name in node.input}
+        return [
+            inline_tensor(name, tensor)
+            if tensor.nbytes < INLINE_BYTES
+            else self.weights.store(name, tensor)
+            for name, tensor in self.initializers.items()
+            if name in read
+        ]
 
     def constant(self, tensor: Tensor) -> str:
         """Return the name of a constant that is not a weight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.export.capture_call import (
     CapturedCall,
     RecordedCall,
@@ -33,6 +34,7 @@ from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
 from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
 from ditfastattn.runtime.bundle.arguments import argument_named
+from ditfastattn.runtime.bundle.guards import InputGuard, check_guards, guard_of
 from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.matching import (
     mismatch,
@@ -90,6 +92,7 @@ class PreparedModel:
         program: the distinct steps, their schedule and caches; of each step's first call, where
             there are two.
         second: the same of the second call.
+        guards: the content of the inputs that the model reads.
         other: the inputs of that call which are its own, by name.
         per_generation: the nodes that are computed once per generation.
         timestep: the name of its timestep input.
@@ -104,6 +107,7 @@ class PreparedModel:
     captures: Captures
     program: StepProgram
     second: StepProgram | None
+    guards: tuple[InputGuard, ...]
     other: Mapping[str, Tensor]
     per_generation: tuple[str, ...]
     timestep: str
@@ -136,11 +140,9 @@ class PreparedModel:
         return [(entry, tensor) for entry, tensor in pairs if not entry.static]
 
 
-def _check_guards(captured: CapturedCall) -> None:
-    """Refuse a graph that holds for some inputs alone, or has parts that are no graph."""
-    if captured.traced is None:
-        return
-    for path, line in captured.traced.opaque.items():
+def _check_whole(captured: CapturedCall) -> None:
+    """Refuse a graph that lacks parts of the model."""
+    for path, line in captured.traced.opaque.items() if captured.traced else ():
         raise ConfigError(
             "a part of the model reads what it denoises, as a router to experts does, and is not "
             "in the graph",
@@ -148,14 +150,30 @@ def _check_guards(captured: CapturedCall) -> None:
             got=f"{path}: {line}",
             remedy="run it in torch, by accelerate(pipeline, plan)",
         )
-    for read in captured.traced.guards.reads:
+
+
+def _guards(captured: CapturedCall, dynamic_batch: bool) -> tuple[InputGuard, ...]:
+    """Return guards of the inputs that the model reads: the graph is for their content alone.
+
+    Raises:
+        ConfigError: the batch is free, so that other content is to come; or a manifest cannot hold
+            an input's content.
+    """
+    reads = captured.traced.guards.reads if captured.traced else ()
+    pairs = zip(captured.graph.inputs, captured.tensors, strict=True)
+    guards = tuple(
+        guard_of(entry.name, tensor, said)
+        for entry, tensor in pairs
+        if not entry.static and (said := [str(one) for one in reads if entry.name in one.inputs])
+    )
+    for guard in guards if dynamic_batch else ():
         raise ConfigError(
-            "the graph holds only for what the model reads of its inputs, which a bundle cannot "
-            "check",
-            where="export",
-            got=str(read),
-            remedy="run it in torch, by accelerate(pipeline, plan)",
+            "the graph holds only for what the model reads of its inputs, at one batch",
+            where=f"argument {guard.name!r}",
+            got=guard.reads[0],
+            remedy=FIX_BATCH,
         )
+    return guards
 
 
 def prepare(
@@ -178,7 +196,7 @@ def prepare(
     if dtype is not None:
         _check_not_quantized(model, dtype)
     captured = capture_call(model, call, options.timestep)
-    _check_guards(captured)
+    _check_whole(captured)
     static = static_tensors(captured.graph, captured.tensors)
     identity = fingerprint(captured.graph, find_sites(captured.graph).sites, static)
     if other_weights and plan is not None:
@@ -191,6 +209,7 @@ def prepare(
         model, call = copy.deepcopy(model).to(dtype), RecordedCall(_cast(call.arguments, dtype))
         first = _split(capture_call(model, call, options.timestep), plan)
         second_call = second_call and RecordedCall(_cast(second_call.arguments, dtype))
+    guards = _guards(first, options.dynamic_batch)
     second = first
     if options.dynamic_batch:
         second = _split(capture_doubled(model, call, options.timestep), plan)
@@ -211,7 +230,8 @@ def prepare(
         captures=Captures(first, second, batches, (programs[0].sites, with_wholes(both[1]))),
         program=programs[0],
         second=programs[1] if len(programs) > 1 else None,
-        other=_other_inputs(first, call, second_call) if len(programs) > 1 else {},
+        guards=guards,
+        other=_other_inputs(first, call, second_call, guards) if len(programs) > 1 else {},
         per_generation=find_hoisted(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
@@ -219,12 +239,16 @@ def prepare(
 
 
 def _other_inputs(
-    captured: CapturedCall, call: RecordedCall, second: RecordedCall | None
+    captured: CapturedCall,
+    call: RecordedCall,
+    second: RecordedCall | None,
+    guards: Sequence[InputGuard],
 ) -> dict[str, Tensor]:
     """Return the inputs of a step's ``second`` call by name, which must be like those of ``call``.
 
     Raises:
-        ConfigError: there is none, or the graph of the first call does not hold for it.
+        ConfigError: there is none, or the graph of the first call does not hold for it: it has
+            other shapes, or other content where the model reads it.
     """
     if second is None:
         raise ConfigError(
@@ -254,6 +278,7 @@ def _other_inputs(
                 expected=f"{list(wanted.shape)} of {wanted.dtype}",
                 remedy="pad both prompts to one length, or run the plan in torch",
             )
+    check_guards(guards, found)
     return found
 
 

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch.fx import GraphModule, Node
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Symbols, find_batch
 from ditfastattn.export.capture_call import CapturedCall
 from ditfastattn.export.complex_numbers import split_complex
@@ -206,7 +207,20 @@ def size_of(path: Path, inputs: Sequence[Value]) -> GraphSize:
 
 
 def spec(value: Value) -> TensorSpec:
-    """Return the manifest's description of a value."""
+    """Return the manifest's description of a value.
+
+    Raises:
+        ConfigError: it is empty, as what a model picks by a mask that hides all.
+    """
+    if 0 in value.shape:
+        raise ConfigError(
+            "a value that the graphs of a bundle hand on is empty",
+            where=value.name,
+            got=list(value.shape),
+            expected="at least one element",
+            remedy="export with inputs that are used, or run the plan in torch, by "
+            "accelerate(pipeline, plan)",
+        )
     return TensorSpec(name=value.name, shape=sizes(value.shape), dtype=dtype_name(value.dtype))
 
 

@@ -153,7 +153,7 @@ def finish(
         name,
         [value_info(value, batch) for value in inputs],
         [value_info(value, batch) for value in results],
-        list(emitter.initializers.values()),
+        emitter.stored(),
     )
     model = helper.make_model(
         graph,

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _ENGINES: Final = "engines"
 _SAME: Final = (  # what a driver of a bundle, and an engine's layout, depend on
     "opset", "sampler", "fixed_batch", "batch_multiple", "timestep", "latent", "shares_guidance",
-    "inputs", "outputs", "variants", "schedule", "slots", "factors", "second", "hoisted", "loop",
-    "weights",
+    "inputs", "guards", "outputs", "variants", "schedule", "slots", "factors", "second", "hoisted",
+    "loop", "weights",
 )  # fmt: skip
 
 

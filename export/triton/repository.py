@@ -62,6 +62,13 @@ def write_repository(
             remedy="export it with --loop (loop=True); where the sampler has none, serve the "
             "bundle by `ditfastattn serve`",
         )
+    for guard in opened.manifest.guards:
+        raise ConfigError(
+            "the loop holds for one content of an argument, which Triton does not compare",
+            where=f"{opened.root}: argument {guard.name!r}",
+            got=guard.reads[0],
+            remedy="serve the bundle by `ditfastattn serve`, which compares it",
+        )
     ports = ports_of(opened.manifest, loop)
     config = config_of(name, ports, opened.manifest, chosen)
     if not ports.joinable:

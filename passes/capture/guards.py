@@ -69,7 +69,7 @@ class Guards:
         values = self._values(tensors)
         for read, got, expected in zip(self.reads, values, self._expected, strict=True):
             if got.shape != expected.shape or not torch.equal(got, expected):
-                return GuardFailure(read, *_texts(got, expected))
+                return GuardFailure(read, *difference(got, expected))
         return None
 
     def _values(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -127,7 +127,7 @@ def descendants(nodes: Collection[Node]) -> set[Node]:
     return found
 
 
-def _texts(got: Tensor, expected: Tensor) -> tuple[str, str]:
+def difference(got: Tensor, expected: Tensor) -> tuple[str, str]:
     """Return both values for people; of long ones, the part around the first difference."""
     if got.shape != expected.shape:
         return f"a value of shape {list(got.shape)}", f"shape {list(expected.shape)}"

@@ -21,6 +21,7 @@ from ditfastattn.core.files import repr_path, standing, write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.runtime.bundle.guards import InputGuard, check_described
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import (
     CallSchedule,
@@ -82,6 +83,8 @@ class Manifest(Record, frozen=True):
         latent: the name of the latent input, "" if unknown.
         shares_guidance: whether some step computes the conditional half alone.
         inputs: of the model.
+        guards: the content of the inputs that the model reads, where the graphs hold for it alone;
+            the batch is then fixed.
         outputs: of the model.
         variants: the distinct steps.
         schedule: the variant of each step.
@@ -110,6 +113,7 @@ class Manifest(Record, frozen=True):
     latent: str = ""
     shares_guidance: bool = False
     inputs: tuple[TensorSpec, ...]
+    guards: tuple[InputGuard, ...] = ()
     outputs: tuple[TensorSpec, ...]
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     schedule: tuple[Natural, ...]
@@ -165,6 +169,9 @@ class Manifest(Record, frozen=True):
             raise ValueError(f"latent: {self.latent!r} is not an input")
         if not any(spec.shape for spec in self.inputs):
             raise ValueError("inputs: none has a batch")
+        if self.guards and not self.fixed_batch:
+            raise ValueError("guards: the batch is not fixed")
+        check_described(self.guards, {s.name: s.sizes(self.fixed_batch) for s in self.inputs})
         if self.plan_sha256 and self.plan_sha256 != self._hash_of(PLAN_FILE):
             raise ValueError(f"plan_sha256: {PLAN_FILE} is another file, or not among the files")
         for graph in self.graphs:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
 from ditfastattn.runtime.bundle.arguments import BundleArguments, check_range
+from ditfastattn.runtime.bundle.guards import check_guards
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.slots import slot_schedule, slots_read, slots_written
-from ditfastattn.runtime.bundle.specs import TensorSpec
+from ditfastattn.runtime.bundle.specs import SECOND_CALL, TensorSpec
 from ditfastattn.runtime.caches import Buffers
 from ditfastattn.runtime.call_order import FIRST, Call
 from ditfastattn.runtime.calls import InterleavedError
@@ -143,9 +144,19 @@ class BundleTransformer(nn.Module):
         given = {**conditions, loop.noise.name: noise}
         self._arguments.check_settings(given)
         tensors = self._arguments.tensors([loop.noise, *loop.conditions], given, batch)
+        self._check_guards(given, batch)
         latents = self._empty(loop.noise, batch)
         engine(list(tensors.values()), [latents])
         return latents
+
+    def _check_guards(self, given: Mapping[str, Any], batch: int) -> None:
+        """Compare what a whole generation is given with the guards, for each call of a step."""
+        guards = self.manifest.guards
+        names = {guard.name for guard in guards}
+        specs = [spec for spec in self.manifest.inputs if spec.name in names]
+        second = [given.get(SECOND_CALL, {})] if self.manifest.second else []
+        for call in [given, *second] if guards else []:
+            check_guards(guards, self._arguments.tensors(specs, call, batch))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step; arguments and result are those of the exported model.
@@ -192,7 +203,7 @@ class BundleTransformer(nn.Module):
             generation.check_latents(call, {name: inputs[manifest.latent]})
         index = self._scheduled[call.step * len(self._schedules) + call.branch]
         variant, written = manifest.variants[index], self._writes[index]
-        hoisted = self._hoisted(generation.branch(call), inputs, batch)
+        hoisted = self._once(generation.branch(call), inputs, batch)
         caches = generation.read(call, self._reads[index], self._device, hoisted)
         tensors = [*(inputs[name] for name in variant.inputs), *caches]
         results = [self._empty(spec, batch) for spec in manifest.outputs]
@@ -221,19 +232,24 @@ class BundleTransformer(nn.Module):
     def _empty(self, spec: TensorSpec, batch: int) -> Tensor:
         return torch.empty(spec.sizes(batch), dtype=spec.torch_dtype, device=self._device)
 
-    def _hoisted(self, branch: GuidanceBranch, inputs: Mapping[str, Tensor], batch: int) -> Values:
-        spec, hoisted = self.manifest.hoisted, self._hoisted_engine
-        if spec is None or hoisted is None:
-            return NO_VALUES
-        tensors = [inputs[name] for name in spec.inputs]
+    def _once(self, branch: GuidanceBranch, inputs: Mapping[str, Tensor], batch: int) -> Values:
+        """Return the hoisted values; they and the guards are for the conditions of a generation.
+
+        Both are looked at again where a condition has changed.
+        """
+        spec, hoisted, guards = self.manifest.hoisted, self._hoisted_engine, self.manifest.guards
+        tensors = [inputs[name] for name in spec.inputs] if spec else []
 
         def compute() -> Values:
+            check_guards(guards, inputs)
+            if spec is None or hoisted is None:
+                return NO_VALUES
             written = slots_written(spec)
             results = [self._empty(self._slots[slot], batch) for slot in written]
             hoisted(tensors, results)
             return dict(zip(written, results, strict=True))
 
-        return branch.hoisted.of(tensors, compute)
+        return branch.hoisted.of([*tensors, *(inputs[each.name] for each in guards)], compute)
 
 
 def _output(results: list[Tensor]) -> Any:

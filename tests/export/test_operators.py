@@ -125,6 +125,7 @@ FUNCTIONS: dict[str, Function] = {
     "gather and scatter": lambda x: torch.zeros_like(x).scatter_add(
         2, routed(x).indices, x.gather(2, routed(x).indices) * routed(x).values
     ),
+    "constants of constants": lambda x: x + torch.arange(480.0).view(60, 8).cos().mul(2)[:6],
     "decomposed": lambda x: F.mish(x) + torch.lerp(x, 2 * x, 0.25) + F.softplus(x),
 }
 

@@ -412,13 +412,6 @@ def test_an_argument_that_may_hold_tensors_is_refused() -> None:
         TracedCalls(model, "timestep").find(model.forward, (), given)
 
 
-def test_a_bundle_of_what_holds_for_some_inputs_alone_is_refused(tmp_path: Any) -> None:
-    model = handmade(Padded).build()
-    call = RecordedCall(call_batch(2, TIMESTEPS[0]))
-    with pytest.raises(ConfigError, match=r"a bundle cannot check[\s\S]*item\(\) of mask"):
-        export_model(model, call, None, tmp_path / "bundle")
-
-
 Z_IMAGE = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.0}
 
 
