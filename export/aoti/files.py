@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ditfastattn.core.files import replacing, write_bytes_atomically
-from ditfastattn.export.aoti.compile import compile_package
+from ditfastattn.core.files import replacing
+from ditfastattn.export.aoti.checked import write_checked
 from ditfastattn.export.aoti.constants import Constants, PackageGraph, with_constants
 from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
@@ -80,8 +80,8 @@ class PackageFiles:
         examples = self._examples(inputs, batch)
         if batch != self._batches[0]:
             module = free_batch(graph, ready, inputs, examples)
-        content = compile_package(module, examples, self._compile.options, file)
-        write_bytes_atomically(self._partial.folder / file, content)
+        path, weights = self._partial.folder / file, self._constants.tensors
+        write_checked(path, module, package, weights, examples, self._compile)
         self._partial.keep(file, key)
 
     def _examples(self, inputs: Sequence[Value], batch: int) -> list[Tensor]:

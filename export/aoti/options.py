@@ -33,6 +33,14 @@ class CompileFor:
     target: PackageTarget
     options: dict[str, Any]
 
+    @property
+    def narrower(self) -> dict[str, Any] | None:
+        """Return the options for vectors of 256 bits; None if those of ``options`` are no wider."""
+        if self.target.device != "cpu" or self.options["cpp.simdlen"] != _WIDTHS["avx512"]:
+            return None
+        level = {"cpp.march": _LEVELS[256][0]} if "cpp.march" in self.options else {}
+        return {**self.options, "cpp.simdlen": _WIDTHS["avx2"], **level}
+
 
 def compile_for(device: torch.device, isa: str = "") -> CompileFor:
     """Return the target and options for ``isa``; "" takes the best that this processor has.

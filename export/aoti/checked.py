@@ -1,0 +1,108 @@
+"""Compile a package, and compare it with the graph that it was compiled from.
+
+A C++ compiler may be wrong. GCC 12.2 at ``-O3``, which Inductor asks for, makes AVX-512 code that
+computes NaN or garbage where a kernel transposes tiles of half-precision values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_bytes_atomically
+from ditfastattn.export.aoti.compile import compile_package
+from ditfastattn.export.aoti.options import CompileFor
+from ditfastattn.runtime.aoti.package import AotiPackage, PackageFile
+from ditfastattn.runtime.bundle.packages import PackageSpec
+
+log = logging.getLogger(__name__)
+
+_APART: Final = 0.05  # of the largest value: roundings are far below, wrong code is far above
+
+
+def write_checked(
+    path: Path,
+    module: GraphModule,
+    package: PackageSpec,
+    weights: Mapping[str, Tensor],
+    examples: Sequence[Tensor],
+    made: CompileFor,
+) -> None:
+    """Compile ``module`` to ``path``; for narrower vectors where the code would be wrong.
+
+    Args:
+        path: the package's file.
+        module: the graph; what ``package`` describes, with ``weights`` by their names.
+        package: its inputs and constants.
+        weights: those of the bundle.
+        examples: inputs, with the strides that the package is for.
+        made: what to compile for.
+
+    Raises:
+        ConfigError: compiling fails, or the code is wrong for narrower vectors too.
+    """
+    found: list[str] = []
+    for options in filter(None, (made.options, made.narrower)):
+        write_bytes_atomically(path, compile_package(module, examples, options, path.name))
+        wrong = disagreement(module, path, package, weights, examples)
+        if not wrong:
+            if found:
+                log.warning(
+                    "%s is compiled for vectors of 256 bits: for %s it would be wrong (%s), which "
+                    "is a fault of the C++ compiler",
+                    *(path.name, made.target.isa, *found),
+                )
+            return
+        path.unlink()
+        found.append(wrong)
+    raise ConfigError(
+        "a compiled package computes otherwise than its graph",
+        where=path.name,
+        got="; ".join(found),
+        remedy="name another C++ compiler (CXX=clang++), or export with format='onnx'",
+    )
+
+
+def disagreement(
+    module: GraphModule,
+    path: Path,
+    package: PackageSpec,
+    weights: Mapping[str, Tensor],
+    examples: Sequence[Tensor],
+) -> str:
+    """Return in what the package at ``path`` computes otherwise than ``module``; "" if it does not.
+
+    Both compute from random values of the shapes and dtypes of ``examples``.
+    """
+    inputs = [_random(example, seed) for seed, example in enumerate(examples)]
+    device = examples[0].device if examples else torch.device("cpu")
+    held = {name: weights[name].to(device) for name in package.constants}
+    with torch.no_grad():
+        expected = module(*(tensor.clone() for tensor in inputs))
+    found = AotiPackage(PackageFile(path, str(path)), package, held, device).run(inputs)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if not isinstance(other, Tensor) or not other.is_floating_point():
+            continue
+        known = torch.isfinite(other)
+        broken = int((known & ~torch.isfinite(one)).sum())
+        if broken:
+            return f"result {index} has {broken} values that are not finite"
+        apart = float(((one - other)[known]).abs().max()) if known.any() else 0.0
+        largest = float(other[known].abs().max()) if known.any() else 0.0
+        if apart > _APART * largest:
+            return f"result {index} is {apart:.3g} away, of values up to {largest:.3g}"
+    return ""
+
+
+def _random(example: Tensor, seed: int) -> Tensor:
+    if not example.is_floating_point():
+        return torch.ones_like(example) if example.dtype == torch.bool else example
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(example.shape, generator=generator).to(example)
