@@ -22,6 +22,7 @@ from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.search.options import DEFAULT_TARGET, SearchOptions
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.site_search import (
+    SiteRequest,
     SitesWanted,
     open_sites,
     search_phases,
@@ -135,10 +136,11 @@ def calibrate(
             missing = Tried(what="whole steps", outcome=f"not possible: {error.reason}")
             wanted = replace(wanted, tried=(missing,))
     opening = open_sites(pipeline, prompts[0], cfg_layout, timestep, sites)
+    request = SiteRequest(call, prompts, unseen, options, wanted)
     try:
-        return search_sites(pipeline, call, prompts, unseen, options, opening, wanted)
+        return search_sites(request, opening)
     except ChangingCallsError as error:
-        return search_phases(pipeline, call, prompts, unseen, options, sites, wanted, error)
+        return search_phases(pipeline, request, sites, error)
 
 
 def _search_jointly(

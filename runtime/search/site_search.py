@@ -75,26 +75,39 @@ def open_sites(
         yield session
 
 
-def search_sites(
-    pipeline: Any,
-    call: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    unseen: Sequence[Prompt],
-    options: SearchOptions,
-    opening: AbstractContextManager[Session],
-    wanted: Options,
-) -> Plan:
+@dataclass(frozen=True)
+class SiteRequest:
+    """Say what strategies of sites are searched for.
+
+    Attributes:
+        call: one call of the pipeline, of all calibration prompts.
+        prompts: those of ``call``.
+        unseen: the held-out ones.
+        options: the target, and how it is searched.
+        wanted: where the plan goes, and who is told of progress.
+    """
+
+    call: Mapping[str, Any]
+    prompts: Sequence[Prompt]
+    unseen: Sequence[Prompt]
+    options: SearchOptions
+    wanted: Options
+
+
+def search_sites(request: SiteRequest, opening: AbstractContextManager[Session]) -> Plan:
     """Search strategies of the sites of the session that is ``opening``."""
+    prompts, unseen = request.prompts, request.unseen
+    options, wanted = request.options, request.wanted
     path = None if wanted.out is None else Path(wanted.out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, wanted.restart)
     with holding as checkpoint, opening as session:
         work = Work(session, checkpoint, 0.0, wanted.on_progress)
-        resumed = checkpoint.begin(search_request(session, call, prompts, unseen, options))
+        resumed = checkpoint.begin(search_request(session, request.call, prompts, unseen, options))
         if resumed:
             log.warning("ditfastattn: resuming the unfinished search beside %s", path)
         work.at_most = most_forwards(session, options, len(prompts), len(unseen))
         work.expected = usual_forwards(session, options, len(prompts), len(unseen))
-        plan = _search(work, options, Prompt(call, options.seed), prompts, unseen)
+        plan = _search(work, options, Prompt(request.call, options.seed), prompts, unseen)
         plan = wanted.saved(with_tried(plan, *wanted.tried))
         checkpoint.discard()
     warn_if_nothing_gained(plan)
@@ -102,14 +115,7 @@ def search_sites(
 
 
 def search_phases(
-    pipeline: Any,
-    call: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    unseen: Sequence[Prompt],
-    options: SearchOptions,
-    sites: SitesWanted,
-    wanted: Options,
-    refused: ChangingCallsError,
+    pipeline: Any, request: SiteRequest, sites: SitesWanted, refused: ChangingCallsError
 ) -> Plan:
     """Search each phase of a generation that changes its guidance, the others dense; join them.
 
@@ -118,6 +124,8 @@ def search_phases(
     Raises:
         ConfigError: the calls change otherwise, or the options cannot be met phase by phase.
     """
+    prompts, unseen = request.prompts, request.unseen
+    options, wanted = request.options, request.wanted
     phases = observe_phases(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, refused)
     share = share_of_target(options.target, len(phases.spans), refused)
     if options.max_variants:
@@ -129,7 +137,11 @@ def search_phases(
         )
     if sites.windows is WindowForm.AUTO:
         sites = replace(sites, windows=WindowForm.BAND)
-    each = replace(options, target=share)
+    alone = replace(
+        request,
+        options=replace(options, target=share),
+        wanted=replace(wanted, out=None, tried=()),
+    )
     found: list[Plan | None] = []
     for only, (steps, layout) in zip(phases.searched, phases.spans, strict=True):
         if len(steps) < 2:
@@ -137,8 +149,7 @@ def search_phases(
             continue
         log.info("calibrate: the phase at steps %d-%d: guidance %s", steps[0], steps[-1], layout)
         opening = open_sites(pipeline, prompts[0], layout, wanted.timestep, sites, only)
-        alone = replace(wanted, out=None, tried=())
-        found.append(search_sites(pipeline, call, prompts, unseen, each, opening, alone))
+        found.append(search_sites(alone, opening))
     plan = join_phases(phases, found, options.target, refused)
     plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)
     return wanted.saved(with_tried(plan, *wanted.tried))
