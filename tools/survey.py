@@ -55,6 +55,21 @@ traced model reads.
 | class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
 |---|---|---|---|---|---|---|---|
 """
+_PIPELINES = """\
+## Pipelines
+
+What the tests run whole pipelines with, tiny and with random weights: by a plan, compared with the
+plan interpreter, the dense pipeline or the exported bundle. Each *yes* leads to its test; *-*: not
+tried. *img2img* begins with an image, or a video with its first frame; *control* is a ControlNet;
+*LoRA* loads an adapter from a file; *two-call guidance* calls the transformer twice a step; *ONNX*
+is a bundle that ONNX Runtime runs, *loop* one with the sampler inside. Written by
+`python -m tests.exercises`.
+
+<!-- pipelines -->
+{rows}<!-- end of pipelines -->
+"""
+#: The rows of the pipelines' table within the page; tests/exercises.py writes them.
+PIPELINES = re.compile(r"(?<=<!-- pipelines -->\n)[\s\S]*(?=<!-- end of pipelines -->\n)")
 _LETTERS = {
     Strategy.WINDOW: "w",
     Strategy.SHARE_STEP: "s",
@@ -193,11 +208,12 @@ def _bands_only(trial: Trial) -> list[str]:
     return list(dict.fromkeys(f"{site.kind}: {site.no_grid}" for site in sites))
 
 
-def as_markdown(entries: Mapping[str, Entry]) -> str:
-    """Return the whole page for the classes in ``entries``, by name."""
+def as_markdown(entries: Mapping[str, Entry], pipelines: str = "") -> str:
+    """Return the whole page for the classes in ``entries``, by name, with rows of ``pipelines``."""
     works = sum(found.works for found in entries.values())
     lines = [entries[name].row for name in sorted(entries)]
-    lines += [f"\n{works} of {len(entries)} classes run a plan.\n\n## Reasons\n"]
+    lines += [f"\n{works} of {len(entries)} classes run a plan.\n"]
+    lines += [_PIPELINES.format(rows=pipelines), "## Reasons\n"]
     for name in sorted(entries):
         if entries[name].notes:
             lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
@@ -211,6 +227,12 @@ def head() -> str:
         torch=torch.__version__.partition("+")[0],
         tolerance=TOLERANCE,
     )
+
+
+def rows_of_pipelines(page: str) -> str:
+    """Return the rows of the pipelines' table in ``page``, "" where it has none."""
+    found = PIPELINES.search(page)
+    return found[0] if found else ""
 
 
 def read_page(path: Path) -> dict[str, Entry]:
@@ -250,7 +272,8 @@ def main(
             console.print(f"{outcome.name}: {note}", soft_wrap=True)
     if out is not None:
         entries = known | {outcome.name: entry(outcome) for outcome in outcomes}
-        write_text_atomically(out, as_markdown(entries))
+        pipelines = rows_of_pipelines(out.read_text()) if out.exists() else ""
+        write_text_atomically(out, as_markdown(entries, pipelines))
         console.print(f"wrote {out}")
 
 

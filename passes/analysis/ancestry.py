@@ -50,6 +50,10 @@ class Ancestry:
                 return f"its batch is {rows}, the model's {self.batch}, in unknown order"
         return ""
 
+    def hold_batch_first(self, ends: Sequence[Node]) -> bool:
+        """Return whether dimension 0 of all ``ends`` has as many rows as the model's batch."""
+        return all(value(end).shape[0] == self.batch for end in ends)
+
     def why_no_grid(self, reached: Sequence[Node]) -> str:
         """Return why no grid was found for tokens whose axis leads to the inputs ``reached``."""
         given = [name for node in reached for name in self._roots[node] if name != self._latent]

@@ -10,7 +10,7 @@ exit node and no window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -133,7 +133,7 @@ def _describe(
     text = streams.text if streams is not None and joined else (0, 0)
     image = tokens - sum(text)
     no_window = why_no_window(node, kind, image, text)
-    ends = exits_of(node, ancestry.is_static)
+    ends = exits_of(node, ancestry)
     grid = embedded_grid(node, image, value(node).shape[0] // ancestry.batch)
     query: Any = node.args[0]
     grid = grid or grids.find(query, image)
@@ -173,7 +173,7 @@ def _describe_groups(first: Site, graph: Graph, ancestry: Ancestry) -> list[Site
     ]
     groups = [(node, heads) for node, heads in own if node.target is ATTENTION]
     joined, every = next((node, heads) for node, heads in own if _joins(node))
-    ends = exits_of(joined, ancestry.is_static)
+    ends = exits_of(joined, ancestry)
     whole = replace(
         first,
         node=joined.name,
@@ -198,7 +198,7 @@ def _group(
     heads: HeadRange,
     ancestry: Ancestry,
 ) -> Site:
-    ends = exits_of(node, ancestry.is_static)
+    ends = exits_of(node, ancestry)
     return replace(
         first,
         name=group_name(whole.name, heads.first, heads.last),
@@ -210,11 +210,36 @@ def _group(
     )
 
 
-def exits_of(attention: Node, is_static: Callable[[Node], bool]) -> tuple[Node, ...]:
-    """Return the last nodes that depend on ``attention`` and static inputs alone."""
-    inside = closure(attention.graph, [attention], is_static)
-    ordered = (node for node in attention.graph.nodes if node in inside)
-    return tuple(node for node in ordered if users_outside(node, inside))
+def exits_of(attention: Node, ancestry: Ancestry) -> tuple[Node, ...]:
+    """Return the last nodes that depend on ``attention`` and static inputs alone.
+
+    A sequence-first model permutes what it attended to, ``[B, N, C] -> [N, B, C]``: its exits lie
+    before that permutation, so that they hold the batch first.
+    """
+    inside = closure(attention.graph, [attention], ancestry.is_static)
+    ends = _ends(inside, attention.graph)
+    moving = [node for node in inside if _moves_first_dimension(node)]
+    if not moving or ancestry.hold_batch_first(ends):
+        return ends
+    before = inside - closure(attention.graph, moving, lambda _: True)
+    earlier = _ends(before, attention.graph)
+    return earlier if ancestry.hold_batch_first(earlier) else ends
+
+
+def _ends(inside: set[Node], graph: Graph) -> tuple[Node, ...]:
+    """Return the nodes of ``inside`` that others use, in the graph's order."""
+    return tuple(node for node in graph.nodes if node in inside and users_outside(node, inside))
+
+
+def _moves_first_dimension(node: Node) -> bool:
+    rank = value(node).dim() if node.target in (aten.permute.default, aten.transpose.int) else 0
+    if node.target is aten.permute.default:
+        dims: Any = argument(node, 1, "dims")
+        return bool(dims[0] % rank != 0)
+    if node.target is aten.transpose.int:
+        swapped = {int(argument(node, 1, "dim0")) % rank, int(argument(node, 2, "dim1")) % rank}
+        return 0 in swapped and len(swapped) == 2
+    return False
 
 
 def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:

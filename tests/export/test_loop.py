@@ -19,11 +19,13 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 
 from ditfastattn import ConfigError, Strategy, export, load, verify
 from ditfastattn.export.linear_scheduler import follow, linear_schedule
+from tests.exercises import exercises
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 
+EXPORTED = ("dit", "pixart", "sd3", "cogvideox")
 SCHEDULERS: dict[str, Any] = {
     "ddim": lambda: DDIMScheduler(clip_sample=False),
     "ddim of v": lambda: DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
@@ -122,7 +124,9 @@ def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -
     assert float(((latents / 2 + 0.5).clamp(0, 1) - expected[0]).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("name", slow_but({"dit"}, ["dit", "pixart", "sd3", "cogvideox"]))
+@exercises("ONNX", *EXPORTED)
+@exercises("loop", *EXPORTED)
+@pytest.mark.parametrize("name", slow_but({"dit"}, EXPORTED))
 def test_a_pipelines_bundle_and_loop_are_its_generation(name: str, tmp_path: Path) -> None:
     build, arguments = TINY_PIPELINES[name]
     pipeline, call = build(), {**arguments, "num_inference_steps": 5}
@@ -140,6 +144,8 @@ def test_a_pipelines_bundle_and_loop_are_its_generation(name: str, tmp_path: Pat
     assert found.passed
 
 
+@exercises("ONNX", "flux")
+@exercises("loop", "flux")
 def test_a_schedule_shifted_by_resolution_is_the_pipelines(tmp_path: Path) -> None:
     """FLUX tells its scheduler how to shift, and gives the model thousandths of its timesteps."""
     build, arguments = TINY_PIPELINES["flux"]

@@ -20,6 +20,7 @@ import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, Target
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.exercises import exercises
 from tests.plans import plan_for
 from tests.shared import digest, made_once
 from tests.tiers import slow_but
@@ -282,6 +283,7 @@ def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
     assert seen == list(range(STEPS))
 
 
+@exercises("img2img", "flux")
 @works_with(
     "Pipelines",
     "image-to-image, which begins in the middle of its schedule",

@@ -13,6 +13,7 @@ from diffusers.pipelines.controlnet_sd3.pipeline_stable_diffusion_3_controlnet i
 import ditfastattn
 from ditfastattn import Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.exercises import exercises
 from tests.helpers import randomize
 from tests.plans import plan_for
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_sd3_pipeline
@@ -40,6 +41,7 @@ def controlled() -> Any:
     return pipeline
 
 
+@exercises("control", "sd3")
 @works_with(
     "Pipelines",
     "ControlNet (Stable Diffusion 3)",

@@ -18,6 +18,7 @@ from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 
 from ditfastattn import ConfigError, Target, accelerate, calibrate, restore
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.exercises import exercises
 from tests.helpers import randomize
 from tests.plans import mixed_plan_for
 from tests.runtime.test_cancelled import Cancelled
@@ -78,6 +79,7 @@ def cancelled_after(pipeline: Any, prompt: Prompt, calls: int) -> None:
     hook.remove()
 
 
+@exercises("img2img", *{text for _, text in PIPELINES.values()})
 @works_with(
     "Pipelines",
     "image-to-video whose first frame is given (LTX, Wan 2.1 and 2.2, CogVideoX)",

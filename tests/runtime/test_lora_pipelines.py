@@ -15,6 +15,7 @@ from torch import Tensor
 import ditfastattn
 from ditfastattn import ConfigError, Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.exercises import exercises
 from tests.plans import mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
@@ -74,6 +75,7 @@ def accelerated(pipeline: Any, plan: Plan) -> Any:
     return ditfastattn.accelerate(pipeline, plan, lowering="eager")
 
 
+@exercises("LoRA", "sd3")
 @pytest.mark.slow
 @works_with(
     "Weights",

@@ -14,6 +14,7 @@ from torch import Tensor
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
+from tests.exercises import exercises
 from tests.plans import MixedPlan, mixed_plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import (
@@ -28,6 +29,7 @@ from tests.works_with import works_with
 STEPS = 5
 SEED = 5
 TWO_CALLS = ("wan", "qwenimage")
+VIDEO = ("wan", "cogvideox", "ltx")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,9 @@ def assert_interprets(
     assert torch.equal(again, got)
 
 
+@exercises("image", *(name for name in TINY_PIPELINES if name not in VIDEO))
+@exercises("video", *VIDEO)
+@exercises("two-call guidance", *TWO_CALLS)
 # By default one pipeline of each layout: batched guidance, none, and guidance in two calls.
 @pytest.mark.parametrize("name", slow_but({"sd3", "flux", "wan"}, TINY_PIPELINES))
 def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> None:

@@ -29,6 +29,7 @@ from ditfastattn.runtime.settings import Settings
 from ditfastattn.runtime.traced import TracedCalls
 from ditfastattn.tools.zoo.base import ZooModel, noise
 from ditfastattn.tools.zoo.trial import TOLERANCE, try_model
+from tests.exercises import exercises
 from tests.tiers import slow
 from tests.tiny_pipelines import tiny_z_image_pipeline
 from tests.works_with import works_with
@@ -424,6 +425,7 @@ def prompt_of(*lengths: int) -> dict[str, Any]:
     }
 
 
+@exercises("image", "z_image")
 @works_with(
     "Pipelines",
     "Z-Image, whose transformer takes a list of images with prompts of any lengths",

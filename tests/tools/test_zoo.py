@@ -298,8 +298,9 @@ def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:
         "B": survey.Entry("| B | - | - | - | 3 | - | - |", ("one (of two)", "two: the other")),
         "C": survey.Entry("| C | 2 joint | 1 | se | 0 | 2e-03 | - |"),
     }
-    page.write_text(survey.as_markdown(entries))
+    page.write_text(survey.as_markdown(entries, "| a pipeline | yes |\n"))
     assert survey.read_page(page) == entries
+    assert survey.rows_of_pipelines(page.read_text()) == "| a pipeline | yes |\n"
     assert "1 of 3 classes run a plan" in page.read_text()
     page.write_text(page.read_text().replace(diffusers.__version__, "0.0.1"))
     with pytest.raises(ConfigError, match="the page was written with other releases"):

@@ -25,6 +25,7 @@ from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_
 from ditfastattn.runtime.search.whole_steps.masks import Begun, fit_mask
 from ditfastattn.runtime.search.whole_steps.observe import observe
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout
+from tests.exercises import exercises
 from tests.helpers import tiny_digits_pipeline
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
@@ -103,6 +104,7 @@ def test_captured_opaque_and_plain_torch_agree(name: str) -> None:
     assert float((generate(pipeline, prompt) - images).abs().max()) > 1e-4
 
 
+@exercises("image", "unet")
 @works_with(
     "Models",
     "a U-Net (Stable Diffusion 1.5's class): whole-step plans",
