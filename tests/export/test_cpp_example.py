@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import Strategy, export, load
+from tests.cpp import built
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
 STEPS = [Strategy.FULL, Strategy.SHARE_CFG, Strategy.EXTRAPOLATE]
-
-
-def built(folder: Path) -> None:
-    """Build the example in ``folder``, as CMakeLists.txt says."""
-    shutil.copytree(SOURCE, folder / "source")
-    include = nlohmann_json.get_include()
-    settings = [
-        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-        f"-DJSON_INCLUDE={include}",
-    ]
-    configure = ["cmake", "-S", str(folder / "source"), "-B", str(folder / "build"), *settings]
-    for command in (configure, ["cmake", "--build", str(folder / "build")]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -43,7 +29,12 @@ def test_the_cpp_example_computes_what_the_loop_does(tmp_path: Path) -> None:
     labels = torch.tensor([1, 2, 10, 10])
     inputs = {"noise": noise, "class_labels": labels}
     safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
-    built(tmp_path)
+    built(
+        SOURCE,
+        tmp_path,
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        f"-DJSON_INCLUDE={nlohmann_json.get_include()}",
+    )
     program = str(tmp_path / "build" / "generate")
     for name, steps in (("whole", STEPS), ("regions", [Strategy.FULL, Strategy.SHARE_STEP])):
         call: dict[str, Any] = {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nlohmann_json  # type: ignore[import-untyped]  # a C++ header
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from ditfastattn import Strategy, export, verify
 from ditfastattn.runtime.bundle.golden import GOLDEN_FILE
+from tests.cpp import built
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 from tests.tiers import slow_but
@@ -92,3 +94,26 @@ def test_the_python_driver_generates_what_we_do(case: str, tmp_path: Path) -> No
     latents = load_file(bundle / GOLDEN_FILE)["latents"].numpy()
     error = np.abs(np.load(tmp_path / "out.npy") - latents).max()
     assert error < 1e-5 * np.abs(latents).max()
+
+
+@pytest.mark.slow
+def test_the_cpp_driver_generates_what_we_do(tmp_path: Path) -> None:
+    """By the C++ library that comes with OpenVINO for Python."""
+    openvino = pytest.importorskip("openvino.utils")
+    built(
+        EXAMPLES / "cpp-openvino",
+        tmp_path,
+        f"-DOpenVINO_DIR={openvino.get_cmake_path()}",
+        f"-DJSON_INCLUDE={nlohmann_json.get_include()}",
+    )
+    for case in ("caches renamed", "clipped", "learned variance", "hoisted"):
+        pipeline, call = CASES[case]()
+        call = {**call, "num_inference_steps": len(STEPS)}
+        bundle, out = tmp_path / case.replace(" ", "-"), tmp_path / "out.f32"
+        export(pipeline, call, plan_for(pipeline, call, STEPS), bundle)
+        command = [str(tmp_path / "build" / "run_bundle"), str(bundle), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        latents = load_file(bundle / GOLDEN_FILE)["latents"].numpy()
+        error = np.abs(np.fromfile(out, np.float32) - latents.ravel()).max()
+        assert error < 5e-5 * np.abs(latents).max(), case
