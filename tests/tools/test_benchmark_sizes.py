@@ -30,12 +30,13 @@ def test_a_model_is_captured_and_rewritten_without_weights() -> None:
 def test_half_of_the_layers_is_measured_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(*arguments: str) -> dict[str, Any]:
-        done = CliRunner().invoke(benchmark_sizes.app, ["one", *arguments])
+    def alone(module: str, *arguments: str) -> dict[str, Any]:
+        assert module == "benchmark_sizes"
+        done = CliRunner().invoke(benchmark_sizes.app, [*arguments])
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    monkeypatch.setattr(benchmark_sizes, "_alone", alone)
+    monkeypatch.setattr(benchmark_sizes, "run_alone", alone)
     arguments = ["run", "--out", str(tmp_path), "--models", "dit-tiny", "--steps", "4"]
     done = CliRunner().invoke(benchmark_sizes.app, [*arguments, "--variants", "2"])
     assert done.exit_code == 0, done.output

@@ -25,10 +25,11 @@ from ditfastattn.tools.commands.options import (
     Device,
     Dtype,
     Guidance,
+    Json,
     PipelineName,
 )
 from ditfastattn.tools.commands.serve import Served, open_server
-from ditfastattn.tools.terminal import open_console, progress_bar
+from ditfastattn.tools.terminal import open_console, print_json, progress_bar
 
 
 def generate(
@@ -58,6 +59,7 @@ def generate(
         OnMismatch, typer.Option(help="What becomes of images that no plan fits.")
     ] = OnMismatch.ERROR,
     lowering: Compiler = Lowering.INDUCTOR,
+    as_json: Json = False,
 ) -> None:
     """Make an image of each prompt in a file. Another start continues.
 
@@ -99,9 +101,11 @@ def generate(
         broken = write_images(
             server, wanted, out, lambda done: advance(f"{done} of {len(wanted)}", done)
         )
-    open_console().print(
-        f"{out}: {len(wanted) - len(broken)} images, recorded in {RECORD}", soft_wrap=True
-    )
+    made = len(wanted) - len(broken)
+    if as_json:
+        print_json({"folder": str(out), "record": RECORD, "images": made, "not_finite": broken})
+    else:
+        open_console().print(f"{out}: {made} images, recorded in {RECORD}", soft_wrap=True)
     if broken:
         typer.secho(f"error: {len(broken)} images were not finite: {broken}", err=True, fg="red")
         raise typer.Exit(1)
