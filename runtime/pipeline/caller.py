@@ -46,15 +46,16 @@ def local_of_call(pipeline: Any, name: str) -> Any:
 
 def holds(pipeline: Any, module: nn.Module) -> bool:
     """Return whether ``module`` is a denoiser of ``pipeline``, compiled or not."""
-    found = (_held_by(pipeline), getattr(pipeline, "__dict__", {}).get(_SECOND))
-    held = [item for item in found if isinstance(item, nn.Module)]
-    return any(module in (item, plain_module(item)) for item in held)
+    return _is_module(_held_by(pipeline), module) or is_second(pipeline, module)
 
 
 def is_second(pipeline: Any, module: nn.Module | None) -> bool:
     """Return whether ``module`` is the second transformer of ``pipeline``, compiled or not."""
-    second = getattr(pipeline, "__dict__", {}).get(_SECOND)
-    return isinstance(second, nn.Module) and module in (second, plain_module(second))
+    return _is_module(getattr(pipeline, "__dict__", {}).get(_SECOND), module)
+
+
+def _is_module(held: Any, module: nn.Module | None) -> bool:
+    return isinstance(held, nn.Module) and module in (held, plain_module(held))
 
 
 def _callers(module: nn.Module) -> Iterator[tuple[Any, FrameType]]:

@@ -27,10 +27,10 @@ from ditfastattn.serving.images import ImageServer
 from ditfastattn.serving.job import Job, Made, Wanted
 from ditfastattn.serving.limits import Limits
 from ditfastattn.serving.request import ImageRequest
-from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.faults.inject import Disk, in_child
 from tests.helpers import attentive_pipeline
 from tests.serving.servers import ASK, alone
+from tests.shell import exit_code
 from tests.three_steps import CALL
 from tests.tiers import slow_but
 from tests.works_with import works_with
@@ -171,10 +171,7 @@ def test_an_image_that_is_not_finite_is_not_written(book_folder: Path, tmp_path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["ditfastattn", "generate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    return stopped.value.code if isinstance(stopped.value.code, int) else 0
+    return exit_code(monkeypatch, "generate", *arguments)
 
 
 def test_the_command_makes_an_image_of_each_line(

@@ -11,9 +11,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import ditfastattn
 from ditfastattn import Strategy, Target
-from ditfastattn.tools.commands import app as cli
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
+from tests.shell import exit_code
 
 CALL = {"class_labels": [0], "num_inference_steps": 3, "guidance_scale": 2.0}
 
@@ -35,10 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run the command as a shell does; return its exit code."""
-    monkeypatch.setattr("sys.argv", ["ditfastattn", "book", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    return stopped.value.code if isinstance(stopped.value.code, int) else 0
+    return exit_code(monkeypatch, "book", *arguments)
 
 
 def test_a_book_from_nothing_to_a_pruned_one(

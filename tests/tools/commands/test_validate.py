@@ -20,9 +20,9 @@ from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.judge.drift import Drift
 from ditfastattn.runtime.search.judge.quality import Quality
 from ditfastattn.runtime.search.measure.timing import PairedTiming, Timing
-from ditfastattn.tools.commands import app as cli
 from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
+from tests.shell import exit_code
 
 F, S, W = Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW
 
@@ -73,10 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, files: Files, *options: str, speed: boo
     arguments = ["validate", str(files.path), "--pipeline", str(files.pipeline)]
     arguments += ["--out", str(files.out), "--classes", "0,1,2", "--lowering", "eager"]
     arguments += [] if speed else ["--no-speed"]
-    monkeypatch.setattr("sys.argv", ["ditfastattn", *arguments, *options])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    return stopped.value.code if isinstance(stopped.value.code, int) else 0
+    return exit_code(monkeypatch, *arguments, *options)
 
 
 def test_a_target_that_is_met_is_exit_code_0(
