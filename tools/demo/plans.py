@@ -51,9 +51,14 @@ class RecordedPlan(Record, frozen=True):
 
 
 class Phases(Record, frozen=True):
-    """Hold the seconds of the recorded demo: to the first pictures, to compile, of one turn."""
+    """Hold the seconds of the recorded demo.
 
-    pictures: float
+    ``first_picture`` is dense, ``tracing`` traces and draws by the loosest plan, ``compiling`` is
+    of all forms, ``turn`` is a warm generation of each.
+    """
+
+    first_picture: float
+    tracing: float
     compiling: float
     turn: float
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 import ditfastattn
 from ditfastattn.core.files import make_folder, write_text_atomically
@@ -98,11 +99,12 @@ def run_demo(
         Prompt({**call, **asked}, FIRST_TEST_SEED + number)
         for number, asked in enumerate(conditions)
     ]
+    dense_picture, first_picture = _dense_picture(console, pipeline, prompts[0])
     with compiling_ahead(name, paths):
-        _first_pictures(console, pipeline, plans[-1], prompts[0], out, began)
-        pictures = time.monotonic() - began
+        tracing = _planned_picture(console, pipeline, plans[-1], prompts[0], dense_picture, out)
+        console.print(f"wrote {out / 'first.png'} after {time.monotonic() - began:.0f} s")
         if search is None:
-            _print_estimate(console, model, repetitions, pictures)
+            _print_estimate(console, model, repetitions, first_picture, tracing)
         contenders = [
             dense_contender(pipeline, prompts, Lowering.INDUCTOR),
             *(planned_contender(pipeline, p.plan, prompts, Lowering.INDUCTOR) for p in plans),
@@ -111,7 +113,8 @@ def run_demo(
     turns = time.monotonic()
     timings = _time(console, contenders, repetitions)
     phases = Phases(
-        pictures=pictures,
+        first_picture=first_picture,
+        tracing=tracing,
         compiling=sum(compile_seconds),
         turn=(time.monotonic() - turns) / repetitions,
     )
@@ -165,36 +168,52 @@ def _searched(
     return DemoPlan("calibrated", plan)
 
 
-def _first_pictures(
-    console: Console, pipeline: Any, loosest: DemoPlan, prompt: Prompt, out: Path, began: float
-) -> None:
-    """Draw one picture dense and by the loosest plan, before anything is compiled."""
-    with progress_bar(console, "the first picture, nothing compiled yet", total=None) as advance:
+def _dense_picture(console: Console, pipeline: Any, prompt: Prompt) -> tuple[Tensor, float]:
+    """Draw one picture dense, nothing compiled; return it and the seconds it took."""
+    with progress_bar(console, "the first picture, nothing compiled yet", total=None):
         dense = dense_contender(pipeline, [prompt], Lowering.EAGER)
+        began = time.perf_counter()
         dense.generate(0)
-        advance(f"the same seed by the {loosest.name} plan", 0.0)
+        return dense.stacked(), time.perf_counter() - began
+
+
+def _planned_picture(
+    console: Console, pipeline: Any, loosest: DemoPlan, prompt: Prompt, dense: Tensor, out: Path
+) -> float:
+    """Draw the same picture by the loosest plan, traced but not compiled, and write both.
+
+    Return the seconds that the planned picture took.
+    """
+    began = time.perf_counter()
+    with progress_bar(console, f"the same seed by the {loosest.name} plan", total=None):
         planned = planned_contender(pipeline, loosest.plan, [prompt], Lowering.EAGER)
         with many_compilations():
             planned.generate(0)
-    image_grid(dense.stacked(), planned.stacked(), out / "first.png")
-    console.print(f"wrote {out / 'first.png'} after {time.monotonic() - began:.0f} s")
+    seconds = time.perf_counter() - began
+    image_grid(dense, planned.stacked(), out / "first.png")
+    return seconds
 
 
 def _print_estimate(
     console: Console,
     model: EmbeddedModel,
     repetitions: int,
-    pictures: float,
+    first_picture: float,
+    tracing: float,
 ) -> None:
-    """Print how long the rest takes, from the phases of the recorded demo and the pace so far."""
+    """Print how long the rest takes, from the phases of the recorded demo.
+
+    Compiling is one core's work beside a helper's, as tracing the loosest plan was; generations
+    take all cores, as the first picture did.
+    """
     recorded = recorded_plans(model)
     known = None if recorded is None else recorded.phases
     if known is None:
         return
-    pace = pictures / known.pictures
-    left = pace * (known.compiling + known.turn * repetitions)
+    compiling = known.compiling * tracing / known.tracing
+    timing = known.turn * repetitions * first_picture / known.first_picture
     console.print(
-        f"compiling and timing take about {duration(left)}, less if compiled before", soft_wrap=True
+        f"compiling and timing take about {duration(compiling + timing)}, less if compiled before", soft_wrap=True
     )
 
 
