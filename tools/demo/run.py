@@ -213,7 +213,8 @@ def _print_estimate(
     compiling = known.compiling * tracing / known.tracing
     timing = known.turn * repetitions * first_picture / known.first_picture
     console.print(
-        f"compiling and timing take about {duration(compiling + timing)}, less if compiled before", soft_wrap=True
+        f"compiling and timing take about {duration(compiling + timing)}, less if compiled before",
+        soft_wrap=True,
     )
 
 
