@@ -18,7 +18,6 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.measure.latency import Objective
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.steppers import PlanStepper
-from ditfastattn.runtime.search.measure.timing import Timing
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.record.work import Work
 from ditfastattn.runtime.search.solve.rows import Row
@@ -33,7 +32,7 @@ class Point:
     """One plan's quality over images of the same seeds as the dense ones; PSNR in dB.
 
     FLOPs are the fractions kept. ``matches`` names the point whose attention FLOPs bounded this
-    plan's. ``measured_speedup`` is that of the compiled plan over the compiled dense model.
+    plan's.
     """
 
     method: str
@@ -48,7 +47,6 @@ class Point:
     images: int
     ssims: tuple[float, ...]
     matches: str = ""
-    measured_speedup: Timing | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ class PlanJudge:
         self.console = open_console()
         self.dense_flops = count_flops(session.captured.module.graph).times(steps)
 
-    def make_global(self, objective: Objective, most: int = 0) -> GlobalChooser:
+    def make_global(self, objective: Objective) -> GlobalChooser:
         """Return a chooser with one budget for all steps."""
-        return make_global(self.work, self.calibration, Target.min_ssim(0.9), objective, most)
+        return make_global(self.work, self.calibration, Target.min_ssim(0.9), objective)
 
     def point(
         self,
@@ -91,7 +89,6 @@ class PlanJudge:
         strength: float,
         rows: list[Row],
         predicted: float,
-        merge_variants: bool = False,
         matches: str = "",
     ) -> Point:
         """Judge a plan, or read the result from the checkpoint."""
@@ -104,7 +101,7 @@ class PlanJudge:
 
         name = f"point-{method}-{strength:.9g}"
         data = self.work.checkpoint.data(name, make)
-        kept, dense = self.work.variants.flops(rows, merge_variants), self.dense_flops
+        kept, dense = self.work.variants.flops(rows), self.dense_flops
         ssims, psnrs = data["ssims"], data["psnrs"]
         point = Point(
             method=method,
@@ -112,7 +109,7 @@ class PlanJudge:
             attention_flops=kept.attention / dense.attention,
             matrix_flops=kept.total / dense.total,
             predicted_speedup=predicted,
-            variants=len(self.work.variants.programs(rows, merge_variants)[0].variants),
+            variants=len(self.work.variants.programs(rows)[0].variants),
             ssim=sum(ssims) / len(ssims),
             worst_ssim=min(ssims),
             psnr=sum(psnrs) / len(psnrs),

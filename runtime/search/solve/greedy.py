@@ -59,8 +59,7 @@ class GreedyCalibrator:
 
     ``steps`` is the length of the generation where it is known (for the estimate), else 0.
     ``known`` holds the rows of an interrupted search over the same generation: those steps are
-    followed, not searched. ``literal_forwards`` counts what the algorithm as printed would run:
-    one whole forward pass per candidate tried, and one for the reference.
+    followed, not searched.
     """
 
     captured: CapturedGraph
@@ -73,7 +72,6 @@ class GreedyCalibrator:
     on_row: Callable[[Row], None] | None = None
     strategies: list[Row] = field(default_factory=list)
     seconds: float = 0.0
-    literal_forwards: int = 0
 
     def __post_init__(self) -> None:
         """Prepare the interpreter."""
@@ -92,7 +90,6 @@ class GreedyCalibrator:
         environment = self._evaluator.begin(args)
         searched = at > 0 and given is None
         reference = self._evaluator.finish(dict(environment))[0] if searched else None
-        self.literal_forwards += reference is not None
         row: list[Strategy] = []
         for index in range(len(self.sites)):
             self._evaluator.advance(environment, index)
@@ -118,7 +115,6 @@ class GreedyCalibrator:
         for strategy in greedy_candidates(self.sites[index], self.layout):
             attended = self._evaluator.attend(environment, index, strategy)
             output = self._evaluator.trial(environment, index, attended)[0]
-            self.literal_forwards += 1
             self._report(began)
             if relative_error(reference, output) < allowed:
                 self._evaluator.put(environment, index, attended)

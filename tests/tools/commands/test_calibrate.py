@@ -12,7 +12,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from typer.testing import CliRunner, Result
 
 from ditfastattn import ConfigError, Plan, Target, TargetMissedError
-from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools import benchmark_search, digits_pipeline
 from ditfastattn.tools.commands import app as cli
 from ditfastattn.tools.commands.target import chosen_target
@@ -145,7 +144,7 @@ def test_the_benchmark_compares_methods_at_equal_flops(
     monkeypatch.setattr(benchmark_search, "GREEDY_THRESHOLDS", (0.05, 0.3))
     monkeypatch.setattr(benchmark_search, "PER_STEP_BUDGETS", (0.01,))
     result = CliRunner().invoke(
-        benchmark_search.app, ["curve", "--out", str(tmp_path), "--steps", "4", "--images", "2"]
+        benchmark_search.app, ["--out", str(tmp_path), "--steps", "4", "--images", "2"]
     )
     assert result.exit_code == 0, result.output
     names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
@@ -170,36 +169,6 @@ def test_the_benchmark_compares_methods_at_equal_flops(
     ):
         assert comparison["difference"] == pytest.approx(ours["ssim"] - other["ssim"])
         assert 0 <= comparison["better_on"] <= comparison["images"] == 2
-
-
-@pytest.mark.slow
-def test_the_benchmark_times_the_greedy_search_as_it_is_printed_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(digits_pipeline, "embedded_pipeline", tiny_pipeline)
-    arguments = ["cost", "--out", str(tmp_path), "--steps", "4"]
-    result = CliRunner().invoke(benchmark_search.app, arguments)
-    assert result.exit_code == 0, result.output
-    (entry,) = json.loads((tmp_path / "cost.json").read_text())["points"]
-    for shared, printed in zip(entry["greedy_passes"], entry["passes_as_printed"], strict=True):
-        assert printed["rows"] == shared["rows"]
-        assert printed["forwards"] > shared["forwards"]
-        assert printed["as_printed"] == shared["as_printed"]
-    assert entry["of_greedy"] == entry["global"]["seconds"] / entry["greedy"]["seconds"]
-
-
-def test_the_benchmark_times_capped_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits_pipeline, "embedded_pipeline", tiny_pipeline)
-    monkeypatch.setattr(benchmark_search, "_LOWERING", Lowering.EAGER)
-    monkeypatch.setattr(benchmark_search, "_REPETITIONS", 2)
-    arguments = ["variants", "--out", str(tmp_path), "--steps", "4", "--images", "2"]
-    result = CliRunner().invoke(benchmark_search.app, arguments)
-    assert result.exit_code == 0, result.output
-    points = json.loads((tmp_path / "variants.json").read_text())["points"]
-    assert [point["method"] for point in points][-1] == "no cap"
-    assert all(point["measured_speedup"]["median"] > 0.0 for point in points)
-    predicted = [point["predicted_speedup"] for point in points[:-1]]
-    assert predicted == sorted(predicted)
 
 
 def test_heads_are_grouped_on_request(saved: Path, tmp_path: Path) -> None:
