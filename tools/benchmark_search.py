@@ -40,8 +40,8 @@ from ditfastattn.tools.measure import commit, machine
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-GREEDY_THRESHOLDS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15)  # the paper's D1 to D6
-PER_STEP_BUDGETS = (0.004, 0.01, 0.02, 0.04, 0.08, 0.15)
+GREEDY_THRESHOLDS = (0.05, 0.1, 0.15)  # the paper's D2, D4 and D6
+PER_STEP_BUDGETS = (0.01, 0.04, 0.15)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the figure.")]
 Steps = Annotated[int, typer.Option(min=2, help="Sampler steps.")]
