@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx import GraphModule
 
+from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
@@ -82,7 +83,7 @@ def accelerate(
     module = transformer_of(pipeline, where)
     given = given_plans(plan)
     plans = [one.plan for one in given.plans]
-    otherwise = _on_mismatch(on_mismatch)
+    otherwise = choice_named(OnMismatch, on_mismatch, "accelerate(on_mismatch)")
     scheduler = getattr(pipeline, "scheduler", None)
     if len(plans) != 1 or given.tiers is not None or otherwise is OnMismatch.DENSE:
         _check_choice(plans, scheduler)
@@ -160,18 +161,6 @@ def _choice_of(pipeline: Any, where: str) -> PlanChoice:
             remedy="call accelerate(pipeline, plan) first",
         )
     return run.choice
-
-
-def _on_mismatch(given: str) -> OnMismatch:
-    try:
-        return OnMismatch(given)
-    except ValueError as error:
-        raise ConfigError(
-            "not a way to deal with a generation that no plan is for",
-            where="accelerate(on_mismatch)",
-            got=given,
-            expected=", ".join(OnMismatch),
-        ) from error
 
 
 def _check_choice(plans: Sequence[Plan | None], scheduler: Any) -> None:

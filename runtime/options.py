@@ -11,6 +11,7 @@ from typing import Any
 
 from torch._inductor import list_mode_options
 
+from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import SAMPLES
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -109,26 +110,26 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Backen
         plan=plan,
         dense=bool(given.get("dense", False)),
         threshold=float(threshold),
-        cfg_layout=_member(CfgLayout, "cfg_layout", given.get("cfg_layout", CfgLayout.NONE)),
-        timestep=str(given.get("timestep", "timestep")),
-        check_weights=_member(
-            WeightsCheck, "check_weights", given.get("check_weights", WeightsCheck.SAMPLED)
+        cfg_layout=choice_named(
+            CfgLayout, given.get("cfg_layout", CfgLayout.NONE), _where("cfg_layout")
         ),
-        lowering=_member(Lowering, "lowering", given.get("lowering", Lowering.INDUCTOR)),
+        timestep=str(given.get("timestep", "timestep")),
+        check_weights=choice_named(
+            WeightsCheck, given.get("check_weights", WeightsCheck.SAMPLED), _where("check_weights")
+        ),
+        lowering=choice_named(
+            Lowering, given.get("lowering", Lowering.INDUCTOR), _where("lowering")
+        ),
         outline=bool(given.get("outline", True)),
         inductor=inductor,
     )
 
 
-def _member(kind: Any, name: str, given: object) -> Any:
-    try:
-        return kind(given)
-    except ValueError:
-        raise _bad_value(name, given, ", ".join(str(member) for member in kind)) from None
+def _where(name: str) -> str:
+    return f"torch.compile(options={{{name!r}: ...}})"
 
 
 def _bad_value(name: str, got: object, expected: str) -> ConfigError:
-    where = f"torch.compile(options={{{name!r}: ...}})"
     return ConfigError(
-        "the option has a value it cannot take", where=where, got=got, expected=expected
+        "the option has a value it cannot take", where=_where(name), got=got, expected=expected
     )

@@ -46,18 +46,6 @@ class TritonOptions:
             )
 
 
-def backend_named(name: str) -> Backend:
-    """Return the backend called ``name``; ``ConfigError`` if there is none."""
-    if name not in {*Backend}:
-        raise ConfigError(
-            "no model is written for that backend",
-            where="backend",
-            got=name,
-            expected=", ".join(Backend),
-        )
-    return Backend(name)
-
-
 def check_repository(
     folder: str | os.PathLike[str], repository: str | os.PathLike[str], name: str = ""
 ) -> str:

@@ -55,18 +55,6 @@ class Format(StrEnum):
     PT2 = "pt2"  # AOTInductor packages
 
 
-def format_named(name: str) -> Format:
-    """Return the format called ``name``; ``ConfigError`` if there is none."""
-    if name not in {*Format}:
-        raise ConfigError(
-            "there is no such format of bundles",
-            where="format",
-            got=name,
-            expected=", ".join(Format),
-        )
-    return Format(name)
-
-
 class Manifest(Record, frozen=True):
     """Describe a bundle.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -105,17 +106,21 @@ def calibrate(
     """
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
-    resolved = _resolve(Method(method), target, bool(max_variants or max_cache_mb))
+    resolved = _resolve(
+        choice_named(Method, method, "calibrate(method)"),
+        target,
+        bool(max_variants or max_cache_mb),
+    )
     _check_cap("max_variants", max_variants, resolved)
     _check_cap("max_cache_mb", max_cache_mb, resolved)
     _check_head_groups(head_groups)
     options = SearchOptions(
         target=target,
         method=Method.GLOBAL if resolved is Method.AUTO else resolved,
-        objective=Objective(objective),
+        objective=choice_named(Objective, objective, "calibrate(objective)"),
         max_variants=max_variants,
         max_cache_bytes=int(max_cache_mb * 2**20),
-        lowering=Lowering(lowering),
+        lowering=choice_named(Lowering, lowering, "calibrate(lowering)"),
         seed=seed,
     )
     target.prepare(prompts[0].call)
@@ -124,7 +129,10 @@ def calibrate(
         return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
     narrow = attention_only or not _searches_all_sites(resolved)
     sites = SitesWanted(
-        narrow, head_groups, _window_form(WindowForm(windows), resolved), cache_dtype
+        narrow,
+        head_groups,
+        _window_form(choice_named(WindowForm, windows, "calibrate(windows)"), resolved),
+        cache_dtype,
     )
     if resolved in (Method.AUTO, Method.JOINT):
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype, Site
 from ditfastattn.passes.graph.ir import find, value
@@ -216,7 +217,8 @@ def _with_caches_in(
     """Return ``sites`` with caches kept in ``dtype``, which must be narrower than the model's."""
     if dtype is None:
         return tuple(sites)
-    made = tuple(site.with_caches_in(CacheDtype(dtype)) for site in sites)
+    kept = choice_named(CacheDtype, dtype, "calibrate(cache_dtype)")
+    made = tuple(site.with_caches_in(kept) for site in sites)
     own = {value(find(session.captured.module.graph, site.node)).dtype for site in sites}
     if all(site.kept_dtype(item) == item for site in made for item in own):
         raise ConfigError(

@@ -34,17 +34,6 @@ class Layout(StrEnum):
     LOOP = "loop"  # the whole generation as one engine
 
 
-def layout_named(name: str) -> Layout:
-    """Return the layout called ``name``.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in list(Layout):
-        raise ConfigError("there is no such layout", got=name, expected=", ".join(Layout))
-    return Layout(name)
-
-
 class PortSpec(Record, frozen=True):
     """Describe an input or output of a switch that cache slots go through."""
 

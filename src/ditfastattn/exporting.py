@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ditfastattn.core.choices import choice_named
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -60,9 +62,9 @@ def export(
             form; ``out`` exists and is not a bundle.
     """
     from ditfastattn.export import bundle
-    from ditfastattn.runtime.bundle.manifest import format_named
+    from ditfastattn.runtime.bundle.manifest import Format
 
-    written_as = format_named(format)
+    written_as = choice_named(Format, format, "export(format)")
     options = bundle.ExportOptions(
         dtype, dynamic_batch, loop, timestep, written_as, isa, regions, golden, on_progress
     )
@@ -104,10 +106,16 @@ def build(
         EngineError: a build failed; engines that were built before it are kept.
     """
     from ditfastattn.export.tensorrt import build as building
-    from ditfastattn.runtime.tensorrt.engines import layout_named
+    from ditfastattn.runtime.tensorrt.engines import Layout
 
     options = building.BuildOptions(
-        target, layout_named(layout), images, max_engine_mb, time_limit, library, on_progress
+        target,
+        choice_named(Layout, layout, "build(layout)"),
+        images,
+        max_engine_mb,
+        time_limit,
+        library,
+        on_progress,
     )
     return building.build(folder, options)
 
@@ -176,10 +184,11 @@ def export_triton(
         ConfigError: the bundle has no loop; the model in the repository takes other inputs;
             ``tritonclient`` is not installed.
     """
-    from ditfastattn.export.triton.options import TritonOptions, backend_named
+    from ditfastattn.export.triton.options import Backend, TritonOptions
     from ditfastattn.export.triton.repository import write_repository
 
-    return write_repository(folder, repository, TritonOptions(name, backend_named(backend), images))
+    chosen = choice_named(Backend, backend, "export_triton(backend)")
+    return write_repository(folder, repository, TritonOptions(name, chosen, images))
 
 
 def update_weights(

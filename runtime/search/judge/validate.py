@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.core.html import facts_table
 from ditfastattn.passes.plan.schema import Plan
@@ -151,7 +152,7 @@ def validate(
         ConfigError: the plan does not match the model, sampler or call, or the target cannot be
             measured.
     """
-    lowering = Lowering(lowering)
+    lowering = choice_named(Lowering, lowering, "validate(lowering)")
     check_not_accelerated(transformer_of(pipeline, "validate(pipeline)"))
     wanted = target_of(plan) if target is None else target
     prompts = split_prompts(planned_call(pipeline, plan, call), seed)
