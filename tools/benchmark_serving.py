@@ -10,39 +10,28 @@ The plans are those that come with the emoji model, unless others are given.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import ditfastattn
-from ditfastattn import Book
-from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import write_text_atomically
 from ditfastattn.core.strict_json import read_json
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.quality import LOSSLESS
-from ditfastattn.serving.images import ImageServer
 from ditfastattn.tools.benchmarking.served_images import (
     Answers,
     Body,
     Twins,
     ask_all,
-    make_bodies,
     make_twins,
 )
-from ditfastattn.tools.benchmarking.server_process import ServerProcess, server_process
-from ditfastattn.tools.commands.generation import integers, open_pipeline
-from ditfastattn.tools.commands.surroundings import keep_compiled
-from ditfastattn.tools.demo.plans import shipped_book
-from ditfastattn.tools.embedded import ModelName, embedded_model
+from ditfastattn.tools.benchmarking.server_process import ServerProcess
+from ditfastattn.tools.benchmarking.subject import open_subject, write_record
+from ditfastattn.tools.commands.generation import integers
+from ditfastattn.tools.embedded import ModelName
 from ditfastattn.tools.measure import commit, machine, process_memory, slope_per_100
 from ditfastattn.tools.terminal import open_console
 
@@ -61,36 +50,6 @@ BookFolder = Annotated[
 Prompts = Annotated[str, typer.Option(help="Prompts, ';' between. Default: the model's.")]
 Minutes = Annotated[float, typer.Option(help="Send nothing more after so many minutes.")]
 Lowered = Annotated[Lowering, typer.Option(help="Of torch.")]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is served, and asked for."""
-
-    pipeline: str
-    book: Book
-    lowering: Lowering
-    prompts: Sequence[str]
-    twins: ImageServer
-
-    @property
-    def tiers(self) -> tuple[str, ...]:
-        """Return the tiers, dense first."""
-        return self.book.manifest.names
-
-    def bodies(self, count: int, mix: str = TIERS) -> list[Body]:
-        """Return ``count`` requests."""
-        sampler = self.book.plans[0][1].sampler
-        call = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
-        tiers = self.tiers if mix == TIERS else (LOSSLESS,)
-        return make_bodies(count, tiers, self.prompts, call)
-
-    @contextmanager
-    def served(self, *options: str) -> Generator[ServerProcess]:
-        """Run a server of it."""
-        given = ("--pipeline", self.pipeline, "--lowering", self.lowering.value, *options)
-        with server_process(self.book.folder, given) as server:
-            yield server
 
 
 @app.command()
@@ -116,10 +75,10 @@ def load(
     at_a_time = integers(concurrency, "--concurrency")
     sizes = integers(batches, "--batches")
     wanted = [(size, mix, many) for size in sizes for mix in (TIERS, DENSE) for many in at_a_time]
-    with _subject(pipeline, book, prompts, lowering) as subject:
-        arguments = _arguments(subject, requests=requests, queue=queue)
+    with open_subject(pipeline, book, prompts, lowering) as subject:
+        arguments = subject.arguments(requests=requests, queue=queue)
         rows = _kept(path, arguments)
-        bodies = {mix: subject.bodies(requests, mix) for mix in (TIERS, DENSE)}
+        bodies = {TIERS: subject.bodies(requests), DENSE: subject.bodies(requests, (LOSSLESS,))}
         twins = make_twins(subject.twins, [*bodies[TIERS], *bodies[DENSE]])
         for size in sizes:
             missing = [key for key in wanted if key[0] == size and key not in map(_key, rows)]
@@ -133,7 +92,7 @@ def load(
                         break  # a row is whole or not there
                     about = {"batch": size, "asked": mix, "concurrency": many}
                     rows.append({**about, **answers.summary()})
-                    _write(path, arguments, rows=rows, complete=len(rows) == len(wanted))
+                    write_record(path, arguments, rows=rows, complete=len(rows) == len(wanted))
     open_console().print(table_text(rows), soft_wrap=True)
     if len(rows) < len(wanted):
         typer.echo(f"{len(rows)} of {len(wanted)} rows: run it again to continue", err=True)
@@ -157,8 +116,8 @@ def soak(
     The slope is that of least squares over what follows the first fifth.
     """
     until = time.monotonic() + 60 * minutes
-    with _subject(pipeline, book, prompts, lowering) as subject:
-        arguments = _arguments(subject, generations=generations, concurrency=concurrency)
+    with open_subject(pipeline, book, prompts, lowering) as subject:
+        arguments = subject.arguments(generations=generations, concurrency=concurrency)
         bodies = [{**body, "n": 1} for body in subject.bodies(generations)]
         twins = make_twins(subject.twins, bodies)
         with subject.served() as server:
@@ -170,7 +129,7 @@ def soak(
         "complete": len(answers.levels) == generations,
         **answers.summary(),
     }
-    _write(out / "soak.json", arguments, **result)
+    write_record(out / "soak.json", arguments, **result)
     open_console().print(
         f"{len(answers.levels)} images: {slope / 2**20:+.2f} MiB per 100, "
         f"{result['images_that_differ']} differ, {len(answers.failed)} failed",
@@ -202,34 +161,6 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _subject(
-    pipeline: str, book: Path | None, prompts: str, lowering: Lowering
-) -> Generator[Subject]:
-    """Open the pipeline for what is made alone, and the book, or make one of the shipped plans."""
-    keep_compiled()
-    with tempfile.TemporaryDirectory() as folder:
-        given = [each.strip() for each in prompts.split(";") if each.strip()]
-        embedded = pipeline in tuple(ModelName)
-        if embedded:
-            model = embedded_model(ModelName(pipeline))
-            (conditions,) = model.compared.values()
-            given = given or [str(each) for each in conditions[:5]]
-        if not given or (book is None and not embedded):
-            raise ConfigError(
-                "a pipeline that does not come with ditfastattn needs prompts and a book",
-                where="--pipeline",
-                got=pipeline,
-                expected="--prompts and --book, or one of " + ", ".join(ModelName),
-            )
-        if book is None:
-            opened = shipped_book(embedded_model(ModelName(pipeline)), Path(folder) / "book")
-        else:
-            opened = ditfastattn.book(book)
-        twins = ImageServer(open_pipeline(pipeline), opened, lowering=lowering)
-        yield Subject(pipeline, opened, lowering, given, twins)
-
-
 def _soaked(
     server: ServerProcess, bodies: Sequence[Body], concurrency: int, twins: Twins, until: float
 ) -> tuple[Answers, list[tuple[int, int]]]:
@@ -253,21 +184,6 @@ def _soaked(
         watching.join()
     look()
     return answers, samples
-
-
-def _arguments(subject: Subject, **given: Any) -> dict[str, Any]:
-    return {
-        "pipeline": subject.pipeline,
-        "plans": {entry.tier: entry.name for entry, _ in subject.book.plans},
-        "lowering": subject.lowering.value,
-        "prompts": list(subject.prompts),
-        **given,
-    }
-
-
-def _write(path: Path, arguments: dict[str, Any], **found: Any) -> None:
-    data = {"machine": machine(), "commit": commit(), "arguments": arguments, **found}
-    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
 
 
 def _kept(path: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:

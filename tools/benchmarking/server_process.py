@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,15 +53,29 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(source: Path, options: Sequence[str] = ()) -> Generator[ServerProcess]:
-    """Serve a book or a bundle on uvicorn; at the end of the block it drains."""
+def server_process(
+    source: Path,
+    options: Sequence[str] = (),
+    on: str = "uvicorn",
+    environment: Mapping[str, str] | None = None,
+) -> Generator[ServerProcess]:
+    """Serve a book or a bundle ``on`` a host; at the end of the block it drains.
+
+    ``environment`` holds variables beside those of this process.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "ditfastattn.tools.commands.app", "serve", str(source)]
-    command += ["--port", str(port), "--on", "uvicorn", *options]
+    command += ["--port", str(port), "--on", on, *options]
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **(environment or {})},
+        )
         try:
             server = ServerProcess(process, port, Path(log.name))
             server.wait_until_ready()
