@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ditfastattn.core.files import write_bytes_atomically
 from ditfastattn.export.lint import lint
 from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle
+from ditfastattn.export.prepare import ExportOptions, PreparedModel
 from ditfastattn.export.step_graphs import Form, StepGraph, describe, onnx_form, write_graph
 from ditfastattn.passes.graph.ir import graph_text
+from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import VariantSpec
+
+Written = Callable[[str], None]
 
 
 class GraphFiles(Protocol):
@@ -30,14 +35,14 @@ class GraphFiles(Protocol):
         ...
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
-        """Write ``graph``; return its entry in the manifest.
+        """Write ``graph``, at the latest when it is closed; return its entry in the manifest.
 
         ``about`` says what it is, where a format has a place for that.
         """
         ...
 
     def close(self) -> str:
-        """End writing weights; return the name of their file."""
+        """Write what is left, and end writing weights; return the name of their file."""
         ...
 
     def packages(self) -> PackagesSpec | None:
@@ -55,9 +60,9 @@ class OnnxFiles:
         """Return what decomposes a graph into what ONNX has."""
         return onnx_form
 
-    def __init__(self, partial: PartialBundle) -> None:
-        """Take the folder."""
-        self._partial = partial
+    def __init__(self, partial: PartialBundle, written: Written) -> None:
+        """Take the folder; ``written`` is called with the file of each graph."""
+        self._partial, self._written = partial, written
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph``; return its entry in the manifest."""
@@ -67,6 +72,7 @@ class OnnxFiles:
             name = file.removesuffix(".onnx")
             self.save(write_graph(graph, partial.weights, name, about), file)
             partial.keep(file, key)
+        self._written(file)
         return describe(graph, partial.folder / file)
 
     def save(self, model: Any, file: str) -> None:
@@ -83,3 +89,23 @@ class OnnxFiles:
 
     def packages(self) -> None:
         """Return nothing: ONNX is not compiled."""
+
+
+@contextmanager
+def files_of(
+    prepared: PreparedModel, partial: PartialBundle, options: ExportOptions, written: Written
+) -> Generator[GraphFiles]:
+    """Yield what writes graphs, and calls ``written`` with the file of each."""
+    if options.format is Format.ONNX:
+        yield OnnxFiles(partial, written)
+        return
+    from ditfastattn.export.aoti.compilations import Compilations, helper_count
+    from ditfastattn.export.aoti.files import PackageFiles
+    from ditfastattn.export.aoti.options import compile_for
+    from ditfastattn.export.aoti.region_files import RegionFiles
+
+    device = prepared.captures.first.tensors[0].device
+    made, batches = compile_for(device, options.isa), prepared.captures.batches
+    kind = RegionFiles if options.regions else PackageFiles
+    with Compilations(helper_count() if device.type == "cpu" else 0) as compilations:
+        yield kind(partial, batches, made, compilations, written)
