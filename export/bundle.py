@@ -18,8 +18,9 @@ from ditfastattn.core.tensor_files import write_tensors
 from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.contents import Contents, make_manifest
+from ditfastattn.export.formats import files_of
 from ditfastattn.export.golden import golden_sample
-from ditfastattn.export.graph_files import GraphFiles, OnnxFiles, files_of
+from ditfastattn.export.graph_files import GraphFiles, OnnxFiles
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
 from ditfastattn.export.partial import PartialBundle, partial_folder
 from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ditfastattn.core.files import write_bytes_atomically
 from ditfastattn.export.lint import lint
 from ditfastattn.export.partial import WEIGHTS_FILE, PartialBundle
-from ditfastattn.export.prepare import ExportOptions, PreparedModel
 from ditfastattn.export.step_graphs import Form, StepGraph, describe, onnx_form, write_graph
 from ditfastattn.passes.graph.ir import graph_text
-from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import VariantSpec
 
@@ -89,23 +86,3 @@ class OnnxFiles:
 
     def packages(self) -> None:
         """Return nothing: ONNX is not compiled."""
-
-
-@contextmanager
-def files_of(
-    prepared: PreparedModel, partial: PartialBundle, options: ExportOptions, written: Written
-) -> Generator[GraphFiles]:
-    """Yield what writes graphs, and calls ``written`` with the file of each."""
-    if options.format is Format.ONNX:
-        yield OnnxFiles(partial, written)
-        return
-    from ditfastattn.export.aoti.compilations import Compilations, helper_count
-    from ditfastattn.export.aoti.files import PackageFiles
-    from ditfastattn.export.aoti.options import compile_for
-    from ditfastattn.export.aoti.region_files import RegionFiles
-
-    device = prepared.captures.first.tensors[0].device
-    made, batches = compile_for(device, options.isa), prepared.captures.batches
-    kind = RegionFiles if options.regions else PackageFiles
-    with Compilations(helper_count() if device.type == "cpu" else 0) as compilations:
-        yield kind(partial, batches, made, compilations, written)
