@@ -18,6 +18,7 @@ from ditfastattn.core.tensor_files import write_tensors
 from ditfastattn.core.version import __version__
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.contents import Contents, make_manifest
+from ditfastattn.export.formats import files_of
 from ditfastattn.export.golden import golden_sample
 from ditfastattn.export.graph_files import GraphFiles, OnnxFiles
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
@@ -156,8 +157,10 @@ def export_model(
         prepared = prepare(plain, call, plan, chosen, accept is not None, second)
         stepping = stepping_of(prepared)
         partial = PartialBundle(folder, _request(prepared, chosen, stepping))
+        report = _Progress(prepared, chosen)
         try:
-            manifest = _Writer(prepared, partial, chosen, stepping).write()
+            with files_of(prepared, partial, chosen, report) as files:
+                manifest = _Writer(prepared, partial, chosen, stepping, files, report).write()
         finally:
             partial.weights.close()
         if accept is not None:
@@ -184,17 +187,19 @@ def _check_loop(options: ExportOptions) -> None:
         )
 
 
-def _files(prepared: PreparedModel, partial: PartialBundle, options: ExportOptions) -> GraphFiles:
-    if options.format is Format.ONNX:
-        return OnnxFiles(partial)
-    from ditfastattn.export.aoti.files import PackageFiles
-    from ditfastattn.export.aoti.options import compile_for
-    from ditfastattn.export.aoti.region_files import RegionFiles
+class _Progress:
+    """Count the files that are written."""
 
-    device = prepared.captures.first.tensors[0].device
-    batches = prepared.captures.batches
-    kind = RegionFiles if options.regions else PackageFiles
-    return kind(partial, batches, compile_for(device, options.isa))
+    def __init__(self, prepared: PreparedModel, options: ExportOptions) -> None:
+        self._on_progress, self._done = options.on_progress, 0
+        self._count = (
+            len(prepared.variants) + bool(prepared.per_generation) + options.loop + options.golden
+        )
+
+    def __call__(self, file: str) -> None:
+        """Report that ``file`` is written."""
+        self._done += 1
+        self._on_progress(file, self._done, self._count)
 
 
 class _Writer:
@@ -206,15 +211,12 @@ class _Writer:
         partial: PartialBundle,
         options: ExportOptions,
         stepping: Stepping | None,
+        files: GraphFiles,
+        report: _Progress,
     ) -> None:
         self._prepared, self._partial, self._stepping = prepared, partial, stepping
-        self._files = _files(prepared, partial, options)
+        self._files, self._report = files, report
         self._with_loop, self._with_golden = options.loop, options.golden
-        self._on_progress = options.on_progress
-        self._done = 0
-        self._count = (
-            len(prepared.variants) + bool(prepared.per_generation) + options.loop + options.golden
-        )
 
     def write(self) -> Manifest:
         """Write all files, the manifest last."""
@@ -264,9 +266,7 @@ class _Writer:
         }
 
     def _graph(self, graph: StepGraph, file: str, steps: Sequence[int] = ()) -> VariantSpec:
-        described = self._files.write(graph, file, self._about(steps))
-        self._report(file)
-        return described
+        return self._files.write(graph, file, self._about(steps))
 
     def _golden(self, graphs: list[StepGraph], once: StepGraph | None) -> str:
         try:
@@ -277,10 +277,6 @@ class _Writer:
         write_tensors(self._partial.folder / GOLDEN_FILE, sample)
         self._report(GOLDEN_FILE)
         return GOLDEN_FILE
-
-    def _report(self, file: str) -> None:
-        self._done += 1
-        self._on_progress(file, self._done, self._count)
 
     def _loop(self, graphs: list[StepGraph], once: StepGraph | None) -> LoopSpec:
         prepared, plan, stepping = self._prepared, self._prepared.plan, self._stepping

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ditfastattn.core.files import write_bytes_atomically
@@ -13,6 +13,8 @@ from ditfastattn.export.step_graphs import Form, StepGraph, describe, onnx_form,
 from ditfastattn.passes.graph.ir import graph_text
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import VariantSpec
+
+Written = Callable[[str], None]
 
 
 class GraphFiles(Protocol):
@@ -30,14 +32,14 @@ class GraphFiles(Protocol):
         ...
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
-        """Write ``graph``; return its entry in the manifest.
+        """Write ``graph``, at the latest when it is closed; return its entry in the manifest.
 
         ``about`` says what it is, where a format has a place for that.
         """
         ...
 
     def close(self) -> str:
-        """End writing weights; return the name of their file."""
+        """Write what is left, and end writing weights; return the name of their file."""
         ...
 
     def packages(self) -> PackagesSpec | None:
@@ -55,9 +57,9 @@ class OnnxFiles:
         """Return what decomposes a graph into what ONNX has."""
         return onnx_form
 
-    def __init__(self, partial: PartialBundle) -> None:
-        """Take the folder."""
-        self._partial = partial
+    def __init__(self, partial: PartialBundle, written: Written) -> None:
+        """Take the folder; ``written`` is called with the file of each graph."""
+        self._partial, self._written = partial, written
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
         """Write ``graph``; return its entry in the manifest."""
@@ -67,6 +69,7 @@ class OnnxFiles:
             name = file.removesuffix(".onnx")
             self.save(write_graph(graph, partial.weights, name, about), file)
             partial.keep(file, key)
+        self._written(file)
         return describe(graph, partial.folder / file)
 
     def save(self, model: Any, file: str) -> None:

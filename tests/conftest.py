@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ditfastattn.export import prepare
+from ditfastattn.export.aoti import compilations
 from ditfastattn.export.capture_call import capture_call, capture_doubled
 from ditfastattn.export.tensorrt import build
 from ditfastattn.passes.capture import dynamo
@@ -66,6 +67,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
             patch.setattr(module, "capture", shared.capture_once(dynamo.capture))
         patch.setattr(build, "run_job", shared.run_job_once)
         patch.setattr(Variants, "__init__", shared.share_rewritten)
+        patch.setattr(compilations, "helper_count", lambda: 0)  # tests take all cores already
         patch.setattr(lowering, "_compiled", {})  # what is compiled stays, for the next test too
         yield
 

@@ -1,4 +1,4 @@
-"""Compile a package, and compare it with the graph that it was compiled from.
+"""Compare a package with the graph that it was compiled from, before it is written.
 
 A C++ compiler may be wrong. GCC 12.2 at ``-O3``, which Inductor asks for, makes AVX-512 code that
 computes NaN or garbage where a kernel transposes tiles of half-precision values.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch.fx import GraphModule
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_bytes_atomically
-from ditfastattn.export.aoti.compile import compile_package
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.runtime.aoti.package import AotiPackage, PackageFile
 from ditfastattn.runtime.bundle.packages import PackageSpec
@@ -27,47 +27,59 @@ log = logging.getLogger(__name__)
 _APART: Final = 0.05  # of the largest value: roundings are far below, wrong code is far above
 
 
-def write_checked(
-    path: Path,
-    module: GraphModule,
-    package: PackageSpec,
-    weights: Mapping[str, Tensor],
-    examples: Sequence[Tensor],
-    made: CompileFor,
-) -> None:
-    """Compile ``module`` to ``path``; for narrower vectors where the code would be wrong.
+@dataclass
+class Compilation:
+    """Hold what a package is compiled from and for, and what was wrong with it so far.
 
-    Args:
+    Attributes:
         path: the package's file.
         module: the graph; what ``package`` describes, with ``weights`` by their names.
         package: its inputs and constants.
         weights: those of the bundle.
         examples: inputs, with the strides that the package is for.
         made: what to compile for.
-
-    Raises:
-        ConfigError: compiling fails, or the code is wrong for narrower vectors too.
+        wrong: in what each compiled package differed from the graph.
     """
-    found: list[str] = []
-    for options in filter(None, (made.options, made.narrower)):
-        write_bytes_atomically(path, compile_package(module, examples, options, path.name))
-        wrong = disagreement(module, path, package, weights, examples)
+
+    path: Path
+    module: GraphModule
+    package: PackageSpec
+    weights: Mapping[str, Tensor]
+    examples: Sequence[Tensor]
+    made: CompileFor
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return Inductor's options: for narrower vectors where the code was wrong."""
+        return (self.made.narrower if self.wrong else None) or self.made.options
+
+    def accept(self, content: bytes) -> bool:
+        """Write ``content`` if it is right; otherwise return False, to compile by other options.
+
+        Raises:
+            ConfigError: the code is wrong for narrower vectors too.
+        """
+        write_bytes_atomically(self.path, content)
+        wrong = disagreement(self.module, self.path, self.package, self.weights, self.examples)
         if not wrong:
-            if found:
+            if self.wrong:
                 log.warning(
                     "%s is compiled for vectors of 256 bits: for %s it would be wrong (%s), which "
                     "is a fault of the C++ compiler",
-                    *(path.name, made.target.isa, *found),
+                    *(self.path.name, self.made.target.isa, *self.wrong),
                 )
-            return
-        path.unlink()
-        found.append(wrong)
-    raise ConfigError(
-        "a compiled package computes otherwise than its graph",
-        where=path.name,
-        got="; ".join(found),
-        remedy="name another C++ compiler (CXX=clang++), or export with format='onnx'",
-    )
+            return True
+        self.path.unlink()
+        self.wrong.append(wrong)
+        if len(self.wrong) == 1 and self.made.narrower is not None:
+            return False
+        raise ConfigError(
+            "a compiled package computes otherwise than its graph",
+            where=self.path.name,
+            got="; ".join(self.wrong),
+            remedy="name another C++ compiler (CXX=clang++), or export with format='onnx'",
+        )
 
 
 def disagreement(

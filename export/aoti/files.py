@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.core.files import replacing
-from ditfastattn.export.aoti.checked import write_checked
+from ditfastattn.export.aoti.checked import Compilation
+from ditfastattn.export.aoti.compilations import Compilations
 from ditfastattn.export.aoti.constants import Constants, PackageGraph, with_constants
 from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
+from ditfastattn.export.aoti.program import graph_of, traced
 from ditfastattn.export.emitter import Value
+from ditfastattn.export.graph_files import Written
 from ditfastattn.export.partial import PartialBundle
 from ditfastattn.export.step_graphs import Form, StepGraph, sizes, spec, used_inputs, written_name
 from ditfastattn.passes.graph.ir import graph_text
@@ -49,19 +52,30 @@ class PackageFiles:
         """Return what lowers a graph to what torch's C++ library has."""
         return package_form
 
-    def __init__(self, partial: PartialBundle, batches: tuple[int, int], made: CompileFor) -> None:
-        """Take the two batches of the captures, and what to compile for."""
+    def __init__(
+        self,
+        partial: PartialBundle,
+        batches: tuple[int, int],
+        made: CompileFor,
+        compilations: Compilations,
+        written: Written,
+    ) -> None:
+        """Take the two batches of the captures, and what to compile for and by."""
         self._partial, self._batches, self._compile = partial, batches, made
+        self._compilations, self._written = compilations, written
+        self._waiting: dict[str, set[str]] = {}  # per step, its packages that are not compiled
+        self._unfinished: set[str] = set()
         self._constants = Constants()
         self._files: dict[str, PackageSpec] = {}
 
     def write(self, graph: StepGraph, file: str, about: Mapping[str, str]) -> VariantSpec:
-        """Compile ``graph``, unless an interrupted export has."""
+        """Compile ``graph`` now or later, unless an interrupted export has."""
         ready = with_constants(graph, self._constants)
         used = used_inputs(graph)
         package = PackageSpec(inputs=tuple(map(package_input, used)), constants=ready.constants)
         self._compile_into(file, graph, ready, used, package)
         self._files[file] = package
+        self._report(file, {file})
         return variant_entry(graph, file)
 
     def _compile_into(
@@ -72,17 +86,39 @@ class PackageFiles:
         inputs: Sequence[Value],
         package: PackageSpec,
     ) -> None:
-        """Compile ``ready``, a part of ``graph`` or all of it, unless an interrupted export has."""
+        """Compile ``ready``, a part of ``graph`` or all of it, now or later; see ``write``."""
         key = self._key(graph, ready, package)
         if self._partial.has(file, key):
             return
         module, batch = ready.module, self._batches[1]
         examples = self._examples(inputs, batch)
+        program = None
         if batch != self._batches[0]:
-            module = free_batch(graph, ready, inputs, examples)
+            program = free_batch(graph, ready, inputs, examples)
+        elif not self._compilations.here:
+            program = traced(module, examples)
+        if program is not None:
+            module = graph_of(program)
         path, weights = self._partial.folder / file, self._constants.tensors
-        write_checked(path, module, package, weights, examples, self._compile)
+        compilation = Compilation(path, module, package, weights, examples, self._compile)
+        self._unfinished.add(file)
+        self._compilations.add(compilation, program, lambda: self._compiled(file, key))
+
+    def _compiled(self, file: str, key: str) -> None:
+        """Record that a package is complete, and report the steps that now are."""
         self._partial.keep(file, key)
+        self._unfinished.discard(file)
+        for step, packages in list(self._waiting.items()):
+            self._report(step, packages)
+
+    def _report(self, step: str, packages: set[str]) -> None:
+        """Report the file of a step that consists of ``packages``, once all are compiled."""
+        missing = packages & self._unfinished
+        if missing:
+            self._waiting[step] = missing
+        else:
+            self._waiting.pop(step, None)
+            self._written(step)
 
     def _examples(self, inputs: Sequence[Value], batch: int) -> list[Tensor]:
         """Return inputs as the runtime will give them: contiguous."""
@@ -101,7 +137,8 @@ class PackageFiles:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def close(self) -> str:
-        """Write the weights; return the name of their file."""
+        """Compile what is left, and write the weights; return the name of their file."""
+        self._compilations.finish()
         path: Path = self._partial.folder / WEIGHTS_FILE
         with replacing(path) as temporary:
             safetensors.torch.save_file(_apart(self._constants.tensors), temporary)

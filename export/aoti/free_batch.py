@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-import torch
 from torch import Tensor
-from torch.export import Dim
-from torch.fx import GraphModule, Node
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.aoti.constants import PackageGraph
+from ditfastattn.export.aoti.program import traced
 from ditfastattn.export.batch import FIX_BATCH, BatchSize, Shape
 from ditfastattn.export.emitter import Value
 from ditfastattn.export.step_graphs import StepGraph
@@ -51,7 +51,7 @@ def contiguous_strides(value: Value) -> Shape:
 
 def free_batch(
     step: StepGraph, ready: PackageGraph, inputs: Sequence[Value], examples: Sequence[Tensor]
-) -> GraphModule:
+) -> ExportedProgram:
     """Return ``ready`` with a free batch; ``inputs`` describes its own, ``examples`` hold some.
 
     Raises:
@@ -59,7 +59,7 @@ def free_batch(
     """
     if all(isinstance(size, int) for value in inputs for size in value.shape):
         _check_independent(step, ready)
-        return ready.module
+        return traced(ready.module, examples)
     _read_sizes(step, ready, inputs)
     unit = Fraction(1, _least_batch(step))
     free = Dim("unit", min=1, max=_MOST)
@@ -68,21 +68,7 @@ def free_batch(
         found = enumerate(value.shape)
         return {i: _times(free, s.factor / unit) for i, s in found if isinstance(s, BatchSize)}
 
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                ready.module, tuple(examples), dynamic_shapes=tuple(map(dims, inputs))
-            )
-    except Exception as error:  # torch.export raises what its tracing meets
-        raise ConfigError(
-            "torch cannot leave the batch of this graph free",
-            where="export(format='pt2')",
-            got=str(error).strip()[:2000],
-            remedy=FIX_BATCH,
-        ) from error
-    found = program.module(check_guards=False)
-    assert isinstance(found, GraphModule)
-    return found
+    return traced(ready.module, examples, [dims(value) for value in inputs], FIX_BATCH)
 
 
 def _check_independent(step: StepGraph, ready: PackageGraph) -> None:

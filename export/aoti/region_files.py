@@ -68,6 +68,7 @@ class RegionFiles(PackageFiles):
         returned = tuple(place[n] for n in outputs(module.graph) if isinstance(n, Node))
         step = StepCalls(constants=tuple(constants.values()), calls=calls, returned=returned)
         write_text_atomically(self._partial.folder / file, step.model_dump_json() + "\n")
+        self._report(file, {call.file for call in calls})
         return variant_entry(graph, file)
 
     def _sources(self, graph: StepGraph) -> tuple[list[Node], dict[Node, str]]:

@@ -17,6 +17,7 @@ from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.search.cache_memory import say_what_caches_take
 from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
 from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.judge.targets import TargetKind
@@ -102,6 +103,7 @@ def search_sites(request: SiteRequest, opening: AbstractContextManager[Session])
     path = None if wanted.out is None else Path(wanted.out)
     holding = nullcontext(Checkpoint()) if path is None else open_checkpoint(path, wanted.restart)
     with holding as checkpoint, opening as session:
+        say_what_caches_take(session, options.max_cache_bytes)
         work = Work(session, checkpoint, 0.0, wanted.on_progress)
         resumed = checkpoint.begin(search_request(session, request.call, prompts, unseen, options))
         if resumed:

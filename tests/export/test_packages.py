@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
-from ditfastattn.export.aoti import checked, files
+from ditfastattn.export.aoti import checked, compilations, files
+from ditfastattn.export.aoti.checked import Compilation
 from ditfastattn.export.aoti.compile import compile_package
 from ditfastattn.export.aoti.constants import Constants
 from ditfastattn.export.aoti.options import CompileFor, compile_for
@@ -269,8 +270,16 @@ def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def written(path: Path, *_: Any) -> None:
-    path.write_bytes(b"package")
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write packages that hold nothing."""
+
+    def accept(self: Compilation, content: bytes) -> bool:
+        self.path.write_bytes(content)
+        return True
+
+    monkeypatch.setattr(compilations, "compile_package", lambda *_: b"package")
+    monkeypatch.setattr(Compilation, "accept", accept)
 
 
 def test_wrong_code_is_compiled_anew_for_narrower_vectors(
@@ -285,10 +294,6 @@ def test_wrong_code_is_compiled_anew_for_narrower_vectors(
     widths: list[int] = []
     answers = {512: torch.full((2, 4), torch.nan), 256: torch.full((2, 4), 9.0)}
 
-    def compiled(_: Any, __: Any, options: dict[str, Any], ___: str) -> bytes:
-        widths.append(options["cpp.simdlen"])
-        return b"package"
-
     class Package:
         def __init__(self, *_: Any) -> None:
             pass
@@ -296,19 +301,26 @@ def test_wrong_code_is_compiled_anew_for_narrower_vectors(
         def run(self, inputs: list[Tensor]) -> list[Tensor]:
             return [answers.get(widths[-1], inputs[0])]
 
-    monkeypatch.setattr(checked, "compile_package", compiled)
     monkeypatch.setattr(checked, "AotiPackage", Package)
-    arguments: Any = (module, spec, {}, [torch.zeros(2, 4)], made)
+
+    def compile_once() -> None:
+        arguments: Any = (module, spec, {}, [torch.zeros(2, 4)], made)
+        compilation, accepted = Compilation(tmp_path / "x.pt2", *arguments), False
+        while not accepted:
+            widths.append(compilation.options["cpp.simdlen"])
+            accepted = compilation.accept(b"package")
+
     with pytest.raises(ConfigError, match=r"8 values that are not finite; .* of values up to"):
-        checked.write_checked(tmp_path / "x.pt2", *arguments)
+        compile_once()
     assert widths == [512, 256]
     assert not list(tmp_path.iterdir())
     del answers[256]
-    checked.write_checked(tmp_path / "x.pt2", *arguments)
+    compile_once()
     assert (tmp_path / "x.pt2").read_bytes() == b"package"
     assert "fault of the C++ compiler" in caplog.text
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_killed_export_compiles_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,13 +328,13 @@ def test_a_killed_export_compiles_only_what_is_missing(
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     call, compiled = RecordedCall(tiny.call(0, 4)), [0]
 
-    def compile_one(path: Path, *_: Any) -> None:
+    def compile_one(*_: Any) -> bytes:
         if compiled[0] == 1:
             raise KeyboardInterrupt
         compiled[0] += 1
-        written(path)
+        return b"package"
 
-    monkeypatch.setattr(files, "write_checked", compile_one)
+    monkeypatch.setattr(compilations, "compile_package", compile_one)
     with pytest.raises(KeyboardInterrupt):
         export_model(tiny.model, call, plan, tmp_path / "bundle", AT_BATCH_4)
     compiled[0] = -100
@@ -333,11 +345,9 @@ def test_a_killed_export_compiles_only_what_is_missing(
     assert names == {*manifest.files, MANIFEST}
 
 
-def test_packages_of_regions_do_not_grow_with_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("uncompiled")
+def test_packages_of_regions_do_not_grow_with_layers(tmp_path: Path) -> None:
     """Equal blocks of all layers and steps are one package, whose weights are inputs."""
-    monkeypatch.setattr(files, "write_checked", written)
     options = ExportOptions(format=Format.PT2, dynamic_batch=False, regions=True)
     made: list[set[str]] = []
     for layers in (3, 4):
@@ -351,12 +361,12 @@ def test_packages_of_regions_do_not_grow_with_layers(
     assert made[0] == made[1]
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_regions_are_cut_as_any_batch_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call of two rows, whose halves are one row each, shows too little of layouts."""
-    monkeypatch.setattr(files, "write_checked", written)
-    monkeypatch.setattr(files, "free_batch", lambda step, ready, *_: ready.module)
+    monkeypatch.setattr(files, "free_batch", lambda *_: None)
     tiny, rows, _ = small()
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     options = ExportOptions(format=Format.PT2, regions=True)
