@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -32,6 +33,8 @@ def pytest_configure() -> None:
 
     Packages are compiled the quickest way: most of each is the same runtime, slow to optimize.
 
+    Bytecode is written: a process that imports diffusers spends most of its start on compiling it.
+
     Torch writes its graphs out to a logger that does not propagate as soon as it has a handler,
     and pytest gives such loggers one: unless it does propagate.
     """
@@ -40,6 +43,8 @@ def pytest_configure() -> None:
     aot_inductor.enable_line_tables = False
     os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"  # of the processes tests start
     os.environ["AOT_INDUCTOR_ENABLE_LINE_TABLES"] = "0"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
