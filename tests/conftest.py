@@ -6,10 +6,12 @@ import gc
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Generator
 
 import pytest
 import torch
+from torch._inductor.config import aot_inductor
 
 from ditfastattn.export import prepare
 from ditfastattn.export.aoti import compilations
@@ -30,10 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Give each of several test processes one thread: two that use both cores are slower.
 
+    Packages are compiled the quickest way: most of each is the same runtime, slow to optimize.
+
+    Bytecode is written: a process that imports diffusers spends most of its start on compiling it.
+
     Torch writes its graphs out to a logger that does not propagate as soon as it has a handler,
     and pytest gives such loggers one: unless it does propagate.
     """
     logging.getLogger("torch.__trace").propagate = True
+    aot_inductor.compile_wrapper_opt_level = "O0"
+    aot_inductor.enable_line_tables = False
+    os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"  # of the processes tests start
+    os.environ["AOT_INDUCTOR_ENABLE_LINE_TABLES"] = "0"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

@@ -29,7 +29,6 @@ from tests.export.helpers import export_tiny
 from tests.helpers import capture_every_site, largest_difference, tiny_dit, uniform_strategies
 
 Data = dict[str, Any]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +478,7 @@ print(largest_difference(tiny.run(bundle), tiny.run(bundle)))
 def test_sessions_share_one_pool_of_threads(bundle: Path) -> None:
     """In a process of its own: every session of a process must then ask for the pool."""
     command = [sys.executable, "-c", SHARED_POOL, str(bundle)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert float(done.stdout) == 0.0
 

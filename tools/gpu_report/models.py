@@ -21,26 +21,27 @@ def measure_model(
     architecture: Architecture,
     steps: int,
     device: str,
+    lowering: Lowering,
     name: str,
     keep: Callable[[str, Any], None],
 ) -> None:
-    """Time generations by each fixed plan in turns with the compiled dense model."""
+    """Time generations by each fixed plan in turns with the dense model, both by ``lowering``."""
     pipeline = random_pipeline(architecture)
     pipeline.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]  # diffusers
     call = {"image": [0], "num_inference_steps": steps}
     prompts = [Prompt(call, 0)]
     with many_compilations():
-        dense = dense_contender(pipeline, prompts, Lowering.INDUCTOR)
+        dense = dense_contender(pipeline, prompts, lowering)
         keep(f"{name}: dense, seconds to compile", dense.warm_up())
         for pattern, does in FIXED.items():
             plan = fixed_plan(pipeline, call, does)
-            planned = {"planned": planned_contender(pipeline, plan, prompts, Lowering.INDUCTOR)}
+            planned = {"planned": planned_contender(pipeline, plan, prompts, lowering)}
             if device == "cuda":
                 planned["planned, CUDA graphs"] = planned_contender(
                     pipeline,
                     plan,
                     prompts,
-                    Lowering.INDUCTOR,
+                    lowering,
                     inductor={"triton.cudagraphs": True},
                 )
             compiling = {each: contender.warm_up() for each, contender in planned.items()}

@@ -12,6 +12,7 @@ import torch
 import ditfastattn
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.manifest import read_manifest
+from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools import benchmark_attention
 from ditfastattn.tools.bench.random_models import ARCHITECTURES, random_pipeline
 from ditfastattn.tools.gpu_report.fixed_plans import FIXED, fixed_plan
@@ -32,6 +33,11 @@ class Setting:
     def steps(self) -> int:
         """Return the sampler's steps."""
         return 4 if self.tiny else _STEPS
+
+    @property
+    def lowering(self) -> Lowering:
+        """Return what compiles models: nothing, to try the script without a GPU."""
+        return Lowering.EAGER if self.tiny and self.device == "cpu" else Lowering.INDUCTOR
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def _attention(setting: Setting, out: Path, keep: Keep) -> None:
 def _models(*names: str) -> Callable[[Setting, Path, Keep], None]:
     def measure(setting: Setting, _: Path, keep: Keep) -> None:
         for name in ("dit-tiny",) if setting.tiny else names:
-            measure_model(ARCHITECTURES[name](), setting.steps, setting.device, name, keep)
+            model, device, compiled = ARCHITECTURES[name](), setting.device, setting.lowering
+            measure_model(model, setting.steps, device, compiled, name, keep)
 
     return measure
 
