@@ -46,6 +46,8 @@ __all__ = ["ExportOptions", "export", "export_model"]
 
 log = logging.getLogger(__name__)
 
+_MOST_OF_ONE_ROW = 2  # the largest batch of which guidance's half is one row
+
 FindStepping = Callable[[PreparedModel], Stepping | None]
 Accept = Callable[[Manifest, Plan | None], None]
 
@@ -148,9 +150,8 @@ def export_model(
         _check_phases(plan)
     chosen = options or ExportOptions()
     _check_loop(chosen)
-    if chosen.regions and chosen.dynamic_batch:
-        # Half a batch of two is one row, which is contiguous however it lies in memory: regions
-        # would be cut as no larger batch allows.
+    if chosen.format is Format.PT2 and chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
+        # One row is contiguous however it lies in memory: its graph is no larger batch's.
         call, second = call.doubled(), second and second.doubled()
     plain = plain_module(model)  # it may be compiled already
     with partial_folder(Path(out)) as folder:

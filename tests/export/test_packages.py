@@ -362,14 +362,15 @@ def test_packages_of_regions_do_not_grow_with_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_regions_are_cut_as_any_batch_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_call_of_one_image_frees_the_batch(
+    regions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call of two rows, whose halves are one row each, shows too little of layouts."""
     monkeypatch.setattr(files, "free_batch", lambda *_: None)
     tiny, rows, _ = small()
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
-    options = ExportOptions(format=Format.PT2, regions=True)
+    options = ExportOptions(format=Format.PT2, regions=regions)
     call = RecordedCall(tiny.call(0, 2))
     manifest = export_model(tiny.model, call, plan, tmp_path / "bundle", options)
     assert manifest.fixed_batch == 0

@@ -208,9 +208,9 @@ def test_an_ended_helper_says_so(tmp_path: Path) -> None:
 
 def test_helpers_are_limited_by_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, memory, expected in ((1, 2**40, 0), (4, 2**40, 3), (4, 2 * 2**31, 2), (4, 0, 0)):
-        monkeypatch.setattr(config, "compile_threads", cores)
         monkeypatch.setattr(compilations, "available_memory", partial(int, memory))
-        assert HELPER_COUNT() == expected
+        with config.patch(compile_threads=cores):
+            assert HELPER_COUNT() == expected
 
 
 HELPER_COUNT = compilations.helper_count  # before it is replaced for all tests

@@ -206,7 +206,7 @@ def test_options_of_sites_are_checked_before_anything_is_kept(
     pixart: tuple[Any, dict[str, Any], Plan], tmp_path: Path
 ) -> None:
     pipeline, call, _ = pixart
-    with pytest.raises(ValueError, match="CacheDtype"):
+    with pytest.raises(ConfigError, match=r"calibrate\(cache_dtype\)"):
         search(pipeline, call, out=tmp_path / "plan.json", cache_dtype="float64")
     assert not list(tmp_path.glob("*.search"))
 
