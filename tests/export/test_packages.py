@@ -368,7 +368,9 @@ def test_a_call_of_one_image_frees_the_batch(
 ) -> None:
     """A call of two rows, whose halves are one row each, shows too little of layouts."""
     monkeypatch.setattr(files, "free_batch", lambda *_: None)
-    tiny, rows, _ = small()
+    tiny = tiny_dit(size=16, layers=1)
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, Strategy.WINDOW_SHARE_CFG)
     plan = make_plan(tiny, rows, CfgLayout.COND_FIRST, feed_forwards=True)
     options = ExportOptions(format=Format.PT2, regions=regions)
     call = RecordedCall(tiny.call(0, 2))
