@@ -160,7 +160,7 @@ def export_model(
         partial = PartialBundle(folder, _request(prepared, chosen, stepping))
         report = _Progress(prepared, chosen)
         try:
-            with files_of(prepared, partial, chosen, report) as files:
+            with files_of(prepared, partial, chosen, report, Path(out)) as files:
                 manifest = _Writer(prepared, partial, chosen, stepping, files, report).write()
         finally:
             partial.weights.close()

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.aoti.options import WIDTHS
 from ditfastattn.export.bundle import export
 from ditfastattn.export.prepare import ExportOptions, Progress, silent
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.files import open_bundle
-from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Format, Manifest
+from ditfastattn.runtime.bundle.manifest import PLAN_FILE, STEP_SUFFIX, Manifest, read_manifest
+from ditfastattn.runtime.bundle.packages import PackageSpec
 from ditfastattn.runtime.search.judge.validate import validate
 
 log = logging.getLogger(__name__)
@@ -56,15 +58,8 @@ def update_weights(
             meanwhile. The bundle is then as it was.
         TargetMissedError: the plan misses its target with these weights.
     """
-    opened = open_bundle(folder)
+    opened = open_bundle(folder, read_manifest(folder).format)
     before = opened.manifest
-    if before.format is not Format.ONNX:
-        raise ConfigError(
-            "only a bundle of ONNX graphs gets other weights",
-            where=str(folder),
-            got=before.format,
-            remedy="export it again from the pipeline of these weights (`ditfastattn export`)",
-        )
     plan = Plan.load(opened.path(PLAN_FILE)) if before.plan_sha256 else None
     opened.check_in_place()
 
@@ -80,6 +75,9 @@ def update_weights(
         loop=before.loop is not None,
         timestep=before.timestep,
         golden=bool(before.golden),
+        format=before.format,
+        isa=_isa(before),
+        regions=any(graph.file.endswith(STEP_SUFFIX) for graph in before.graphs),
         on_progress=on_progress,
     )
     had_engines = (opened.root / _ENGINES).is_dir()
@@ -99,9 +97,16 @@ def update_weights(
     return manifest
 
 
+def _isa(manifest: Manifest) -> str:
+    """Return the vector instructions of the bundle's packages, as ``ExportOptions`` names them."""
+    isa = manifest.packages.target.isa if manifest.packages else ""
+    return next((name for name in WIDTHS if isa.startswith(name)), "")
+
+
 def _check_same(before: Manifest, after: Manifest, where: str) -> None:
-    for field in _SAME:
-        old, new = getattr(before, field), getattr(after, field)
+    pairs = [(field, getattr(before, field), getattr(after, field)) for field in _SAME]
+    pairs.append(("packages", _packages(before), _packages(after)))
+    for field, old, new in pairs:
         if old != new:
             raise ConfigError(
                 "the model does not fit the bundle",
@@ -110,3 +115,9 @@ def _check_same(before: Manifest, after: Manifest, where: str) -> None:
                 expected=str(old)[:200],
                 remedy="export a bundle of its own for this model (`ditfastattn export`)",
             )
+
+
+def _packages(manifest: Manifest) -> dict[str, PackageSpec]:
+    """Return what a driver knows of each package."""
+    files = manifest.packages.files if manifest.packages else {}
+    return {file: spec.model_copy(update={"key": ""}) for file, spec in files.items()}

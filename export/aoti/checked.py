@@ -54,14 +54,25 @@ class Compilation:
         """Return Inductor's options: for narrower vectors where the code was wrong."""
         return (self.made.narrower if self.wrong else None) or self.made.options
 
+    def takes(self, content: bytes) -> bool:
+        """Write ``content``, made earlier of an equal graph, if it is right with these weights."""
+        return not self._wrong_with(content)
+
+    def _wrong_with(self, content: bytes) -> str:
+        """Write ``content``; return in what it is wrong, and then there is no file."""
+        write_bytes_atomically(self.path, content)
+        wrong = disagreement(self.module, self.path, self.package, self.weights, self.examples)
+        if wrong:
+            self.path.unlink()
+        return wrong
+
     def accept(self, content: bytes) -> bool:
         """Write ``content`` if it is right; otherwise return False, to compile by other options.
 
         Raises:
             ConfigError: the code is wrong for narrower vectors too.
         """
-        write_bytes_atomically(self.path, content)
-        wrong = disagreement(self.module, self.path, self.package, self.weights, self.examples)
+        wrong = self._wrong_with(content)
         if not wrong:
             if self.wrong:
                 log.warning(
@@ -70,7 +81,6 @@ class Compilation:
                     *(self.path.name, self.made.target.isa, *self.wrong),
                 )
             return True
-        self.path.unlink()
         self.wrong.append(wrong)
         if len(self.wrong) == 1 and self.made.narrower is not None:
             return False

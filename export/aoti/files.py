@@ -17,6 +17,7 @@ from ditfastattn.core.files import replacing
 from ditfastattn.export.aoti.checked import Compilation
 from ditfastattn.export.aoti.compilations import Compilations
 from ditfastattn.export.aoti.constants import Constants, PackageGraph, with_constants
+from ditfastattn.export.aoti.earlier import EarlierPackages
 from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.export.aoti.program import graph_of, traced
@@ -59,10 +60,11 @@ class PackageFiles:
         made: CompileFor,
         compilations: Compilations,
         written: Written,
+        earlier: EarlierPackages,
     ) -> None:
-        """Take the two batches of the captures, and what to compile for and by."""
+        """Take the two batches of the captures, what to compile for and by, and what there is."""
         self._partial, self._batches, self._compile = partial, batches, made
-        self._compilations, self._written = compilations, written
+        self._compilations, self._written, self._earlier = compilations, written, earlier
         self._waiting: dict[str, set[str]] = {}  # per step, its packages that are not compiled
         self._unfinished: set[str] = set()
         self._constants = Constants()
@@ -73,8 +75,7 @@ class PackageFiles:
         ready = with_constants(graph, self._constants)
         used = used_inputs(graph)
         package = PackageSpec(inputs=tuple(map(package_input, used)), constants=ready.constants)
-        self._compile_into(file, graph, ready, used, package)
-        self._files[file] = package
+        self._files[file] = self._compile_into(file, graph, ready, used, package)
         self._report(file, {file})
         return variant_entry(graph, file)
 
@@ -85,11 +86,15 @@ class PackageFiles:
         ready: PackageGraph,
         inputs: Sequence[Value],
         package: PackageSpec,
-    ) -> None:
-        """Compile ``ready``, a part of ``graph`` or all of it, now or later; see ``write``."""
+    ) -> PackageSpec:
+        """Compile ``ready``, a part of ``graph`` or all of it, now or later; see ``write``.
+
+        Return ``package`` with its key.
+        """
         key = self._key(graph, ready, package)
+        keyed = package.model_copy(update={"key": key})
         if self._partial.has(file, key):
-            return
+            return keyed
         module, batch = ready.module, self._batches[1]
         examples = self._examples(inputs, batch)
         program = None
@@ -101,8 +106,13 @@ class PackageFiles:
             module = graph_of(program)
         path, weights = self._partial.folder / file, self._constants.tensors
         compilation = Compilation(path, module, package, weights, examples, self._compile)
+        earlier = self._earlier.content(key)
+        if earlier is not None and compilation.takes(earlier):
+            self._partial.keep(file, key)
+            return keyed
         self._unfinished.add(file)
         self._compilations.add(compilation, program, lambda: self._compiled(file, key))
+        return keyed
 
     def _compiled(self, file: str, key: str) -> None:
         """Record that a package is complete, and report the steps that now are."""

@@ -96,8 +96,7 @@ class RegionFiles(PackageFiles):
             ready = _region_graph(region, graph.source.module)
             values = [_value(graph, node, f"input_{i}") for i, node in enumerate(region.inputs)]
             spec = PackageSpec(inputs=tuple(map(package_input, values)), constants=())
-            self._compile_into(file, graph, ready, values, spec)
-            self._files[file] = spec
+            self._files[file] = self._compile_into(file, graph, ready, values, spec)
         return file
 
 

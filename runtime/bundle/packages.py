@@ -33,11 +33,13 @@ class PackageInput(TensorSpec, frozen=True):
 class PackageSpec(Record, frozen=True):
     """Describe one package: its inputs, in order, and the tensors of the weights file it takes.
 
-    A constant has one name, in the package and in the weights file.
+    A constant has one name, in the package and in the weights file. ``key`` is a hash of all that
+    the package was compiled from; "" if it is not known.
     """
 
     inputs: tuple[PackageInput, ...]
     constants: tuple[str, ...]
+    key: str = ""
 
 
 class RegionCall(Record, frozen=True):

@@ -475,6 +475,7 @@ print(largest_difference(tiny.run(bundle), tiny.run(bundle)))
 """
 
 
+@pytest.mark.slow
 def test_sessions_share_one_pool_of_threads(bundle: Path) -> None:
     """In a process of its own: every session of a process must then ask for the pool."""
     command = [sys.executable, "-c", SHARED_POOL, str(bundle)]

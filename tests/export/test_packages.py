@@ -462,7 +462,9 @@ def _cast(call: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_pipeline_runs_by_packages_and_verifies_them(tmp_path: Path) -> None:
+def test_a_pipeline_runs_by_packages_verifies_them_and_gives_them_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = tiny_digits_pipeline(DDIMScheduler(clip_sample=False))
     call = {"class_labels": [1, 2], "num_inference_steps": 4}
     plan = plan_for(pipeline, call, [Strategy.FULL, Strategy.SHARE_STEP] * 2)
@@ -474,6 +476,22 @@ def test_a_pipeline_runs_by_packages_and_verifies_them(tmp_path: Path) -> None:
     found = ditfastattn.verify(tmp_path / "bundle", pipeline, call, runtime="aoti")
     assert found.passed
     assert max(found.step_errors) < 1e-5
+    old = load(tmp_path / "bundle", runtime="aoti")
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(3)))
+    with pytest.raises(ConfigError, match=r"plan\.model\.weights"):
+        ditfastattn.verify(tmp_path / "bundle", pipeline, call, runtime="aoti")
+
+    def refuse(*_: Any) -> bytes:
+        raise AssertionError("a package is compiled anew")
+
+    monkeypatch.setattr(compilations, "compile_package", refuse)
+    updated = ditfastattn.update_weights(tmp_path / "bundle", pipeline, call)
+    assert updated.packages == manifest.packages
+    assert ditfastattn.verify(tmp_path / "bundle", pipeline, call, runtime="aoti").passed
+    new = load(tmp_path / "bundle", runtime="aoti")  # who has loaded it before keeps the old ones
+    assert not all(torch.equal(old.weights[name], item) for name, item in new.weights.items())
     pipeline.transformer = load(tmp_path / "bundle", runtime="aoti")  # type: ignore[assignment]
     assert isinstance(pipeline.transformer, BundleTransformer)
     images: Any = pipeline(**call, output_type="pt")

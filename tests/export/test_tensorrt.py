@@ -181,6 +181,7 @@ def test_a_switch_holds_little_beside_its_weights(tmp_path: Path) -> None:
 
 
 @needs_builder
+@pytest.mark.slow  # by default test_tensorrt_controls.py builds windows
 def test_a_window_is_attended_in_blocks(tmp_path: Path) -> None:
     tiny = wide("dit")
     _, sites = capture_every_site(tiny)

@@ -72,6 +72,7 @@ def test_a_masked_part_is_painted_as_the_interpreter_does(name: str) -> None:
     assert_interprets(*edits(AutoPipelineForInpainting, name))
 
 
+@pytest.mark.slow
 def test_whole_steps_of_inpainting_are_fitted() -> None:
     pipeline, call = edits(AutoPipelineForInpainting, "flux")
     target = Target.min_psnr(20.0)

@@ -157,6 +157,7 @@ def test_a_query_that_sees_no_key_gives_zero(name: str) -> None:
 
 
 @needs_flex
+@pytest.mark.slow
 def test_a_query_that_sees_no_key_gives_zero_by_flex() -> None:
     examples = (*inputs(2, 2, 601, 16), padded(601))
     module = trace(masked(60, (0, 0)), *examples)
