@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import ditfastattn
 from ditfastattn import ConfigError, Plan, Strategy
 from ditfastattn.serving.images import ImageServer
 from ditfastattn.serving.limits import Limits
-from ditfastattn.tools import benchmark_serving
+from ditfastattn.tools import benchmark_ray, benchmark_serving
 from ditfastattn.tools.benchmark_serving import app, table_text
 from ditfastattn.tools.benchmarking.served_images import (
     Answers,
@@ -118,3 +119,17 @@ def test_a_load_is_continued_and_a_soak_has_a_slope(
     assert (soaked["images"], soaked["images_that_differ"]) == (10, 0)
     assert soaked["resident_bytes"][-1][0] == 10
     assert soaked["resident_bytes"][0][1] > 2**26
+
+
+def test_requests_may_be_lost_on_the_killed_node_alone() -> None:
+    right, lost, differs = Answers(levels=[0]), Answers(failed=["gone"] * 2), Answers(levels=[1])
+    assert not benchmark_ray._wrong(right, lost, right, concurrency=2)
+    for rounds in ((lost, right, right), (right, right, lost), (right, differs, right)):
+        assert benchmark_ray._wrong(*rounds, concurrency=2)
+    assert benchmark_ray._wrong(right, lost, right, concurrency=1)
+
+
+def test_without_ray_there_are_no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"Ray is not installed[\s\S]*serve-ray"):
+        benchmark_ray._two_nodes().__enter__()

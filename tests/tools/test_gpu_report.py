@@ -34,6 +34,7 @@ def test_parts_are_measured_once_each(tmp_path: Path) -> None:
     assert {each["reason"] for each in again.values()} == {"measured before"}
 
 
+@pytest.mark.slow
 def test_what_a_part_could_not_do_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

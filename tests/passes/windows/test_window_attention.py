@@ -225,6 +225,7 @@ def test_blocks_with_text_skip_the_rest() -> None:
 
 
 @needs_flex
+@pytest.mark.slow  # by default test_key_masks.py compiles one with text
 @pytest.mark.parametrize("text", [(77, 0), (0, 77)])
 def test_compiled_flex_with_text_equals_the_op(text: tuple[int, int]) -> None:
     examples = inputs(1, 2, 600 + sum(text), 16)
