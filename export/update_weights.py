@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.export.aoti.options import WIDTHS
+from ditfastattn.export.aoti.options import isa_option
 from ditfastattn.export.bundle import export
 from ditfastattn.export.prepare import ExportOptions, Progress, silent
 from ditfastattn.passes.plan.schema import Plan
@@ -76,7 +76,7 @@ def update_weights(
         timestep=before.timestep,
         golden=bool(before.golden),
         format=before.format,
-        isa=_isa(before),
+        isa=isa_option(before.packages.target) if before.packages else "",
         regions=any(graph.file.endswith(STEP_SUFFIX) for graph in before.graphs),
         on_progress=on_progress,
     )
@@ -95,12 +95,6 @@ def update_weights(
             Path(folder),
         )
     return manifest
-
-
-def _isa(manifest: Manifest) -> str:
-    """Return the vector instructions of the bundle's packages, as ``ExportOptions`` names them."""
-    isa = manifest.packages.target.isa if manifest.packages else ""
-    return next((name for name in WIDTHS if isa.startswith(name)), "")
 
 
 def _check_same(before: Manifest, after: Manifest, where: str) -> None:

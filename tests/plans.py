@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ditfastattn import accelerate, restore
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.passes.analysis.output_site import OUTPUT
 from ditfastattn.passes.analysis.site import Site, SiteKind
@@ -117,3 +119,22 @@ def mixed_plan_for(pipeline: Any, call: Mapping[str, Any], seed: int = 0) -> Mix
         session.run(DenseStepper(session), prompt)
         plan = record_plan(session, rows, session.timesteps, Calibration(method="manual"))
         return MixedPlan(plan, session.sites)
+
+
+def assert_interprets(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    mixed: MixedPlan,
+    lowering: str = "eager",
+    within: float = 1e-4,
+) -> None:
+    """Accelerate ``pipeline``; its images must be the interpreter's, and not the dense ones."""
+    prompt = Prompt(call, 5)
+    dense, expected = generate(pipeline, prompt), mixed.interpret(pipeline, prompt)
+    assert float((expected - dense).abs().max()) > 1e-3
+    accelerate(pipeline, mixed.plan, lowering=lowering)
+    got, again = generate(pipeline, prompt), generate(pipeline, prompt)
+    restore(pipeline)
+    assert float((got - expected).abs().max()) < within
+    assert float((got - dense).abs().max()) > 1e-3
+    assert torch.equal(again, got)

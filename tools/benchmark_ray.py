@@ -22,8 +22,9 @@ import typer
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.tools.benchmarking.served_images import Answers, Body, ask_all, make_twins
-from ditfastattn.tools.benchmarking.subject import open_subject, write_record
+from ditfastattn.tools.benchmarking.subject import open_subject
 from ditfastattn.tools.embedded import ModelName
+from ditfastattn.tools.measure import write_record
 from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -64,18 +65,16 @@ def nodes(
             killing.join()
             later = asked(bodies[: requests // 2])
     rounds = {"before": before, "during": during, "after": later}
+    summaries = {name: answers.summary() for name, answers in rounds.items()}
     write_record(
         out / "nodes.json",
         subject.arguments(requests=requests, concurrency=concurrency, killed_after=after),
-        **{name: answers.summary() for name, answers in rounds.items()},
+        **summaries,
     )
     console = open_console()
-    for name, answers in rounds.items():
-        right = len(answers.levels) - sum(level > 0 for level in answers.levels)
-        lost = len(answers.failed)
-        console.print(
-            f"{name}: {right} of {len(answers.levels)} images right, {lost} requests lost"
-        )
+    for name, found in summaries.items():
+        right, lost = found["images"] - found["images_that_differ"], len(found["failed"])
+        console.print(f"{name}: {right} of {found['images']} images right, {lost} requests lost")
     if _wrong(before, during, later, concurrency):
         raise typer.Exit(1)
 

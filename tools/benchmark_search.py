@@ -8,7 +8,6 @@ keeps the measurements until the end, so that an interrupted run resumes.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Annotated
 
 import typer
 
-from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.global_chooser import PROFILED, GlobalChooser
 from ditfastattn.runtime.search.measure.latency import Objective
@@ -36,7 +34,7 @@ from ditfastattn.tools.benchmarking.plan_points import (
     of_flops,
 )
 from ditfastattn.tools.figures import curves
-from ditfastattn.tools.measure import commit, machine
+from ditfastattn.tools.measure import write_record
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -66,15 +64,13 @@ def curve(out: Out = OUT, steps: Steps = 20, images: Images = 32) -> None:
             speedup, matches = chooser.problem.speedup(rows), f"{other.method} {other.strength:g}"
             points.append(judge.point(Method.GLOBAL, strength, rows, speedup, matches=matches))
             comparisons.append(compared(points[-1], other))
-        data = {
-            "machine": machine(),
-            "commit": commit(),
-            "arguments": {"steps": steps, "images": images},
-            "seconds": time.monotonic() - began,
-            "points": [asdict(point) for point in points],
-            "comparisons": [asdict(comparison) for comparison in comparisons],
-        }
-        write_text_atomically(out / "curve.json", json.dumps(data, indent=1) + "\n")
+        write_record(
+            out / "curve.json",
+            {"steps": steps, "images": images},
+            seconds=time.monotonic() - began,
+            points=[asdict(point) for point in points],
+            comparisons=[asdict(comparison) for comparison in comparisons],
+        )
         checkpoint.discard()
     curves(
         {

@@ -29,10 +29,10 @@ from ditfastattn.tools.benchmarking.served_images import (
     make_twins,
 )
 from ditfastattn.tools.benchmarking.server_process import ServerProcess
-from ditfastattn.tools.benchmarking.subject import open_subject, write_record
+from ditfastattn.tools.benchmarking.subject import open_subject
 from ditfastattn.tools.commands.generation import integers
 from ditfastattn.tools.embedded import ModelName
-from ditfastattn.tools.measure import commit, machine, process_memory, slope_per_100
+from ditfastattn.tools.measure import commit, machine, process_memory, slope_per_100, write_record
 from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.search.measure.timing import device_name
 
 
@@ -38,6 +41,12 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
+
+
+def write_record(path: Path, arguments: dict[str, Any], **found: Any) -> None:
+    """Write what was found with ``arguments`` as JSON, with the machine and the commit."""
+    data = {"machine": machine(), "commit": commit(), "arguments": arguments, **found}
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
 
 
 def process_memory(field: str = "VmRSS", process: int | str = "self") -> int:

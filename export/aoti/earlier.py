@@ -5,36 +5,42 @@ A package holds no weights: a model of other weights, or another plan, may need 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
-from ditfastattn.core.errors import ConfigError
-from ditfastattn.runtime.bundle.files import OpenBundle, open_bundle
-from ditfastattn.runtime.bundle.manifest import MANIFEST, Format
+from ditfastattn.core.errors import ConfigError, FileError
+from ditfastattn.core.files import open_regular, standing
+from ditfastattn.runtime.bundle.manifest import read_manifest
 
 
 @dataclass(frozen=True)
-class EarlierPackages:
-    """Hold the packages of a bundle by the key of what each was compiled from."""
+class EarlierPackage:
+    """Hold where a package is, and the hash of its content."""
 
-    bundle: OpenBundle | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
+    path: Path
+    sha256: str
 
-    def content(self, key: str) -> bytes | None:
-        """Return the package of this key, None if there is none."""
-        file = self.files.get(key)
-        return None if file is None or self.bundle is None else bytes(self.bundle.content(file))
+    def content(self) -> bytes | None:
+        """Return its content, None if the file is gone or was changed."""
+        try:
+            with open_regular(self.path, "an earlier package") as file:
+                content = file.read()
+        except FileError:
+            return None
+        return content if hashlib.sha256(content).hexdigest() == self.sha256 else None
 
 
-def earlier_packages(folder: Path) -> EarlierPackages:
-    """Return the packages of the bundle in ``folder``; none if there is no whole bundle of them."""
-    if not (folder / MANIFEST).is_file():
-        return EarlierPackages()
+def earlier_packages(folder: Path) -> dict[str, EarlierPackage]:
+    """Return the packages of the bundle in ``folder`` by the key of what each was compiled from."""
+    root = standing(folder)
     try:
-        bundle = open_bundle(folder, Format.PT2)
-    except ConfigError:  # it is replaced: that it is damaged, or of another format, does not matter
-        return EarlierPackages()
-    packages = bundle.manifest.packages
-    files = packages.files if packages else {}
-    return EarlierPackages(bundle, {spec.key: file for file, spec in files.items() if spec.key})
+        manifest = read_manifest(root)
+    except ConfigError:  # there is none, or it is damaged and will be replaced
+        return {}
+    packages = manifest.packages.files if manifest.packages else {}
+    return {
+        spec.key: EarlierPackage(root / file, manifest.files[file].sha256)
+        for file, spec in packages.items()
+        if spec.key
+    }

@@ -17,7 +17,7 @@ from ditfastattn.core.files import replacing
 from ditfastattn.export.aoti.checked import Compilation
 from ditfastattn.export.aoti.compilations import Compilations
 from ditfastattn.export.aoti.constants import Constants, PackageGraph, with_constants
-from ditfastattn.export.aoti.earlier import EarlierPackages
+from ditfastattn.export.aoti.earlier import EarlierPackage
 from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.export.aoti.program import graph_of, traced
@@ -60,7 +60,7 @@ class PackageFiles:
         made: CompileFor,
         compilations: Compilations,
         written: Written,
-        earlier: EarlierPackages,
+        earlier: Mapping[str, EarlierPackage],
     ) -> None:
         """Take the two batches of the captures, what to compile for and by, and what there is."""
         self._partial, self._batches, self._compile = partial, batches, made
@@ -106,8 +106,9 @@ class PackageFiles:
             module = graph_of(program)
         path, weights = self._partial.folder / file, self._constants.tensors
         compilation = Compilation(path, module, package, weights, examples, self._compile)
-        earlier = self._earlier.content(key)
-        if earlier is not None and compilation.takes(earlier):
+        earlier = self._earlier.get(key)
+        content = None if earlier is None else earlier.content()
+        if content is not None and compilation.takes(content):
             self._partial.keep(file, key)
             return keyed
         self._unfinished.add(file)

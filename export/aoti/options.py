@@ -19,7 +19,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.aoti.target import compute_capability, processor_features
 from ditfastattn.runtime.bundle.packages import PackageTarget
 
-WIDTHS: Final = {"avx2": 256, "avx512": 512}
+_WIDTHS: Final = {"avx2": 256, "avx512": 512}
 # The levels of the x86-64 psABI, as compilers and ``torch.cpu.get_capabilities()`` name them.
 _LEVEL_3: Final = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt")
 _LEVEL_4: Final = (*_LEVEL_3, "avx512_bw", "avx512_cd", "avx512_dq", "avx512_f", "avx512_vl")
@@ -36,10 +36,10 @@ class CompileFor:
     @property
     def narrower(self) -> dict[str, Any] | None:
         """Return the options for vectors of 256 bits; None if those of ``options`` are no wider."""
-        if self.target.device != "cpu" or self.options["cpp.simdlen"] != WIDTHS["avx512"]:
+        if self.target.device != "cpu" or self.options["cpp.simdlen"] != _WIDTHS["avx512"]:
             return None
         level = {"cpp.march": _LEVELS[256][0]} if "cpp.march" in self.options else {}
-        return {**self.options, "cpp.simdlen": WIDTHS["avx2"], **level}
+        return {**self.options, "cpp.simdlen": _WIDTHS["avx2"], **level}
 
 
 def compile_for(device: torch.device, isa: str = "") -> CompileFor:
@@ -48,14 +48,14 @@ def compile_for(device: torch.device, isa: str = "") -> CompileFor:
     Raises:
         ConfigError: this machine cannot compile for it, or has no C++ compiler.
     """
-    if isa and isa not in WIDTHS:
+    if isa and isa not in _WIDTHS:
         raise ConfigError(
             "there are no such vector instructions",
             where="isa",
             got=isa,
-            expected=", ".join(WIDTHS),
+            expected=", ".join(_WIDTHS),
         )
-    with config.patch({"cpp.simdlen": WIDTHS.get(isa)}):
+    with config.patch({"cpp.simdlen": _WIDTHS.get(isa)}):
         found = pick_vec_isa()  # compiles a test program, the first time
     if isa and not str(found).startswith(isa):
         raise ConfigError(
@@ -80,6 +80,11 @@ def compile_for(device: torch.device, isa: str = "") -> CompileFor:
         capability=compute_capability(device.type),
     )
     return CompileFor(target, {**options, **_ALWAYS})
+
+
+def isa_option(target: PackageTarget) -> str:
+    """Return the vector instructions of ``target`` as ``compile_for`` takes them."""
+    return next((name for name in _WIDTHS if target.isa.startswith(name)), "")
 
 
 _ALWAYS: Final[dict[str, Any]] = {

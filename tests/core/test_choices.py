@@ -27,12 +27,7 @@ def backend(**options: Any) -> Any:
 
 
 def calibrate(**options: Any) -> Any:
-    return ditfastattn.calibrate(
-        tiny_digits_pipeline(DDIMScheduler(clip_sample=False)),
-        CALL,
-        target=Target.min_ssim(0.9),
-        **options,
-    )
+    return ditfastattn.calibrate(pipeline(), CALL, target=Target.min_ssim(0.9), **options)
 
 
 def accelerate(**options: Any) -> Any:

@@ -15,7 +15,7 @@ import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from tests.exercises import exercises
-from tests.plans import MixedPlan, mixed_plan_for
+from tests.plans import assert_interprets, mixed_plan_for
 from tests.tiers import slow_but
 from tests.tiny_pipelines import (
     TINY_PIPELINES,
@@ -51,19 +51,6 @@ def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
 def run(pipeline: Any, call: dict[str, Any]) -> Tensor:
     images: Tensor = generate(pipeline, Prompt(call, SEED))
     return images
-
-
-def assert_interprets(
-    pipeline: Any, call: dict[str, Any], mixed: MixedPlan, lowering: str = "eager"
-) -> None:
-    """Accelerate ``pipeline``; its images must be the interpreter's, and not the dense ones."""
-    dense, expected = run(pipeline, call), mixed.interpret(pipeline, Prompt(call, SEED))
-    ditfastattn.accelerate(pipeline, mixed.plan, lowering=lowering)
-    got, again = run(pipeline, call), run(pipeline, call)
-    ditfastattn.restore(pipeline)
-    assert float((got - expected).abs().max()) < 1e-4
-    assert float((got - dense).abs().max()) > 1e-3
-    assert torch.equal(again, got)
 
 
 @exercises("image", *(name for name in TINY_PIPELINES if name not in VIDEO))

@@ -1,8 +1,7 @@
-"""What a benchmark of serving serves and asks for, and how it is recorded."""
+"""What a benchmark of serving serves and asks for, and what its record tells."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 import ditfastattn
 from ditfastattn import Book
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.core.files import write_text_atomically
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.serving.images import ImageServer
 from ditfastattn.tools.benchmarking.served_images import Body, make_bodies
@@ -22,7 +20,6 @@ from ditfastattn.tools.commands.generation import open_pipeline
 from ditfastattn.tools.commands.surroundings import keep_compiled
 from ditfastattn.tools.demo.plans import shipped_book
 from ditfastattn.tools.embedded import ModelName, embedded_model
-from ditfastattn.tools.measure import commit, machine
 
 
 @dataclass(frozen=True)
@@ -92,9 +89,3 @@ def open_subject(
             opened = ditfastattn.book(book)
         twins = ImageServer(open_pipeline(pipeline), opened, lowering=lowering)
         yield Subject(pipeline, opened, lowering, given, twins)
-
-
-def write_record(path: Path, arguments: dict[str, Any], **found: Any) -> None:
-    """Write what was found as JSON, with the machine and the commit."""
-    data = {"machine": machine(), "commit": commit(), "arguments": arguments, **found}
-    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
