@@ -39,8 +39,9 @@ from ditfastattn.runtime.bundle.specs import LoopSpec, VariantSpec
 from ditfastattn.runtime.bundle.stepping import Stepping
 from ditfastattn.runtime.pipeline.denoiser import plain_module
 from ditfastattn.runtime.pipeline.guidance import guidance_of
-from ditfastattn.runtime.pipeline.prompts import split_prompts
+from ditfastattn.runtime.pipeline.prompts import Prompt, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 
 __all__ = ["ExportOptions", "export", "export_model"]
 
@@ -92,14 +93,27 @@ def export(
             where="export(loop=True)",
             remedy="give a plan; one that is full everywhere is dense",
         )
-    watched = watch_sampler(pipeline, prompt, whole=loaded is not None)
+    with text_padded(pipeline, None if loaded is None else loaded.text):
+        return _exported(pipeline, prompt, loaded, out, chosen, accept)
+
+
+def _exported(
+    pipeline: Any,
+    prompt: Prompt,
+    plan: Plan | None,
+    out: str | os.PathLike[str],
+    chosen: ExportOptions,
+    accept: Accept | None,
+) -> Manifest:
+    """Export the transformer of ``pipeline`` as ``prompt`` calls it."""
+    watched = watch_sampler(pipeline, prompt, whole=plan is not None)
 
     def stepping(prepared: PreparedModel) -> Stepping | None:
         return _stepping(watched, prepared, chosen.loop)
 
-    calls = watched.first(1 if loaded is None else loaded.sampler.cfg_layout.calls)
+    calls = watched.first(1 if plan is None else plan.sampler.cfg_layout.calls)
     return export_model(
-        pipeline.transformer, calls[0], loaded, out, chosen, stepping, accept, *calls[1:]
+        pipeline.transformer, calls[0], plan, out, chosen, stepping, accept, *calls[1:]
     )
 
 
@@ -150,7 +164,7 @@ def export_model(
         _check_phases(plan)
     chosen = options or ExportOptions()
     _check_loop(chosen)
-    if chosen.format is Format.PT2 and chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
+    if chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
         # One row is contiguous however it lies in memory: its graph is no larger batch's.
         call, second = call.doubled(), second and second.doubled()
     plain = plain_module(model)  # it may be compiled already

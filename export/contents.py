@@ -62,6 +62,7 @@ def make_manifest(
         batch_multiple=_multiple(contents.graphs),
         timestep=prepared.timestep,
         latent=prepared.latent,
+        text=prepared.plan.text if prepared.plan else None,
         shares_guidance=program.shares_guidance,
         inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
         guards=prepared.guards,

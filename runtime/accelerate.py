@@ -20,6 +20,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.dynamo import describe_inputs
 from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.runtime.dynamo_adapter import PlannedFunction
 from ditfastattn.runtime.given_plans import AnyPlans, given_plans
 from ditfastattn.runtime.lowering import many_compilations
@@ -38,6 +39,7 @@ from ditfastattn.runtime.pipeline.forwards import (
 from ditfastattn.runtime.pipeline.generation_end import stop_watching, warn_if_unused
 from ditfastattn.runtime.pipeline.model_call import by_name
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.pipeline.text_padding import pad_text
 from ditfastattn.runtime.pipeline_watch import PipelineWatch, check_hooks
 from ditfastattn.runtime.plan_choice import Candidate, Choice, OnMismatch, PlanChoice
 from ditfastattn.runtime.traced import BROKEN, TracedFallback, TracedFunction, once_warm
@@ -99,8 +101,10 @@ def accelerate(
         parse_options({**options, **({} if one is None else {"plan": one})}, mode) for one in plans
     ]
     check_hooks(module, plans)
+    texts = _texts(plans)
     _restore(module)
     stop_watching(pipeline)
+    pad_text(module, texts)
     models = [_opaque_model(module, each) for each in chosen]
     compilation = set_aside(module)
     compilation.take_from(pipeline, module)
@@ -179,6 +183,28 @@ def _check_choice(plans: Sequence[Plan | None], scheduler: Any) -> None:
             got="no scheduler with timesteps" if scheduler is None else type(scheduler).__name__,
             remedy="give one plan, and on_mismatch='error'",
         )
+
+
+def _texts(plans: Sequence[Plan | None]) -> list[PaddedText]:
+    """Return to what the text is padded, by each length of ``plans``.
+
+    Raises:
+        ConfigError: some plans are for padded text, and others for text as it is, or by other
+            arguments.
+    """
+    texts = list(dict.fromkeys(None if plan is None else plan.text for plan in plans))
+    if texts == [None]:
+        return []
+    found = [text for text in texts if text is not None]
+    if len({(text.argument, text.mask) for text in found}) > 1 or len(found) < len(texts):
+        raise ConfigError(
+            "the plans are for texts that are padded differently",
+            where="accelerate(plan): plan.text",
+            got="; ".join(str(text and text.model_dump()) for text in texts),
+            expected="one argument and one mask, of any lengths",
+            remedy="calibrate all of them with text_length, or none",
+        )
+    return found
 
 
 def _backend(graph: GraphModule, _example: Sequence[Any]) -> Callable[..., Any]:
@@ -308,5 +334,7 @@ def restore(pipeline: Any) -> Any:
 
 
 def _restore(module: nn.Module) -> None:
+    if is_planned(module):
+        pad_text(module, ())
     restore_forward(module)
     give_back(module)

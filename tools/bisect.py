@@ -20,6 +20,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.matching import planned_sites
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, split_prompts
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.judge.judgement import judge_images
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.judge.validate import planned_call
@@ -75,7 +76,10 @@ def bisect_plan(
         )
     prompts = split_prompts(planned_call(pipeline, plan, call), seed)
     layout, groups = plan.sampler.cfg_layout, plan.head_groups or 1
-    with open_session(pipeline, prompts[0], layout, head_groups=groups) as session:
+    with (
+        text_padded(pipeline, plan.text),
+        open_session(pipeline, prompts[0], layout, head_groups=groups) as session,
+    ):
         known = planned_sites(plan, session.captured, session.sites, session.identity)
         session.take_sites(known)
         return _Bisecting(session, plan, prompts, target, on_progress).run()

@@ -15,6 +15,7 @@ from ditfastattn.passes.plan.slot_schedule import CacheSlot
 from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.matching import planned_sites
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.measure.error_table import ErrorTable, error_table
 from ditfastattn.runtime.search.measure.latency import CostTable, Objective, measure_costs
 from ditfastattn.runtime.search.measure.profile import Profiler
@@ -51,7 +52,11 @@ def examine_plan(pipeline: Any, plan: Plan, prompt: Prompt) -> Examined:
         ConfigError: the pipeline's model cannot be captured, or the plan does not match it.
     """
     layout = plan.sampler.cfg_layout
-    with open_session(pipeline, prompt, layout, head_groups=plan.head_groups or 1) as session:
+    groups = plan.head_groups or 1
+    with (
+        text_padded(pipeline, plan.text),
+        open_session(pipeline, prompt, layout, head_groups=groups) as session,
+    ):
         captured = session.captured
         report = find_sites(captured)
         chosen = planned_sites(plan, captured, session.sites, session.identity)

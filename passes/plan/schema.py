@@ -38,6 +38,7 @@ from ditfastattn.passes.plan.nesting import held_by, why_not_nested
 from ditfastattn.passes.plan.phases import Phase, Span, spans_of, why_not_phases
 from ditfastattn.passes.plan.plan_html import plan_map_html
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
+from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.passes.windows.window import Window
 
 SCHEMA_VERSION = 4
@@ -216,6 +217,7 @@ class Plan(Record, frozen=True):
         schema_version: of the JSON; others are refused.
         model: the fingerprint of the model that the plan is for.
         inputs: the shapes of its tensor inputs, without the batch.
+        text: to what its text is padded first; None where it stays as the pipeline gives it.
         sampler: the scheduler, steps, timesteps and guidance that the plan is for.
         sites: what takes strategies, in the model's order.
         strategies: a row for each step, with an entry for each site.
@@ -226,11 +228,18 @@ class Plan(Record, frozen=True):
     schema_version: Literal[4] = 4
     model: Fingerprint
     inputs: dict[str, tuple[int, ...]]
+    text: PaddedText | None = None
     sampler: Sampler
     sites: tuple[PlannedSite, ...]
     strategies: tuple[tuple[Strategy, ...], ...]
     merge_variants: bool = False
     calibration: Calibration
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out text that is not padded."""
+        fields: dict[str, Any] = write(self)
+        return {name: item for name, item in fields.items() if name != "text" or item}
 
     @model_validator(mode="after")
     def _check(self) -> Plan:

@@ -12,6 +12,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.bundle.manifest import Manifest
 from ditfastattn.runtime.bundle.settings import check_settings
 from ditfastattn.runtime.bundle.specs import Multiple, TensorSpec
+from ditfastattn.runtime.pipeline.text_padding import TextPadder
 
 _LARGEST_LATENT: Final = 1e15  # norms square them, and sum the squares
 
@@ -22,6 +23,7 @@ class BundleArguments:
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         """Take the manifest that describes them, and the device that they are moved to."""
         self._manifest, self._device = manifest, device
+        self._pad = TextPadder([manifest.text]) if manifest.text else dict
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name, as the model's forward would take them.
@@ -41,7 +43,7 @@ class BundleArguments:
             )
         given |= kwargs
         self.check_settings(given)
-        return given
+        return self._pad(given)
 
     def check_settings(self, given: Mapping[str, Any]) -> None:
         """Refuse other numbers, texts and flags than the exported call's; see ``settings``."""

@@ -21,6 +21,7 @@ from ditfastattn.core.files import repr_path, standing, write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.plan.schema import Sampler
+from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.runtime.bundle.guards import InputGuard, check_described
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.specs import (
@@ -69,6 +70,7 @@ class Manifest(Record, frozen=True):
         batch_multiple: what a free batch must be a multiple of.
         timestep: the name of the timestep input.
         latent: the name of the latent input, "" if unknown.
+        text: to what the text is padded; a driver pads it, and so does ``load``.
         shares_guidance: whether some step computes the conditional half alone.
         inputs: of the model.
         guards: the content of the inputs that the model reads, where the graphs hold for it alone;
@@ -99,6 +101,7 @@ class Manifest(Record, frozen=True):
     batch_multiple: Positive
     timestep: str
     latent: str = ""
+    text: PaddedText | None = None
     shares_guidance: bool = False
     inputs: tuple[TensorSpec, ...]
     guards: tuple[InputGuard, ...] = ()

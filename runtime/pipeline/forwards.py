@@ -88,8 +88,7 @@ class Replacement:
         """Replace the innermost forward of ``module`` by ``make(own)``."""
         place, name = _innermost(module)
         self._before: Forward | None = place.get(name)
-        known = self._before
-        own = known.own if isinstance(known, ReplacedMethod) else known or module.forward
+        own = own_forward(module)
         self._module = module
         self.made = make(own)
         self.method = place[name] = ReplacedMethod(own, self.made, note)
@@ -152,6 +151,13 @@ def planned_forward(module: nn.Module) -> Forward | None:
 def is_planned(module: nn.Module) -> bool:
     """Return whether ``module`` runs by a plan."""
     return vars(module).get(_PLANNED) is not None
+
+
+def own_forward(module: nn.Module) -> Forward:
+    """Return the forward of ``module`` itself, whatever hooks and plans are around it."""
+    place, name = _innermost(module)
+    known: Forward | None = place.get(name)
+    return known.own if isinstance(known, ReplacedMethod) else known or module.forward
 
 
 def check_not_accelerated(module: nn.Module) -> None:

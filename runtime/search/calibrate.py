@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from ditfastattn.passes.analysis.site import CacheDtype
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan, Tried
 from ditfastattn.runtime.lowering import Lowering
-from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, split_prompts
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.call_log import ChangingCallsError
@@ -54,6 +55,7 @@ def calibrate(
     cfg_layout: CfgLayout | None = None,
     seed: int = 0,
     timestep: str = "timestep",
+    text_length: int = 0,
     lowering: Lowering | str = Lowering.INDUCTOR,
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
@@ -90,6 +92,10 @@ def calibrate(
         cfg_layout: how guidance branches reach the transformer; observed where None.
         seed: seeds the prompts' noise: ``seed``, ``seed + 1``, ...
         timestep: the name of the transformer's timestep argument.
+        text_length: pad the text to so many tokens, hidden by the transformer's mask, for pipelines
+            whose text is as long as the prompt (Qwen-Image): the plan is then for all prompts up
+            to that length. 0 leaves it as it is. A model whose output depends on the padding is
+            refused.
         lowering: what runs the plan when a speed is measured.
         out: the plan's file, written at the end. The search keeps its state beside it, and resumes
             if it was interrupted.
@@ -125,8 +131,6 @@ def calibrate(
     )
     target.prepare(prompts[0].call)
     wanted = Options(target, cfg_layout, timestep, seed, out, restart, on_progress)
-    if resolved is Method.WHOLE_STEPS:
-        return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
     narrow = attention_only or not _searches_all_sites(resolved)
     sites = SitesWanted(
         narrow,
@@ -134,17 +138,26 @@ def calibrate(
         _window_form(choice_named(WindowForm, windows, "calibrate(windows)"), resolved),
         cache_dtype,
     )
-    if resolved in (Method.AUTO, Method.JOINT):
+    request = SiteRequest(call, prompts, unseen, options, wanted)
+    with text_padded(pipeline, text_length, check=True):
+        return _search(pipeline, request, sites, resolved)
+
+
+def _search(pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method) -> Plan:
+    """Search by ``method``, ``auto`` where whole steps and sites are to be searched."""
+    prompts, unseen, wanted = request.prompts, request.unseen, request.wanted
+    if method is Method.WHOLE_STEPS:
+        return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
+    if method in (Method.AUTO, Method.JOINT):
         try:
-            return _search_jointly(pipeline, prompts, unseen, options, sites, wanted, resolved)
+            return _search_jointly(pipeline, request, sites, method)
         except UnobservableError as error:
-            if resolved is Method.JOINT:
+            if method is Method.JOINT:
                 raise
             log.warning("ditfastattn: whole steps cannot be searched, only sites: %s", error.reason)
             missing = Tried(what="whole steps", outcome=f"not possible: {error.reason}")
-            wanted = replace(wanted, tried=(missing,))
-    opening = open_sites(pipeline, prompts[0], cfg_layout, timestep, sites)
-    request = SiteRequest(call, prompts, unseen, options, wanted)
+            request = replace(request, wanted=replace(wanted, tried=(missing,)))
+    opening = open_sites(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites)
     try:
         return search_sites(request, opening)
     except ChangingCallsError as error:
@@ -152,23 +165,18 @@ def calibrate(
 
 
 def _search_jointly(
-    pipeline: Any,
-    prompts: Sequence[Prompt],
-    unseen: Sequence[Prompt],
-    options: SearchOptions,
-    sites: SitesWanted,
-    wanted: Options,
-    method: Method,
+    pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method
 ) -> Plan:
     """Search whole steps, and strategies of ``sites`` at the steps that run."""
+    prompts, wanted = request.prompts, request.wanted
     decides = {name: str(item) for name, item in asdict(sites).items()}
     plan = calibrate_jointly(
         pipeline,
         prompts,
-        unseen,
+        request.unseen,
         replace(wanted, decides=decides),
         open_sites(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
-        options.objective,
+        request.options.objective,
         else_whole=method is Method.AUTO,
     )
     warn_if_nothing_gained(plan)

@@ -25,6 +25,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.matching import check_fingerprint, holding_sites, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.joint.search import JointSearch
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.session import Session, open_session
@@ -81,21 +82,35 @@ def retarget(
     prompts = split_prompts(call, seed)
     unseen = split_prompts(held_out or call, seed + HELD_OUT_SEED)
     kept.prepare(prompts[0].call)
+    wanted = Options(kept, cfg_layout, timestep, seed, out, on_progress=on_progress)
+    with text_padded(pipeline, plan.text):
+        return _retargeted(pipeline, plan, prompts, unseen, wanted)
+
+
+def _retargeted(
+    pipeline: Any,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+    unseen: Sequence[Prompt],
+    wanted: Options,
+) -> Plan:
+    """Adapt ``plan`` by what it has: whole steps, sites, or both."""
+    kept, out = wanted.target, wanted.out
     if all(site.kind is SiteKind.OUTPUT for site in plan.sites):
-        wanted = Options(kept, cfg_layout, timestep, seed, out, on_progress=on_progress)
         return refit_whole_steps(pipeline, plan, prompts, unseen, wanted)
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
-    opening = open_session(pipeline, prompts[0], cfg_layout, timestep, narrow, plan.head_groups)
+    opening = open_session(
+        pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, narrow, plan.head_groups
+    )
     if any(site.kind is SiteKind.OUTPUT for site in plan.sites):
-        wanted = Options(kept, cfg_layout, timestep, seed, out, on_progress=on_progress)
         return _refitted(pipeline, plan, prompts, unseen, wanted, opening)
     with holding, opening as session:
         _check_model(plan, session)
         session.take_sites(_as_planned(plan, session))
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
-        work = Work(session, Checkpoint(), at_most, on_progress)
-        adapted = _validated(work, plan, kept, prompts, unseen, seed)
+        work = Work(session, Checkpoint(), at_most, wanted.on_progress)
+        adapted = _validated(work, plan, kept, prompts, unseen, wanted.seed)
         if out is not None:
             adapted.save(out)
     return adapted

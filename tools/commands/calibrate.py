@@ -76,6 +76,13 @@ Windows = Annotated[
     WindowForm,
     typer.Option(help="A band of the sequence, tiles of the grid, or per site the better."),
 ]
+TextLength = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Pad texts to so many tokens, for pipelines that do not (Qwen-Image). 0: leave them.",
+    ),
+]
 Retarget = Annotated[
     Path | None,
     typer.Option(help="Adapt this plan to the given steps or resolution, and validate it."),
@@ -114,6 +121,7 @@ def calibrate(
     attention_only: AttentionOnly = False,
     head_groups: HeadGroups = 1,
     windows: Windows = WindowForm.AUTO,
+    text_length: TextLength = 0,
     lowering: Compiler = Lowering.INDUCTOR,
     seed: Seed = 0,
     restart: Restart = False,
@@ -159,6 +167,7 @@ def calibrate(
                 cache_dtype=cache_dtype,
                 attention_only=attention_only,
                 head_groups=head_groups,
+                text_length=text_length,
                 windows=windows,
                 lowering=lowering,
                 seed=seed,

@@ -14,6 +14,7 @@ from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.pipeline import rewrite, unroll_available
 from ditfastattn.runtime.matching import planned_sites
 from ditfastattn.runtime.pipeline.prompts import split_prompts
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.judge.validate import planned_call
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.tools.graph_view import GraphView, changes, view, write_views
@@ -41,6 +42,7 @@ def write_graphs(
     views: list[GraphView] = []
     with (
         spinner(console, "capturing and rewriting"),
+        text_padded(pipeline, plan.text),
         open_session(pipeline, prompt, layout, head_groups=groups) as session,
     ):
         captured = session.captured

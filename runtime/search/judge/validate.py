@@ -31,6 +31,7 @@ from ditfastattn.runtime.pipeline.guidance import (
 )
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of, split_prompts
 from ditfastattn.runtime.pipeline.sampler import check_sampler
+from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.judge.drift import Drift, mean_squared_error
 from ditfastattn.runtime.search.judge.quality import Quality, compare
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
@@ -160,7 +161,7 @@ def validate(
     if wanted is not None:
         wanted.prepare(prompts[0].call)
     report = on_progress or _ignore
-    with _running_plain(pipeline), many_compilations():
+    with _running_plain(pipeline), text_padded(pipeline, plan.text), many_compilations():
         if any(strategy.shares_guidance for row in plan.strategies for strategy in row):
             check_layout(plan, detect_cfg_layout(pipeline, prompts[0].call))
         pair = partial(_Pair, pipeline, plan, prompts, timestep)

@@ -52,6 +52,10 @@ from ditfastattn.runtime.search.measure.captured_model import (
 from ditfastattn.runtime.traced import BROKEN, TracedCalls, log_fallback, once_warm
 
 Outputs = tuple[Any, ...]
+_ALIKE = (
+    "give every prompt the same number of images, resolution and length; texts of other lengths "
+    "can be padded to one (text_length)"
+)
 
 
 class Stepper(Protocol):
@@ -290,7 +294,7 @@ class Session:
                 "a search must call one graph of the transformer",
                 where="a generation",
                 got=otherwise or "a call of another structure or shape",
-                remedy="give every prompt the same number of images, resolution and length",
+                remedy=_ALIKE,
             )
         return call.returned(self._step(tensors))
 
@@ -303,7 +307,7 @@ class Session:
             known.example,
             tensors,
             "a search must call one graph of the transformer, at one shape",
-            "give every prompt the same number of images, resolution and length",
+            _ALIKE,
         )
         self._log.note(read_timestep(tensors[known.timestep]).value())
         assert self._stepper is not None

@@ -12,6 +12,7 @@ from ditfastattn.passes.plan.guidance import calls_of
 from ditfastattn.passes.plan.schema import Calibration, Plan, Tried
 from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.matching import input_shapes
+from ditfastattn.runtime.pipeline.text_padding import padded_text
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.timing import device_name
 from ditfastattn.runtime.search.solve.rows import Row
@@ -49,6 +50,7 @@ def record_plan(
     return Plan(
         model=session.identity,
         inputs=input_shapes(captured),
+        text=padded_text(session.pipeline.transformer),
         sampler=session.sampler(timesteps),
         sites=tuple(planned_site(site) for site in sites),
         strategies=tuple(map(tuple, rows)),

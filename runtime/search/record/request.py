@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.pipeline.text_padding import padded_text
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.options import SearchOptions
 
@@ -20,10 +21,11 @@ def search_request(
     options: SearchOptions,
 ) -> dict[str, Any]:
     """Return, as JSON data, all that decides the result of a search."""
-    target = options.target
+    target, text = options.target, padded_text(session.pipeline.transformer)
     return {
         "model": session.identity.model_dump(),
         "layout": session.layout,
+        "text": text and text.model_dump(),
         "sites": [
             [site.name, *map(str, site.windows), str(site.cache_dtype)] for site in session.sites
         ],

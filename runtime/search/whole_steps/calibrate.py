@@ -210,10 +210,11 @@ def repeated(prompts: Sequence[Prompt], least: int) -> tuple[Prompt, ...]:
 def _describe(subject: Subject, request: Request) -> dict[str, Any]:
     """Return, as JSON data, all that decides the result of a search."""
     target = request.target
-    scheduler = subject.scheduler
+    scheduler, text = subject.scheduler, subject.text
     return {
         "model": subject.identity.model_dump(),
         "layout": request.layout,
+        "text": text and text.model_dump(),
         "prompts": [[repr(sorted(prompt.call.items())), prompt.seed] for prompt in request.prompts],
         "held_out": [[repr(sorted(p.call.items())), p.seed] for p in request.held_out],
         "scheduler": [type(scheduler).__name__, dict(scheduler.config)],

@@ -83,6 +83,7 @@ class Recorder:
         return Plan(
             model=self.subject.identity,
             inputs=self.subject.inputs(observed),
+            text=self.subject.text,
             sampler=self.subject.sampler(observed),
             sites=(site.model_copy(update={"coefficients": planned_coefficients(mask, observed)}),),
             strategies=tuple((strategy,) for strategy in mask.column),

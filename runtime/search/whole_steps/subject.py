@@ -18,12 +18,14 @@ from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan, PlannedSite, Sampler
+from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.pipeline.denoiser import denoiser_name, transformer_of
 from ditfastattn.runtime.pipeline.guidance import guidance_of
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
+from ditfastattn.runtime.pipeline.text_padding import padded_text
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.whole_steps.observe import Observed
 
@@ -39,6 +41,7 @@ class Subject:
         captured: its fingerprint, inputs and output where it is captured; None where it is opaque.
         guidance_scale: of the calibration.
         timestep: the name of the model's argument.
+        text: to what the pipeline's text is padded.
         scheduler: the pipeline's.
     """
 
@@ -46,6 +49,7 @@ class Subject:
     captured: tuple[Fingerprint, dict[str, tuple[int, ...]], PlannedSite] | None
     guidance_scale: float | None
     timestep: str
+    text: PaddedText | None
     scheduler: Any
 
     @property
@@ -121,7 +125,8 @@ def identify(
         except (ConfigError, ValueError, TorchDynamoException) as error:
             reason = str(error).splitlines()[0]
             log.warning("ditfastattn: the model is not captured, and called as it is: %s", reason)
-    return Subject(module_fingerprint(module), captured, scale, timestep, pipeline.scheduler)
+    identity, text = module_fingerprint(module), padded_text(module)
+    return Subject(identity, captured, scale, timestep, text, pipeline.scheduler)
 
 
 def _fitted_site(captured: CapturedGraph, latent: str) -> PlannedSite:
