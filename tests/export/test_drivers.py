@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
+import onnxruntime
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -95,11 +95,25 @@ def test_the_python_driver_generates_what_we_do(case: str, tmp_path: Path) -> No
     assert error < 1e-5 * np.abs(latents).max()
 
 
+def settings_for(runtime: str, folder: Path) -> list[str]:
+    """Return what CMake needs to build with ``runtime``, of the library that comes with Python."""
+    if runtime == "openvino":
+        openvino = pytest.importorskip("openvino.utils")
+        return [f"-DOpenVINO_DIR={openvino.get_cmake_path()}"]
+    headers = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
+    if not (headers / "onnxruntime_cxx_api.h").is_file():
+        pytest.skip("no headers of onnxruntime: install libonnxruntime-dev, or name their folder")
+    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    named = folder / "libonnxruntime.so.1"
+    named.symlink_to(library)
+    return [f"-DONNXRUNTIME_INCLUDE={headers}", f"-DONNXRUNTIME_LIBRARY={named}"]
+
+
 @pytest.mark.slow
-def test_the_cpp_driver_generates_what_we_do(tmp_path: Path) -> None:
-    """By the C++ library that comes with OpenVINO for Python."""
-    openvino = pytest.importorskip("openvino.utils")
-    built(EXAMPLES / "cpp-openvino", tmp_path, f"-DOpenVINO_DIR={openvino.get_cmake_path()}")
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_the_cpp_driver_generates_what_we_do(runtime: str, tmp_path: Path) -> None:
+    settings = settings_for(runtime, tmp_path)
+    built(EXAMPLES / "cpp-onnx", tmp_path, f"-DRUNTIME={runtime}", *settings)
     for case in ("caches renamed", "clipped", "learned variance", "hoisted"):
         pipeline, call = CASES[case]()
         call = {**call, "num_inference_steps": len(STEPS)}

@@ -1,19 +1,18 @@
-// Generate by OpenVINO alone, from the golden noise of a bundle in fp32: run_bundle BUNDLE OUT.f32
+// Generate from the golden noise of a bundle in fp32: run_bundle BUNDLE OUT.f32
 //
 // What happens at a step, and why, is in docs/bundle-format.md.
 #include <algorithm>
-#include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
-#include <openvino/openvino.hpp>
+#include <stdexcept>
+
+#include "graph.hpp"
 using nlohmann::json;
 using Pairs = std::vector<std::pair<std::string, std::string>>;
-using Tensors = std::map<std::string, ov::Tensor>;
 using Terms = std::vector<std::pair<size_t, float>>;
 using Values = std::vector<float>;
-const std::map<std::string, ov::element::Type> kTypes = {
-    {"F32", ov::element::f32}, {"float32", ov::element::f32}, {"I64", ov::element::i64},
-    {"int64", ov::element::i64}, {"I32", ov::element::i32}, {"BOOL", ov::element::boolean}};
+const std::map<std::string, std::string> kStored = {
+    {"F32", "float32"}, {"I64", "int64"}, {"I32", "int32"}, {"BOOL", "bool"}};
 
 std::string read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -21,36 +20,35 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+// The tensors of a safetensors file.
+Tensors tensors_of(const std::string& path) {
+  const std::string data = read(path);
+  const uint64_t begin = 8 + *reinterpret_cast<const uint64_t*>(data.data());
+  const json header = json::parse(data.substr(8, begin - 8));
+  Tensors found;
+  for (const auto& [name, entry] : header.items())
+    if (name != "__metadata__")
+      found[name] = Tensor(kStored.at(entry["dtype"]), entry["shape"],
+                           data.data() + begin + entry["data_offsets"][0].get<size_t>());
+  return found;
+}
+
 int main(int, char** arguments) {
   const std::string root = arguments[1] + std::string("/");
   const json m = json::parse(read(root + "manifest.json")), sampler = m["stepping"];
-  const std::string data = read(root + m["golden"].get<std::string>());
-  const uint64_t begin = 8 + *reinterpret_cast<const uint64_t*>(data.data());
-  Tensors golden, given, once, slots;
-  const json header = json::parse(data.substr(8, begin - 8));
-  for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") continue;
-    ov::Tensor made(kTypes.at(entry["dtype"]), entry["shape"].get<ov::Shape>());
-    const size_t at = begin + entry["data_offsets"][0].get<size_t>();
-    std::memcpy(made.data(), data.data() + at, made.get_byte_size());
-    (name.rfind("inputs/", 0) == 0 ? given[name.substr(7)] : golden[name]) = made;
-  }
-  ov::Core core;  // by default a CPU that has bfloat16 computes in that
-  core.set_property("CPU", ov::hint::execution_mode(ov::hint::ExecutionMode::ACCURACY));
-  std::map<std::string, ov::InferRequest> loaded;
+  const Tensors golden = tensors_of(root + m["golden"].get<std::string>());
+  Tensors given, once, slots;
+  for (const auto& [name, tensor] : golden)
+    if (name.rfind("inputs/", 0) == 0) given[name.substr(7)] = tensor;
+  std::map<std::string, Graph> loaded;
+  Tensors results;  // of the last graph
   const auto run = [&](const json& graph, const Tensors& held) {  // returns what it writes, by slot
-    ov::InferRequest& request = loaded[graph["file"]];
-    const std::string path = root + graph["file"].get<std::string>();
-    if (!request) request = core.compile_model(path, "CPU").create_infer_request();
-    for (const std::string name : graph["inputs"]) request.set_tensor(name, given.at(name));
-    for (const auto& [slot, name] : graph["reads"].get<Pairs>())
-      request.set_tensor(name, held.at(slot));
-    request.infer();
-    Tensors found;
-    for (const auto& [slot, name] : graph["writes"].get<Pairs>()) {
-      const ov::Tensor out = request.get_tensor(name);
-      out.copy_to(found[slot] = ov::Tensor(out.get_element_type(), out.get_shape()));
-    }
+    const std::string file = graph["file"];
+    Tensors inputs, found;
+    for (const std::string name : graph["inputs"]) inputs[name] = given.at(name);
+    for (const auto& [slot, name] : graph["reads"].get<Pairs>()) inputs[name] = held.at(slot);
+    results = loaded.try_emplace(file, root + file).first->second.run(inputs);
+    for (const auto& [slot, name] : graph["writes"].get<Pairs>()) found[slot] = results.at(name);
     return found;
   };
   if (!m["hoisted"].is_null()) once = run(m["hoisted"], {});
@@ -58,11 +56,11 @@ int main(int, char** arguments) {
   const std::string layout = m["sampler"]["cfg_layout"], timestep = m["timestep"];
   if (!m["second"].is_null()) throw std::runtime_error("guidance in two calls a step");
   const int halves = layout == "none" ? 1 : 2;
-  ov::Shape shape = golden["noise"].get_shape();
-  const float* noise = golden["noise"].data<float>();
-  Values latents(noise, noise + golden["noise"].get_size());
+  const Tensor& noise = golden.at("noise");
+  Values latents(noise.data<float>(), noise.data<float>() + noise.size());
   for (float& value : latents) value *= sampler["noise_scale"].get<float>();
-  const size_t images = shape[0], each = latents.size() / images, batch = images * halves;
+  const size_t images = noise.shape[0], each = latents.size() / images, batch = images * halves;
+  std::vector<size_t> shape = noise.shape;
   shape[0] = batch;
   std::map<std::string, std::vector<Values>> seen = {{"latents", {latents}}};
   const auto total = [&](const json& terms) {  // of what each sequence held some steps ago
@@ -76,24 +74,23 @@ int main(int, char** arguments) {
     const json how = sampler["steps"][step];
     const json graph = m["variants"][m["schedule"][step].get<size_t>()];
     const float input_scale = how["input_scale"];
-    ov::Tensor rows(ov::element::f32, shape);
-    for (size_t i = 0; i < rows.get_size(); ++i)
+    Tensor rows("float32", shape);
+    for (size_t i = 0; i < rows.size(); ++i)
       rows.data<float>()[i] = seen["latents"].back()[i % latents.size()] * input_scale;
     given[m["latent"]] = rows;
     for (const json& input : m["inputs"]) {
       if (input["name"] != timestep) continue;
-      const bool whole = input["dtype"] == "int64";
-      ov::Tensor at(kTypes.at(input["dtype"]), ov::Shape(input["shape"].size(), batch));
-      for (size_t i = 0; i < at.get_size(); ++i)
-        if (whole) at.data<int64_t>()[i] = static_cast<int64_t>(how["timestep"].get<double>());
+      Tensor at(input["dtype"], std::vector<size_t>(input["shape"].size(), batch));
+      for (size_t i = 0; i < at.size(); ++i)
+        if (at.dtype == "int64") at.data<int64_t>()[i] = how["timestep"].get<double>();
         else at.data<float>()[i] = how["timestep"];
       given[timestep] = at;
     }
     Tensors held = once;
     held.insert(slots.begin(), slots.end());
     for (const auto& [slot, factor] : m["factors"][step].items()) {
-      held[slot] = ov::Tensor(ov::element::f32, {});
-      *held[slot].data<float>() = factor;
+      const float number = factor;
+      held[slot] = Tensor("float32", {}, &number);
     }
     Tensors next = slots, kept;
     const Tensors written = run(graph, held);
@@ -106,8 +103,8 @@ int main(int, char** arguments) {
         if (life[0] <= step && step < life[1]) kept[slot["name"]] = next.at(slot["name"]);
     slots = kept;
 
-    const ov::Tensor out = loaded[graph["file"]].get_tensor(m["outputs"][0]["name"]);
-    const size_t row = out.get_size() / batch;  // a learned variance comes after the channels
+    const Tensor out = results.at(m["outputs"][0]["name"]);
+    const size_t row = out.size() / batch;  // a learned variance comes after the channels
     const size_t first = layout == "uncond-first" ? images : 0, second = images - first;
     Values output(latents.size());
     for (size_t i = 0; i < output.size(); ++i) {
