@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]  # it has no annotations
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -103,7 +103,7 @@ def settings_for(runtime: str, folder: Path) -> list[str]:
     headers = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
     if not (headers / "onnxruntime_cxx_api.h").is_file():
         pytest.skip("no headers of onnxruntime: install libonnxruntime-dev, or name their folder")
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    library = next((Path(str(onnxruntime.__file__)).parent / "capi").glob("libonnxruntime.so.*"))
     named = folder / "libonnxruntime.so.1"
     named.symlink_to(library)
     return [f"-DONNXRUNTIME_INCLUDE={headers}", f"-DONNXRUNTIME_LIBRARY={named}"]

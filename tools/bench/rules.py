@@ -47,8 +47,7 @@ def chebyshev(
     known = chebvander(2.0 * (ran - oldest) / reach - 1.0, degree)
     wanted = chebvander(np.array([2.0 * (step - oldest) / reach - 1.0]), degree)
     weights = (wanted @ np.linalg.pinv(known))[0]
-    guidance = rollouts[0].observed.steps[step].weights
-    share = [weight / sum(guidance) for weight in guidance]
+    share = rollouts[0].observed.steps[step].guidance.shares
     found = [0.0, *(weight * own for weight in weights for own in share)]
     return torch.tensor(found, dtype=torch.float32)
 

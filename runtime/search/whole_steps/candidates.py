@@ -37,28 +37,28 @@ def output_column(runs: Collection[int], steps: int, outputs: int) -> tuple[Stra
 
 def planned_coefficients(mask: FittedMask, observed: Observed) -> Coefficients:
     """Return the coefficients of ``mask`` as a plan has them, step by step."""
+    shares = [step.guidance.shares for step in observed.steps]
     return tuple(
-        () if found is None else branch_rows(found, observed.layout, observed.steps[step].weights)
-        for step, found in enumerate(mask.coefficients)
+        () if found is None else branch_rows(found, observed.layout, own)
+        for found, own in zip(mask.coefficients, shares, strict=True)
     )
 
 
 def branch_rows(
-    guided: Tensor, layout: CfgLayout, weights: Sequence[float]
+    guided: Tensor, layout: CfgLayout, shares: Sequence[float]
 ) -> tuple[tuple[float, ...], ...]:
     """Return the coefficients of each branch, given those of the guided output.
 
     In a batch both branches return the guided output, which guidance then leaves as it is. In two
-    calls each branch sees its own outputs alone: its coefficients are divided by its weight, so
+    calls each branch sees its own outputs alone: its coefficients are divided by its share, so
     that guidance adds up the same.
     """
     numbers: list[float] = guided.tolist()
     if layout.batched:
         return (tuple(numbers), tuple(numbers))
-    total = sum(weights)
     if layout is CfgLayout.NONE:
         return (tuple(numbers),)
     return tuple(
-        (numbers[0], *(number * total / weights[branch] for number in numbers[1 + branch :: 2]))
+        (numbers[0], *(number / shares[branch] for number in numbers[1 + branch :: 2]))
         for branch in (0, 1)
     )

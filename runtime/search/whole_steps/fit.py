@@ -8,8 +8,9 @@ makes of an output, and ``y0`` for the linear rule's::
     minimize  | f(y0) + f'(y0) (A w - y0) - x_dense |^2 + ridge * | w - w0 |^2
 
 ``f`` works element by element, so its slope is one difference; where it clips, the slope is 0 and
-the element does not count. As other coefficients clip other elements, this is repeated with what
-was found in place of ``y0`` (Gauss and Newton's method).
+the element does not count. Where guidance brings its sum to another norm, the factor of each token
+is taken as fixed. As other coefficients clip other elements and change norms, this is repeated
+with what was found in place of ``y0`` (Gauss and Newton's method).
 """
 
 from __future__ import annotations
@@ -35,10 +36,29 @@ def terms(rollout: Rollout, state: State, step: int, outputs: int) -> Tensor:
     return torch.stack([t.flatten() for t in (rollout.latent_input(state, step), *held)], 1)
 
 
+def combined(
+    rollout: Rollout, step: int, matrix: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor | float]:
+    """Return the weighted mean of the fitted branches, and what guidance multiplies it by.
+
+    Both are flat; ``matrix`` holds the terms. In a batch both branches return the mean, which
+    guidance leaves as it is. In two calls each has its own outputs alone.
+    """
+    observed = rollout.observed
+    guidance, mean = observed.steps[step].guidance, matrix @ coefficients
+    if guidance.norm_of is None or observed.layout.batched:
+        return mean, 1.0
+    outputs = []
+    for branch, share in enumerate(guidance.shares):
+        own = matrix[:, 1 + branch :: 2] @ coefficients[1 + branch :: 2] / share
+        outputs.append((matrix[:, 0] * coefficients[0] + own).reshape(observed.latents[step].shape))
+    factor = torch.as_tensor(guidance.rescaling(outputs)).to(mean.dtype)
+    return mean, factor.expand(outputs[0].shape).flatten()
+
+
 def linear_rule(rollout: Rollout, state: State, step: int, outputs: int) -> Tensor:
     """Return the coefficients of the line through the last two outputs, or of the last output."""
-    weights = rollout.observed.steps[step].weights
-    share = [weight / sum(weights) for weight in weights]
+    share = rollout.observed.steps[step].guidance.shares
     known = min(2, outputs)
     gaps = [state.ran[index] - state.ran[index + 1] for index in range(known - 1)]
     lines = output_weights(step - state.ran[0], gaps)
@@ -89,12 +109,14 @@ class _Image:
 
     def around(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Return how the next latent changes with ``coefficients``, and what it lacks."""
-        rule = (self.matrix @ coefficients).reshape(self.state.latent.shape)
+        mean, factor = combined(self.rollout, self.step, self.matrix, coefficients)
+        rule = (mean * factor).reshape(self.state.latent.shape)
         after = self._after(rule)
         change = _SMALL * float(rule.square().mean().sqrt())
         slope = ((self._after(rule + change) - after) / change).flatten()[:, None]
         dense = self.rollout.observed.latents[self.step + 1].double()
-        return slope * self.matrix, (dense - after).flatten()
+        scaled = self.matrix * torch.as_tensor(factor).reshape(-1, 1)
+        return slope * scaled, (dense - after).flatten()
 
     def _after(self, output: Tensor) -> Tensor:
         return self.rollout.peek(self.state, self.step, output.float()).double()

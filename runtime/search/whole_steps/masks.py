@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
-from ditfastattn.runtime.search.whole_steps.fit import fit, terms
+from ditfastattn.runtime.search.whole_steps.fit import combined, fit, terms
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 
 SHORTEST_LIMIT = 7  # steps in a row that may always be skipped
@@ -64,8 +64,10 @@ def skip_step(
     found = []
     for rollout, state in zip(rollouts, states, strict=True):
         outputs = (len(coefficients) - 1) // len(state.outputs[0])
-        made = terms(rollout, state, step, outputs) @ coefficients
-        found.append(rollout.advance(state, step, made.reshape(state.latent.shape)))
+        matrix = terms(rollout, state, step, outputs)
+        mean, rescaling = combined(rollout, step, matrix, coefficients)
+        made = (mean * rescaling).reshape(state.latent.shape)
+        found.append(rollout.advance(state, step, made))
     return tuple(found)
 
 

@@ -23,10 +23,9 @@ from ditfastattn.passes.plan.phases import in_runs
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
+from ditfastattn.runtime.search.whole_steps.guided import CLOSE, Guidance, find_guidance, near
 
 _WHERE = "calibrate(method='whole-steps')"
-_CLOSE = 1e-3  # relative to the largest element
-_ROUNDINGS = 8.0  # guidance in half precision rounds some times, and amplifies it
 
 
 class UnobservableError(ConfigError):
@@ -73,14 +72,13 @@ class Step:
         calls: in order.
         sampler: what the scheduler did.
         scale: from the sampler's latent to the model's.
-        weights: of the model's outputs, branch by branch in their order, in what the scheduler
-            is given.
+        guidance: from the model's outputs to what the scheduler is given.
     """
 
     calls: tuple[ModelCall, ...]
     sampler: SamplerStep
     scale: float
-    weights: tuple[float, ...]
+    guidance: Guidance
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def _described(
         grouped = [(calls, _first_half(made)) for calls, made in grouped]
     name = _latent_name(grouped[0][0][0], grouped[0][1], layout)
     found = tuple(
-        Step(group, made, _scale(group[0], name, made), _weights(group, made, layout, index))
+        Step(group, made, _scale(group[0], name, made), _guidance(group, made, layout, index))
         for index, (group, made) in enumerate(grouped)
     )
     return Observed(images, before[0], name, layout, found, doubled)
@@ -240,7 +238,7 @@ def _holds(item: Tensor, latent: Tensor, layout: CfgLayout) -> bool:
         return False
     wanted = latent.float() * _ratio(item, latent)
     halves = torch.split(item.float(), len(latent))
-    return all(_near(half[:, : latent.shape[1]], wanted, item.dtype) for half in halves)
+    return all(near(half[:, : latent.shape[1]], wanted, item.dtype) for half in halves)
 
 
 def _ratio(item: Tensor, latent: Tensor) -> float:
@@ -252,28 +250,26 @@ def _scale(call: ModelCall, name: str, made: SamplerStep) -> float:
     return _ratio(call.arguments[name], made.latent)
 
 
-def _weights(
+def _guidance(
     calls: tuple[ModelCall, ...], made: SamplerStep, layout: CfgLayout, step: int
-) -> tuple[float, ...]:
-    """Return the weight of each branch's output in what the scheduler is given."""
+) -> Guidance:
+    """Return how the branches' outputs become what the scheduler is given."""
     parts = branches([call.output for call in calls], layout, made.latent)
-    matrix = torch.stack([part.double().flatten() for part in parts], 1)
-    wanted = made.output.double().flatten()[:, None]
-    if len(matrix) != len(wanted):
+    if parts[0].numel() != made.output.numel():
         raise UnobservableError(
             "the scheduler must be given what the model returns, branches weighted and added",
             f"{list(made.output.shape)} of {list(calls[0].output.shape)} at step {step}",
         )
-    solved = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
-    if not _near((matrix @ solved)[:, 0], wanted[:, 0], made.output.dtype):
+    found = find_guidance(parts, made.output, layout)
+    if found is None:
         raise UnobservableError(
-            "the scheduler must be given a weighted sum of what the model returns",
-            f"something else at step {step}, such as rescaled guidance",
+            "the scheduler must be given a weighted sum of what the model returns, as it is or "
+            "brought to the norm of the conditional output",
+            f"something else at step {step}",
         )
-    found = tuple(map(float, solved[:, 0]))
-    if abs(sum(found)) < _CLOSE:
+    if abs(sum(found.weights)) < CLOSE:
         raise UnobservableError(
-            "the weights of the branches must not cancel", f"{found} at step {step}"
+            "the weights of the branches must not cancel", f"{found.weights} at step {step}"
         )
     return found
 
@@ -282,9 +278,3 @@ def branches(outputs: list[Tensor], layout: CfgLayout, latent: Tensor) -> list[T
     """Return the output of each guidance branch, in order, with the channels of ``latent``."""
     halves = outputs[0].chunk(2) if layout.batched else outputs
     return [half[:, : latent.shape[1]] if half.dim() > 3 else half for half in halves]
-
-
-def _near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether both are equal but for rounding to ``dtype``."""
-    close = max(_CLOSE, _ROUNDINGS * torch.finfo(dtype).eps)
-    return bool((got - wanted).abs().max() <= close * wanted.abs().max().clamp(min=1e-6))

@@ -70,10 +70,8 @@ class Rollout:
             return output_of(self._model(**{**call.arguments, name: changed})).clone()
 
     def guided(self, outputs: Sequence[Tensor], step: int) -> Tensor:
-        """Return the weighted mean of the branches that guidance makes of ``outputs``."""
-        weights = self.observed.steps[step].weights
-        parts = (w * part.float() for w, part in zip(weights, outputs, strict=True))
-        return torch.stack(list(parts)).sum(0) / sum(weights)
+        """Return what guidance makes of the branches' ``outputs``."""
+        return self.observed.steps[step].guidance(outputs)
 
     def latent_input(self, state: State, step: int) -> Tensor:
         """Return the latent as the model would be given it, ``[B, C, ...]``."""
@@ -92,7 +90,7 @@ class Rollout:
     def _step(self, scheduler: Any, state: State, step: int, output: Tensor) -> Tensor:
         here = self.observed.steps[step]
         sampler = here.sampler
-        given = (sum(here.weights) * output).to(sampler.output.dtype)
+        given = (sum(here.guidance.weights) * output).to(sampler.output.dtype)
         keywords = {**sampler.keywords, "return_dict": False}
         if sampler.noise_state is not None:
             noise = torch.Generator(keywords["generator"].device)

@@ -37,7 +37,7 @@ FAMILIES = [
     "pixart",
     *(
         pytest.param(n, marks=pytest.mark.slow)
-        for n in ("dit", "sd3", "flux", "cogvideox", "ltx", "wan")
+        for n in ("dit", "sd3", "flux", "cogvideox", "ltx", "wan", "qwenimage")
     ),
 ]
 
@@ -220,13 +220,14 @@ def test_an_interrupted_generation_leaves_nothing(
 
 @works_with(
     "Other calls than the plan's",
-    "whole steps where guidance is rescaled (QwenImage)",
+    "whole steps where guidance rescales each of several images (`guidance_rescale`)",
     "refused",
 )
-def test_rescaled_guidance_is_refused_with_the_reason() -> None:
-    make, given = TINY_PIPELINES["qwenimage"]
-    with pytest.raises(ConfigError, match="something else at step 0, such as rescaled guidance"):
-        searched(make(), {"num_inference_steps": 2, **given}, opaque=True)
+def test_guidance_that_is_not_known_is_refused_with_the_reason() -> None:
+    pipeline, call = tiny_unet_pipeline(), {"num_inference_steps": 2, "guidance_rescale": 0.7}
+    given = {"prompt": "a cat", "num_images_per_prompt": 2, "height": 8, "width": 8}
+    with pytest.raises(ConfigError, match="something else at step 0"):
+        searched(pipeline, {**call, **given}, opaque=True)
 
 
 @pytest.fixture
