@@ -180,10 +180,15 @@ class _GatheredTiles:
         if bias.shape[3] == 1:
             each = bias.expand(batch, q.shape[0] // batch, -1, -1, -1).flatten(0, 1)
             return scaled_dot_product_attention(q, k, v, attn_mask=each, scale=self.scale)
-        q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (_swapped(x, batch) for x in (q, k, v))
         each = bias.transpose(1, 2).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         output = scaled_dot_product_attention(q, k, v, attn_mask=each, scale=self.scale)
-        return output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(0, 1)
+        return _swapped(output, batch)
+
+
+def _swapped(item: Tensor, batch: int) -> Tensor:
+    """Turn ``[B * H, tiles, n, D]`` into ``[B * tiles, H, n, D]``, or back."""
+    return item.reshape(batch, -1, *item.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def _is_in_runs(window: TileWindow, device: torch.device) -> bool:

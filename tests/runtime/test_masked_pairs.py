@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from ditfastattn import CfgLayout, Strategy
 from ditfastattn.passes.analysis.site import SiteKind
@@ -53,8 +53,8 @@ class Block(nn.Module):
         q, k, v = heads
         found = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + scale * self.out(found.transpose(1, 2).flatten(2))
-        found = self.second(torch.nn.functional.gelu(self.first(x)))
-        return x + scale * found
+        added: Tensor = self.second(gelu(self.first(x)))
+        return x + scale * added
 
 
 class Masked(nn.Module):

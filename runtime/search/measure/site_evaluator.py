@@ -155,9 +155,10 @@ class SiteEvaluator:
     ) -> Tensor:
         node = self._attention[index]
         q, k, v = args[:3]
-        mask, found = args[3] if len(args) > 3 else kwargs.get("attn_mask"), attention_mask(node)
-        if found is not None:
-            mask = windowed_mask(mask, k.shape[2], hides_keys_alone(found, k.shape[2]))
+        mask: Any = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        made = attention_mask(node)
+        if made is not None:
+            mask = windowed_mask(mask, k.shape[2], hides_keys_alone(made, k.shape[2]))
         return compute_window(q, k, v, window, attention_scale(node), self.sites[index].text, mask)
 
     def _half(self, item: Any, like: Tensor) -> Any:

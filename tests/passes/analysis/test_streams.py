@@ -53,7 +53,7 @@ class Joint(torch.nn.Module):
     def heads(self, item: Tensor) -> Tensor:
         """Return queries, keys and values, ``[3, B, H, N, D]``."""
         found: Tensor = self.qkv(item)
-        return found.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return found.reshape(*found.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
 
 
 def sites_of(case: str) -> list[Site]:

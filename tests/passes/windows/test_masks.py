@@ -220,9 +220,10 @@ def test_a_query_that_sees_no_key_gives_zero_by_flex() -> None:
     torch.testing.assert_close(compiled(module, *examples), expected, rtol=0, atol=1e-5)
 
 
-def test_masked_blocks_skip_the_rest_and_count_the_same() -> None:
+@pytest.mark.parametrize("mask_of", [keys_mask, pairs_mask])
+def test_masked_blocks_skip_the_rest_and_count_the_same(mask_of: Callable[..., Tensor]) -> None:
     tokens = 1024 + 77
-    examples = (*inputs(2, 2, tokens, 16), keys_mask("bool", 2, tokens))
+    examples = (*inputs(2, 2, tokens, 16), mask_of("bool", 2, tokens))
     module = trace(masked(128, (0, 77)), *examples)
     counted = count_flops(module.graph)
     plain = trace(lambda q, k, v: masked(128, (0, 77))(q, k, v, None), *examples[:3])
