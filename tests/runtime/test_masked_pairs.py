@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from ditfastattn import CfgLayout, Strategy
+from ditfastattn import CfgLayout, Strategy, load
+from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.runtime.bundle.manifest import Format
 from ditfastattn.runtime.reference import _window
 from ditfastattn.runtime.search.measure.site_evaluator import SiteEvaluator
+from tests.export.helpers import export_tiny
 from tests.heads import head_plan, split
 from tests.helpers import (
     TinyModel,
@@ -31,7 +35,7 @@ from tests.helpers import (
     timestep,
     uniform_strategies,
 )
-from tests.tiers import slow_but
+from tests.tiers import slow, slow_but
 
 HEADS = 4  # as many as there are rows in the batch, which nothing must confuse with it
 IMAGE, TEXT = 16, 5
@@ -161,3 +165,16 @@ def test_a_search_tries_the_windows_of_the_reference(kind: str) -> None:
         expected = torch.cat([_window(site, half)] * 2)
         shared = evaluator.attend(environment, 0, Strategy.WINDOW_SHARE_CFG)
     torch.testing.assert_close(shared, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "runtime"), [(Format.ONNX, "onnx"), slow((Format.PT2, "aoti"))], ids=str
+)
+def test_bundles_equal_the_reference(made: Format, runtime: str, tmp_path: Path) -> None:
+    tiny = tiny_masked("pairs")
+    _, sites = capture_every_site(tiny)
+    rows = uniform_strategies(sites, Strategy.WINDOW_SHARE_CFG)
+    export_tiny(tiny, rows, tmp_path, options=ExportOptions(format=made))
+    expected = tiny.reference(rows, sites, CfgLayout.COND_FIRST)
+    bundle = load(tmp_path, runtime=runtime)
+    assert largest_difference(tiny.run(bundle), expected) < 1e-4
