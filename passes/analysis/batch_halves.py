@@ -10,10 +10,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -41,8 +40,13 @@ def halved_call(node: Node, take_half: TakeHalf) -> HalvedCall | None:
     args = rule(node, take_half)
     if args is None:
         return None
+    batch = value(node).shape[0]
+
+    def halved(source: Node) -> Node:
+        return take_half(source) if value(source).shape[:1] == (batch,) else source
+
     kwargs = {
-        key: map_arg(item, partial(_half_of_batch, value(node).shape, take_half))
+        key: map_arg(item, halved)
         for key, item in node.kwargs.items()
         if key != "output_size"  # a hint, of the whole batch
     }
@@ -83,13 +87,14 @@ def _even_batch(node: Node) -> bool:
 
 def _elementwise(node: Node, take_half: TakeHalf) -> Args | None:
     """Halve the operands that have the batch; leave those that are broadcast over it."""
-    return map_arg(node.args, partial(_half_of_batch, value(node).shape, take_half))
+    shape = value(node).shape
 
+    def halved(operand: Node) -> Node:
+        operand_shape = value(operand).shape
+        has_batch = len(operand_shape) == len(shape) and operand_shape[0] == shape[0]
+        return take_half(operand) if has_batch else operand
 
-def _half_of_batch(shape: Size, take_half: TakeHalf, operand: Node) -> Node:
-    """Halve ``operand`` of a call with a result of ``shape`` if it has the batch too."""
-    own = value(operand).shape
-    return take_half(operand) if len(own) == len(shape) and own[0] == shape[0] else operand
+    return map_arg(node.args, halved)
 
 
 def _first_argument(node: Node, take_half: TakeHalf) -> Args | None:

@@ -5,8 +5,8 @@ along every axis. The grid is cut into tiles, and the queries of a tile attend t
 at most ``reach`` away along each axis. At the grid's edge the window moves inward, so that every
 tile sees the same number of keys and none of them is masked (sliding tile attention, Zhang et al.
 2025, section 3). Tokens are in row-major order of the grid, time first. Text tokens ``before`` and
-``after`` the grid attend, and are attended by, all, and a mask hides keys or
-pairs, as in ``window_attention``.
+``after`` the grid attend, and are attended by, all, and a mask hides keys or pairs, as in
+``window_attention``.
 
 The operator marks the window in a graph and computes it as masked full attention;
 ``lower_tile_attention`` replaces it by a form that skips the other tiles.
