@@ -239,7 +239,9 @@ class PlanInterpreter(TorchFunctionMode):
 
     def _conditional(self, item: Any, query: Tensor) -> Any:
         """Return the conditional half of what has the batch of ``query``."""
-        if not isinstance(item, Tensor) or item.shape[0] != query.shape[0]:
+        if not isinstance(item, Tensor) or item.dim() != query.dim():
+            return item
+        if item.shape[0] != query.shape[0]:
             return item
         half = item.shape[0] // 2
         return item[half:] if self._layout is CfgLayout.UNCOND_FIRST else item[:half]

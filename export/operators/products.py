@@ -133,12 +133,13 @@ def _attention(emitter: Emitter, call: Call) -> str:
     assert isinstance(head_dim, int)
     if call.get(7, "enable_gqa", False):
         key, value_ = (_repeat_heads(emitter, call, item) for item in call.args[1:3])
-    biases = [mask_bias(emitter, call.get(3, "attn_mask"), call)]
+    mask = mask_bias(emitter, call.get(3, "attn_mask"), call)
+    biases = [mask] if mask else []
     if call.get(5, "is_causal", False):
         biases.append(_causal_bias(emitter, call))
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    kept = [bias for bias in biases if bias]
-    return attend(emitter, call, (query, key, value_), factor, kept, call.first.rank)
+    attended = attend(emitter, call, (query, key, value_), factor, biases, call.first.rank)
+    return or_zero(emitter, call, attended, biases) if mask else attended
 
 
 def attend(
@@ -163,15 +164,34 @@ def attend(
 
 
 def mask_bias(emitter: Emitter, mask: Value | None, call: Call) -> str:
-    """Return what a mask adds to the scores, "" without a mask."""
+    """Return what a mask adds to the scores, finite; "" without a mask.
+
+    Pairs that it hides count more than what ``additive`` hides, and less than any that it makes
+    unlikely, such as by the smallest number: where all are, torch attends to them alike.
+    """
     if mask is None:
         return ""
-    if mask.dtype != torch.bool:
-        return operand(emitter, mask, call.dtype)
-    seen, hidden = (
-        emitter.scalar(number, call.dtype) for number in (0.0, finite_minimum(call.dtype))
-    )
-    return emitter.op("Where", emitter.use(mask), seen, hidden)
+    name, least = emitter.use(mask), finite_minimum(call.dtype)
+    hidden = emitter.scalar(least / 2, call.dtype)
+    if mask.dtype == torch.bool:
+        return emitter.op("Where", name, emitter.scalar(0.0, call.dtype), hidden)
+    smallest = emitter.scalar(torch.finfo(mask.dtype).min, mask.dtype)
+    finite = emitter.op("GreaterOrEqual", name, smallest)
+    bounded = emitter.op("Max", name, emitter.scalar(least / 4, mask.dtype))
+    if mask.dtype != call.dtype:
+        bounded = emitter.cast(bounded, call.dtype)
+    return emitter.op("Where", finite, bounded, hidden)
+
+
+def or_zero(emitter: Emitter, call: Call, attended: str, biases: list[str]) -> str:
+    """Return 0 for queries that see no key, as torch does."""
+    total = biases[0]
+    for bias in biases[1:]:
+        total = emitter.op("Add", total, bias)
+    most = emitter.op("ReduceMax", total, emitter.ints([-1]), keepdims=1)
+    hidden = emitter.scalar(finite_minimum(call.dtype) * 3 / 8, call.dtype)
+    sees = emitter.op("Greater", most, hidden)
+    return emitter.op("Where", sees, attended, emitter.scalar(0.0, call.dtype), name=call.name)
 
 
 def _causal_bias(emitter: Emitter, call: Call) -> str:

@@ -1,29 +1,37 @@
 """Write attention within a window in ONNX: MatMul-Softmax-MatMul over blocks, or tiles, of queries.
 
 The keys that each sees are gathered by a constant index, so that the work outside is skipped. What
-a key mask adds to their scores is gathered likewise.
+a mask adds to their scores is gathered likewise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ditfastattn.export.emitter import Emitter, Value
 from ditfastattn.export.operators.base import Call, Rule, axis_of
-from ditfastattn.export.operators.elementwise import finite_minimum
-from ditfastattn.export.operators.products import additive, attend, mask_bias
+from ditfastattn.export.operators.products import additive, attend, mask_bias, or_zero
 from ditfastattn.export.operators.shapes import transpose
-from ditfastattn.passes.windows.band import Band, band_of, seen_tokens
-from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles
+from ditfastattn.passes.windows.band import Band, band_of, block_tokens, seen_tokens
+from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, tile_order
 from ditfastattn.passes.windows.tile_attention import seen_tokens as tokens_seen_by_tiles
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, seen_pairs
 
 Three = tuple[str, str, str]  # names of query, key and value
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What a mask adds to the scores, ``[B, H, N | 1, N]``; "" without one."""
+
+    bias: str
+    by_query: bool
 
 
 def _window_attention(emitter: Emitter, call: Call) -> str:
@@ -36,9 +44,9 @@ def _window_attention(emitter: Emitter, call: Call) -> str:
     mask = _mask(emitter, call, call.get(7, "mask"))
     if band.span >= band.tokens:
         seen = seen_pairs(tokens, band.window, before, after)
-        biases = [emitter.constant(additive(seen, call.dtype)), *([mask] if mask else [])]
+        biases = [emitter.constant(additive(seen, call.dtype)), *([mask.bias] if mask.bias else [])]
         attended = attend(emitter, call, (query, key, value_), scale, biases)
-        return _or_zero(emitter, call, attended, biases) if mask else attended
+        return or_zero(emitter, call, attended, biases) if mask.bias else attended
 
     def in_blocks(tensors: Three, text: tuple[str, str]) -> str:
         return _in_blocks(emitter, call, band, scale, tensors, text, mask)
@@ -58,7 +66,8 @@ def _tile_attention(emitter: Emitter, call: Call) -> str:
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
     text = call.get(7, "before", 0), call.get(8, "after", 0)
     mask = _mask(emitter, call, call.get(9, "mask"))
-    biases = [_gathered_bias(emitter, mask, tokens_seen_by_tiles(window, *text))] if mask else []
+    own = tile_order(window) + text[0]
+    biases = _bias_of_blocks(emitter, mask, own, tokens_seen_by_tiles(window, *text))
 
     def in_tiles(tensors: Three, text: tuple[str, str]) -> str:
         return _in_tiles(emitter, call, window, scale, tensors, text, biases)
@@ -67,33 +76,29 @@ def _tile_attention(emitter: Emitter, call: Call) -> str:
     return _beside_text(emitter, call, tensors, scale, window.tokens, text, mask, in_tiles)
 
 
-def _mask(emitter: Emitter, call: Call, mask: Value | None) -> str:
-    """Return what a key mask adds to the scores, finite; "" without a mask."""
-    bias = mask_bias(emitter, mask, call)
-    if mask is None or mask.dtype == torch.bool:
-        return bias
-    return emitter.op("Max", bias, emitter.scalar(finite_minimum(call.dtype), call.dtype))
+def _mask(emitter: Emitter, call: Call, mask: Value | None) -> _Mask:
+    return _Mask(mask_bias(emitter, mask, call), mask is not None and mask.shape[2] != 1)
 
 
-def _or_zero(emitter: Emitter, call: Call, attended: str, biases: list[str]) -> str:
-    """Return 0 for queries that see no key, as torch does."""
-    total = biases[0]
-    for bias in biases[1:]:
-        total = emitter.op("Add", total, bias)
-    most = emitter.op("ReduceMax", total, emitter.ints([-1]), keepdims=1)
-    hidden = emitter.scalar(finite_minimum(call.dtype) / 2, call.dtype)
-    sees = emitter.op("Greater", most, hidden)
-    return emitter.op("Where", sees, attended, emitter.scalar(0.0, call.dtype), name=call.name)
+def _bias_of_blocks(
+    emitter: Emitter, mask: _Mask, queries: torch.Tensor, keys: torch.Tensor
+) -> list[str]:
+    """Return what ``mask`` adds to the scores of blocks, ``[B, H, blocks, n | 1, k]``; or nothing.
 
-
-def _gathered_bias(emitter: Emitter, mask: str, seen: torch.Tensor) -> str:
-    """Return what ``mask``, ``[B, H, 1, N]``, adds to the scores of the tokens ``seen``.
-
-    ``seen`` is ``[blocks, keys]``; the result is ``[B, H, blocks, 1, keys]``.
+    ``queries``, ``[blocks, n]``, holds the tokens of each block, and ``keys``, ``[blocks, k]``,
+    those that it sees.
     """
-    flat = emitter.op("Squeeze", mask, emitter.ints([2]))
-    found = emitter.op("Gather", flat, emitter.constant(seen), axis=2)
-    return emitter.op("Unsqueeze", found, emitter.ints([3]))
+    if not mask.bias:
+        return []
+    if not mask.by_query:
+        flat = emitter.op("Squeeze", mask.bias, emitter.ints([2]))
+        found = emitter.op("Gather", flat, emitter.constant(keys), axis=2)
+        return [emitter.op("Unsqueeze", found, emitter.ints([3]))]
+    rows = emitter.op("Gather", mask.bias, emitter.constant(queries), axis=2)
+    columns = transpose(emitter, rows, [2, 4, 0, 1, 3])  # [blocks, N, B, H, n]
+    index = emitter.constant(keys[:, :, None])
+    found = emitter.op("GatherND", columns, index, batch_dims=1)  # [blocks, k, B, H, n]
+    return [transpose(emitter, found, [2, 3, 0, 4, 1])]
 
 
 def _in_tiles(
@@ -128,7 +133,7 @@ def _in_tiles(
     seen = tiled(query), gathered(key, text[0]), gathered(value_, text[1])
     attended = attend(emitter, call, seen, scale, biases, rank=5)
     if biases:
-        attended = _or_zero(emitter, call, attended, biases)
+        attended = or_zero(emitter, call, attended, biases)
     sizes = emitter.ints([-1, *window.counts, *window.tile, head_dim])
     apart = emitter.op("Reshape", attended, sizes)
     pairs = [axis for i in range(1, rank + 1) for axis in (i, rank + i)]
@@ -143,7 +148,7 @@ def _beside_text(
     scale: float,
     tokens: int,
     text: tuple[int, int],
-    mask: str,
+    mask: _Mask,
     image: Callable[[Three, tuple[str, str]], str],
 ) -> str:
     """Attend among the image's ``tokens`` by ``image``, and from the ``text`` around them to all.
@@ -157,7 +162,10 @@ def _beside_text(
         *(_split_text(emitter, item, tokens, text) for item in tensors), strict=True
     )
     middle = image(near, (others[0], others[1]))
-    rows = attend(emitter, call, (text_q, *tensors[1:]), scale, [mask] if mask else [])
+    hidden = _split_text(emitter, mask.bias, tokens, text)[1] if mask.by_query else mask.bias
+    biases = [hidden] if hidden else []
+    rows = attend(emitter, call, (text_q, *tensors[1:]), scale, biases)
+    rows = or_zero(emitter, call, rows, biases) if biases else rows
     parts = [_tokens(emitter, rows, 0, before)] if before else []
     parts += [middle, *([_tokens(emitter, rows, before, None)] if after else [])]
     return emitter.op("Concat", *parts, axis=2, name=call.name)
@@ -185,7 +193,7 @@ def _in_blocks(
     scale: float,
     tensors: Three,
     text: tuple[str, str],
-    mask: str,
+    mask: _Mask,
 ) -> str:
     """Attend within the band, and to the keys and values ``text`` of tokens outside it."""
     rest = band.blocks * band.block - band.tokens
@@ -205,11 +213,10 @@ def _in_blocks(
             for item, other in ((keys, text[0]), (values, text[1]))
         )
     biases = _band_biases(emitter, band, place, call.dtype)
-    if mask:
-        biases.append(_gathered_bias(emitter, mask, seen_tokens(band)))
+    biases += _bias_of_blocks(emitter, mask, block_tokens(band), seen_tokens(band))
     attended = attend(emitter, call, (query, keys, values), scale, biases, rank=5)
-    if mask:
-        attended = _or_zero(emitter, call, attended, biases)
+    if mask.bias:
+        attended = or_zero(emitter, call, attended, biases)
     merged = emitter.op("Reshape", attended, emitter.ints([0, 0, -1, head_dim]))
     if not rest:
         return merged

@@ -9,7 +9,6 @@ from torch.fx import Node
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.graph.ir import argument, aten, value
-from ditfastattn.passes.windows.key_masks import hides_keys_alone
 
 _SHORTEST_WINDOWED_SEQUENCE = 8
 
@@ -51,10 +50,7 @@ def why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]
     if kind is SiteKind.CROSS:
         return f"a band window is defined for self-attention, this is {kind}-attention"
     if kind is SiteKind.JOINT and not any(text):
-        return "text and image tokens of this joint attention were not told apart"
-    mask = attention_mask(node)
-    if mask is not None and not hides_keys_alone(mask, value(node.args[1]).shape[-2]):
-        return "the attention has a mask that depends on the query"
+        return _why_not_told_apart(tokens, value(node.args[1]).shape[-2])
     if argument(node, 5, "is_causal", False):
         return "the attention is causal"
     if value(node.args[0]).shape != value(node.args[1]).shape:
@@ -62,6 +58,13 @@ def why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]
     if tokens < _SHORTEST_WINDOWED_SEQUENCE:
         return f"only {tokens} tokens: a window would save nothing"
     return ""
+
+
+def _why_not_told_apart(queries: int, keys: int) -> str:
+    if queries != keys:
+        return f"text tokens are keys alone: {queries} queries attend {keys} keys"
+    parts = "two parts of which only one depends on the latent"
+    return f"its {keys} tokens are not joined from {parts}"
 
 
 def attention_mask(node: Node) -> Node | None:

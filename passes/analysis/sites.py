@@ -63,7 +63,7 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
     position = latent_position(captured)
     latent = "" if position is None else captured.inputs[position].name
     ancestry = Ancestry(captured, latent)
-    streams = find_streams(graph, ancestry, latent) if latent else None
+    streams = find_streams(graph, ancestry, latent) if latent else {}
     grids = GridFinder()
     sites: list[Site] = []
     declined: list[DeclinedAttention] = []
@@ -124,13 +124,12 @@ def _describe(
     ordinal: int,
     grids: GridFinder,
     ancestry: Ancestry,
-    streams: Streams | None,
+    streams: Streams,
 ) -> Site:
     _, heads, tokens, head_dim = value(node.args[0]).shape
     kind = kind_of(node, ancestry)
-    joined = streams is not None and kind is not SiteKind.CROSS and tokens == streams.tokens
-    kind = SiteKind.JOINT if joined else kind
-    text = streams.text if streams is not None and joined else (0, 0)
+    text = (0, 0) if kind is SiteKind.CROSS else streams.get(tokens, (0, 0))
+    kind = SiteKind.JOINT if any(text) else kind
     image = tokens - sum(text)
     no_window = why_no_window(node, kind, image, text)
     ends = exits_of(node, ancestry)

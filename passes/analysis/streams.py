@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.feed_forwards import closure
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, value
 
-
-@dataclass(frozen=True)
-class Streams:
-    """Count the tokens of both streams together, and those of text before and after the image's."""
-
-    tokens: int
-    text: tuple[int, int]
+Streams = Mapping[int, tuple[int, int]]  # tokens in all -> those of text before, and after
 
 
-def find_streams(graph: Graph, ancestry: Ancestry, latent: str) -> Streams | None:
-    """Return the first place that joins tokens of the latent with others that do not depend on it.
+def find_streams(graph: Graph, ancestry: Ancestry, latent: str) -> Streams:
+    """Return, per number of tokens, where the text stands among them.
 
-    Later places already hold both streams; their number of tokens identifies them.
+    That is read off the first place that joins so many tokens, some of the latent with others that
+    do not depend on it; later places already hold both streams, and are told by the number. It
+    differs between the rows of a batch where each is joined with the words of its own prompt.
     """
+    found: dict[int, tuple[int, int]] = {}
     for node in calls(graph, aten.cat.default):
         parts: Any = node.args[0]
         joined = value(node)
         dim = int(argument(node, 1, "dim", 0)) % joined.dim()
-        if joined.dim() < 3 or dim in (0, joined.dim() - 1) or len(parts) != 2:
+        if len(parts) != 2 or not _holds_tokens(joined, dim, ancestry.batch):
             continue
+        tokens = joined.shape[dim]
         inside = [latent in ancestry.roots(part) for part in parts]
         other = parts[0] if inside[1] else parts[1]
-        if sum(inside) == 1 and not ancestry.is_static(other) and _attends(node, dim):
+        if tokens in found or sum(inside) != 1 or ancestry.is_static(other):
+            continue
+        if _attends(node, dim):
             sizes = [value(part).shape[dim] for part in parts]
-            text = (0, sizes[1]) if inside[0] else (sizes[0], 0)
-            return Streams(joined.shape[dim], text)
-    return None
+            found[tokens] = (0, sizes[1]) if inside[0] else (sizes[0], 0)
+    return found
+
+
+def _holds_tokens(joined: Tensor, dim: int, batch: int) -> bool:
+    """Return whether ``dim`` can be the tokens': not the channels, nor the batch.
+
+    A sequence-first model holds the batch second, ``[N, B, C]``.
+    """
+    if joined.dim() < 3 or dim == joined.dim() - 1:
+        return False
+    return dim > 0 or (joined.shape[0] != batch and joined.shape[1] == batch)
 
 
 def _attends(joined: Node, dim: int) -> bool:

@@ -94,7 +94,7 @@ def sources(node: Node) -> tuple[Node, ...]:
 
 
 def is_masked(node: Node) -> bool:
-    """Return whether ``node`` has a key mask."""
+    """Return whether ``node`` has a mask."""
     return len(sources(node)) > 3
 
 

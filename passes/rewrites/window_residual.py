@@ -23,7 +23,7 @@ from ditfastattn.passes.graph.ir import aten, find, insert, value
 from ditfastattn.passes.graph.slots import read_cache, residual_slot
 from ditfastattn.passes.rewrites.base import PassResult
 from ditfastattn.passes.windows.forms import window_call
-from ditfastattn.passes.windows.key_masks import insert_key_mask
+from ditfastattn.passes.windows.masks import insert_mask
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class WindowResidual:
 
 def insert_window(graph: Graph, attention: Node, site: Site) -> Node:
     """Add the window attention of ``site`` over the inputs of ``attention``."""
-    mask, keys = attention_mask(attention), None
+    mask, pairs = attention_mask(attention), None
     if mask is not None:
         with graph.inserting_before(attention):
-            keys = insert_key_mask(graph, mask, attention)
-    target, arguments = window_call(site.window, attention_scale(attention), site.text, keys)
+            pairs = insert_mask(graph, mask, site.tokens, attention)
+    target, arguments = window_call(site.window, attention_scale(attention), site.text, pairs)
     return insert(graph, target, (*attention.args[:3], *arguments), attention)

@@ -75,6 +75,12 @@ def band_of(
     return Band(image, min(window, image), dtype, device, before, after)
 
 
+def block_tokens(band: Band) -> Tensor:
+    """Return the tokens of each block, int64 ``[blocks, block]``; the last one fills the rest."""
+    token = torch.arange(band.blocks * band.block, device=band.device)
+    return token.clamp(max=band.tokens - 1).reshape(band.blocks, band.block) + band.before
+
+
 def seen_tokens(band: Band) -> Tensor:
     """Return which tokens the queries of each block see, int64 ``[blocks, span + text]``.
 

@@ -1,6 +1,6 @@
 """Compute a window with FlexAttention: a block mask skips keys outside, a bias hides masked ones.
 
-The block mask is a constant of the band; a key mask is data, and modifies the scores.
+The block mask is a constant of the band; a mask is data, and modifies the scores.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
 def _masked_score(
     score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, mask: Tensor
 ) -> Tensor:
-    """Apply a mask ``[B | 1, H | 1, 1, N]``."""
-    row, place = batch * int(mask.shape[0] > 1), head * int(mask.shape[1] > 1)
-    found = mask[row, place, 0 * query, key]
+    """Apply a mask ``[B | 1, H | 1, N | 1, N]``."""
+    axes = zip((batch, head, query), mask.shape, strict=False)
+    row, place, own = (index * int(size > 1) for index, size in axes)
+    found = mask[row, place, own, key]
     return score.masked_fill(~found, -math.inf) if mask.dtype == torch.bool else score + found
 
 

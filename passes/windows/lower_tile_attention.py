@@ -11,7 +11,8 @@ After::
 
 Tiles become the second dimension of ``[B * H, tiles, tile tokens, D]``. Every tile sees the same
 number of others, so nothing is masked except by the model itself: all that is gathered is used, by
-whichever kernel is fastest.
+whichever kernel is fastest. Of a mask that depends on the query, a tile takes its own rows and the
+columns of what it sees.
 
 If the grid is the sequence itself (one axis), a tile sees one run of tokens. On a CPU nothing is
 gathered then: each tile attends a slice of the keys.
@@ -40,8 +41,13 @@ from ditfastattn.passes.graph.paste_form import (
     token_major,
 )
 from ditfastattn.passes.windows.forms import window_of
-from ditfastattn.passes.windows.key_masks import key_bias
-from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, seen_tokens
+from ditfastattn.passes.windows.masks import bias_of, bias_of_blocks, rows_of, rows_outside
+from ditfastattn.passes.windows.tile_attention import (
+    TILE_ATTENTION,
+    near_tiles,
+    seen_tokens,
+    tile_order,
+)
 from ditfastattn.passes.windows.window import TileWindow
 
 _MAX_GATHERED_BYTES = 2**31
@@ -67,7 +73,7 @@ def lower_tile_attention(module: GraphModule) -> list[str]:
 def _decline(node: Node) -> str:
     if not has_static_shape(node):
         return f"its shape is symbolic: {list(value(node).shape)}"
-    window, _, _ = window_of(node)
+    window, _, text = window_of(node)
     assert isinstance(window, TileWindow)
     keys = value(sources(node)[1])
     if _is_in_runs(window, keys.device):
@@ -75,6 +81,13 @@ def _decline(node: Node) -> str:
     gathered = 2 * keys.nbytes * math.prod(window.spans)
     if gathered > _MAX_GATHERED_BYTES:
         return f"the keys and values that its tiles see would take {gathered >> 20} MiB"
+    if not is_masked(node):
+        return ""
+    _, heads, rows, _ = value(sources(node)[3]).shape
+    pairs = min(rows, window.tokens) * (window.seen + sum(text))
+    bias = keys.shape[0] * heads * pairs * keys.dtype.itemsize
+    if bias > _MAX_GATHERED_BYTES:
+        return f"the bias of its tiles would take {bias >> 20} MiB"
     return ""
 
 
@@ -89,7 +102,9 @@ def tiles_form(
     if _is_in_runs(window, device):
         return _runs_form(window, scale, text, masked), ()
     form, near = _GatheredTiles(window, scale, *text), _near(window, device)
-    return (form.run_masked, (near, _seen(window, text, device))) if masked else (form.run, (near,))
+    if not masked:
+        return form.run, (near,)
+    return form.run_masked, (near, *_pairs(window, text, device))
 
 
 @dataclass(frozen=True)
@@ -106,21 +121,24 @@ class _GatheredTiles:
         return self._attend(q, k, v, None, None, near)
 
     def run_masked(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, near: Tensor, seen: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        near: Tensor,
+        queries: Tensor,
+        seen: Tensor,
     ) -> Tensor:
-        """Attend with a key mask."""
-        hidden = key_bias(mask, q.dtype)
-        found = hidden.squeeze(2).index_select(2, seen)
-        each = found.reshape(*found.shape[:2], math.prod(self.window.counts), 1, -1)
-        bias = each.expand(*q.shape[:2], -1, -1, -1).flatten(0, 1)  # [B * H, tiles, 1, seen]
-        return self._attend(q, k, v, hidden, bias, near)
+        """Attend with a mask."""
+        return self._attend(q, k, v, mask, bias_of_blocks(mask, queries, seen, q.dtype), near)
 
     def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        hidden: Tensor | None,
+        mask: Tensor | None,
         bias: Tensor | None,
         near: Tensor,
     ) -> Tensor:
@@ -130,6 +148,7 @@ class _GatheredTiles:
         own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
         rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
         image = self._in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
+        hidden = None if mask is None else bias_of(rows_outside(mask, before, stop), q.dtype)
         rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=self.scale)
         return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
 
@@ -145,10 +164,31 @@ class _GatheredTiles:
                 torch.cat([found, _every_tile(window, item)], dim=2)
                 for found, item in zip((keys, values), text, strict=True)
             )
-        output = scaled_dot_product_attention(
-            _tiled(window, q), keys, values, attn_mask=bias, scale=self.scale
-        )
+        output = self._attend_tiles(_tiled(window, q), keys, values, bias, batch)
         return _raster(window, output).reshape(batch, heads, window.tokens, head_dim)
+
+    def _attend_tiles(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, batch: int
+    ) -> Tensor:
+        """Attend among ``[B * H, tiles, n, D]``; ``bias`` is ``[B | 1, H | 1, tiles, n | 1, k]``.
+
+        A bias of each query is as large as the scores: heads that share it must not copy it, so
+        they become the second dimension, ``[B * tiles, H, n, D]``.
+        """
+        if bias is None:
+            return scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if bias.shape[3] == 1:
+            each = bias.expand(batch, q.shape[0] // batch, -1, -1, -1).flatten(0, 1)
+            return scaled_dot_product_attention(q, k, v, attn_mask=each, scale=self.scale)
+        q, k, v = (_swapped(x, batch) for x in (q, k, v))
+        each = bias.transpose(1, 2).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=each, scale=self.scale)
+        return _swapped(output, batch)
+
+
+def _swapped(item: Tensor, batch: int) -> Tensor:
+    """Turn ``[B * H, tiles, n, D]`` into ``[B * tiles, H, n, D]``, or back."""
+    return item.reshape(batch, -1, *item.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def _is_in_runs(window: TileWindow, device: torch.device) -> bool:
@@ -170,10 +210,12 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
         found = [item.narrow(dim, start, end - start) for start, end in parts if end > start]
         return torch.cat(found, dim=dim) if len(found) > 1 else found[0]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         def queries(start: int, end: int, first: int, last: int) -> Tensor:
             keys, values = seen(k, 2, first, last), seen(v, 2, first, last)
-            bias = None if hidden is None else seen(hidden, 3, first, last)
+            bias = None
+            if mask is not None:
+                bias = bias_of(seen(rows_of(mask, start, end), 3, first, last), q.dtype)
             rows = q.narrow(2, start, end - start)
             return scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
 
@@ -188,7 +230,7 @@ def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: 
         return attend(q, k, v, None)
 
     def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return attend(q, k, v, key_bias(mask, q.dtype))
+        return attend(q, k, v, mask)
 
     return run_masked if masked else run
 
@@ -216,9 +258,10 @@ def _near(window: TileWindow, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _seen(window: TileWindow, text: tuple[int, int], device: torch.device) -> Tensor:
+def _pairs(window: TileWindow, text: tuple[int, int], device: torch.device) -> Constants:
+    """Return the tokens of each tile, and those that it sees."""
     with torch.inference_mode(False):
-        return seen_tokens(window, *text, device).flatten()
+        return tile_order(window, device) + text[0], seen_tokens(window, *text, device)
 
 
 def _tiled(window: TileWindow, item: Tensor) -> Tensor:

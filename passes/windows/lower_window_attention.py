@@ -15,8 +15,9 @@ or as FlexAttention with a block mask (``WindowKernel.FLEX``)::
     %10 = getitem(%9, 0): float32[2, 6, 1024, 32]
 
 Each form is a plain function, traced at the node's shapes and pasted over the node. What depends
-on the band alone, the bias or the block mask, becomes buffers that all nodes share. A key mask is
-added to the bias of each block, or in FlexAttention to the scores.
+on the band alone, the bias or the block mask, becomes buffers that all nodes share. A mask is added
+to the bias of each block, its queries' rows and its keys' columns alone, or in FlexAttention to the
+scores.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from ditfastattn.passes.graph.paste_form import (
     sources,
     token_major,
 )
-from ditfastattn.passes.windows.band import Band, band_bias, band_of, seen_tokens
+from ditfastattn.passes.windows.band import Band, band_bias, band_of, block_tokens, seen_tokens
 from ditfastattn.passes.windows.flex_window import FLEX_BLOCK, flex_form
-from ditfastattn.passes.windows.key_masks import key_bias
+from ditfastattn.passes.windows.masks import bias_of, bias_of_blocks, rows_outside
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION
 
 
@@ -123,7 +124,7 @@ def _decline(node: Node, kernel: WindowKernel) -> str:
 def blocks_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Constants]:
     """Return the form in blocks of queries, each with the keys it can see, and its constants."""
     form, bias = _Blocks(band, scale), band_bias(band)
-    return (form.run_masked, (bias, _seen(band))) if masked else (form.run, (bias,))
+    return (form.run_masked, (bias, *_pairs(band))) if masked else (form.run, (bias,))
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,21 @@ class _Blocks:
         return self._attend(q, k, v, None, bias)
 
     def run_masked(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, seen: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        bias: Tensor,
+        queries: Tensor,
+        seen: Tensor,
     ) -> Tensor:
-        """Attend with a key mask."""
-        hidden = key_bias(mask, q.dtype)
-        return self._attend(q, k, v, hidden, self._with_keys(bias, hidden, seen, q.shape[0]))
+        """Attend with a mask."""
+        hidden = bias_of_blocks(mask, queries, seen, q.dtype)
+        return self._attend(q, k, v, mask, self._with_mask(bias, hidden, q.shape[0]))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, bias: Tensor
-    ) -> Tensor:
-        band, masked = self.band, hidden is not None
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
+        band, masked = self.band, mask is not None
         if not band.text:
             return token_major(self._in_blocks(q, self._spans(k), self._spans(v), bias, masked))
         (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
@@ -159,6 +165,9 @@ class _Blocks:
         keys = self._with_text(self._spans(near_k), text_k)
         values = self._with_text(self._spans(near_v), text_v)
         image = self._in_blocks(near_q, keys, values, bias, masked)
+        hidden = None
+        if mask is not None:
+            hidden = bias_of(rows_outside(mask, band.before, band.before + band.tokens), q.dtype)
         text = scaled_dot_product_attention(text_q, k, v, attn_mask=hidden, scale=self.scale)
         return token_major(band.joined(image, text))
 
@@ -195,11 +204,10 @@ class _Blocks:
         shape = (band.blocks, batch * heads, band.span, head_dim)
         return padded.as_strided(shape, (band.block * head_dim, tokens * head_dim, head_dim, 1))
 
-    def _with_keys(self, bias: Tensor, hidden: Tensor, seen: Tensor, batch: int) -> Tensor:
+    def _with_mask(self, bias: Tensor, hidden: Tensor, batch: int) -> Tensor:
         """Return the bias of each block and row of the batch, [blocks * B, H | 1, block, keys]."""
-        found = hidden.squeeze(2).index_select(2, seen)
-        each = found.reshape(*found.shape[:2], self.band.blocks, 1, -1).permute(2, 0, 1, 3, 4)
-        return (each.expand(-1, batch, -1, -1, -1) + bias[:, None]).flatten(0, 1)
+        each = hidden.permute(2, 0, 1, 3, 4).expand(-1, batch, -1, -1, -1)
+        return (each + bias[:, None]).flatten(0, 1)
 
     def _with_text(self, near: Tensor, text: Tensor) -> Tensor:
         """Append the text's keys, or values, to those of each block."""
@@ -208,6 +216,6 @@ class _Blocks:
 
 
 @lru_cache(maxsize=4)
-def _seen(band: Band) -> Tensor:
+def _pairs(band: Band) -> Constants:
     with torch.inference_mode(False):
-        return seen_tokens(band).flatten()
+        return block_tokens(band), seen_tokens(band)

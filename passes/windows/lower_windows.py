@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ditfastattn.passes.windows.band import band_of
-from ditfastattn.passes.windows.key_masks import key_mask
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention, tiles_form
 from ditfastattn.passes.windows.lower_window_attention import (
     WindowKernel,
@@ -32,7 +31,7 @@ def compute_window(
 ) -> Tensor:
     """Attend within ``window``; q, k and v are ``[B, H, N, D]``, ``text`` tokens before and after.
 
-    ``mask`` is the attention's, and the same for every query.
+    ``mask`` is ``[B | 1, H | 1, N | 1, N]``.
     """
     masked = mask is not None
     if isinstance(window, TileWindow):
@@ -40,4 +39,4 @@ def compute_window(
     else:
         band = band_of(q.shape[2], window, q.dtype, q.device, *text)
         form, constants = blocks_form(band, scale, masked)
-    return form(q, k, v, *constants) if mask is None else form(q, k, v, key_mask(mask), *constants)
+    return form(q, k, v, *constants) if mask is None else form(q, k, v, mask, *constants)

@@ -27,7 +27,7 @@ from ditfastattn.passes.graph.paste_form import (
     token_major,
 )
 from ditfastattn.passes.windows.forms import window_of
-from ditfastattn.passes.windows.key_masks import hide_keys
+from ditfastattn.passes.windows.masks import hide_pairs
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION
 from ditfastattn.passes.windows.tile_attention import seen_pairs as pairs_of_tiles
 from ditfastattn.passes.windows.window import TileWindow
@@ -61,7 +61,7 @@ def _masked_form(scale: float, masked: bool) -> Form:
         return token_major(found)
 
     def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
-        hidden = hide_keys(seen, mask)
+        hidden = hide_pairs(seen, mask)
         return token_major(scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scale))
 
     return run_masked if masked else run

@@ -5,7 +5,7 @@ along every axis. The grid is cut into tiles, and the queries of a tile attend t
 at most ``reach`` away along each axis. At the grid's edge the window moves inward, so that every
 tile sees the same number of keys and none of them is masked (sliding tile attention, Zhang et al.
 2025, section 3). Tokens are in row-major order of the grid, time first. Text tokens ``before`` and
-``after`` the grid attend, and are attended by, all, and a mask hides keys, as in
+``after`` the grid attend, and are attended by, all, and a mask hides keys or pairs, as in
 ``window_attention``.
 
 The operator marks the window in a graph and computes it as masked full attention;
@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.windows.key_masks import check_key_mask, hide_keys
+from ditfastattn.passes.windows.masks import check_mask, hide_pairs
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.passes.windows.window_attention import allocate, check_alike
 
@@ -45,14 +45,14 @@ def tile_attention(
     """Attend from each tile of ``q`` to the tiles near it.
 
     Takes and returns ``[B, H, N, D]``, where ``N`` is ``before``, the grid's tokens, ``after``.
-    ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is added to the scores.
+    ``mask``, ``[B | 1, H | 1, N | 1, N]``, is false at hidden pairs, or is added to the scores.
 
     Raises:
-        ConfigError: the inputs differ, the grid does not fit, or the mask depends on the query.
+        ConfigError: the inputs differ, the grid does not fit, or the mask does not fit.
     """
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
     _check(q, k, v, window, before + after, mask)
-    seen = hide_keys(seen_pairs(window, before, after, q.device), mask)
+    seen = hide_pairs(seen_pairs(window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -133,7 +133,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, window: TileWindow, text: int, mask: Tensor | None
 ) -> None:
     check_alike(q, k, v, "tile_attention")
-    check_key_mask(q, mask, "tile_attention")
+    check_mask(q, mask, "tile_attention")
     if q.shape[2] != window.tokens + text:
         raise ConfigError(
             "the query has the wrong number of tokens for the grid",

@@ -3,7 +3,8 @@
 Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
 ``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
 text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask
-hides keys, such as padding, from every query; a query that sees no key gives 0. The operator marks
+hides keys from every query, as padding does, or pairs of query and key; a query that sees no key
+gives 0. The operator marks
 the window in a graph and computes it as masked full attention; ``lower_window_attention`` replaces
 it by forms that skip the work outside the band.
 
@@ -21,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.windows.key_masks import check_key_mask, hide_keys
+from ditfastattn.passes.windows.masks import check_mask, hide_pairs
 
 
 @torch.library.custom_op("ditfastattn::window_attention", mutates_args=())
@@ -38,14 +39,14 @@ def window_attention(
     """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
 
     Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` tokens attend,
-    and are attended by, all. ``mask``, ``[B | 1, H | 1, 1, N]``, is false at hidden keys, or is
-    added to the scores.
+    and are attended by, all. ``mask``, ``[B | 1, H | 1, N | 1, N]``, is false at hidden pairs, or
+    is added to the scores.
 
     Raises:
-        ConfigError: the inputs differ, the window is negative, or the mask depends on the query.
+        ConfigError: the inputs differ, the window is negative, or the mask does not fit.
     """
     _check(q, k, v, window, mask)
-    seen = hide_keys(seen_pairs(q.shape[2], window, before, after, q.device), mask)
+    seen = hide_pairs(seen_pairs(q.shape[2], window, before, after, q.device), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -106,7 +107,7 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None) -> None:
     check_alike(q, k, v, "window_attention")
-    check_key_mask(q, mask, "window_attention")
+    check_mask(q, mask, "window_attention")
     if window < 0:
         raise ConfigError(
             "the window is negative", where="window_attention", got=window, expected="0 or more"

@@ -219,6 +219,9 @@ def attention(**options: Any) -> Function:
         {"enable_gqa": True},
         {"attn_mask": noise(3, 6, 6)},
         {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(2)},
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(-1)},  # query 0 sees no key
+        {"attn_mask": torch.zeros(6, 6).masked_fill(torch.arange(6)[:, None] < 2, -torch.inf)},
+        {"attn_mask": torch.full((1, 6, 6), torch.finfo().min).triu(-1)},  # the last sees all alike
     ],
     ids=str,
 )
@@ -282,7 +285,10 @@ def test_a_window_by_tiles_computes_the_same(
 
 
 class Masked(nn.Module):
-    """Hide keys of a window: all but the first ones, differently in each row of the batch."""
+    """Hide keys of a window: all but the first ones, differently in each row of the batch.
+
+    Of "pairs", each query sees every third of them, and query 3 none.
+    """
 
     def __init__(self, window: Window, kind: str, *text: int) -> None:
         super().__init__()
@@ -292,14 +298,18 @@ class Masked(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
         mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
-        if self.kind == "float":
+        if "pairs" in self.kind:
+            index = torch.arange(x.shape[1])
+            third = (index[:, None] + 2 * index) % 3 == 0
+            mask = mask & third & (index != 3)[:, None]
+        if "float" in self.kind:
             mask = torch.where(mask, 0.5, -torch.inf)
         target, arguments = window_call(self.window, 0.5, self.text, mask)
         result: Tensor = target(heads, 2 * heads, heads - 1, *arguments)
         return result
 
 
-@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("kind", ["bool", "float", "bool pairs", "float pairs"])
 @pytest.mark.parametrize("text", [(), (5, 0), (0, 5), (3, 4)])
 @pytest.mark.parametrize(
     "window", [2, 16, 60, TileWindow(grid=(8, 12), tile=(2, 3), reach=(1, 1))], ids=str

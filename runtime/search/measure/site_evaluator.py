@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ditfastattn.passes.analysis.attention import attention_scale
+from ditfastattn.passes.analysis.attention import attention_mask, attention_scale
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import find
@@ -22,6 +22,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import legal_strategies
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.lower_windows import compute_window
+from ditfastattn.passes.windows.masks import hides_keys_alone, windowed_mask
 from ditfastattn.passes.windows.window import Window
 from ditfastattn.runtime.search.measure.graph_runner import Environment, GraphRunner
 
@@ -103,14 +104,14 @@ class SiteEvaluator:
         args, kwargs = self._call(environment, index)
         if self.sites[index].kind is SiteKind.FEED_FORWARD:
             whole: Tensor = self._attention[index].target(*args, **kwargs)  # type: ignore[operator]
-            half = self._half(whole, whole.shape[0]) if strategy.shares_guidance else None
+            half = self._half(whole, whole) if strategy.shares_guidance else None
             return whole if half is None else torch.cat([half, half])
         residual = _required(memory.residual) if strategy.windowed else None
         if strategy.shares_guidance:
-            batch = args[0].shape[0]
-            args = tuple(self._half(item, batch) for item in args)
-            kwargs = {key: self._half(item, batch) for key, item in kwargs.items()}
-            residual = self._half(residual, batch)
+            query = args[0]
+            args = tuple(self._half(item, query) for item in args)
+            kwargs = {key: self._half(item, query) for key, item in kwargs.items()}
+            residual = self._half(residual, query)
         if residual is not None:
             output = self._window(index, args, kwargs, self.sites[index].window) + residual
         else:
@@ -134,7 +135,7 @@ class SiteEvaluator:
         window = self.sites[index].window
         if strategy.refreshes_residual and window:
             residual = self.residual(environment, index, output, window)
-            half = self._half(residual, len(residual))
+            half = self._half(residual, residual)
             memory.residual = torch.cat([half, half]) if strategy.shares_guidance else residual
 
     def left_after(self, index: int) -> float:
@@ -152,16 +153,19 @@ class SiteEvaluator:
     def _window(
         self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], window: Window
     ) -> Tensor:
-        scale = attention_scale(self._attention[index])
+        node = self._attention[index]
         q, k, v = args[:3]
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        return compute_window(q, k, v, window, scale, self.sites[index].text, mask)
+        mask: Any = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        made = attention_mask(node)
+        if made is not None:
+            mask = windowed_mask(mask, k.shape[2], hides_keys_alone(made, k.shape[2]))
+        return compute_window(q, k, v, window, attention_scale(node), self.sites[index].text, mask)
 
-    def _half(self, item: Any, batch: int) -> Any:
-        """Return the conditional half of ``item`` if it has the batch dimension, else ``item``."""
-        if not isinstance(item, Tensor) or item.shape[0] != batch:
+    def _half(self, item: Any, like: Tensor) -> Any:
+        """Return the conditional half of ``item`` where it has the batch of ``like``."""
+        if not isinstance(item, Tensor) or item.dim() != like.dim() or len(item) != len(like):
             return item
-        middle = batch // 2
+        middle = len(item) // 2
         return item[middle:] if self.layout is CfgLayout.UNCOND_FIRST else item[:middle]
 
     def _run(self, environment: Environment, start: int, stop: int) -> None:

@@ -129,7 +129,6 @@ def test_declined_attention_has_its_reason(case: str, reason: str) -> None:
     ("case", "tokens", "reason"),
     [
         ("causal", 16, "the attention is causal"),
-        ("masked pairs", 16, "the attention has a mask that depends on the query"),
         ("plain", 4, "only 4 tokens: a window would save nothing"),
     ],
 )

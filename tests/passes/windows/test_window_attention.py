@@ -46,7 +46,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
 
 
 def trace(function: Callable[..., Tensor], *examples: Tensor) -> GraphModule:
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(example) for example in examples]
     with torch.no_grad():
         traced: Any = make_fx(_tupled(function), pre_dispatch=True)

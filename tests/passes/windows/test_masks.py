@@ -1,9 +1,11 @@
-"""Masks that hide keys go with windows, in every form; those that tell queries apart do not."""
+"""Masks go with windows, in every form: those that hide keys, and those that tell queries apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,14 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditfastattn import ConfigError
 from ditfastattn.passes.analysis.attention import attention_mask
 from ditfastattn.passes.analysis.flops import count_flops
+from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import calls, value
 from ditfastattn.passes.windows import tile_attention, window_attention
 from ditfastattn.passes.windows.band import Band, seen_tokens
 from ditfastattn.passes.windows.forms import window_call
-from ditfastattn.passes.windows.key_masks import hides_keys_alone, insert_key_mask
 from ditfastattn.passes.windows.lower_window_attention import WindowKernel, lower_window_attention
 from ditfastattn.passes.windows.lower_windows import compute_window, lower_windows
+from ditfastattn.passes.windows.mask_windows import mask_windows
+from ditfastattn.passes.windows.masks import hides_keys_alone, insert_mask, windowed_mask
 from ditfastattn.passes.windows.window import TileWindow, Window
+from ditfastattn.runtime import reference
 from tests.helpers import capture_model
 from tests.passes.windows.test_window_attention import FLEX, compiled, inputs, needs_flex, trace
 from tests.tiers import slow, slow_but
@@ -43,6 +48,18 @@ def keys_mask(kind: str, batch: int, tokens: int, heads: int = 1) -> Tensor:
     return weights.masked_fill(~seen, -torch.inf)
 
 
+def pairs_mask(kind: str, batch: int, tokens: int, heads: int = 1) -> Tensor:
+    """Hide pairs of query and key at random; query 3 sees no key, query 5 only the first one."""
+    generator = torch.Generator().manual_seed(7)
+    seen = torch.rand(batch, heads, tokens, tokens, generator=generator) > 0.3
+    seen[..., 3, :] = False
+    seen[..., 5, 1:] = False
+    if kind == "bool":
+        return seen
+    weights = torch.rand(seen.shape, generator=generator) * 2 - 1
+    return weights.masked_fill(~seen, -torch.inf)
+
+
 def masked(window: Window, text: tuple[int, int]) -> Callable[..., Tensor]:
     def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         target, arguments = window_call(window, 0.25, text, mask)
@@ -62,10 +79,10 @@ def by_hand(
     else:
         pairs = window_attention.seen_pairs(tokens, window, *text)
     bias = mask if mask.is_floating_point() else torch.where(mask, 0.0, -torch.inf)
-    bias = bias.expand(q.shape[0], q.shape[1], 1, tokens)
+    bias = bias.expand(q.shape[0], q.shape[1], tokens, tokens)
     result = torch.zeros_like(q)
     for b, h, i in product(range(q.shape[0]), range(q.shape[1]), range(tokens)):
-        row = bias[b, h, 0]
+        row = bias[b, h, i]
         seen = (pairs[i] & (row > -torch.inf)).nonzero().flatten()
         if len(seen):
             scores = k[b, h, seen] @ q[b, h, i] * 0.25 + row[seen]
@@ -73,21 +90,30 @@ def by_hand(
     return result
 
 
-CASES = pytest.mark.parametrize(
-    ("kind", "mask_batch", "mask_heads"),
-    [("bool", 2, 1), slow(("float", 2, 1)), ("bool", 1, 1), ("float", 2, 3)],
-)
+KINDS: dict[str, Callable[[int], Tensor]] = {
+    "keys": lambda tokens: keys_mask("bool", 2, tokens),
+    "keys of all rows": lambda tokens: keys_mask("bool", 1, tokens),
+    "weights of keys": lambda tokens: keys_mask("float", 2, tokens),
+    "weights by head": lambda tokens: keys_mask("float", 2, tokens, 3),
+    "pairs": lambda tokens: pairs_mask("bool", 2, tokens),
+    "pairs of all rows": lambda tokens: pairs_mask("bool", 1, tokens),
+    "weights of pairs": lambda tokens: pairs_mask("float", 1, tokens),
+    "pairs by head": lambda tokens: pairs_mask("float", 2, tokens, 3),
+}
 
 
-@CASES
+COMPILED = ("keys", "pairs", "weights by head")
+
+
+@pytest.mark.parametrize("kind", slow_but({"keys", "pairs", "pairs by head"}, KINDS))
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 def test_the_op_and_its_form_attend_to_the_keys_left(
-    window: Window, text: tuple[int, int], kind: str, mask_batch: int, mask_heads: int
+    window: Window, text: tuple[int, int], kind: str
 ) -> None:
     tokens = GRID.tokens + sum(text)
     q, k, v = inputs(2, 3, tokens, 16)
-    mask = keys_mask(kind, mask_batch, tokens, mask_heads)
+    mask = KINDS[kind](tokens)
     expected = by_hand(q, k, v, mask, window, text)
     found = masked(window, text)(q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
@@ -102,16 +128,36 @@ def test_the_op_and_its_form_attend_to_the_keys_left(
     whole = mask.expand(-1, -1, tokens, -1)  # as a model may spell it
     eager = compute_window(q, k, v, window, 0.25, text, whole)
     torch.testing.assert_close(eager, expected, rtol=0, atol=1e-5)
+    site = SimpleNamespace(window=window, text=text)
+    call = {"query": q, "key": k, "value": v, "attn_mask": mask, "scale": 0.25}
+    interpreted = reference._window(cast(Site, site), call)
+    torch.testing.assert_close(interpreted, expected, rtol=0, atol=2e-6)
+    outside = trace(masked(window, text), q, k, v, mask)
+    assert mask_windows(outside) == 1
+    torch.testing.assert_close(outside(q, k, v, mask)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_masked_pairs_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    window, text = WINDOWS[name], (3, 4)
+    tokens = GRID.tokens + sum(text)
+    q, k, v = (item.to(dtype) for item in inputs(2, 3, tokens, 16))
+    for mask in (pairs_mask("bool", 2, tokens), pairs_mask("float", 1, tokens).to(dtype)):
+        expected = masked(window, text)(q, k, v, mask)
+        module = trace(masked(window, text), q, k, v, mask)
+        assert lower_windows(module) == []
+        torch.testing.assert_close(module(q, k, v, mask)[0], expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    slow_but([("a band", "bool"), ("tiles", "float")], product(WINDOWS, ["bool", "float"])),
+    slow_but([("a band", "pairs"), ("tiles", "weights by head")], product(WINDOWS, COMPILED)),
 )
 def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
     text, window = (0, 7), WINDOWS[name]
     tokens = GRID.tokens + sum(text)
-    examples = (*inputs(2, 3, tokens, 16), keys_mask(kind, 2, tokens))
+    examples = (*inputs(2, 3, tokens, 16), KINDS[kind](tokens))
     module = trace(masked(window, text), *examples)
     assert lower_windows(module) == []
     expected = masked(window, text)(*examples)
@@ -120,14 +166,24 @@ def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
 
 @needs_flex
 @pytest.mark.parametrize(
-    ("kind", "mask_batch", "mask_heads"), [("bool", 2, 1), ("float", 1, 1), slow(("float", 2, 2))]
+    ("mask_of", "kind", "mask_batch", "mask_heads"),
+    [
+        (keys_mask, "bool", 2, 1),
+        slow((keys_mask, "float", 1, 1)),
+        slow((keys_mask, "float", 2, 2)),
+        (pairs_mask, "bool", 2, 2),
+    ],
 )
 @pytest.mark.parametrize("text", [slow(((0, 0),)), (77, 0), slow(((0, 77),))])
 def test_compiled_flex_equals_the_op(
-    text: tuple[int, int], kind: str, mask_batch: int, mask_heads: int
+    text: tuple[int, int],
+    mask_of: Callable[..., Tensor],
+    kind: str,
+    mask_batch: int,
+    mask_heads: int,
 ) -> None:
     tokens = 600 + sum(text)
-    mask = keys_mask(kind, mask_batch, tokens, mask_heads)
+    mask = mask_of(kind, mask_batch, tokens, mask_heads)
     examples = (*inputs(2, 2, tokens, 16), mask)
     module = trace(masked(200, text), *examples)  # wide enough for blocks that lie wholly inside
     assert lower_window_attention(module, WindowKernel.FLEX) == []
@@ -166,9 +222,10 @@ def test_a_query_that_sees_no_key_gives_zero_by_flex() -> None:
     torch.testing.assert_close(compiled(module, *examples), expected, rtol=0, atol=1e-5)
 
 
-def test_masked_blocks_skip_the_rest_and_count_the_same() -> None:
+@pytest.mark.parametrize("mask_of", [keys_mask, pairs_mask])
+def test_masked_blocks_skip_the_rest_and_count_the_same(mask_of: Callable[..., Tensor]) -> None:
     tokens = 1024 + 77
-    examples = (*inputs(2, 2, tokens, 16), keys_mask("bool", 2, tokens))
+    examples = (*inputs(2, 2, tokens, 16), mask_of("bool", 2, tokens))
     module = trace(masked(128, (0, 77)), *examples)
     counted = count_flops(module.graph)
     plain = trace(lambda q, k, v: masked(128, (0, 77))(q, k, v, None), *examples[:3])
@@ -177,6 +234,25 @@ def test_masked_blocks_skip_the_rest_and_count_the_same() -> None:
     image, text = calls(module.graph, torch.ops.aten.scaled_dot_product_attention.default)
     assert value(image.args[1]).shape == (8 * 2, 2, 128 + 2 * 128 + 77, 16)
     assert value(text.args[0]).shape == (2, 2, 77, 16)
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        (TileWindow(grid=(128, 128), tile=(16, 16), reach=(1, 1)), "the bias of its tiles"),
+        (2048, "the bias of its blocks"),
+    ],
+    ids=str,
+)
+def test_a_bias_that_would_take_too_much_memory_is_declined(window: Window, reason: str) -> None:
+    tokens, heads = 128 * 128, 24
+    q = torch.zeros(1).expand(2, heads, tokens, 8)
+    mask = torch.ones(1, dtype=torch.bool).expand(2, heads, tokens, tokens)
+    module = trace(masked(window, (0, 0)), q, q, q, mask)
+    (declined,) = lower_windows(module)
+    assert f"{reason} would take" in declined
+    few = trace(masked(window, (0, 0)), q[:1], q[:1], q[:1], mask[:1, :1])
+    assert lower_windows(few) == []
 
 
 def test_the_tokens_seen_are_those_of_the_blocks() -> None:
@@ -192,8 +268,8 @@ def test_the_tokens_seen_are_those_of_the_blocks() -> None:
 def test_bad_masks_are_config_errors() -> None:
     q, k, v = inputs(2, 3, 192, 8)
     for window in WINDOWS.values():
-        for shape in [(2, 1, 192, 192), (2, 1, 1, 7), (3, 1, 1, 192), (2, 2, 1, 192), (1, 192)]:
-            with pytest.raises(ConfigError, match="the mask is not a key mask of these tokens"):
+        for shape in [(2, 1, 7, 192), (2, 1, 1, 7), (3, 1, 1, 192), (2, 2, 1, 192), (1, 192)]:
+            with pytest.raises(ConfigError, match="the mask does not fit these tokens"):
                 masked(window, (0, 0))(q, k, v, torch.ones(shape, dtype=torch.bool))
 
 
@@ -223,6 +299,7 @@ MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "of pairs": (lambda m: m[:, None, None, :] & m[:, None, :, None], False),
     "causal": (lambda m: torch.ones(12, 12, dtype=torch.bool).tril() & m[:, None, None], False),
     "reshaped": (lambda m: m[:1].expand(12, 12).reshape(1, 1, 12, 12), True),
+    "of queries, one column": (lambda m: m[:, None, :, None], False),
     "mixed up": (lambda m: m.expand(12, 2, 12).reshape(2, 1, 12, 12), False),
     "transposed": (lambda m: m[:1].expand(12, 12).mT, False),
 }
@@ -238,14 +315,14 @@ def test_masks_of_keys_are_told_from_others(name: str) -> None:
     mask = attention_mask(node)
     assert mask is not None
     assert hides_keys_alone(mask, 12) is expected
-    if not expected:
-        return
     with module.graph.inserting_before(node):
-        row = insert_key_mask(module.graph, mask, node)
+        row = insert_mask(module.graph, mask, 12, node)
+        assert insert_mask(module.graph, mask, 12, node) is row
     module.graph.output_node().args = ((row,),)
     module.recompile()
     given = {"keys": keys, "q": torch.randn(2, 2, 12, 4)}
     (found,) = module(*(given[name] for name in names))
-    assert found.shape[2:] == (1, 12)
+    assert found.shape[2:] == (1 if expected else 12, 12)
     every = (2, 2, 12, 12)
     assert torch.equal(found.broadcast_to(every), build(keys).broadcast_to(every))
+    assert torch.equal(windowed_mask(build(keys), 12, expected), found)
