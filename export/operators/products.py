@@ -138,7 +138,20 @@ def _attention(emitter: Emitter, call: Call) -> str:
         biases.append(_causal_bias(emitter, call))
     factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     kept = [bias for bias in biases if bias]
-    return attend(emitter, call, (query, key, value_), factor, kept, call.first.rank)
+    found = attend(emitter, call, (query, key, value_), factor, kept, call.first.rank)
+    return _zero_where_blind(emitter, call, found)
+
+
+def _zero_where_blind(emitter: Emitter, call: Call, found: str) -> str:
+    """Return zeros for queries whose mask hides all keys, as torch does; a softmax averages."""
+    mask: Value | None = call.get(3, "attn_mask")
+    if mask is None or mask.dtype != torch.bool or mask.rank < 2 or mask.shape[-2] == 1:
+        return found
+    if mask.tensor is not None and bool(mask.tensor.any(-1).all()):
+        return found
+    flags = emitter.cast(emitter.use(mask), torch.int32)
+    sees = emitter.op("ReduceMax", flags, emitter.ints([-1]), keepdims=1)
+    return emitter.op("Mul", found, emitter.cast(sees, call.dtype))
 
 
 def attend(
