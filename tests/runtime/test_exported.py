@@ -170,16 +170,19 @@ def test_a_program_without_example_inputs_is_refused() -> None:
 
 
 class TwoTimes(Denoiser):
-    def forward(self, latent: Tensor, timestep: Tensor, timestep_r: Tensor) -> tuple[Tensor]:
+    def forward(
+        self, latent: Tensor, timestep: Tensor, timestep_r: Tensor, unused: Tensor
+    ) -> tuple[Tensor]:
         return (self.run(self.embed(latent), timestep + timestep_r),)
 
 
-def test_a_plan_of_one_tensor_given_twice_runs_a_program_that_takes_both() -> None:
+def test_a_plan_runs_a_program_that_takes_a_tensor_twice_and_what_is_unused() -> None:
     time = torch.full((2,), 900.0)
-    call = {"latent": noise(0, 2, 16, 4), "timestep": time, "timestep_r": time}
+    latent, unused = noise(0, 2, 16, 4), noise(1, 2, 5)
+    call = {"latent": latent, "timestep": time, "timestep_r": time, "unused": unused}
     model = TwoTimes().eval()
     plan = plan_for(model, call, *SHARED)
-    assert set(plan.inputs) == {"latent", "timestep"}  # Dynamo takes it once
+    assert set(plan.inputs) == {"latent", "timestep"}  # what Dynamo takes
     program = torch.export.export(model, (), call)
     with torch.no_grad():
         found = PlannedProgram(program, plan, lowering="eager")(**call)[0]
