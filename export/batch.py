@@ -66,10 +66,13 @@ def _difference(
     pairs = zip_longest(nodes, others)
     one, other = next((a, b) for a, b in pairs if not (a and b and _named(a) == _named(b)))
     first: Any = one or other
+    said = [_said(one), _said(other)]
+    if one and other and said[0] == said[1]:  # it stands elsewhere among the operations
+        said = [f"{one.name}, {said[0]}", f"{other.name}, {said[1]}"]
     return ConfigError(
         "the model computes differently at another batch size",
         where=str(first.meta.get("stack_trace") or first.name).strip(),
-        got=f"{_said(one)} at batch {batches[0]}, {_said(other)} at batch {batches[1]}",
+        got=f"{said[0]} at batch {batches[0]}, {said[1]} at batch {batches[1]}",
         expected="the same operations at both",
         remedy=FIX_BATCH,
     )

@@ -102,7 +102,7 @@ def test_other_shapes_of_them_are_refused(folder: Path) -> None:
 
 
 class Complex(Turned):
-    def forward(  # type: ignore[override]
+    def forward(
         self, latent: Tensor, timestep: Tensor, words: Tensor, turns: Tensor
     ) -> tuple[Tensor]:
         return (torch.view_as_complex(self.run(self.embed(latent), timestep)[..., :2]),)
