@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -48,12 +49,7 @@ def find_batch(first: GraphModule, second: GraphModule, batches: tuple[int, int]
     symbols = Symbols({}, {}, {})
     nodes, others = list(first.graph.nodes), list(second.graph.nodes)
     if [(n.op, n.name) for n in nodes] != [(n.op, n.name) for n in others]:
-        raise ConfigError(
-            "the model computes differently at another batch size",
-            where=_first_difference(nodes, others),
-            expected=f"the same operations at batches {batches[0]} and {batches[1]}",
-            remedy=FIX_BATCH,
-        )
+        raise _difference(nodes, others, batches)
     for node, other in zip(nodes, others, strict=True):
         pairing = _Pairing(node.name, batches)
         symbols.args[node] = pairing.pair(node.args, other.args)
@@ -63,10 +59,33 @@ def find_batch(first: GraphModule, second: GraphModule, batches: tuple[int, int]
     return symbols
 
 
-def _first_difference(nodes: Iterable[Node], others: Iterable[Node]) -> str:
-    pairs = zip(nodes, others, strict=False)
-    different = (a.name for a, b in pairs if (a.op, a.name) != (b.op, b.name))
-    return next(different, "the end of the graph")
+def _difference(
+    nodes: Iterable[Node], others: Iterable[Node], batches: tuple[int, int]
+) -> ConfigError:
+    """Return the error that names the first operations that differ, and the model's line."""
+    pairs = zip_longest(nodes, others)
+    one, other = next((a, b) for a, b in pairs if not (a and b and _named(a) == _named(b)))
+    first: Any = one or other
+    said = [_said(one), _said(other)]
+    if one and other and said[0] == said[1]:  # it stands elsewhere among the operations
+        said = [f"{one.name}, {said[0]}", f"{other.name}, {said[1]}"]
+    return ConfigError(
+        "the model computes differently at another batch size",
+        where=str(first.meta.get("stack_trace") or first.name).strip(),
+        got=f"{said[0]} at batch {batches[0]}, {said[1]} at batch {batches[1]}",
+        expected="the same operations at both",
+        remedy=FIX_BATCH,
+    )
+
+
+def _named(node: Node) -> tuple[str, str]:
+    return node.op, node.name
+
+
+def _said(node: Node | None) -> str:
+    if node is None:
+        return "nothing"
+    return str(node.target) if node.op == "call_function" else f"{node.op} {node.name}"
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,24 @@ def _doubled(item: Any, batch: int, made: dict[int, Tensor]) -> Any:
     if isinstance(item, Tensor):
         if not item.dim() or item.shape[0] != batch:
             return item
-        return made.setdefault(id(item), torch.cat([item, item]))
+        return made.setdefault(id(item), _twice(item))
     if isinstance(item, (tuple, list)):
         return type(item)(_doubled(part, batch, made) for part in item)
     if isinstance(item, dict):
         return {key: _doubled(part, batch, made) for key, part in item.items()}
     return item
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` with its rows twice, in its layout, which a graph may depend on.
+
+    Pipelines expand one timestep to a batch: then the rows lie at one place.
+    """
+    if tensor.stride(0) == 0:
+        return tensor[:1].expand(2 * len(tensor), *tensor.shape[1:])
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    doubled = torch.cat([tensor.permute(order)] * 2, order.index(0))
+    return doubled.permute([order.index(dim) for dim in range(tensor.dim())])
 
 
 def _tensors_differ(one: Any, other: Any) -> bool:

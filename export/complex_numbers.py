@@ -3,7 +3,8 @@
 Before: ``%z = aten.view_as_complex.default(%x)``, ``%y = aten.mul.Tensor(%z, %turn)``
 After: the parts of both as nodes of their own, ``%y`` as four products, a difference and a sum
 
-torch knows for each operator what it does to the parts.
+torch knows for each operator what it does to the parts. Graphs take and return complex numbers as
+pairs of real ones, ``[..., 2]``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.fx.node import map_arg
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.decompose import copy_trace
 from ditfastattn.passes.graph.fake_values import evaluate, fake_mode
-from ditfastattn.passes.graph.ir import aten
+from ditfastattn.passes.graph.ir import aten, insert, outputs, value
 
 _Parts = dict[Node, tuple[Node, Node]]
 
@@ -29,19 +30,14 @@ _Parts = dict[Node, tuple[Node, Node]]
 def split_complex(module: GraphModule, static: Collection[int]) -> int:
     """Take apart in place what is complex; return how many calls were replaced.
 
+    Inputs at the positions ``static`` may be complex; others, and results, become pairs.
+
     Raises:
-        ConfigError: an input that is not at the positions ``static`` is complex, or nothing is
-            known of an operator.
+        ConfigError: nothing is known of an operator.
     """
+    pair_boundary(module, static)
     graph, parts = module.graph, _Parts()
     inputs = graph.find_nodes(op="placeholder")
-    for position, node in enumerate(inputs):
-        if _is_complex(node) and position not in static and node.users:
-            raise ConfigError(
-                "an input holds complex numbers, which ONNX lacks",
-                where=f"argument {node.name!r}",
-                remedy="run the plan in torch, by accelerate(pipeline, plan)",
-            )
     results: dict[Node, list[Any]] = {}
     replaced: list[Node] = []
     for node in list(graph.nodes):
@@ -65,6 +61,37 @@ def split_complex(module: GraphModule, static: Collection[int]) -> int:
     if replaced:
         module.recompile()
     return len(replaced)
+
+
+def pair_boundary(module: GraphModule, static: Collection[int]) -> None:
+    """Let inputs and results that are complex be pairs of real numbers, ``[..., 2]``, in place.
+
+    Before: ``%z = input z: complex64[4]``, ``return [%y]``
+    After: ``%z = input z: float32[4, 2]``, ``%1 = aten.view_as_complex.default(%z)``, and
+    ``%2 = aten.view_as_real.default(%y)``, ``return [%2]``
+
+    Inputs at the positions ``static`` stay complex.
+    """
+    graph = module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    given = [node for at, node in enumerate(inputs) if at not in static and _is_complex(node)]
+    for node in given:
+        kind = value(node)
+        with fake_mode(graph):
+            node.meta["val"] = torch.empty((*kind.shape, 2), dtype=kind.real.dtype).to(kind.device)
+        if not node.users:
+            continue
+        with graph.inserting_after(inputs[-1]):
+            whole = insert(graph, aten.view_as_complex.default, (node,), node)
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user, own=whole: user is not own)
+    end = graph.output_node()
+    made: dict[Node, Node] = {}
+    for node in {item for item in outputs(graph) if isinstance(item, Node) and _is_complex(item)}:
+        with graph.inserting_before(end):
+            made[node] = insert(graph, aten.view_as_real.default, (node,), node)
+    if given or made:
+        end.args = (tuple(made.get(item, item) for item in outputs(graph)),)  # type: ignore[arg-type]
+        module.recompile()
 
 
 def _is_complex(node: Node) -> bool:

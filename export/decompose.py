@@ -13,7 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.export.expand_flex import expanded_flex, tensors_of
 from ditfastattn.passes.graph.fake_values import fake_mode
+from ditfastattn.passes.graph.ir import FLEX_ATTENTION, calls
 
 
 def decompose_unknown(
@@ -27,10 +29,13 @@ def decompose_unknown(
     Raises:
         ConfigError: an operator without a rule remains.
     """
+    for flex in calls(module.graph, FLEX_ATTENTION):
+        _paste(module, flex, expanded_flex(module, flex), tensors_of(module, flex))
+        module.graph.eliminate_dead_code()  # its functions
     unknown = _unknown(module, known, static)
     for node in unknown:
-        if isinstance(node.target, torch._ops.OpOverload):  # not of functions, as FlexAttention
-            _paste(module, node, _decomposed(module, node))
+        if isinstance(node.target, torch._ops.OpOverload):  # not of functions
+            _paste(module, node, _decomposed(module, node), node.all_input_nodes)
     remaining = _unknown(module, known, static)
     if remaining:
         raise ConfigError(
@@ -77,8 +82,8 @@ def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _paste(module: GraphModule, node: Node, trace: GraphModule) -> None:
-    returned = copy_trace(module, node, trace, node.all_input_nodes)
+def _paste(module: GraphModule, node: Node, trace: GraphModule, given: Sequence[Node]) -> None:
+    returned = copy_trace(module, node, trace, given)
     if isinstance(returned, Node):
         node.replace_all_uses_with(returned)
     else:  # several results, each taken by its number

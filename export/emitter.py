@@ -22,12 +22,16 @@ OPSET: Final = 20
 
 @dataclass(frozen=True)
 class Value:
-    """Describe a value of the graph; ``tensor`` is its content, if known at export."""
+    """Describe a value of the graph; ``tensor`` is its content, if known at export.
+
+    ``pairs`` marks an input whose last dimension holds the parts of complex numbers.
+    """
 
     name: str
     shape: Shape
     dtype: torch.dtype
     tensor: Tensor | None = None
+    pairs: bool = False
 
     @property
     def rank(self) -> int:

@@ -14,6 +14,7 @@ from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph
 from ditfastattn.passes.graph.slots import Slot, parse_slot
 from ditfastattn.passes.plan.step_program import StepProgram
+from ditfastattn.runtime.bundle.arguments import as_pairs
 from ditfastattn.runtime.bundle.golden import LATENTS, NOISE, input_name, output_name
 from ditfastattn.runtime.bundle.stepping import Stepper, Stepping, first_noise, guided
 from ditfastattn.runtime.caches import Caches
@@ -90,12 +91,13 @@ class _Sample:
     def _calls(self) -> list[_Call]:
         """Return the calls of a step; both are given the same latents."""
         prepared = self.prepared
-        first = {entry.name: tensor for entry, tensor in prepared.arguments()}
+        first = {entry.name: as_pairs(tensor) for entry, tensor in prepared.arguments()}
         if prepared.layout.batched and prepared.latent and prepared.program.shares_guidance:
             half = first[prepared.latent].tensor_split(2)[0]
             first[prepared.latent] = torch.cat([half, half])
         latents = {name: item for name, item in first.items() if name == prepared.latent}
-        inputs = (first, {**prepared.other, **latents})
+        other = {name: as_pairs(tensor) for name, tensor in prepared.other.items()}
+        inputs = (first, {**other, **latents})
         return [
             _Call(program, prepared.schedule(program), given, self._hoisted(given))
             for program, given in zip(prepared.programs, inputs, strict=False)

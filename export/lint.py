@@ -5,7 +5,7 @@ Each rule is a trap that was observed; ARCHITECTURE.md lists which runtime does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -119,15 +119,18 @@ def _infinities(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
 def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
     """Find scores computed in fp32 from half precision: TensorRT does not fuse that attention.
 
-    A model in fp32 may round its queries and keys to half precision; its values are in fp32.
+    A model in fp32 may round its queries and keys to half precision; its values are in fp32. Or it
+    may compute an attention in bf16, for which ONNX Runtime has no kernels.
     """
+    in_bf16 = any(item.data_type == TensorProto.BFLOAT16 for item in model.graph.initializer)
+    half = _HALF if in_bf16 else (TensorProto.FLOAT16,)
     makers = {name: node for node in model.graph.node for name in node.output}
     wide = {
         node.input[0]
         for node in model.graph.node
         if node.op_type == "MatMul"
         and types.get(node.input[1]) == TensorProto.FLOAT
-        and not _was_half(node.input[1], makers, types)
+        and not _was_half(node.input[1], makers, types, half)
     }
     for node in model.graph.node:
         maker = makers.get(node.input[0]) if node.op_type == "Softmax" else None
@@ -136,16 +139,18 @@ def _widened_scores(model: ModelProto, types: dict[str, int]) -> Iterator[str]:
         if maker is None or maker.op_type != "MatMul" or node.output[0] in wide:
             continue
         for name in maker.input:
-            if _was_half(name, makers, types):
+            if _was_half(name, makers, types, half):
                 yield f"{maker.name}: scores of half precision in fp32: TensorRT does not fuse them"
 
 
-def _was_half(name: str, makers: Mapping[str, NodeProto], types: Mapping[str, int]) -> bool:
-    """Return whether the value called ``name`` is cast from one in half precision."""
+def _was_half(
+    name: str, makers: Mapping[str, NodeProto], types: Mapping[str, int], half: Collection[int]
+) -> bool:
+    """Return whether the value called ``name`` is cast from one in a dtype of ``half``."""
     cast = makers.get(name)
     while cast is not None and cast.op_type in ("Mul", "Transpose", "Reshape", "Gather"):
         cast = makers.get(cast.input[0])
-    return cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in _HALF
+    return cast is not None and cast.op_type == "Cast" and types.get(cast.input[0]) in half
 
 
 RULES: Final[tuple[Rule, ...]] = (

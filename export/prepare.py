@@ -27,6 +27,7 @@ from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
 from ditfastattn.passes.capture.plain_tensors import is_plain
+from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.actions import ActionRow
 from ditfastattn.passes.plan.guidance import CfgLayout, GuidanceCall, calls_of
 from ditfastattn.passes.plan.schema import Plan
@@ -152,6 +153,19 @@ def _check_whole(captured: CapturedCall) -> None:
         )
 
 
+def _check_real(captured: CapturedCall) -> None:
+    """Refuse results that are complex: graphs would return pairs of real numbers."""
+    for node in captured.graph.module.graph.output_node().all_input_nodes:
+        if value(node).is_complex():
+            raise ConfigError(
+                "the model returns complex numbers",
+                where="export",
+                got=value(node).dtype,
+                expected="real ones",
+                remedy="return torch.view_as_real of them",
+            )
+
+
 def _guards(captured: CapturedCall, dynamic_batch: bool) -> tuple[InputGuard, ...]:
     """Return guards of the inputs that the model reads: the graph is for their content alone.
 
@@ -197,6 +211,7 @@ def prepare(
         _check_not_quantized(model, dtype)
     captured = capture_call(model, call, options.timestep)
     _check_whole(captured)
+    _check_real(captured)
     static = static_tensors(captured.graph, captured.tensors)
     identity = fingerprint(captured.graph, find_sites(captured.graph).sites, static)
     if other_weights and plan is not None:

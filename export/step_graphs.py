@@ -124,8 +124,9 @@ def _step_graph(
     }
     slots = tuple(map(str, read_slots(graph)))
     names = [*(entry.name for entry in entries), *slots]
+    pairs = _complex_inputs(captures.first)
     inputs = [
-        Value(name, _shape(symbols, node), node.meta["val"].dtype)
+        Value(name, _shape(symbols, node), node.meta["val"].dtype, pairs=name in pairs)
         for index, (name, node) in enumerate(zip(names, placeholders, strict=True))
         if index not in static
     ]
@@ -145,6 +146,12 @@ def _step_graph(
         writes,
         tuple(results[count:]),
     )
+
+
+def _complex_inputs(captured: CapturedCall) -> set[str]:
+    placeholders = captured.graph.module.graph.find_nodes(op="placeholder")
+    named = zip(captured.graph.inputs, placeholders, strict=True)
+    return {entry.name for entry, node in named if node.meta["val"].is_complex()}
 
 
 def output_names(count: int) -> tuple[str, ...]:
@@ -221,7 +228,12 @@ def spec(value: Value) -> TensorSpec:
             remedy="export with inputs that are used, or run the plan in torch, by "
             "accelerate(pipeline, plan)",
         )
-    return TensorSpec(name=value.name, shape=sizes(value.shape), dtype=dtype_name(value.dtype))
+    return TensorSpec(
+        name=value.name,
+        shape=sizes(value.shape),
+        dtype=dtype_name(value.dtype),
+        pairs=value.pairs,
+    )
 
 
 def sizes(shape: Shape) -> tuple[int | Multiple, ...]:

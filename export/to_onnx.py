@@ -25,7 +25,7 @@ from ditfastattn.core.version import __version__
 from ditfastattn.export.batch import FIX_BATCH, BatchSize, Symbols
 from ditfastattn.export.emitter import OPSET, Emitter, Value, value_info
 from ditfastattn.export.operators import RULES
-from ditfastattn.export.operators.base import Call
+from ditfastattn.export.operators.base import Call, in_fp32
 from ditfastattn.passes.graph.ir import outputs
 
 IR_VERSION = 10  # not the newest, for older runtimes
@@ -46,13 +46,22 @@ class GraphSource:
     symbols: Symbols
     static: Mapping[int, tuple[str, Tensor]]
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Tell whether the model has weights in bf16, and is for a runtime that computes in it.
+
+        ONNX Runtime's CPU provider does not: what another model computes in bf16, such as one
+        attention, is computed in fp32 and rounded, operator by operator.
+        """
+        return any(tensor.dtype == torch.bfloat16 for _, tensor in self.static.values())
+
 
 def emit(emitter: Emitter, source: GraphSource, given: Sequence[Value]) -> list[Value]:
     """Add the nodes of a graph to ``emitter``; return what the graph returns.
 
     ``given`` stands for the inputs that are not static, in order.
     """
-    module, symbols = source.module, source.symbols
+    module = source.module
     values: dict[Node, Any] = {}
     rest = iter(given)
     for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
@@ -66,12 +75,15 @@ def emit(emitter: Emitter, source: GraphSource, given: Sequence[Value]) -> list[
             held: Tensor = getattr(module, str(node.target))
             values[node] = Value(node.name, tuple(held.shape), held.dtype, held)
         elif node.op == "call_function":
-            values[node] = _emit_node(emitter, node, symbols, values)
+            values[node] = _emit_node(emitter, node, source, values)
     returned = [item for item in outputs(module.graph) if isinstance(item, Node)]
     return [values[node] for node in returned]
 
 
-def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[Node, Any]) -> Any:
+def _emit_node(
+    emitter: Emitter, node: Node, source: GraphSource, values: Mapping[Node, Any]
+) -> Any:
+    symbols = source.symbols
     args = map_arg(symbols.args[node], values.__getitem__)
     kwargs = map_arg(symbols.kwargs[node], values.__getitem__)
     if node.target is operator.getitem:
@@ -80,7 +92,7 @@ def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[N
     if known is not None:
         return known
     result: Any = node.meta["val"]
-    first = result if isinstance(result, Tensor) else result[0]
+    dtypes = tuple(item.dtype for item in ([result] if isinstance(result, Tensor) else result))
     shape: Any = symbols.shapes[node]
     rule = RULES.get(node.target)
     if rule is None:  # static, except for the batch
@@ -90,9 +102,10 @@ def _emit_node(emitter: Emitter, node: Node, symbols: Symbols, values: Mapping[N
             got=node.target,
             remedy=f"{FIX_BATCH}, or add a rule in export/operators",
         )
-    made = rule(emitter, Call(node.name, args, kwargs, shape, first.dtype))
+    rule = rule if source.in_bfloat16 else in_fp32(rule)
+    made = rule(emitter, Call(node.name, args, kwargs, shape, dtypes[0], dtypes))
     if isinstance(made, str):
-        return Value(made, shape, first.dtype)
+        return Value(made, shape, dtypes[0])
     return [
         Value(name, part, item.dtype) for name, part, item in zip(made, shape, result, strict=True)
     ]

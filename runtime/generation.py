@@ -19,8 +19,8 @@ from ditfastattn.runtime.caches import Caches
 from ditfastattn.runtime.call_order import FIRST, Call
 from ditfastattn.runtime.calls import Calls
 from ditfastattn.runtime.clock import TimestepReader
+from ditfastattn.runtime.halves import check_halves
 from ditfastattn.runtime.hoisted import HoistedPerGeneration
-from ditfastattn.runtime.matching import check_halves
 from ditfastattn.runtime.trace import NOTHING, Shown
 
 

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
@@ -82,41 +81,6 @@ def timestep_position(captured: CapturedGraph, name: str) -> int:
     )
 
 
-def check_halves(first: Tensor, second: Tensor, where: str) -> None:
-    """Raise ``ConfigError`` unless both halves of guidance hold the same latents.
-
-    A plan that shares guidance copies one half over the other. Were the halves different images,
-    generated without guidance, one would silently replace the other.
-    """
-    if not _same(first, second):
-        raise ConfigError(
-            "the plan shares guidance, but its halves hold different latents",
-            where=where,
-            got=f"{len(first)} and {len(second)} different latents",
-            expected="the same latents twice, for the conditional and the unconditional half",
-            remedy="run with the plan's guidance, or calibrate a plan without guidance",
-        )
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Return whether both hold the same numbers; NaN is the same as NaN."""
-    if first.shape != second.shape:
-        return False
-    return torch.equal(first, second) or torch.allclose(
-        first, second, rtol=0.0, atol=0.0, equal_nan=True
-    )
-
-
-def warn_of_unchecked_latents(inputs: Sequence[str]) -> None:
-    """Warn that a plan shares guidance, and nothing can refuse halves of different images."""
-    log.warning(
-        "ditfastattn: the plan shares guidance, and none of the model's inputs (%s) has the size "
-        "of its output, so the latent is unknown: run with the plan's guidance, since different "
-        "images in its halves would go unnoticed",
-        ", ".join(inputs),
-    )
-
-
 def warn_of_unsampled_change() -> None:
     """Warn that weights have changed, and a plan's fingerprint cannot tell for which it is."""
     log.warning(
@@ -154,7 +118,7 @@ def planned_sites(
             got=plan.model.structure,
             remedy="run it with accelerate(pipeline, plan), or calibrate a plan of this graph",
         )
-    _check_inputs(plan, input_shapes(captured))
+    _check_inputs(plan, captured)
     wanted = {site.name for site in plan.sites}
     chosen = tuple(site for site in sites if site.name in wanted)
     chosen = (*chosen, *holding_sites(plan.sites, captured, sites))
@@ -252,11 +216,27 @@ def _lora_mismatch(got: str, expected: str) -> ConfigError:
     )
 
 
-def _check_inputs(plan: Plan, found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_inputs(plan: Plan, captured: CapturedGraph) -> None:
+    found = input_shapes(captured)
+    idle = {name for name in found if not captured.node(name).users}
     for name in sorted(set(plan.inputs) | set(found)):
-        got, expected = found.get(name, "absent"), plan.inputs.get(name, "absent")
-        if got != expected:
-            raise mismatch(f"inputs.{name} (shape without batch)", got, expected)
+        got, expected = found.get(name), plan.inputs.get(name)
+        unknown = expected is None and name in idle  # torch.export takes what a model leaves unused
+        if got == expected or unknown or _may_be_one(name, plan.inputs, found):
+            continue
+        shapes = ("absent" if each is None else each for each in (got, expected))
+        raise mismatch(f"inputs.{name} (shape without batch)", *shapes)
+
+
+def _may_be_one(name: str, *sides: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether the one side that lacks ``name`` may have it as another argument.
+
+    Dynamo takes arguments that are one tensor, as ``timestep`` and ``timestep_r`` can be, as one
+    input; torch.export takes each.
+    """
+    shapes = [side[name] for side in sides if name in side]
+    others = [side for side in sides if name not in side]
+    return any(shape in side.values() for side in others for shape in shapes)
 
 
 def static_tensors(captured: CapturedGraph, tensors: Sequence[Tensor]) -> list[Tensor]:

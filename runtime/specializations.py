@@ -39,6 +39,7 @@ from ditfastattn.runtime.calls import InterleavedError
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import explicit_generation, named_generation, shown
 from ditfastattn.runtime.generation import Generation
+from ditfastattn.runtime.halves import warn_of_unchecked_latents
 from ditfastattn.runtime.hoisted import HoistedGraph
 from ditfastattn.runtime.matching import (
     check_fingerprint,
@@ -46,7 +47,6 @@ from ditfastattn.runtime.matching import (
     split_as_planned,
     static_tensors,
     timestep_position,
-    warn_of_unchecked_latents,
     warn_of_unsampled_change,
 )
 from ditfastattn.runtime.model_state import ModelState, ModelStates

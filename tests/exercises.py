@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.tools.survey import PIPELINES
+from ditfastattn.tools.survey_page import PIPELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"

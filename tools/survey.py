@@ -12,64 +12,36 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import diffusers
-import torch
 import typer
 from rich.console import Console
 
-from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.legality import declined_strategies
 from ditfastattn.passes.plan.strategies import Strategy
+from ditfastattn.tools.survey_page import ROUNDS, Entry, as_markdown, read_page, rows_of_pipelines
 from ditfastattn.tools.terminal import open_console
 from ditfastattn.tools.zoo import ZOO
 from ditfastattn.tools.zoo.base import ZooModel
-from ditfastattn.tools.zoo.trial import TOLERANCE, Trial, count_graph_breaks, reason_of, try_model
+from ditfastattn.tools.zoo.trial import (
+    HALF_TOLERANCE,
+    Trial,
+    count_graph_breaks,
+    reason_of,
+    try_model,
+)
 
 _EXPORTED = re.compile(r".*(Transformer|DiT).*(Model|Transformer)")
 _NOT_DENOISERS = re.compile(r".*ControlNet.*|.*Prior.*|.*Encoder.*")
-_LEGEND = """\
-# Which models work
-
-Written by `python -m ditfastattn.tools.survey`; do not edit. Every transformer of diffusers
-{diffusers} is built tiny with random weights (torch {torch}, CPU, fp32), captured by
-`torch.compile(..., backend="ditfastattn", fullgraph=True)`, or traced where that fails, run by a
-plan that mixes every legal strategy at every site, and compared with the plan interpreter, as is
-the same plan over the graph of `torch.export`, which must have the same sites, and the bundle
-exported to ONNX.
-
-*Attention* counts the attention sites by kind, *feed-forward* the feed-forward sites. *Strategies*
-are those that some attention may take: **w**indow, share-**s**tep, share-**c**fg, **e**xtrapolate.
-*Graph breaks* counts the breaks of Dynamo without `fullgraph` (-: it makes no graph). A model with
-any is traced with its inputs; its graph holds for what it reads of them, which is checked.
-*Error*, *torch.export* and *ONNX* are the largest differences, relative to the largest output (at
-most {tolerance:g}). The reasons for what is declined are listed below the table, with what a
-traced model reads.
-
-| class | attention | feed-forward | strategies | graph breaks | error | torch.export | ONNX |
-|---|---|---|---|---|---|---|---|
-"""
-_PIPELINES = """\
-## Pipelines
-
-What the tests run whole pipelines with, tiny and with random weights: by a plan, compared with the
-plan interpreter, the dense pipeline or the exported bundle. Each *yes* leads to its test; *-*: not
-tried. *img2img* begins with an image, or a video with its first frame; *control* is a ControlNet;
-*LoRA* loads an adapter from a file; *two-call guidance* calls the transformer twice a step; *ONNX*
-is a bundle that ONNX Runtime runs, *loop* one with the sampler inside. Written by
-`python -m tests.exercises`.
-
-<!-- pipelines -->
-{rows}<!-- end of pipelines -->
-"""
-#: The rows of the pipelines' table within the page; tests/exercises.py writes them.
-PIPELINES = re.compile(r"(?<=<!-- pipelines -->\n)[\s\S]*(?=<!-- end of pipelines -->\n)")
+_NO_DENOISERS = {
+    "TransformerTemporalModel": "it is a part of U-Nets for video, the attention over time between "
+    "their convolutions, and denoises nothing by itself",
+}
 _LETTERS = {
     Strategy.WINDOW: "w",
     Strategy.SHARE_STEP: "s",
@@ -89,20 +61,6 @@ class Outcome:
     trial: Trial | None
     reason: str = ""
     breaks: int = -1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the page says about one class: its row of the table, and notes."""
-
-    row: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def works(self) -> bool:
-        """Tell whether the class has sites and runs a plan correctly."""
-        error = self.row.split(" | ")[5]
-        return error != "-" and float(error) <= TOLERANCE
 
 
 def entry(outcome: Outcome) -> Entry:
@@ -128,6 +86,8 @@ def survey(console: Console, onnx: bool, only: str = "") -> list[Outcome]:
 
 
 def _outcome(name: str, model: ZooModel | None, onnx: bool) -> Outcome:
+    if name in _NO_DENOISERS:
+        return Outcome(name, None, _NO_DENOISERS[name])
     if model is None:
         return Outcome(name, None, "it has no tiny configuration yet")
     breaks = _breaks(model)
@@ -180,13 +140,20 @@ def notes(outcome: Outcome) -> list[str]:
     found = [f"traced; reads {read}" for read in dict.fromkeys(outcome.trial.guards)]
     found += [f"called as it is: {path}: {why}" for path, why in outcome.trial.opaque.items()]
     found += [f"declined: {reason}" for reason in _reasons(outcome.trial)]
+    if outcome.breaks < 0:
+        found.append("Dynamo makes no graph of it, and gives up")
+    if not outcome.trial.report.sites:
+        found.append("no plan: the graph has no attention, and no feed-forward behind one")
+        return found
     found += [f"bands only at {reason}" for reason in _bands_only(outcome.trial)]
-    if outcome.trial.no_program:
-        found.append(f"no torch.export: {outcome.trial.no_program}")
+    if outcome.trial.in_half:
+        found.append(f"{ROUNDS}: errors up to {HALF_TOLERANCE:g} are its rounding")
+    if outcome.trial.program_error is None:
+        found.append(f"no torch.export: {outcome.trial.no_program or 'not tried'}")
     if outcome.trial.fixed_batch:
         found.append(f"ONNX at a fixed batch: {outcome.trial.fixed_batch}")
-    if outcome.trial.no_onnx:
-        found.append(f"no ONNX: {outcome.trial.no_onnx}")
+    if outcome.trial.onnx_error is None:
+        found.append(f"no ONNX: {outcome.trial.no_onnx or 'not tried'}")
     return found
 
 
@@ -206,54 +173,6 @@ def _bands_only(trial: Trial) -> list[str]:
     """Return why windows are not tiles, each reason once."""
     sites = [site for site in trial.report.sites if site.windows and site.no_grid]
     return list(dict.fromkeys(f"{site.kind}: {site.no_grid}" for site in sites))
-
-
-def as_markdown(entries: Mapping[str, Entry], pipelines: str = "") -> str:
-    """Return the whole page for the classes in ``entries``, by name, with rows of ``pipelines``."""
-    works = sum(found.works for found in entries.values())
-    lines = [entries[name].row for name in sorted(entries)]
-    lines += [f"\n{works} of {len(entries)} classes run a plan.\n"]
-    lines += [_PIPELINES.format(rows=pipelines), "## Reasons\n"]
-    for name in sorted(entries):
-        if entries[name].notes:
-            lines += [f"- **{name}**", *(f"  - {note}" for note in entries[name].notes)]
-    return head() + "\n".join(lines) + "\n"
-
-
-def head() -> str:
-    """Return the head of the page: how to read it, and the releases it is valid for."""
-    return _LEGEND.format(
-        diffusers=diffusers.__version__,
-        torch=torch.__version__.partition("+")[0],
-        tolerance=TOLERANCE,
-    )
-
-
-def rows_of_pipelines(page: str) -> str:
-    """Return the rows of the pipelines' table in ``page``, "" where it has none."""
-    found = PIPELINES.search(page)
-    return found[0] if found else ""
-
-
-def read_page(path: Path) -> dict[str, Entry]:
-    """Return what the page in ``path`` says about each class.
-
-    Raises:
-        ConfigError: the page was written with other releases, or in another format.
-    """
-    page = path.read_text()
-    if not page.startswith(head()):
-        raise ConfigError(
-            "the page was written with other releases, or in another format",
-            where=str(path),
-            expected=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
-            remedy="survey all classes: leave out --only",
-        )
-    table, _, reasons = page.removeprefix(head()).partition("\n\n")
-    rows = {line.split(" ")[1]: line for line in table.splitlines()}
-    blocks = re.findall(r"^- \*\*(\w+)\*\*\n((?:  - .*\n)*)", reasons, re.MULTILINE)
-    said = {name: tuple(re.findall("^  - (.*)$", lines, re.M)) for name, lines in blocks}
-    return {name: Entry(line, said.get(name, ())) for name, line in rows.items()}
 
 
 def main(

@@ -21,6 +21,7 @@ from ditfastattn.export.aoti.earlier import EarlierPackage
 from ditfastattn.export.aoti.free_batch import contiguous_strides, free_batch
 from ditfastattn.export.aoti.options import CompileFor
 from ditfastattn.export.aoti.program import graph_of, traced
+from ditfastattn.export.complex_numbers import pair_boundary
 from ditfastattn.export.emitter import Value
 from ditfastattn.export.graph_files import Written
 from ditfastattn.export.partial import PartialBundle
@@ -41,6 +42,7 @@ def package_form(module: GraphModule, static: Sequence[int]) -> None:
     for reason in lower_windows(module):
         log.info("window attention becomes a masked full attention: %s", reason)
     mask_windows(module)
+    pair_boundary(module, static)
 
 
 class PackageFiles:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ditfastattn.export.operators.base import Rule
 from ditfastattn.export.operators.elementwise import ELEMENTWISE
+from ditfastattn.export.operators.flags import FLAGS
 from ditfastattn.export.operators.gathers import GATHERS
 from ditfastattn.export.operators.indexing import INDEXING
 from ditfastattn.export.operators.norms import NORMS
@@ -15,6 +16,7 @@ from ditfastattn.export.operators.windows import WINDOWS
 
 RULES: dict[Any, Rule] = {
     **ELEMENTWISE,
+    **FLAGS,
     **GATHERS,
     **INDEXING,
     **NORMS,

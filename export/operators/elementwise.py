@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.operators.base import Call, Rule, in_fp32
+from ditfastattn.export.operators.base import Call, Rule, in_fp32, in_int32, without_double
 from ditfastattn.passes.graph.ir import aten
 
 
@@ -20,7 +20,7 @@ def operand(emitter: Emitter, item: Any, dtype: torch.dtype) -> str:
     return name if item.dtype == dtype else emitter.cast(name, dtype)
 
 
-def _common(call: Call) -> torch.dtype:
+def common_dtype(call: Call) -> torch.dtype:
     """Return the dtype that torch computes a binary operator in."""
     left, right = call.args[:2]
     both = [_sample(item) for item in (left, right)]
@@ -44,7 +44,7 @@ def binary(kind: str) -> Rule:
     """Return the rule of an operator of two operands; ``alpha`` scales the second."""
 
     def rule(emitter: Emitter, call: Call) -> str:
-        dtype = _common(call)
+        dtype = common_dtype(call)
         if kind == "Div" and not dtype.is_floating_point:
             dtype = call.dtype
         left, right = (operand(emitter, item, dtype) for item in call.args[:2])
@@ -59,25 +59,12 @@ def binary(kind: str) -> Rule:
 
 def reversed_subtraction(emitter: Emitter, call: Call) -> str:
     """Write ``rsub``: the second less the first."""
-    dtype = _common(call)
+    dtype = common_dtype(call)
     left, right = (operand(emitter, item, dtype) for item in call.args[:2])
     alpha = call.get(2, "alpha", 1)
     if alpha != 1:
         left = emitter.op("Mul", left, emitter.scalar(alpha, dtype))
     return emitter.op("Sub", right, left, name=call.name)
-
-
-def comparison(kind: str) -> Rule:
-    """Return the rule of a comparison; ``NotEqual`` is the negation of ``Equal``."""
-
-    def rule(emitter: Emitter, call: Call) -> str:
-        dtype = _common(call)
-        left, right = (operand(emitter, item, dtype) for item in call.args[:2])
-        if kind == "NotEqual":
-            return emitter.op("Not", emitter.op("Equal", left, right), name=call.name)
-        return emitter.op(kind, left, right, name=call.name)
-
-    return rule
 
 
 def unary(kind: str, **attributes: Any) -> Rule:
@@ -91,18 +78,33 @@ def unary(kind: str, **attributes: Any) -> Rule:
     return rule
 
 
+def rounding(kind: str) -> Rule:
+    """Return the rule of an operator that leaves integers as they are, and has none of them."""
+
+    def rule(emitter: Emitter, call: Call) -> str:
+        source = emitter.use(call.first)
+        return emitter.op(kind if call.dtype.is_floating_point else "Identity", source)
+
+    return rule
+
+
 def _log1p(emitter: Emitter, call: Call) -> str:
     one = emitter.scalar(1.0, call.dtype)
-    return emitter.op("Log", emitter.op("Add", emitter.use(call.first), one), name=call.name)
+    source = operand(emitter, call.first, call.dtype)
+    return emitter.op("Log", emitter.op("Add", source, one), name=call.name)
 
 
-def _isnan(emitter: Emitter, call: Call) -> str:
-    return emitter.op("IsNaN", emitter.use(call.first), name=call.name)
+def _relu(emitter: Emitter, call: Call) -> str:
+    """Write ``relu``, which ONNX Runtime has of floating point and int32 alone."""
+    source = emitter.use(call.first)
+    if call.dtype.is_floating_point:
+        return emitter.op("Relu", source, name=call.name)
+    return emitter.op("Max", source, emitter.scalar(0, call.dtype), name=call.name)
 
 
 def _remainder(emitter: Emitter, call: Call) -> str:
     """Write ``remainder``, which takes the divisor's sign as ONNX's integer ``Mod`` does."""
-    dtype = _common(call)
+    dtype = common_dtype(call)
     left, right = (operand(emitter, item, dtype) for item in call.args[:2])
     if not dtype.is_floating_point:
         return emitter.op("Mod", left, right, name=call.name)
@@ -125,7 +127,7 @@ def _gelu(emitter: Emitter, call: Call) -> str:
 
 
 def _rsqrt(emitter: Emitter, call: Call) -> str:
-    root = emitter.op("Sqrt", emitter.use(call.first))
+    root = emitter.op("Sqrt", operand(emitter, call.first, call.dtype))
     return emitter.op("Reciprocal", root, name=call.name)
 
 
@@ -198,60 +200,41 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.mul.Scalar: binary("Mul"),
     aten.div.Tensor: binary("Div"),
     aten.div.Scalar: binary("Div"),
-    aten.maximum.default: binary("Max"),
-    aten.minimum.default: binary("Min"),
-    aten.gt.Tensor: comparison("Greater"),
-    aten.gt.Scalar: comparison("Greater"),
-    aten.ge.Tensor: comparison("GreaterOrEqual"),
-    aten.ge.Scalar: comparison("GreaterOrEqual"),
-    aten.lt.Tensor: comparison("Less"),
-    aten.lt.Scalar: comparison("Less"),
-    aten.le.Tensor: comparison("LessOrEqual"),
-    aten.le.Scalar: comparison("LessOrEqual"),
-    aten.eq.Tensor: comparison("Equal"),
-    aten.eq.Scalar: comparison("Equal"),
-    aten.ne.Tensor: comparison("NotEqual"),
-    aten.ne.Scalar: comparison("NotEqual"),
-    aten.logical_and.default: binary("And"),
-    aten.logical_or.default: binary("Or"),
-    aten.bitwise_and.Tensor: binary("And"),
-    aten.bitwise_or.Tensor: binary("Or"),
+    aten.maximum.default: in_int32(binary("Max")),
+    aten.minimum.default: in_int32(binary("Min")),
     aten.remainder.Scalar: _remainder,
     aten.remainder.Tensor: _remainder,
     aten.log1p.default: _log1p,
-    aten.logical_not.default: unary("Not"),
-    aten.bitwise_not.default: unary("Not"),
-    aten.isnan.default: _isnan,
-    aten.neg.default: unary("Neg"),
+    aten.neg.default: in_int32(unary("Neg")),
     aten.abs.default: unary("Abs"),
     aten.exp.default: unary("Exp"),
     aten.log.default: unary("Log"),
     aten.sqrt.default: unary("Sqrt"),
     aten.sin.default: in_fp32(unary("Sin")),
     aten.cos.default: in_fp32(unary("Cos")),
-    aten.asin.default: in_fp32(unary("Asin")),
-    aten.acos.default: in_fp32(unary("Acos")),
-    aten.atan.default: in_fp32(unary("Atan")),
+    aten.asin.default: without_double(unary("Asin")),
+    aten.acos.default: without_double(unary("Acos")),
+    aten.atan.default: without_double(unary("Atan")),
     aten.tanh.default: unary("Tanh"),
     aten.sigmoid.default: unary("Sigmoid"),
-    aten.relu.default: unary("Relu"),
-    aten.leaky_relu.default: _leaky_relu,
+    aten.relu.default: in_int32(_relu),
+    aten.leaky_relu.default: without_double(_leaky_relu),
     aten.reciprocal.default: unary("Reciprocal"),
-    aten.floor.default: unary("Floor"),
-    aten.round.default: in_fp32(unary("Round")),
+    aten.floor.default: rounding("Floor"),
+    aten.round.default: in_fp32(rounding("Round")),
     aten.rsqrt.default: _rsqrt,
     aten.silu.default: _silu,
-    aten.gelu.default: _gelu,
-    aten.pow.Tensor_Scalar: _power,
-    aten.pow.Tensor_Tensor: _power,
-    aten.pow.Scalar: _power,
-    aten.clamp.default: _clamp,
-    aten.where.self: _where,
-    aten.where.ScalarOther: _where,
-    aten.where.ScalarSelf: _where,
-    aten.where.Scalar: _where,
-    aten.masked_fill.Scalar: _masked_fill,
-    aten.masked_fill.Tensor: _masked_fill,
+    aten.gelu.default: without_double(_gelu),
+    aten.pow.Tensor_Scalar: in_int32(_power),
+    aten.pow.Tensor_Tensor: in_int32(_power),
+    aten.pow.Scalar: in_int32(_power),
+    aten.clamp.default: in_int32(_clamp),
+    aten.where.self: in_int32(_where),
+    aten.where.ScalarOther: in_int32(_where),
+    aten.where.ScalarSelf: in_int32(_where),
+    aten.where.Scalar: in_int32(_where),
+    aten.masked_fill.Scalar: in_int32(_masked_fill),
+    aten.masked_fill.Tensor: in_int32(_masked_fill),
     aten.to.dtype: _to,
     aten.to.device: _to,
     aten.to.dtype_layout: _to,

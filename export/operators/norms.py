@@ -9,7 +9,7 @@ import torch
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.emitter import Emitter
-from ditfastattn.export.operators.base import Call, Rule, axis_of
+from ditfastattn.export.operators.base import Call, Rule, axis_of, in_int32
 from ditfastattn.export.operators.elementwise import operand
 from ditfastattn.passes.graph.ir import aten
 
@@ -154,8 +154,8 @@ NORMS: dict[Any, Rule] = {
     aten.mean.default: reduction("ReduceMean"),
     aten.sum.dim_IntList: reduction("ReduceSum"),
     aten.sum.default: reduction("ReduceSum"),
-    aten.amax.default: reduction("ReduceMax"),
-    aten.amin.default: reduction("ReduceMin"),
+    aten.amax.default: in_int32(reduction("ReduceMax")),
+    aten.amin.default: in_int32(reduction("ReduceMin")),
     aten.var.correction: _variance,
     aten.linalg_vector_norm.default: _vector_norm,
     aten.any.default: _truth("ReduceMax"),

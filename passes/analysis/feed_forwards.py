@@ -16,8 +16,9 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, users_outside, value
+from ditfastattn.passes.graph.ir import ATTENTION, FLEX_ATTENTION, aten, calls, users_outside, value
 
+_ATTENTIONS = (ATTENTION, FLEX_ATTENTION)
 _LINEAR = aten.linear.default
 _NONLINEAR = frozenset(
     getattr(aten, name).default
@@ -39,7 +40,7 @@ class FeedForward:
 
 def find_feed_forwards(graph: Graph, is_static: Callable[[Node], bool]) -> list[FeedForward]:
     """Return the feed-forward branches that follow some attention, in execution order."""
-    after_attention = closure(graph, calls(graph, ATTENTION), lambda _: True)
+    after_attention = closure(graph, calls(graph, *_ATTENTIONS), lambda _: True)
     order = {node: position for position, node in enumerate(graph.nodes)}
     found: dict[Node, FeedForward] = {}
     for ordinal, linear in enumerate(calls(graph, _LINEAR)):
@@ -116,7 +117,7 @@ def _before(linear: Node, is_static: Callable[[Node], bool]) -> tuple[set[Node],
         node = pending.pop()
         if not isinstance(node, Node) or node in walked or is_static(node):
             continue
-        if node.op != "call_function" or node.target is ATTENTION:
+        if node.op != "call_function" or node.target in _ATTENTIONS:
             return set(), set()
         if node.target is _LINEAR:
             sources.add(node)

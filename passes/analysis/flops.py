@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from ditfastattn.passes.graph.ir import ATTENTION, aten, value
+from ditfastattn.passes.graph.ir import ATTENTION, FLEX_ATTENTION, aten, value
 from ditfastattn.passes.windows.forms import WINDOWED, pairs_of
 
 
@@ -46,7 +46,7 @@ def count_flops(graph: Graph) -> Flops:
 
 def count_node(node: Node) -> Flops:
     """Count one node."""
-    if node.target in (ATTENTION, *WINDOWED):
+    if node.target in (ATTENTION, FLEX_ATTENTION, *WINDOWED):  # a mask is not seen to save any
         return Flops(_attention(node), 0)
     if node.target in (aten.linear.default, aten.conv2d.default, aten.conv3d.default):
         weight = value(node.args[1])

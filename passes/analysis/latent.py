@@ -32,6 +32,7 @@ def latent_candidates(captured: CapturedGraph) -> tuple[int, ...]:
     A model of several outputs, as of a list of images, has candidates for each.
     """
     returned = captured.module.graph.output_node().all_input_nodes
+    returned = [node for node in returned if node.op != "placeholder"]  # such as given caches
     dynamic = _dynamic(captured)
     found = [_candidates(captured, value(node), dynamic) for node in returned if _is_tensor(node)]
     return tuple(dict.fromkeys(index for each in found for index in each))

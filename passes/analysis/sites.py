@@ -19,12 +19,13 @@ from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
 from ditfastattn.passes.analysis.attention import kind_of, why_no_window
+from ditfastattn.passes.analysis.exits import exits_of
 from ditfastattn.passes.analysis.feed_forwards import (
     FeedForward,
-    closure,
     find_feed_forwards,
     linear_calls,
 )
+from ditfastattn.passes.analysis.flex_sites import describe_flex, why_no_flex_site
 from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.analysis.streams import Streams, find_streams
@@ -32,7 +33,15 @@ from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
 from ditfastattn.passes.graph.head_groups import HeadRange, group_name, head_range
-from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, find, users_outside, value
+from ditfastattn.passes.graph.ir import (
+    ATTENTION,
+    FLEX_ATTENTION,
+    argument,
+    aten,
+    calls,
+    find,
+    value,
+)
 from ditfastattn.passes.graph.origin import module_path
 from ditfastattn.passes.windows.forms import window_forms
 
@@ -80,6 +89,13 @@ def find_sites(captured: CapturedGraph) -> SiteReport:
             continue
         site = _describe(first, name, ordinal, grids, ancestry, streams)
         sites += [site] if head_range(first) is None else _describe_groups(site, graph, ancestry)
+    for flex in calls(graph, FLEX_ATTENTION):
+        name = _unique(module_path(flex) or flex.name, names)
+        reason = _why_not_a_site(flex, ancestry, latent) or why_no_flex_site(flex)
+        if reason:
+            declined.append(DeclinedAttention(name, -1, reason))
+        else:
+            sites.append(describe_flex(flex, name, ancestry))
     for other in captured.unrecognized:
         node = find(graph, other.node)
         name = _unique(module_path(node) or node.name, names)
@@ -209,38 +225,6 @@ def _group(
     )
 
 
-def exits_of(attention: Node, ancestry: Ancestry) -> tuple[Node, ...]:
-    """Return the last nodes that depend on ``attention`` and static inputs alone.
-
-    A sequence-first model permutes what it attended to, ``[B, N, C] -> [N, B, C]``: its exits lie
-    before that permutation, so that they hold the batch first.
-    """
-    inside = closure(attention.graph, [attention], ancestry.is_static)
-    ends = _ends(inside, attention.graph)
-    moving = [node for node in inside if _moves_first_dimension(node)]
-    if not moving or ancestry.hold_batch_first(ends):
-        return ends
-    before = inside - closure(attention.graph, moving, lambda _: True)
-    earlier = _ends(before, attention.graph)
-    return earlier if ancestry.hold_batch_first(earlier) else ends
-
-
-def _ends(inside: set[Node], graph: Graph) -> tuple[Node, ...]:
-    """Return the nodes of ``inside`` that others use, in the graph's order."""
-    return tuple(node for node in graph.nodes if node in inside and users_outside(node, inside))
-
-
-def _moves_first_dimension(node: Node) -> bool:
-    rank = value(node).dim() if node.target in (aten.permute.default, aten.transpose.int) else 0
-    if node.target is aten.permute.default:
-        dims: Any = argument(node, 1, "dims")
-        return bool(dims[0] % rank != 0)
-    if node.target is aten.transpose.int:
-        swapped = {int(argument(node, 1, "dim0")) % rank, int(argument(node, 2, "dim1")) % rank}
-        return 0 in swapped and len(swapped) == 2
-    return False
-
-
 def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
     if value(node.args[0]).dim() != 4:
         return f"its query has {value(node.args[0]).dim()} dimensions, not [B, H, N, D]"
@@ -248,7 +232,8 @@ def _why_not_a_site(node: Node, ancestry: Ancestry, latent: str) -> str:
         return "it does not depend on the model's inputs"
     if latent and latent not in ancestry.roots(node):
         return "it depends on the conditions or the timestep, and not on the latent"
-    dropout = argument(node, 4, "dropout_p", 0.0)
+    plain = node.target is ATTENTION
+    dropout = plain and argument(node, 4, "dropout_p", 0.0)
     return "attention dropout is active: call model.eval()" if dropout else ""
 
 

@@ -148,7 +148,22 @@ def finish(
     if between is not None:
         between()
     canonicalize(traced)
+    _refuse_unknown_constants(traced)
     return recognize_attention(traced)
+
+
+def _refuse_unknown_constants(traced: GraphModule) -> None:
+    """Refuse constants without content: what was written to them in ``vmap`` was not traced."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), FakeTensor):
+            user = next(iter(node.users))
+            raise ConfigError(
+                "a value that the model computes cannot be traced",
+                where=str(user.meta.get("stack_trace", node.name)).strip(),
+                got="writes in place within torch.vmap",
+                expected="operators that return what they compute",
+                remedy="use the out-of-place form of this operation in the model",
+            )
 
 
 class DataDependenceError(ConfigError):

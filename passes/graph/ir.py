@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
@@ -22,6 +23,7 @@ from ditfastattn.passes.graph.lazy_code import lazy_module
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
+FLEX_ATTENTION = flex_attention  # with a mask, or scores, of the model's own making
 SCALINGS = (aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar)
 VIEWS = (
     aten.view.default,

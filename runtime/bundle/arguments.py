@@ -134,7 +134,7 @@ def argument_named(name: str, given: Mapping[str, Any]) -> Any:
     found: Any = given
     for part in name.split("."):
         try:
-            found = found[int(part)] if isinstance(found, (list, tuple)) else found[part]
+            found = found[_key(part, found)]
         except (KeyError, IndexError, TypeError, ValueError):
             found = None
     if not isinstance(found, Tensor):
@@ -147,8 +147,21 @@ def argument_named(name: str, given: Mapping[str, Any]) -> Any:
     return found
 
 
+def _key(part: str, holder: Any) -> int | str:
+    """Return ``part`` of a name as ``holder``, a list or a dict, knows it."""
+    numbered = part not in holder if isinstance(holder, dict) else True
+    return int(part) if numbered and part.isdigit() else part
+
+
+def as_pairs(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs of real ones, ``[..., 2]``; other tensors as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def _tensor(spec: TensorSpec, given: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
     tensor: Tensor = argument_named(spec.name, given)
+    if spec.pairs:
+        tensor = as_pairs(tensor)
     expected = spec.sizes(batch)
     if tuple(tensor.shape) != expected:
         if not tensor.dim():

@@ -69,11 +69,16 @@ class Multiple(Record, frozen=True):
 
 
 class TensorSpec(Record, frozen=True):
-    """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it."""
+    """Describe a tensor: ``name`` in the graphs, shape, dtype as torch names it.
+
+    Where ``pairs``, the model's argument is complex; the graphs take its real and imaginary parts,
+    which lie side by side in the last dimension.
+    """
 
     name: str
     shape: tuple[Positive | Multiple, ...]
     dtype: Dtype
+    pairs: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -25,8 +25,8 @@ from ditfastattn.runtime.calls import InterleavedError
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.current_generation import PerGeneration, shown
 from ditfastattn.runtime.generation import Generation, GuidanceBranch
+from ditfastattn.runtime.halves import warn_of_unchecked_latents
 from ditfastattn.runtime.hoisted import NO_VALUES, Values
-from ditfastattn.runtime.matching import warn_of_unchecked_latents
 from ditfastattn.runtime.trace import Shown
 
 Engine = Callable[[Sequence[Tensor], Sequence[Tensor]], None]  # from inputs into outputs

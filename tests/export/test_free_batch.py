@@ -49,6 +49,11 @@ class RowsOfSizes(nn.Module):
         return hidden_states + places.flatten() + timestep[:, None]
 
 
+class ByNumber(nn.Module):
+    def forward(self, hidden_states: Tensor, caches: dict[int, Tensor], timestep: Tensor) -> Tensor:
+        return hidden_states + caches[0] * caches[1] + timestep[:, None]
+
+
 class OneSize(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         if len(hidden_states) != 2:
@@ -69,6 +74,7 @@ def exported(model: nn.Module, more: Mapping[str, Any], folder: Path) -> dict[st
         (KeysAndValues(), dict.fromkeys(("keys", "values"), noise(2, 2, 6)), {}),
         (ScaledLayers(), {}, {"scales": torch.tensor([0.5, 2.0])}),
         (RowsOfSizes(), {"sizes": [(2, 3), (2, 3)]}, {}),
+        (ByNumber(), {"caches": {0: noise(2, 2, 6), 1: noise(3, 2, 6)}}, {}),
     ],
     ids=lambda item: type(item).__name__,
 )
@@ -83,6 +89,8 @@ def test_a_bundle_takes_another_batch(
 
 
 def _with_another(rows: Any) -> Any:
+    if isinstance(rows, dict):
+        return {key: _with_another(item) for key, item in rows.items()}
     return torch.cat([rows, rows[:1] + 1]) if isinstance(rows, Tensor) else [*rows, rows[0]]
 
 
@@ -90,3 +98,48 @@ def test_a_model_for_one_batch_is_refused_with_what_it_said(tmp_path: Path) -> N
     refused = r"does not take twice the batch[\s\S]*made for two[\s\S]*--fixed-batch"
     with pytest.raises(ConfigError, match=refused):
         exported(OneSize(), {}, tmp_path / "bundle")
+
+
+class Scaled(nn.Module):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return hidden_states + (timestep * 1.0)[:, None]
+
+
+class RowByRow(nn.Module):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return torch.stack([row.sin() for row in hidden_states]) + timestep[:, None]
+
+
+def test_a_timestep_that_is_expanded_leaves_the_batch_free(tmp_path: Path) -> None:
+    exported(Scaled(), {"timestep": torch.tensor(7.0).expand(2)}, tmp_path / "bundle")
+    given = {"hidden_states": noise(1, 5, 6), "timestep": torch.arange(5.0)}
+    found = ditfastattn.load(tmp_path / "bundle")(**given)[0]
+    torch.testing.assert_close(found, Scaled()(**given))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        noise(1, 2, 3, 4),
+        noise(1, 2, 4, 3).mT,
+        noise(1, 3, 2, 4).transpose(0, 1),
+        torch.tensor(3.0).expand(2),
+        noise(1, 1, 4).expand(2, 4),
+    ],
+    ids=lambda item: f"{list(item.shape)}-{item.stride()}",
+)
+def test_a_doubled_call_has_the_layouts_of_the_call(tensor: Tensor) -> None:
+    found = RecordedCall({"x": tensor}).doubled().arguments["x"]
+    assert torch.equal(found, torch.cat([tensor, tensor]))
+    order = sorted(range(tensor.dim()), key=tensor.stride)
+    assert sorted(range(tensor.dim()), key=found.stride) == order
+    assert (found.stride(0) == 0) == (tensor.stride(0) == 0)
+
+
+def test_a_model_that_computes_row_by_row_is_refused_with_what_differs(tmp_path: Path) -> None:
+    message = (
+        r"test_free_batch\.py\", line \d+, in forward[\s\S]*computes differently at another batch"
+        r"[\s\S]*aten\.sin\.default at batch 2, aten\.select\.int at batch 4"
+    )
+    with pytest.raises(ConfigError, match=message):
+        exported(RowByRow(), {}, tmp_path / "bundle")

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # as torch's users name it
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ditfastattn import ConfigError
 from ditfastattn.export.lint import findings
 from ditfastattn.passes.windows.forms import window_call
 from ditfastattn.passes.windows.window import TileWindow, Window
-from tests.export.helpers import assert_same, write_module
+from tests.export.helpers import assert_same, run_graph, write_module
 from tests.helpers import noise
 
 Function = Callable[[Tensor], Any]
@@ -56,6 +56,10 @@ def routed(x: Tensor) -> Any:
 
 
 X = noise(0, 2, 6, 8)
+DTYPES: dict[torch.dtype, float] = {  # with the tolerance; in bf16 a sum may round the other way
+    **{dtype: 1e-5 for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)},
+    **{torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2},
+}
 FUNCTIONS: dict[str, Function] = {
     "numbers": lambda x: (2 - x) * 0.5 + x / 3 - 1,
     "alpha": lambda x: torch.add(x, x, alpha=3) + torch.rsub(x, 2, alpha=2),
@@ -126,6 +130,10 @@ FUNCTIONS: dict[str, Function] = {
         2, routed(x).indices, x.gather(2, routed(x).indices) * routed(x).values
     ),
     "constants of constants": lambda x: x + torch.arange(480.0).view(60, 8).cos().mul(2)[:6],
+    "flex attention": lambda x: flexible(x),
+    "queries that see no key": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=x[..., :6] > 0.9
+    ),
     "decomposed": lambda x: F.mish(x) + torch.lerp(x, 2 * x, 0.25) + F.softplus(x),
 }
 
@@ -133,6 +141,55 @@ FUNCTIONS: dict[str, Function] = {
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_a_function_computes_the_same(name: str, tmp_path: Path) -> None:
     assert_same(Calls(FUNCTIONS[name]), {"x": X}, tmp_path, evaluator=True)
+
+
+def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (query - key).abs() < 3
+
+
+def nearer(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return score - (query - key).abs() * 0.1
+
+
+def flexible(x: Tensor) -> Tensor:
+    """Attend by FlexAttention, under a mask and with scores of its own."""
+    mask = create_block_mask(near, None, None, 6, 6, "cpu", BLOCK_SIZE=2)
+    heads = x.view(-1, 6, 2, 4).transpose(1, 2)
+    found: Any = flex_attention(heads, 2 * heads, heads - 1, nearer, mask, 0.3)
+    return torch.cat([found, flex_attention(heads, heads, heads)], -1)
+
+
+def by_blocks(x: Tensor) -> Any:
+    """Attend by FlexAttention under a mask that only its blocks tell."""
+    blocks = torch.arange(3, dtype=torch.int32).view(1, 1, 1, 3).expand(1, 1, 3, 3)
+    count = torch.full((1, 1, 3), 2, dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(torch.zeros_like(count), blocks, count, blocks, BLOCK_SIZE=2)
+    return flex_attention(x[:, None], x[:, None], x[:, None], block_mask=mask)
+
+
+def arithmetic(x: Tensor) -> list[Tensor]:
+    """Compute with numbers of any dtype what each dtype has."""
+    other = x.flip(1)
+    common = [x + other, x - other, x * other, x + 2, x / 3, x.maximum(other), x.minimum(other)]
+    common += [x.relu(), x.clamp(1, 5), x.where(x > 2, other), x.masked_fill(x < 1, 3), x**2]
+    common += [x.sum(1), x.amax(1), x.amin(1), x.cumsum(1), x.exp(), x.sqrt(), x.rsqrt()]
+    common += [x.log1p(), x.atan(), x.cos(), x.floor(), x.round(), x.isnan(), -x, x.abs()]
+    common += [x == other, x > other, x.logical_and(other), x.logical_not(), (x > 1) < (x > 3)]
+    if x.is_floating_point():
+        common += [part * 2 for part in (*x.chunk(2, -1), x.topk(2, -1).values)]
+        return [*common, F.gelu(x), F.leaky_relu(x), (x / 99).asin(), (x / 99).acos(), x.softmax(1)]
+    return [*common, x & other, x | 1, x ^ other, ~x, x**other, x % 3]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_a_dtype_computes_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        return [
+            found.float() if found.dtype == torch.bfloat16 else found
+            for found in arithmetic(x.mul(3).abs().to(dtype))
+        ]
+
+    assert_same(Calls(function), {"x": X}, tmp_path, tolerance=DTYPES[dtype])
 
 
 class Linear(nn.Module):
@@ -222,6 +279,7 @@ def attention(**options: Any) -> Function:
         {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(-1)},  # query 0 sees no key
         {"attn_mask": torch.zeros(6, 6).masked_fill(torch.arange(6)[:, None] < 2, -torch.inf)},
         {"attn_mask": torch.full((1, 6, 6), torch.finfo().min).triu(-1)},  # the last sees all alike
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(-2)},  # two queries see no key
     ],
     ids=str,
 )
@@ -350,7 +408,7 @@ REFUSED: dict[str, Function] = {  # apart from the messages, which quote these l
     "masked write": lambda x: torch.index_put(x, [x > -99], x.flatten()),
     "scatter": lambda x: x.scatter(1, places()[None, :2, None] % 2, x),
     "norm": lambda x: torch.linalg.vector_norm(x, 0, 1),
-    "flex attention": lambda x: flex_attention(x[:, None], x[:, None], x[:, None]),
+    "flex attention": lambda x: by_blocks(x),
 }
 
 
@@ -361,7 +419,7 @@ REFUSED: dict[str, Function] = {  # apart from the messages, which quote these l
         ("masked write", "what a mask selects has no fixed shape"),
         ("scatter", "a part of a tensor is scattered"),
         ("norm", "a norm of order 0"),
-        ("flex attention", r"no ONNX form\n +got: +flex_attention"),
+        ("flex attention", "a FlexAttention whose mask is a list of blocks has no ONNX form"),
     ],
 )
 def test_what_onnx_lacks_is_refused(name: str, message: str, tmp_path: Path) -> None:
@@ -369,9 +427,15 @@ def test_what_onnx_lacks_is_refused(name: str, message: str, tmp_path: Path) -> 
         write_module(Calls(REFUSED[name]), {"x": X}, tmp_path)
 
 
-def test_complex_inputs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="an input holds complex numbers"):
-        write_module(Calls(lambda x: x.real + 1), {"x": torch.complex(X, X)}, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_inputs_and_results_are_pairs(dtype: torch.dtype, tmp_path: Path) -> None:
+    numbers = torch.complex(X, X.flip(1)).to(dtype)
+    path, _ = write_module(
+        Calls(lambda x: (x.real + 1, x * x.conj() - x)), {"x": numbers}, tmp_path
+    )
+    real, product = run_graph(path, {"x": torch.view_as_real(numbers)})
+    torch.testing.assert_close(real, numbers.real + 1)
+    torch.testing.assert_close(torch.view_as_complex(product), numbers * numbers.conj() - numbers)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ from tests.helpers import (
     largest_difference,
     make_plan,
     mixed_strategies,
+    noise,
     tiny_dit,
 )
+from tests.runtime.test_traced import SHARED, Denoiser, plan_for
 
 
 def export_anew(tiny: TinyModel) -> ExportedProgram:
@@ -165,3 +167,26 @@ def test_a_program_without_example_inputs_is_refused() -> None:
     program.example_inputs = None
     with pytest.raises(ConfigError, match="no example inputs"):
         capture_exported(program)
+
+
+class TwoTimes(Denoiser):
+    def forward(
+        self, latent: Tensor, timestep: Tensor, timestep_r: Tensor, unused: Tensor
+    ) -> tuple[Tensor]:
+        return (self.run(self.embed(latent), timestep + timestep_r),)
+
+
+def test_a_plan_runs_a_program_that_takes_a_tensor_twice_and_what_is_unused() -> None:
+    time = torch.full((2,), 900.0)
+    latent, unused = noise(0, 2, 16, 4), noise(1, 2, 5)
+    call = {"latent": latent, "timestep": time, "timestep_r": time, "unused": unused}
+    model = TwoTimes().eval()
+    plan = plan_for(model, call, *SHARED)
+    assert set(plan.inputs) == {"latent", "timestep"}  # what Dynamo takes
+    program = torch.export.export(model, (), call)
+    with torch.no_grad():
+        found = PlannedProgram(program, plan, lowering="eager")(**call)[0]
+        torch.testing.assert_close(found, model(**call)[0])
+    other = plan.model_copy(update={"inputs": {"latent": (16, 4), "timestep": (7,)}})
+    with pytest.raises(ConfigError, match=r"inputs\.timestep[\s\S]*\(\)[\s\S]*\(7,\)"):
+        PlannedProgram(program, other, lowering="eager")(**call)

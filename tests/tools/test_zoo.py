@@ -21,7 +21,7 @@ from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.tools import survey
+from ditfastattn.tools import survey, survey_page
 from ditfastattn.tools.zoo import FAMILIES, ZOO, families
 from ditfastattn.tools.zoo.base import ZooModel
 from ditfastattn.tools.zoo.trial import (
@@ -80,7 +80,7 @@ GRIDS = {  # of tokens that are packed outside of the model
     "QwenImageTransformer2DModel": (4, 4),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-CURRENT = PAGE.read_text().startswith(survey.head())
+CURRENT = PAGE.read_text().startswith(survey_page.head())
 
 
 @functools.cache
@@ -292,17 +292,46 @@ def test_a_class_whose_batch_cannot_be_free_is_exported_at_one(
     assert "ONNX at a fixed batch: made for one batch" in notes
 
 
+@pytest.mark.parametrize(
+    ("row", "notes", "unexplained"),
+    [
+        ("| A | 2 self | 1 | wsce | 0 | 2e-07 | 0e+00 | 0e+00 |", (), []),
+        ("| A | 2 self | 1 | wsce | 0 | 2e-07 | 0e+00 | - |", ("declined: a",), ["ONNX"]),
+        ("| A | 2 self | 1 | wsce | 0 | 2e-07 | - | 0e+00 |", (), ["torch.export"]),
+        ("| A | 2 self | 1 | wsce | 0 | 2e-07 | - | - |", ("no ONNX: a",), ["torch.export"]),
+        ("| A | - | 1 | - | - | 2e-07 | 0e+00 | 0e+00 |", ("declined: a",), ["graph breaks"]),
+        ("| A | - | 0 | - | 0 | - | - | - |", ("it is no denoiser",), []),
+    ],
+)
+def test_a_column_without_a_result_has_its_reason(
+    row: str, notes: tuple[str, ...], unexplained: list[str]
+) -> None:
+    entry = survey_page.Entry(row, notes)
+    assert entry.unexplained == unexplained
+    if unexplained:
+        with pytest.raises(ConfigError, match=f"A: [\\s\\S]*a note on {unexplained[0]}"):
+            survey_page.as_markdown({"A": entry})
+
+
+@pytest.mark.skipif(not CURRENT, reason="other releases than the page's, or another survey")
+def test_every_column_of_the_page_without_a_result_has_its_reason() -> None:
+    entries = survey_page.read_page(PAGE)
+    assert {name: found.unexplained for name, found in entries.items() if found.unexplained} == {}
+
+
 def test_a_page_is_read_back_and_other_rows_stay(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     entries = {
-        "A": survey.Entry("| A | 2 self | 1 | wsce | 0 | 2e-07 | - |", ("no ONNX: a reason",)),
-        "B": survey.Entry("| B | - | - | - | 3 | - | - |", ("one (of two)", "two: the other")),
-        "C": survey.Entry("| C | 2 joint | 1 | se | 0 | 2e-03 | - |"),
+        "A": survey_page.Entry(
+            "| A | 2 self | 1 | wsce | 0 | 2e-07 | 0e+00 | - |", ("no ONNX: a reason",)
+        ),
+        "B": survey_page.Entry("| B | - | - | - | 3 | - | - |", ("one (of two)", "two: the other")),
+        "C": survey_page.Entry("| C | 2 joint | 1 | se | 0 | 2e-03 | 0e+00 |"),
     }
-    page.write_text(survey.as_markdown(entries, "| a pipeline | yes |\n"))
-    assert survey.read_page(page) == entries
-    assert survey.rows_of_pipelines(page.read_text()) == "| a pipeline | yes |\n"
+    page.write_text(survey_page.as_markdown(entries, "| a pipeline | yes |\n"))
+    assert survey_page.read_page(page) == entries
+    assert survey_page.rows_of_pipelines(page.read_text()) == "| a pipeline | yes |\n"
     assert "1 of 3 classes run a plan" in page.read_text()
     page.write_text(page.read_text().replace(diffusers.__version__, "0.0.1"))
     with pytest.raises(ConfigError, match="the page was written with other releases"):
-        survey.read_page(page)
+        survey_page.read_page(page)

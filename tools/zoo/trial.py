@@ -40,10 +40,12 @@ from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.runtime.traced import TracedFunction
 from ditfastattn.tools.zoo.base import ZooModel
 
-_FIELD = re.compile(r"  (got|expected|remedy):")
+_LINE = re.compile(r'File "(?:.*/)?([^/"]+/[^/"]+)", line (\d+), in (\w+)')
 _PATH = re.compile(r"\S*/\S*?: ")
 BATCH = 2  # both halves of guidance, one image
 TOLERANCE = 1e-4  # of the largest output
+HALF_TOLERANCE = 1e-2  # of a model that itself rounds to half precision
+_HALF = (torch.bfloat16, torch.float16)
 _AFFINE = {
     *(*VIEWS, aten.linear.default, aten.reshape.default, aten._unsafe_view.default),
     *(aten.flatten.using_ints, aten.contiguous.default, aten.clone.default, aten.to.dtype),
@@ -74,6 +76,7 @@ class Trial:
     guards: tuple[str, ...] = ()
     opaque: Mapping[str, str] = field(default_factory=dict)
     plan: Plan | None = None
+    in_half: bool = False  # whether the model, in fp32, computes a part in half precision
 
     @property
     def kinds(self) -> Counter[SiteKind]:
@@ -117,7 +120,9 @@ def try_model(zoo: ZooModel, seed: int = 0, onnx: bool = False, program: bool = 
     with torch.no_grad():
         found = [first_tensor(run(**call)) for call in calls]
     error = relative_error(found, expected)
-    trial = Trial(zoo.name, report, plan.strategies, error, plan=plan)
+    values = [node.meta.get("val") for node in captured.graph.module.graph.nodes]
+    half = any(isinstance(item, Tensor) and item.dtype in _HALF for item in values)
+    trial = Trial(zoo.name, report, plan.strategies, error, plan=plan, in_half=half)
     if captured.traced is not None:
         reads = captured.traced.guards.reads
         trial = replace(trial, guards=tuple(map(str, reads)), opaque=captured.traced.opaque)
@@ -155,6 +160,9 @@ def _by_torch_export(
     try:
         with torch.no_grad():
             program = torch.export.export(model, (), calls[0])
+    except Exception as error:  # a survey reports every failure
+        return replace(trial, no_program=f"torch makes no program of it: {reason_of(error)}")
+    try:
         planned = PlannedProgram(program, plan, lowering="eager", timestep=zoo.argument)
         if differing := _differing(planned.sites, trial.report):
             return replace(trial, no_program=f"other sites: {differing}")
@@ -294,14 +302,21 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the message of an exception without the paths of files."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    got = next((line.removeprefix("  got:").strip() for line in lines if "  got:" in line), "")
-    if isinstance(error, ConfigError):  # what went wrong ends the line before what was got
-        before = [line for line in lines if not _FIELD.match(line)]
-        what = before[-1].rsplit(": ", 1)[-1]
-        return f"{what} ({got})" if got else what
-    return _PATH.sub("", lines[0])
+    """Return what an exception says, as one line without the paths of files.
+
+    Of a ``ConfigError`` that is all but the remedy; of a stack trace it is the innermost line.
+    """
+    if isinstance(error, ConfigError):
+        lines = _LINE.findall(error.where)
+        where = "{}:{} in {}".format(*lines[-1]) if lines else error.where
+        pairs = (("at", where), ("got", error.got), ("expected", error.expected))
+        details = ", ".join(f"{name} {said}" for name, said in pairs if said)
+        return " ".join(f"{error.what} ({details})".split()) if details else error.what
+    first = str(error).strip().partition("\n\n")[0]
+    message = _PATH.sub("", " ".join(first.split()))
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        message = f"a size or a branch depends on what an input holds: {message}"
+    return message or type(error).__name__
 
 
 def first_tensor(result: Any) -> Tensor:

@@ -16,6 +16,8 @@ class ConfigError(ValueError):
         remedy: str = "",
     ) -> None:
         """Compose the message from its parts; the empty ones are left out."""
+        self.what, self.where = what, where
+        self.got, self.expected = str(got), str(expected)
         parts = [f"{where}: {what}" if where else what]
         if got != "":
             parts.append(f"  got:      {got}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfastattn.passes.analysis.latent import latent_candidates
+from ditfastattn.passes.capture.exported import capture_exported
 from tests.helpers import TINY_MODELS, capture_model, captured_once, noise
 
 CHANNELS, SIZE, WIDTH = 4, 4, 8
@@ -91,3 +92,16 @@ def test_the_latents_of_real_models_are_found(name: str) -> None:
     captured = captured_once(TINY_MODELS[name]()).graph
     (index,) = latent_candidates(captured)
     assert captured.inputs[index].name == "hidden_states"
+
+
+class Returned(Tokens):
+    """Return the other input, too, as models return the caches that they are given."""
+
+    def forward(self, other: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(other, image), other
+
+
+def test_what_a_program_returns_as_it_is_is_not_denoised() -> None:
+    given = {"other": noise(1, 2, WIDTH, SIZE, SIZE), "image": noise(0, 2, CHANNELS, SIZE, SIZE)}
+    captured = capture_exported(torch.export.export(Returned(), (), given))
+    assert [captured.inputs[at].name for at in latent_candidates(captured)] == ["image"]

@@ -198,6 +198,39 @@ def test_canonicalize_drops_what_computes_nothing() -> None:
     assert canonicalize(module) == 0  # idempotent
 
 
+def test_canonicalize_lets_what_is_filled_depend_on_no_other_tensor() -> None:
+    class Filled(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            left, whole = x.cos().new_full((3,), 2.5), torch.ones_like(x.sin(), dtype=torch.bool)
+            return left, whole, torch.zeros_like(x.T)
+
+    module = capture_model(Filled(), {"x": torch.randn(2, 4)}).module
+    options = "device=cpu, pin_memory=False"
+    assert graph_text(module.graph).splitlines()[1:3] == [
+        f"%1 = aten.full.default([3], 2.5, dtype=torch.float32, {options}): float32[3]",
+        f"%2 = aten.full.default([2, 4], 1, dtype=torch.bool, {options}): bool[2, 4]",
+    ]
+    assert "aten.zeros_like.default" in graph_text(module.graph)  # whose layout is another one
+    assert canonicalize(module) == 0  # idempotent
+
+
+def test_canonicalize_makes_values_without_elements_depend_on_nothing() -> None:
+    class Masked(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            left = x[2:]
+            return torch.cat([x, left]).cos(), (left @ x.T).exp()
+
+    module = capture_model(Masked(), {"x": torch.randn(2, 4)}).module
+    assert graph_text(module.graph) == (
+        "%0 = input arg0_1: float32[2, 4]\n"
+        "%1 = aten.cos.default(%0): float32[2, 4]\n"
+        "%2 = aten.full.default([0, 2], 0, dtype=torch.float32, device=cpu, pin_memory=False): "
+        "float32[0, 2]\n"
+        "return [%1, %2]"
+    )
+    assert canonicalize(module) == 0  # idempotent
+
+
 def test_canonicalize_keeps_what_computes_something() -> None:
     class Busy(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
