@@ -110,8 +110,11 @@ def test_guidance_makes_the_guided_output_of_both_branches(layout: CfgLayout) ->
 def brought_to_norm(conditional: Tensor, other: Tensor) -> Tensor:
     """Return what Qwen-Image's guidance of scale 3 gives the scheduler."""
     combined = other + 3.0 * (conditional - other)
-    wanted: Tensor = torch.linalg.vector_norm(conditional, dim=-1, keepdim=True)
-    return combined * (wanted / torch.linalg.vector_norm(combined, dim=-1, keepdim=True))
+    norms = [
+        torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in (conditional, combined)
+    ]
+    brought: Tensor = combined * (norms[0] / norms[1])
+    return brought
 
 
 @pytest.mark.parametrize("layout", [CfgLayout.SEPARATE, CfgLayout.UNCOND_FIRST])
