@@ -164,7 +164,7 @@ def export_model(
         _check_phases(plan)
     chosen = options or ExportOptions()
     _check_loop(chosen)
-    if chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
+    if chosen.format is Format.PT2 and chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
         # One row is contiguous however it lies in memory: its graph is no larger batch's.
         call, second = call.doubled(), second and second.doubled()
     plain = plain_module(model)  # it may be compiled already

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import onnx
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Symbols, find_batch
@@ -23,7 +23,7 @@ from ditfastattn.export.operators import RULES
 from ditfastattn.export.to_onnx import GraphSource, emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.graph.ir import outputs
+from ditfastattn.passes.graph.ir import aten, calls, outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction
 from ditfastattn.passes.plan.guidance import CfgLayout
@@ -46,9 +46,25 @@ Form = Callable[[GraphModule, Sequence[int]], None]  # the positions of static i
 
 def onnx_form(module: GraphModule, static: Sequence[int]) -> None:
     """Leave only operators that have an ONNX form, and linears of one input as one."""
+    _forget_layouts(module.graph)
     split_complex(module, static)
     decompose_unknown(module, RULES.keys(), static)
     merge_linears(module, static)
+
+
+def _forget_layouts(graph: Graph) -> None:
+    """Drop copies that change how a tensor lies in memory alone, which ONNX does not know.
+
+    One row is contiguous however it lies in memory, so at another batch a graph may lack them::
+
+        %2 = aten.contiguous.default(%1)          %3 = aten.reshape.default(%1, [2, 16, 32])
+        %3 = aten.view.default(%2, [2, 16, 32])
+    """
+    for node in calls(graph, aten.view.default):
+        node.target = aten.reshape.default  # a view of what was contiguous
+    for node in calls(graph, aten.contiguous.default):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
 
 
 @dataclass(frozen=True)

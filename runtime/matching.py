@@ -17,7 +17,8 @@ from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Plan, PlannedSite
+from ditfastattn.passes.plan.planned_site import PlannedSite
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import split_heads
 from ditfastattn.passes.windows.window import TileWindow

@@ -14,9 +14,10 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.graph.ir import outputs, value
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.runtime.matching import input_shapes, rows_of
 from ditfastattn.runtime.options import BackendOptions
 from ditfastattn.runtime.search.solve.greedy import GreedyCalibrator

@@ -59,6 +59,7 @@ def write_images(
     wanted: Sequence[Wanted],
     folder: Path,
     on_progress: Callable[[int], object] = lambda _done: None,
+    part: range | None = None,
 ) -> list[int]:
     """Write image k of ``wanted``, which are of one kind, to ``folder``/k.png, and the record.
 
@@ -70,6 +71,7 @@ def write_images(
         wanted: the images.
         folder: made if it is not there.
         on_progress: called with the number of images that are done.
+        part: the indices of those to make; all where None.
 
     Returns:
         The indices of images with NaN or infinities, which are not written.
@@ -83,9 +85,11 @@ def write_images(
     busy = "another process writes images to the folder"
     with sole_writer(folder / _LOCK, folder, busy, "choose another folder", remove=True):
         done = _recorded(folder, wanted)
-        left = [index for index in range(len(wanted)) if index not in done]
+        own = range(len(wanted)) if part is None else part
+        left = [index for index in own if index not in done]
         broken: list[int] = []
-        on_progress(len(done))
+        before = len(own) - len(left)
+        on_progress(before)
         for first in range(0, len(left), server.limits.batch):
             indices = left[first : first + server.limits.batch]
             try:
@@ -95,7 +99,7 @@ def write_images(
                 broken += indices
             else:
                 _write(folder, [(index, wanted[index]) for index in indices], made)
-            on_progress(len(done) + first + len(indices) - len(broken))
+            on_progress(before + first + len(indices) - len(broken))
     return broken
 
 

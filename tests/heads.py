@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ditfastattn.passes.analysis.site import attentions
 from ditfastattn.passes.analysis.sites import find_sites
-from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.split_heads import groups_of, split_heads

@@ -22,10 +22,11 @@ from ditfastattn.passes.analysis.site import Site, attentions
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.dynamo import capture, describe_inputs
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes

@@ -13,8 +13,10 @@ from ditfastattn import accelerate, restore
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.passes.analysis.output_site import OUTPUT
 from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan, PlannedSite
+from ditfastattn.passes.plan.planned_site import PlannedSite
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward

@@ -15,8 +15,9 @@ from torch import Tensor
 from ditfastattn import CfgLayout, Plan, Strategy, accelerate, load
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.calibration import Calibration
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.runtime.matching import input_shapes
 from tests.export.helpers import export_once
 from tests.helpers import captured_once, tiny_dit

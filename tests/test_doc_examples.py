@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import ditfastattn
 from ditfastattn import Plan, Strategy, Target
-from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.passes.plan.calibration import Measured
 from ditfastattn.runtime import lowering
 from ditfastattn.tools import digits_pipeline
 from ditfastattn.tools.digits_pipeline import DigitsPipeline

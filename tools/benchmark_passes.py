@@ -18,7 +18,7 @@ import typer
 
 from ditfastattn.core.env import DISABLE
 from ditfastattn.core.files import write_text_atomically
-from ditfastattn.passes.plan.schema import Calibration
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION
 from ditfastattn.runtime.lowering import Lowering, many_compilations

@@ -18,10 +18,11 @@ from typing import Any
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.block_ranges import BlockRanges
 from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
 from ditfastattn.passes.plan.nesting import idle_steps, why_not_nested
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy, strategy_named
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search.measure.session import Session, open_session

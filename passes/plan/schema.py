@@ -25,86 +25,18 @@ from ditfastattn.core.html import facts_table
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
-from ditfastattn.passes.analysis.site import (
-    GUIDANCE_COMPARES,
-    NOT_OF_BLOCKS,
-    WHOLE_OUTPUT_ALONE,
-    CacheDtype,
-    SiteKind,
-)
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import first_fault
 from ditfastattn.passes.plan.nesting import held_by, why_not_nested
 from ditfastattn.passes.plan.phases import Phase, Span, spans_of, why_not_phases
 from ditfastattn.passes.plan.plan_html import plan_map_html
+from ditfastattn.passes.plan.planned_site import HeadGroup, PlannedSite
 from ditfastattn.passes.plan.strategies import Strategy, fitted_terms
 from ditfastattn.passes.plan.text import PaddedText
-from ditfastattn.passes.windows.window import Window
 
 SCHEMA_VERSION = 4
 _WITHOUT_PHASES = 3  # otherwise the same
-
-
-class HeadGroup(Record, frozen=True):
-    """Say which heads of an attention a site is: those of ``site``, ``of`` in all, from ``first``.
-
-    The site's own ``heads`` says how many.
-    """
-
-    site: str
-    first: Annotated[int, Field(ge=0)]
-    of: Annotated[int, Field(gt=1)]
-
-
-class PlannedSite(Record, frozen=True):
-    """Describe one site of the model a plan is for.
-
-    ``tokens`` counts the queries; ``window`` counts tokens *per side* of the flattened sequence, or
-    describes tiles; 0 where a window is not legal. A feed-forward is one head of its width. Where
-    the heads of an attention take strategies of their own, a site is a ``group`` of them. Caches
-    are kept in ``cache_dtype``, in the model's own dtype where there is none.
-
-    The whole output of the model may be fitted at a step: ``coefficients[step]`` holds a row for
-    each guidance branch, in the order of ``cfg_layout``: the factor of the latent, and those of
-    the outputs computed last, the last one first. Where a call holds both branches, each output
-    has two factors, one for each half. ``latent`` names the argument that is denoised.
-
-    A range of blocks lasts from one to the other of the sites ``ends``.
-    """
-
-    name: str
-    kind: SiteKind
-    tokens: Annotated[int, Field(gt=0)]
-    heads: Annotated[int, Field(gt=0)]
-    head_dim: Annotated[int, Field(gt=0)]
-    window: Window
-    cache_dtype: CacheDtype | None = None
-    group: HeadGroup | None = None
-    coefficients: tuple[tuple[tuple[FiniteFloat, ...], ...], ...] = ()
-    latent: str = ""
-    ends: tuple[str, ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out absent fields, so that older plans are written as they were."""
-        fields: dict[str, Any] = write(self)
-        return {name: item for name, item in fields.items() if item not in (None, (), [], "")}
-
-    @property
-    def no_window(self) -> str:
-        """Return why no window is legal here, or ""."""
-        return "" if self.window else "a window is not legal at this site (window is 0)"
-
-    @property
-    def no_shared_guidance(self) -> str:
-        """Return "": only the model itself shows whether guidance can be shared."""
-        reasons = {SiteKind.OUTPUT: GUIDANCE_COMPARES, SiteKind.BLOCKS: NOT_OF_BLOCKS}
-        return reasons.get(self.kind, "")
-
-    @property
-    def no_fit(self) -> str:
-        """Return why no coefficients can be fitted, or ""."""
-        return "" if self.kind is SiteKind.OUTPUT else WHOLE_OUTPUT_ALONE
 
 
 class Sampler(Record, frozen=True):
@@ -143,66 +75,6 @@ class Sampler(Record, frozen=True):
     def layouts(self) -> tuple[CfgLayout, ...]:
         """Return how guidance reaches the model at each step."""
         return tuple(layout for steps, layout in self.spans for _ in steps)
-
-
-class PlannedTarget(Record, frozen=True):
-    """Record what a plan was searched for; ``model`` names the one that measures a CLIP score."""
-
-    name: str
-    bound: float
-    at_least: bool
-    model: str = ""
-
-
-class Measured(Record, frozen=True):
-    """Record what prompts measured: one value per image, ``worst`` in the target's sense."""
-
-    prompts: int
-    mean: float
-    worst: float
-
-
-SearchMethod = Literal["global", "per-step", "greedy", "retarget", "manual", "whole-steps", "joint"]
-
-
-class Tried(Record, frozen=True):
-    """Record a kind of plan that a search tried, and why it was kept or passed over."""
-
-    what: str
-    outcome: str
-    predicted_speedup: float | None = None
-
-
-class Calibration(Record, frozen=True):
-    """Record how a plan came to be.
-
-    ``strength`` is what the method's search varied: the threshold of ``greedy`` (the paper's
-    delta), the budget of relative squared error per step of ``per-step``, the budget of drift of
-    the final image of ``global``. ``batch`` is the batch size of a call; ``forwards`` counts whole
-    evaluations of the model. ``predicted_speedup`` comes from the measured latency of each strategy
-    alone, on ``device``; ``measured_speedup`` and ``measured_seconds`` (per generation) from the
-    compiled plan, paired with the compiled dense model, where a speed was the target.
-    ``cache_bytes`` is the most that caches take at any time, at a batch of ``batch``. ``tried``
-    says what a search of several kinds of plans chose from.
-    """
-
-    method: SearchMethod
-    target: PlannedTarget | None = None
-    strength: float = 0.0
-    seed: int | None = None
-    batch: int = 0
-    cache_bytes: int = 0
-    calibrated: Measured | None = None
-    held_out: Measured | None = None
-    predicted_speedup: float | None = None
-    measured_speedup: float | None = None
-    measured_seconds: float | None = None
-    device: str = ""
-    rounds: int = 0
-    forwards: float = 0.0
-    seconds: float = 0.0
-    tried: tuple[Tried, ...] = ()
-    versions: dict[str, str] = Field(default_factory=dict)
 
 
 class Plan(Record, frozen=True):

@@ -11,7 +11,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
-from ditfastattn.passes.plan.schema import Measured, PlannedTarget
+from ditfastattn.passes.plan.calibration import Measured, PlannedTarget
 from ditfastattn.runtime.quality import AUTO, LOSSLESS
 
 SCHEMA_VERSION: Final = 1

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import Measured, Plan, PlannedTarget
+from ditfastattn.passes.plan.calibration import Measured, PlannedTarget
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.book.book import Book
 from ditfastattn.runtime.book.manifest import Entry, Figures
 from ditfastattn.runtime.search.judge.targets import Target

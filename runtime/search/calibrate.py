@@ -11,8 +11,9 @@ from typing import Any
 from ditfastattn.core.choices import choice_named
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.site import CacheDtype
+from ditfastattn.passes.plan.calibration import Tried
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Plan, Tried
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded

@@ -17,10 +17,11 @@ from typing import Any
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
 from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.plan.calibration import Calibration, Measured
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, why_not
 from ditfastattn.passes.plan.nesting import held_by
-from ditfastattn.passes.plan.schema import Calibration, Measured, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.matching import check_fingerprint, holding_sites, input_shapes

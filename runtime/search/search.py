@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from ditfastattn.passes.plan.schema import Calibration, Measured, Plan, SearchMethod
+from ditfastattn.passes.plan.calibration import Calibration, Measured, SearchMethod
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.candidates import Candidates, Found
 from ditfastattn.runtime.search.judge.image_judge import CALIBRATION, HELD_OUT, ImageJudge

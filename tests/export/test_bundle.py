@@ -23,7 +23,7 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.partial import partial_folder
 from ditfastattn.export.prepare import ExportOptions
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle import load as loading

@@ -24,7 +24,7 @@ from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job
 from ditfastattn.export.tensorrt.options import BuildOptions, choose_layout, weight_bytes
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.windows.window import TileWindow
 from ditfastattn.runtime.bundle.manifest import read_manifest
 from ditfastattn.runtime.tensorrt.engines import ENGINES_FOLDER, Layout, read_engines

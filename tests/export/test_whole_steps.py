@@ -16,7 +16,7 @@ from torch import Tensor
 import ditfastattn
 from ditfastattn import CfgLayout, Plan, Strategy, Target
 from ditfastattn.passes.analysis.output_site import output_site
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.plan.step_program import unroll
 from ditfastattn.passes.plan.strategies import FITTED, fitted_terms
 from ditfastattn.runtime.bundle.load import load

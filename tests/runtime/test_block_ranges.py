@@ -14,7 +14,7 @@ from torch import Tensor
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.output_site import output_site
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.reference import PlanInterpreter
 from tests.export.helpers import export_once

@@ -15,7 +15,7 @@ from ditfastattn import CfgLayout, ConfigError, Strategy
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.exported import capture_exported
 from ditfastattn.passes.plan.actions import SiteAction
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.rewrites.pipeline import rewrite
 from ditfastattn.runtime.exported import PlannedProgram
 from tests.helpers import (

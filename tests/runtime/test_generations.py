@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
-from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.calibration import Calibration
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.options import BackendOptions

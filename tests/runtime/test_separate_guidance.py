@@ -14,9 +14,10 @@ import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter

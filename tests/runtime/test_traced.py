@@ -20,8 +20,9 @@ from ditfastattn.export.capture_call import RecordedCall, capture_call
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import attentions
 from ditfastattn.passes.analysis.sites import find_sites
-from ditfastattn.passes.plan.describe_site import planned_site
-from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.calibration import Calibration
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.runtime.matching import input_shapes, static_tensors
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.pipeline.prompts import generate as generate_image

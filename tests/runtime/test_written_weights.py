@@ -14,7 +14,7 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import module_fingerprint
 from ditfastattn.passes.analysis.output_site import OUTPUT
 from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.plan.schema import PlannedSite
+from ditfastattn.passes.plan.planned_site import PlannedSite
 from ditfastattn.runtime import opaque
 from ditfastattn.runtime.opaque import OpaqueModel
 from ditfastattn.runtime.options import parse_options

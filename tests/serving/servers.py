@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import Book, Figures, Plan, Target
-from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.passes.plan.calibration import Measured
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.serving.app import create_app
 from ditfastattn.serving.http import Authenticate

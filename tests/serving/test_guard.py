@@ -11,7 +11,7 @@ import torch
 
 import ditfastattn
 from ditfastattn import ConfigError, Figures, Plan, Target
-from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.passes.plan.calibration import Measured
 from ditfastattn.serving.images import ImageServer
 from ditfastattn.serving.job import Job, Made
 from ditfastattn.serving.limits import Limits

@@ -170,6 +170,25 @@ def test_an_image_that_is_not_finite_is_not_written(book_folder: Path, tmp_path:
     assert [line["index"] for line in lines_of(tmp_path)] == [1, 0]
 
 
+def test_parts_are_joined_to_the_whole(
+    book_folder: Path, plans: dict[str, Plan], tmp_path: Path
+) -> None:
+    server = server_of(book_folder)
+    wanted, whole = wanted_of(server), tmp_path / "whole"
+    whole.mkdir()
+    done: list[int] = []
+    for part in range(COUNT):
+        folder = tmp_path / f"part-{part}"
+        assert write_images(server, wanted, folder, done.append, range(part, COUNT, COUNT)) == []
+        assert [line["index"] for line in lines_of(folder)] == [part]
+        shutil.copy(folder / f"{part:08}.png", whole)
+        with (whole / RECORD).open("a") as joined:
+            joined.write((folder / RECORD).read_text())
+    assert done == [0, 1, 0, 1]
+    assert write_images(Replayed({}), wanted, whole) == []  # nothing is left to make
+    assert_whole(whole, plans["high"])
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return exit_code(monkeypatch, "generate", *arguments)
 
@@ -192,6 +211,7 @@ def test_the_command_makes_an_image_of_each_line(
         r"prompt 0: quality: no such quality": ("--quality", "best"),
         r"prompt 0: size: String should match": ("--size", "large"),
         r"sampler.steps": ("--steps", "5", "--on-mismatch", "error"),
+        r"--part: not a part[\s\S]*got: +3/2": ("--part", "3/2"),
     }.items():
         assert run(monkeypatch, *given, *more) == 2
         assert re.search(reason, capsys.readouterr().err)

@@ -15,13 +15,10 @@ from PIL import Image
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.fingerprint import Fingerprint
 from ditfastattn.passes.analysis.site import SiteKind
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import (
-    Calibration,
-    Plan,
-    PlannedSite,
-    Sampler,
-)
+from ditfastattn.passes.plan.planned_site import PlannedSite
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.tools.figures import (
     curves,

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ditfastattn
 from ditfastattn import ConfigError, Plan, Target, Validation
-from ditfastattn.passes.plan.schema import Measured, PlannedTarget
+from ditfastattn.passes.plan.calibration import Measured, PlannedTarget
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.judge.drift import Drift
 from ditfastattn.runtime.search.judge.quality import Quality

@@ -13,8 +13,9 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.measure.session import open_session

@@ -55,6 +55,9 @@ def generate(
     batch: Annotated[
         int, typer.Option(min=1, help="Images generated at a time, with the plan's caches each.")
     ] = 1,
+    part: Annotated[
+        str, typer.Option(help="K/N: every N-th image from the K-th on, for one of N machines.")
+    ] = "1/1",
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="What becomes of images that no plan fits.")
     ] = OnMismatch.ERROR,
@@ -67,6 +70,7 @@ def generate(
     start.
     """
     texts = read_prompts(prompts)
+    own = _part(part, len(texts))
     served = Served(
         source=source.absolute(),
         pipeline=pipeline,
@@ -96,12 +100,12 @@ def generate(
     console = open_console(stderr=True)
     with (
         resumable(f"the images in {out} are kept"),
-        progress_bar(console, "generating", len(wanted)) as advance,
+        progress_bar(console, "generating", len(own)) as advance,
     ):
         broken = write_images(
-            server, wanted, out, lambda done: advance(f"{done} of {len(wanted)}", done)
+            server, wanted, out, lambda done: advance(f"{done} of {len(own)}", done), own
         )
-    made = len(wanted) - len(broken)
+    made = len(own) - len(broken)
     if as_json:
         print_json({"folder": str(out), "record": RECORD, "images": made, "not_finite": broken})
     else:
@@ -109,6 +113,18 @@ def generate(
     if broken:
         typer.secho(f"error: {len(broken)} images were not finite: {broken}", err=True, fg="red")
         raise typer.Exit(1)
+
+
+def _part(text: str, count: int) -> range:
+    """Return the indices of the images of ``text``, K/N, out of ``count``.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    place, _, parts = text.partition("/")
+    if not (place.isdecimal() and parts.isdecimal() and 1 <= int(place) <= int(parts)):
+        raise ConfigError("not a part", where="--part", got=text, expected="K/N, such as 2/4")
+    return range(int(place) - 1, count, int(parts))
 
 
 def _wanted(server: ImageServer, where: str, body: dict[str, Any]) -> Wanted:

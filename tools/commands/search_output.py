@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from ditfastattn.passes.plan.schema import Measured, Plan
+from ditfastattn.passes.plan.calibration import Measured
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.reports import summary
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.tools.terminal import duration, progress_bar

@@ -33,9 +33,9 @@ _FEW: Final = 30  # trials
 def interrupted_export(scene: Scene, full: bool, there: bool) -> Iterator[str]:
     """Interrupt an export at each of its changes.
 
-    If trials are few, at every 16th: each of the four ways to interrupt one begins elsewhere.
+    If trials are few, at every 20th: each of the four ways to interrupt one begins elsewhere.
     """
-    first, every = (8 * full + 4 * there, 16) if scene.trials < _FEW else (0, 1)
+    first, every = (10 * full + 5 * there, 20) if scene.trials < _FEW else (0, 1)
     for at in range(first, _MOST, every):
         out = scene.place(there)
         began = fails_at(scene, out.parent, at, full, partial(scene.export, out))

@@ -20,8 +20,9 @@ from ditfastattn.core.errors import ConfigError, EngineError
 from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.job import Job
 from ditfastattn.export.tensorrt.options import BuildOptions
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.legality import why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.prompts import as_images, generate, split_prompts
 from ditfastattn.runtime.search.judge.targets import Target

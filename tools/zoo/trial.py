@@ -26,10 +26,11 @@ from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import Site, SiteKind
 from ditfastattn.passes.analysis.sites import SiteReport, find_sites
 from ditfastattn.passes.graph.ir import VIEWS, aten, find
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.legality import START, legal_strategies, why_not
-from ditfastattn.passes.plan.schema import Calibration, Plan, Sampler
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.passes.plan.strategies import Strategy, strategies
 from ditfastattn.runtime.bundle.load import load
 from ditfastattn.runtime.clock import read_timestep

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import Plan, Tried
+from ditfastattn.passes.plan.calibration import Tried
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.global_chooser import make_global
 from ditfastattn.runtime.search.joint.search import MORE_RUNS, ROUNDS, JointSearch

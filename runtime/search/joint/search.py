@@ -18,7 +18,8 @@ import torch
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.analysis.output_site import output_site
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.passes.plan.schema import Calibration, Plan, Tried
+from ditfastattn.passes.plan.calibration import Calibration, Tried
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.search.bracket import Bracket
 from ditfastattn.runtime.search.candidates import Candidates

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.schema import Measured, Plan, PlannedTarget
+from ditfastattn.passes.plan.calibration import Measured, PlannedTarget
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.search.judge.pretrained import ClipScore
 from ditfastattn.runtime.search.judge.targets import Target
 

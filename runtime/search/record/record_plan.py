@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from ditfastattn.passes.graph.ir import outputs, value
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration, Tried
 from ditfastattn.passes.plan.guidance import calls_of
-from ditfastattn.passes.plan.schema import Calibration, Plan, Tried
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.pipeline import unroll_available
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.pipeline.text_padding import padded_text

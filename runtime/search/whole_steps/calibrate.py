@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.calibration import Tried
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Plan, Tried
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.matching import check_fingerprint
 from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.denoiser import transformer_of

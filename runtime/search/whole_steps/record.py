@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Calibration, Plan
+from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.judge.targets import Target

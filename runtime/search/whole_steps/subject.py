@@ -15,9 +15,9 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint, module_fingerpr
 from ditfastattn.passes.analysis.output_site import OUTPUT, output_site, sizes
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.plan.describe_site import planned_site
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.schema import Plan, PlannedSite, Sampler
+from ditfastattn.passes.plan.planned_site import PlannedSite, planned_site
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.matching import input_shapes

@@ -14,9 +14,10 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
 from ditfastattn import CfgLayout, Plan, Strategy
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import SiteKind
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.calibration import Calibration
 from ditfastattn.passes.plan.legality import declined_strategies
-from ditfastattn.passes.plan.schema import Calibration, Sampler
+from ditfastattn.passes.plan.planned_site import planned_site
+from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.runtime.matching import input_shapes
 from ditfastattn.runtime.reference import PlanInterpreter

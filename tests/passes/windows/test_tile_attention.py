@@ -15,7 +15,7 @@ from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
 from ditfastattn.passes.analysis.flops import count_flops
 from ditfastattn.passes.analysis.site import Site
 from ditfastattn.passes.graph.ir import ATTENTION, aten, calls, value
-from ditfastattn.passes.plan.describe_site import planned_site
+from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.windows.forms import band, fraction, sequence_tiles, tiles
 from ditfastattn.passes.windows.lower_tile_attention import lower_tile_attention
 from ditfastattn.passes.windows.lower_windows import compute_window

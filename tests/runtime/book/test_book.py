@@ -17,7 +17,7 @@ import pytest
 import ditfastattn
 from ditfastattn import Book, ConfigError, Figures, Plan, Target
 from ditfastattn.core.errors import FileError
-from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.passes.plan.calibration import Measured
 from ditfastattn.tools.faults.inject import Disk, in_child
 from tests.helpers import attentive_pipeline
 from tests.plans import plan_for

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ditfastattn
 from ditfastattn import Book, ConfigError, Figures, Plan, Strategy, Target
-from ditfastattn.passes.plan.schema import Measured
+from ditfastattn.passes.plan.calibration import Measured
 from ditfastattn.runtime import accelerate as accelerating
 from ditfastattn.runtime import lowering, plan_choice
 from ditfastattn.runtime.accelerate import chosen_plan

@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 
 import ditfastattn
 from ditfastattn import Plan, Strategy, Target, Validation
-from ditfastattn.passes.plan.schema import PlannedTarget
+from ditfastattn.passes.plan.calibration import PlannedTarget
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.judge.drift import Drift
 from ditfastattn.runtime.search.judge.quality import Quality

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ditfastattn import ConfigError
-from ditfastattn.passes.plan.schema import PlannedTarget
+from ditfastattn.passes.plan.calibration import PlannedTarget
 from ditfastattn.runtime.search.judge import perceptual
 from ditfastattn.runtime.search.judge.judgement import metric_values
 from ditfastattn.runtime.search.judge.targets import Target

@@ -19,7 +19,7 @@ from ditfastattn import (
     Validation,
     validate,
 )
-from ditfastattn.passes.plan.schema import PlannedTarget
+from ditfastattn.passes.plan.calibration import PlannedTarget
 from ditfastattn.runtime.lowering import Lowering
 from ditfastattn.runtime.search.judge.drift import Drift, decibels, mean_squared_error
 from ditfastattn.runtime.search.record.planned_target import metric_bound, record_target, target_of
