@@ -30,6 +30,7 @@ def compared(folder: Path, steps: list[Strategy], *more: str) -> tuple[dict[str,
     return json.loads((folder / "runtimes.json").read_text()), done.output
 
 
+@pytest.mark.slow
 def test_runtimes_are_timed_beside_the_dense_model(tmp_path: Path) -> None:
     options = ("--repetitions", "2", "--starts", "0", "--lowering", "eager")
     steps = [Strategy.FULL, Strategy.WINDOW, Strategy.SHARE_STEP]

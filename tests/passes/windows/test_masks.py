@@ -155,7 +155,7 @@ QUICK = [("a band", "pairs"), ("tiles", "weights by head")]
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    slow_but(QUICK, dict.fromkeys([*QUICK, *zip(WINDOWS, cycle(COMPILED), strict=False)])),
+    slow_but(QUICK[:1], dict.fromkeys([*QUICK, *zip(WINDOWS, cycle(COMPILED), strict=False)])),
 )
 def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
     text, window = (0, 7), WINDOWS[name]
@@ -171,7 +171,7 @@ def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("mask_of", "kind", "mask_batch", "mask_heads", "text"),
     [
-        (keys_mask, "bool", 2, 1, (77, 0)),
+        slow((keys_mask, "bool", 2, 1, (77, 0))),
         (pairs_mask, "bool", 2, 2, (77, 0)),
         slow((keys_mask, "float", 1, 1, (0, 0))),
         slow((keys_mask, "float", 2, 2, (0, 77))),
@@ -200,7 +200,7 @@ def padded(tokens: int) -> Tensor:
     return (torch.arange(tokens) < 5).expand(2, 1, 1, tokens)
 
 
-@pytest.mark.parametrize("name", slow_but({"a band", "tiles"}, WINDOWS))
+@pytest.mark.parametrize("name", slow_but({"tiles"}, WINDOWS))
 def test_a_query_that_sees_no_key_gives_zero(name: str) -> None:
     window = WINDOWS[name]
     q, k, v = inputs(2, 3, GRID.tokens, 16)
