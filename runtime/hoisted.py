@@ -29,6 +29,7 @@ from ditfastattn.passes.rewrites.hoist_invariants import (
 from ditfastattn.runtime.clock import TimestepReader, read_timestep
 from ditfastattn.runtime.lowering import RunnableGraph, lower
 from ditfastattn.runtime.options import BackendOptions
+from ditfastattn.runtime.writes import counted_writes
 
 Values = Mapping[Slot, Tensor]
 NO_VALUES: Values = MappingProxyType({})
@@ -78,12 +79,12 @@ class _Source:
 
     def __init__(self, tensor: Tensor, copied: bool) -> None:
         self._tensor = weakref.ref(tensor)
-        self._state = _version(tensor), tensor.data_ptr()  # `parameter.data = other` moves it
+        self._state = counted_writes(tensor), tensor.data_ptr()  # `parameter.data = other` moves it
         self._copy = tensor.clone() if copied and tensor.is_inference() else None
 
     def is_known(self, tensor: Tensor) -> bool:
         """Return whether ``tensor`` is the one known, and no counted write has changed it."""
-        state = _version(tensor), tensor.data_ptr()
+        state = counted_writes(tensor), tensor.data_ptr()
         return self._tensor() is tensor and self._state == state
 
     def differs(self, tensor: Tensor) -> TimestepReader | None:
@@ -160,8 +161,3 @@ class HoistedPerGeneration:
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _version(tensor: Tensor) -> int:
-    """Return the count of writes to ``tensor``; -1 in inference mode, which does not count them."""
-    return -1 if tensor.is_inference() else tensor._version

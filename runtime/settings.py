@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditfastattn.runtime.writes import counted_writes
+
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 _SKIPPED = {  # weights, and what replaces a module's own methods
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -75,7 +77,7 @@ class _Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = weakref.ref(tensor)
-        self._state = (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+        self._state = (counted_writes(tensor), tensor.data_ptr())
 
     def __eq__(self, other: object) -> bool:
         tensor = self._tensor()

@@ -31,6 +31,7 @@ from ditfastattn.runtime.pipeline.forwards import Forward
 from ditfastattn.runtime.pipeline.model_call import bound_arguments
 from ditfastattn.runtime.settings import Settings
 from ditfastattn.runtime.specializations import Specialization, specialization_of
+from ditfastattn.runtime.writes import counted_writes
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ class _Known:
 
 
 def _state(tensor: Tensor) -> list[int]:
-    counted = -1 if tensor.is_inference() else tensor._version
-    return [counted, tensor.data_ptr()]
+    return [counted_writes(tensor), tensor.data_ptr()]
 
 
 class TracedCalls:

@@ -28,6 +28,7 @@ from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import own_forward
 from ditfastattn.runtime.pipeline.hooks import ACCELERATE
 from ditfastattn.runtime.pipeline.model_call import by_name, output_of
+from ditfastattn.runtime.writes import NOT_COUNTED, counted_writes
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +132,13 @@ class _Padded:
     def holds(self, text: Tensor, mask: Tensor | None) -> bool:
         """Return whether this is of the same mask, and no counted write has changed either."""
         source = None if self.source is None else self.source()
-        return source is mask and self.versions == _versions(text, mask) and -1 not in self.versions
+        counted = NOT_COUNTED not in self.versions
+        return counted and source is mask and self.versions == _versions(text, mask)
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Return the counts of writes to tensors; -1 where these are not counted."""
-    given = (tensor for tensor in tensors if tensor is not None)
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in given)
+    """Return the counts of writes to those that there are."""
+    return tuple(counted_writes(tensor) for tensor in tensors if tensor is not None)
 
 
 class TextPadder:
