@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def _modules_start_anew() -> None:
         gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Let a test not run into the compilations of those before it in its module."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which a module keeps its saved pipelines."""
+    return tmp_path_factory.mktemp("pipelines")
 
 
 @pytest.fixture(autouse=True)

@@ -57,20 +57,17 @@ def planned(pipeline: Any, call: dict[str, Any]) -> Plan:
     return Plan.load(made_once("plans", key, make) / "plan.json")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+def loaded(name: str, pipelines: Path) -> tuple[Any, dict[str, Any]]:
     torch._dynamo.reset()
-    return load_saved(name, folder)
+    return load_saved(name, pipelines)
 
 
 # By default batched guidance and none: test_planned_pipelines.py runs guidance in two calls.
 @pytest.mark.parametrize("name", slow_but({"pixart", "flux"}, TINY_PIPELINES))
-def test_a_loaded_pipeline_is_accelerated_by_its_plan_and_restored(name: str, folder: Path) -> None:
-    pipeline, call = loaded(name, folder)
+def test_a_loaded_pipeline_is_accelerated_by_its_plan_and_restored(
+    name: str, pipelines: Path
+) -> None:
+    pipeline, call = loaded(name, pipelines)
     dense = run(pipeline, call)
     plan = planned(pipeline, call)
     assert plan.changed > 0
@@ -85,15 +82,15 @@ def test_a_loaded_pipeline_is_accelerated_by_its_plan_and_restored(name: str, fo
     assert torch.equal(run(pipeline, call), dense)
 
 
-def test_a_greedy_search_needs_guidance_in_one_call(folder: Path) -> None:
-    pipeline, call = loaded("wan", folder)
+def test_a_greedy_search_needs_guidance_in_one_call(pipelines: Path) -> None:
+    pipeline, call = loaded("wan", pipelines)
     with pytest.raises(ConfigError, match="needs guidance in one call"):
         ditfastattn.calibrate(pipeline, {**call}, target=Target.threshold(0.1))
 
 
 @pytest.fixture
-def digits(folder: Path) -> tuple[Any, dict[str, Any], Plan]:
-    pipeline, call = loaded("dit", folder)
+def digits(pipelines: Path) -> tuple[Any, dict[str, Any], Plan]:
+    pipeline, call = loaded("dit", pipelines)
     return pipeline, call, planned(pipeline, call)
 
 
@@ -136,8 +133,8 @@ def test_another_step_count_and_another_scheduler_are_refused(
         ditfastattn.accelerate(pipeline, plan)
 
 
-def test_the_sampler_is_compared_as_each_generation_begins(folder: Path) -> None:
-    pipeline, call = loaded("sd3", folder)
+def test_the_sampler_is_compared_as_each_generation_begins(pipelines: Path) -> None:
+    pipeline, call = loaded("sd3", pipelines)
     plan = planned(pipeline, {**call, "guidance_scale": 4.0})
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     expected = run(pipeline, {**call, "guidance_scale": 4.0})
@@ -180,8 +177,8 @@ def test_the_guidance_of_a_pipeline_that_does_not_report_it_is_compared(name: st
     "refused",
     "see several plans",
 )
-def test_another_resolution_and_another_structure_are_refused(folder: Path) -> None:
-    pipeline, call = loaded("pixart", folder)
+def test_another_resolution_and_another_structure_are_refused(pipelines: Path) -> None:
+    pipeline, call = loaded("pixart", pipelines)
     plan = planned(pipeline, call)
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
     with pytest.raises(ConfigError, match=r"inputs\.hidden_states[\s\S]*calibrate a plan"):
@@ -225,9 +222,9 @@ def test_bad_input_is_refused_at_once() -> None:
 
 
 def test_without_a_plan_the_first_generation_calibrates_one(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    pipelines: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipeline, call = loaded("dit", folder)
+    pipeline, call = loaded("dit", pipelines)
     ditfastattn.accelerate(pipeline, lowering="eager", threshold=0.5)
     with caplog.at_level(logging.WARNING, logger="ditfastattn"):
         run(pipeline, call)
@@ -268,8 +265,8 @@ def test_offloading_hooks_may_come_before_or_after(
     "several images per prompt, `callback_on_step_end`",
     "works",
 )
-def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
-    pipeline, call = loaded("sd3", folder)
+def test_more_images_per_prompt_and_callbacks(pipelines: Path) -> None:
+    pipeline, call = loaded("sd3", pipelines)
     ditfastattn.accelerate(pipeline, planned(pipeline, call), lowering="eager")
     assert ditfastattn.reports() is not None
     seen: list[int] = []
@@ -290,7 +287,7 @@ def test_more_images_per_prompt_and_callbacks(folder: Path) -> None:
     "works",
     "another `strength` is refused",
 )
-def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
+def test_img2img_begins_in_the_middle_of_its_schedule(pipelines: Path) -> None:
     pipeline: Any = tiny_flux_img2img_pipeline()
     call = {**IMG2IMG_ARGUMENTS, "strength": 0.5, "num_inference_steps": 2 * STEPS}
     torch._dynamo.reset()
@@ -303,10 +300,10 @@ def test_img2img_begins_in_the_middle_of_its_schedule(folder: Path) -> None:
         run(pipeline, {**call, "strength": 1.0})
 
 
-def test_guidance_is_found_as_each_pipeline_runs_it(folder: Path) -> None:
+def test_guidance_is_found_as_each_pipeline_runs_it(pipelines: Path) -> None:
     layouts = {}
     for name in ("dit", "pixart", "sd3", "flux", "wan", "ltx", "qwenimage"):
-        pipeline, call = loaded(name, folder)
+        pipeline, call = loaded(name, pipelines)
         layouts[name] = detect_cfg_layout(pipeline, call)
     assert layouts == {
         "dit": CfgLayout.COND_FIRST,

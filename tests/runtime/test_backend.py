@@ -37,12 +37,9 @@ from tests.helpers import (
 )
 from tests.works_with import works_with
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 EAGER = {"lowering": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def planned(tiny: TinyModel, **options: Any) -> Any:

@@ -19,16 +19,13 @@ from tests.tiers import slow_but
 from tests.tiny_pipelines import IMG2IMG_ARGUMENTS, TINY_PIPELINES
 from tests.works_with import works_with
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 STEPS = 5
 IMAGE = IMG2IMG_ARGUMENTS["image"]
 MASK = torch.eye(32).flip(0).cumsum(0).reshape(1, 1, 32, 32)  # a triangle
 FAMILIES = ("flux", "qwenimage", "sd3")
 INPAINTED = ("flux", "qwenimage")  # for the other, diffusers wants 16 channels or 33
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def edits(kind: Any, name: str) -> tuple[Any, dict[str, Any]]:

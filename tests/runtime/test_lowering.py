@@ -35,12 +35,9 @@ from tests.helpers import (
     uniform_strategies,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 Compiled = list[GraphModule]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def dit_of(layers: int) -> TinyModel:

@@ -26,25 +26,17 @@ from tests.tiny_pipelines import (
 )
 from tests.works_with import works_with
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 STEPS = 5
 SEED = 5
 TWO_CALLS = ("wan", "qwenimage")
 VIDEO = ("wan", "cogvideox", "ltx")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-def loaded(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+def loaded(name: str, pipelines: Path) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline saved and loaded back, and what to call it with."""
-    pipeline, call = load_saved(name, folder)
+    pipeline, call = load_saved(name, pipelines)
     return pipeline, {"num_inference_steps": STEPS, **call}
 
 
@@ -58,8 +50,8 @@ def run(pipeline: Any, call: dict[str, Any]) -> Tensor:
 @exercises("two-call guidance", *TWO_CALLS)
 # By default one pipeline of each layout: batched guidance, none, and guidance in two calls.
 @pytest.mark.parametrize("name", slow_but({"sd3", "flux", "wan"}, TINY_PIPELINES))
-def test_a_mixed_plan_gives_the_interpreters_images(name: str, folder: Path) -> None:
-    pipeline, call = loaded(name, folder)
+def test_a_mixed_plan_gives_the_interpreters_images(name: str, pipelines: Path) -> None:
+    pipeline, call = loaded(name, pipelines)
     mixed = mixed_plan_for(pipeline, call)
     used = {strategy for row in mixed.plan.strategies for strategy in row}
     assert {Strategy.FULL, Strategy.SHARE_STEP} <= used
@@ -87,13 +79,13 @@ def test_a_given_first_frame_does_not_stop_the_clock() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_pipeline_gives_the_interpreters_images(folder: Path) -> None:
-    pipeline, call = loaded("qwenimage", folder)  # guidance in two calls
+def test_a_compiled_pipeline_gives_the_interpreters_images(pipelines: Path) -> None:
+    pipeline, call = loaded("qwenimage", pipelines)  # guidance in two calls
     assert_interprets(pipeline, call, mixed_plan_for(pipeline, call), "inductor")
 
 
-def test_a_second_prompt_of_another_length_is_refused_by_its_shape(folder: Path) -> None:
-    pipeline, call = loaded("qwenimage", folder)
+def test_a_second_prompt_of_another_length_is_refused_by_its_shape(pipelines: Path) -> None:
+    pipeline, call = loaded("qwenimage", pipelines)
     call["max_sequence_length"] = 64
     longer = {**call, "negative_prompt": "a dog runs"}
     with pytest.raises(ConfigError, match=r"encoder_hidden_states[\s\S]*the same .*length"):
@@ -105,8 +97,8 @@ def test_a_second_prompt_of_another_length_is_refused_by_its_shape(folder: Path)
 
 
 @pytest.mark.parametrize("name", slow_but({"wan"}, TWO_CALLS))
-def test_a_cache_context_reaches_the_accelerated_transformer(name: str, folder: Path) -> None:
-    pipeline, call = loaded(name, folder)
+def test_a_cache_context_reaches_the_accelerated_transformer(name: str, pipelines: Path) -> None:
+    pipeline, call = loaded(name, pipelines)
     transformer = pipeline.transformer
     mixed = mixed_plan_for(pipeline, call)
     ditfastattn.accelerate(pipeline, mixed.plan, lowering="eager")
@@ -127,8 +119,8 @@ def test_a_cache_context_reaches_the_accelerated_transformer(name: str, folder: 
                 assert torch.equal(transformer(**kwargs)[0], expected)
 
 
-def test_a_cache_of_diffusers_and_a_plan_exclude_each_other(folder: Path) -> None:
-    pipeline, call = loaded("wan", folder)
+def test_a_cache_of_diffusers_and_a_plan_exclude_each_other(pipelines: Path) -> None:
+    pipeline, call = loaded("wan", pipelines)
     mixed = mixed_plan_for(pipeline, call)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig[\s\S]*disable_cache"):
@@ -216,8 +208,8 @@ def test_the_second_transformer_may_be_the_only_one() -> None:
     "refused",
     "`enable_model_cpu_offload()` works, and so do plans of whole steps",
 )
-def test_weights_that_move_part_by_part_are_refused(folder: Path) -> None:
-    pipeline, call = loaded("dit", folder)
+def test_weights_that_move_part_by_part_are_refused(pipelines: Path) -> None:
+    pipeline, call = loaded("dit", pipelines)
     mixed = mixed_plan_for(pipeline, call)
     pipeline.enable_sequential_cpu_offload(device="cpu")
     for refused in (
@@ -228,8 +220,8 @@ def test_weights_that_move_part_by_part_are_refused(folder: Path) -> None:
             refused()
 
 
-def test_model_offloading_moves_what_runs_by_a_plan(folder: Path) -> None:
-    pipeline, call = loaded("pixart", folder)
+def test_model_offloading_moves_what_runs_by_a_plan(pipelines: Path) -> None:
+    pipeline, call = loaded("pixart", pipelines)
     mixed = mixed_plan_for(pipeline, call)
     expected = mixed.interpret(pipeline, Prompt(call, SEED))
     dense = run(pipeline, call)

@@ -20,13 +20,10 @@ from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES
 from tests.works_with import works_with
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 CALL: dict[str, Any] = {"num_inference_steps": 4, **TINY_PIPELINES["pixart"][1]}
 PROMPT = Prompt(CALL, 5)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 @works_with(

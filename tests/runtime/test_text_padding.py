@@ -27,6 +27,8 @@ from tests.plans import MixedPlan, mixed_plan_for
 from tests.tiny_pipelines import TINY_PIPELINES, load_saved
 from tests.works_with import works_with
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 LENGTH = 32
 PROMPTS = ("a cat", "a dog runs")  # with a negative prompt of yet another length
 TEXT = PaddedText(argument="encoder_hidden_states", mask="encoder_attention_mask", length=4)
@@ -53,19 +55,9 @@ class Reader(nn.Module):
         return self.scale * hidden_states + text[:, None]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipelines")
-
-
-@pytest.fixture(scope="module")
-def qwen(folder: Path) -> tuple[Any, dict[str, Any]]:
-    pipeline, call = load_saved("qwenimage", folder)
+def qwen(pipelines: Path) -> tuple[Any, dict[str, Any]]:
+    pipeline, call = load_saved("qwenimage", pipelines)
     return pipeline, {**call, "num_inference_steps": 4, "max_sequence_length": 64}
 
 

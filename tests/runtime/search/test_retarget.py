@@ -39,15 +39,12 @@ from tests.helpers import (
 )
 from tests.plans import plan_for
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 F, S, W, C = Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW, Strategy.SHARE_CFG
 CALL: dict[str, Any] = {"class_labels": [1, 2], "guidance_scale": 2.0}
 HARMLESS = Target.min_ssim(0.01)
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def tiny_pipeline(scheduler: Any = None) -> DigitsPipeline:

@@ -24,12 +24,9 @@ from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 from tests.shell import exit_code
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 F, S, W = Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 class Files:

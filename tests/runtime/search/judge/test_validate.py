@@ -28,6 +28,8 @@ from tests.helpers import tiny_digits_pipeline
 from tests.plans import plan_for
 from tests.runtime.test_pipelines import Pipeline
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 F, S, W = Strategy.FULL, Strategy.SHARE_STEP, Strategy.WINDOW
 CLASSES: dict[str, Any] = {"class_labels": [0, 1, 2]}
 BUILT_IN = (
@@ -39,11 +41,6 @@ BUILT_IN = (
     Target.max_latency(2.0),
     Target.threshold(0.1),
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def tiny_pipeline() -> DigitsPipeline:
