@@ -64,7 +64,7 @@ DIGITS = BenchModel(
     name=ModelName.DIGITS,
     open=lambda: embedded_model(ModelName.DIGITS).open(),
     call=lambda index: {"class_labels": [index % 10], "guidance_scale": 2.0},
-    calibration={"class_labels": [0, 3, 5, 8, 1, 2, 6, 7], "guidance_scale": 2.0},
+    calibration={"class_labels": [0, 3, 5, 8, 1, 2, 6, 7, 4, 9], "guidance_scale": 2.0},
     conditional_first=True,
 )
 

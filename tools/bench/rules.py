@@ -21,7 +21,7 @@ from ditfastattn.runtime.search.whole_steps.fit import linear_rule
 from ditfastattn.runtime.search.whole_steps.masks import Rule, search_masks
 from ditfastattn.runtime.search.whole_steps.observe import branches
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
-from ditfastattn.runtime.search.whole_steps.search import SEARCHED_ON
+from ditfastattn.runtime.search.whole_steps.searched_masks import SEARCHED_ON
 from ditfastattn.tools.bench.plans import Named, Plans, search_of
 from ditfastattn.tools.bench.setup import Setup
 from ditfastattn.tools.block_plan import block_plan

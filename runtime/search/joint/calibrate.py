@@ -19,7 +19,8 @@ from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, Prepared, prepare
-from ditfastattn.runtime.search.whole_steps.search import MOST_RUNS, WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.search import WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.searched_masks import MOST_RUNS
 
 _WHERE = "calibrate(method='joint')"
 

@@ -29,19 +29,15 @@ from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
-from ditfastattn.runtime.search.whole_steps.ridge import RIDGES
-from ditfastattn.runtime.search.whole_steps.search import (
-    FITTED_ON,
-    MOST_RUNS,
-    SEARCHED_ON,
-    WholeStepSearch,
-)
+from ditfastattn.runtime.search.whole_steps.ridge import LOOSER
+from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.searched_masks import MOST_RUNS, SEARCHED_ON
 from ditfastattn.runtime.search.whole_steps.subject import Subject, identify
 
 log = logging.getLogger(__name__)
 
 _PER_IMAGE = 7  # dense generations' worth of runs, in finding which steps run
-_FITS = 5 + 2 * len(RIDGES)  # plans that are made on the calibration prompts
+_FITS = 5 + 2 * (1 + len(LOOSER))  # plans that are made on the calibration prompts
 _CHECKS = 3  # of these, on the held-out ones
 
 

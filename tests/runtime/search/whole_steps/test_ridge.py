@@ -15,7 +15,7 @@ from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps import calibrate, ridge
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, Prepared, prepare
-from ditfastattn.runtime.search.whole_steps.fit import RIDGE, fit, linear_rule
+from ditfastattn.runtime.search.whole_steps.fit import fit, linear_rule
 from ditfastattn.runtime.search.whole_steps.masks import run_step, skip_step
 from tests.tiny_pipelines import TINY_PIPELINES
 
@@ -61,18 +61,18 @@ def test_each_image_is_generated_by_a_fit_to_the_others(prepared: Prepared) -> N
 @pytest.mark.parametrize(
     ("at_least", "usual", "looser", "chosen"),
     [
-        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 9.0], 1e-2),
-        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 8.0], RIDGE),  # the mean is worse
-        (True, [1.0, 5.0, 9.0], [0.5, 9.0, 9.0], RIDGE),
-        (False, [1.0, 5.0, 9.0], [2.0, 5.0, 8.0], 1e-2),
-        (False, [1.0, 5.0, 9.0], [0.0, 0.0, 10.0], RIDGE),
+        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 9.0], True),
+        (True, [1.0, 5.0, 9.0], [2.0, 4.0, 8.0], False),  # the mean is worse
+        (True, [1.0, 5.0, 9.0], [0.5, 9.0, 9.0], False),
+        (False, [1.0, 5.0, 9.0], [2.0, 5.0, 8.0], True),
+        (False, [1.0, 5.0, 9.0], [0.0, 0.0, 10.0], False),
     ],
 )
 def test_unseen_images_choose(
     at_least: bool,
     usual: list[float],
     looser: list[float],
-    chosen: float,
+    chosen: bool,
     prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -82,17 +82,22 @@ def test_unseen_images_choose(
     monkeypatch.setattr(search, "request", replace(search.request, target=target))
     values = iter([*usual, *looser])  # of three images
     monkeypatch.setattr(search.judge, "replayed", lambda *_: [Judgement(next(values), 0.0, None)])
-    assert search._ridges(RUNS) == list(dict.fromkeys((chosen, RIDGE)))
+    assert search._looser(RUNS) == (list(ridge.LOOSER) if chosen else [])
 
 
 @pytest.mark.parametrize("meets", [True, False])
-def test_a_ridge_that_misses_the_target_is_dropped(
+def test_a_looser_fit_is_tried_where_held_out_images_miss(
     meets: bool, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = prepared.search(Checkpoint())
-    monkeypatch.setattr(search, "_ridges", lambda _: [LINEAR, RIDGE])
+    monkeypatch.setattr(search, "_looser", lambda _: [LINEAR])
     monkeypatch.setitem(vars(search), "masks", {len(RUNS): RUNS})
-    monkeypatch.setattr(search.judge, "meets", lambda _: meets or search._ridge == RIDGE)
+    held_out = len(search.request.held_out)
+    monkeypatch.setattr(
+        search.judge,
+        "meets",
+        lambda judged: meets or len(judged) != held_out or search._ridge == LINEAR,
+    )
     found = search.fewest()
     assert found is not None
     assert found.checked
@@ -101,4 +106,4 @@ def test_a_ridge_that_misses_the_target_is_dropped(
     linear = linear_rule(rollouts[0], begun[0], 1, 1).float()
     made = found.mask.coefficients[1]
     assert made is not None
-    assert torch.allclose(made, linear, atol=1e-6) == meets
+    assert torch.allclose(made, linear, atol=1e-6) != meets
