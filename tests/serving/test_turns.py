@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PixArtSigmaPAGPipeline,
-)
+from diffusers.pipelines.pag.pipeline_pag_pixart_sigma import PixArtSigmaPAGPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
 import ditfastattn
 from ditfastattn import ConfigError, Plan
@@ -152,15 +150,13 @@ def test_a_short_request_ends_first_where_turns_are_taken(
     assert np.array_equal(second, alone(attentive_pipeline(), plans["medium"], CALL, 4))
 
 
-@pytest.mark.parametrize(
-    "scheduler", [DDIMScheduler(clip_sample=False), DPMSolverMultistepScheduler()]
-)
-def test_mixed_tiers_steps_and_guidance_in_turns(scheduler: Any, book_folder: Path) -> None:
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_mixed_tiers_steps_and_guidance_in_turns(kind: Any, book_folder: Path) -> None:
     """A plan, dense for its tier, dense for want of a plan, without guidance: all at once."""
 
     def pipeline() -> Any:
         made: Any = attentive_pipeline()
-        made.scheduler = type(scheduler).from_config(scheduler.config)
+        made.scheduler = kind.from_config(made.scheduler.config)
         return made
 
     asked: list[dict[str, Any]] = [
@@ -175,7 +171,7 @@ def test_mixed_tiers_steps_and_guidance_in_turns(scheduler: Any, book_folder: Pa
     wanted = [one.generate([job_of(one, **each)])[0] for each in asked]
     found = Together(several, [job_of(several, **each) for each in asked])
     assert found.steps[:4] == [0, 1, 2, 0]
-    planned = isinstance(scheduler, DDIMScheduler)
+    planned = kind is DDIMScheduler
     for expected, made in zip(wanted, found.results, strict=True):
         assert isinstance(made, Made)
         assert np.array_equal(image_of(made), image_of(expected))
@@ -244,14 +240,14 @@ def test_requests_in_turns_over_http(book_folder: Path, plans: dict[str, Plan]) 
         running(server_of(book_folder, Limits(turns=2, batch=2))) as served,
         ThreadPoolExecutor(len(seeds)) as pool,
     ):
-        answers = [pool.submit(served.ask, seed=seed) for seed in seeds]
-        for seed, answer in zip(seeds, answers, strict=True):
-            wanted = alone(attentive_pipeline(), plans["high"], CALL, seed)
-            assert np.abs(answer.result().images[0] - wanted).max() <= 1
+        answers = list(pool.map(lambda seed: served.ask(seed=seed), seeds))
         served.wait_for("generating_images", 0)
         most = max(each.peak_cache_bytes for each in reports() if each.plan == plans["high"])
         assert served.metric("cache_bytes") == 2 * most
         assert most > 0
+    for seed, answer in zip(seeds, answers, strict=True):
+        wanted = alone(attentive_pipeline(), plans["high"], CALL, seed)
+        assert np.abs(answer.images[0] - wanted).max() <= 1
 
 
 def test_a_check_of_the_guard_waits_for_its_turn(book_folder: Path) -> None:
@@ -311,7 +307,8 @@ def test_attention_processors_that_a_generation_replaces_are_put_back(
 ) -> None:
     """Perturbed-attention guidance puts its own in place for as long as a call lasts."""
     plain, given = TINY_PIPELINES["pixart"]
-    pipeline: Any = PixArtSigmaPAGPipeline(**plain().components, pag_applied_layers="blocks.0")
+    kind: Any = PixArtSigmaPAGPipeline
+    pipeline = kind(**plain().components, pag_applied_layers="blocks.0")
     server = server_of(book_folder, turns, pipeline, call={"use_resolution_binning": False})
     before = pipeline.transformer.attn_processors
     size = f"{given['width']}x{given['height']}"
@@ -340,12 +337,12 @@ def offloaded() -> Any:
     ("make", "options", "reason"),
     [
         (offloaded, {}, r"moves its models to the CPU(.|\n)*enable_model_cpu_offload"),
-        (replaced_step, {}, r"a method was replaced(.|\n)*DDIMScheduler(.|\n)*step = "),
+        (replaced_step, {}, r"DDIMScheduler: a method was replaced(.|\n)*step = "),
         (attentive_pipeline, {"mode": "reduce-overhead"}, r"CUDA graphs(.|\n)*turns=1"),
     ],
 )
 def test_what_cannot_take_turns_is_refused(
-    make: Callable[[], Any], options: dict[str, str], reason: str, book_folder: Path
+    make: Callable[[], Any], options: dict[str, Any], reason: str, book_folder: Path
 ) -> None:
     book = ditfastattn.book(book_folder)
     with pytest.raises(ConfigError, match=reason):

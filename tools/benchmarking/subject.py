@@ -53,7 +53,7 @@ class Subject:
         Those are of the last tier. A long request has other seeds than a short one.
         """
         long = max(1, count // 4)
-        made = [{**body, "n": 1} for body in self.bodies(count - long, self.tiers[-1:])]
+        made: list[Body] = [{**body, "n": 1} for body in self.bodies(count - long, self.tiers[-1:])]
         for body in self.bodies(long, (LOSSLESS,)):
             seed = body["seed"] + _LONG_SEEDS
             made.append({**body, "n": 1, "num_inference_steps": steps, "seed": seed})
