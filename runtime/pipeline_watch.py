@@ -16,6 +16,7 @@ from ditfastattn.runtime.current_generation import PerGeneration, naming_generat
 from ditfastattn.runtime.opaque import is_opaque
 from ditfastattn.runtime.pipeline.caller import calling_pipeline, describe_call, is_second
 from ditfastattn.runtime.pipeline.compilation import Compilation
+from ditfastattn.runtime.pipeline.copies import original_of
 from ditfastattn.runtime.pipeline.hooks import check_not_cached, check_parts_not_hooked
 from ditfastattn.runtime.plan_choice import Moment
 
@@ -60,7 +61,7 @@ class PipelineWatch:
                 yield moment
         except ConfigError as error:
             call = "" if module is None or caller is None else describe_call(module)
-            explained = _explained(error, call, caller is not own)
+            explained = _explained(error, call, original_of(caller) is not own)
             if explained is None:
                 raise
             raise explained from error

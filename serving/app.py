@@ -59,7 +59,9 @@ def create_app(server: ImageServer, authenticate: Authenticate | None = None) ->
             metrics.checked(found)
 
     dispatcher = Dispatcher(server.generate, server.limits, check)
-    metrics = Metrics(lambda: dispatcher.waiting, lambda: dispatcher.generating)
+    metrics = Metrics(
+        lambda: dispatcher.waiting, lambda: dispatcher.generating, server.limits.turns
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:

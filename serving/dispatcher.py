@@ -1,7 +1,7 @@
 """The bounded queue of a server: which images wait, and which are generated together.
 
-A pipeline generates one batch at a time, in one thread of its own. The queue lives in the event
-loop, so nothing here needs a lock.
+Up to ``Limits.turns`` batches are under way, each in a thread of its own. The queue lives in the
+event loop, so nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ Check = Callable[[Sequence[Job], Sequence[Made]], None]
 
 
 class Dispatcher:
-    """Let jobs wait, and hand them in batches of one kind to the thread that generates."""
+    """Let jobs wait, and hand them in batches of one kind to the threads that generate."""
 
     def __init__(self, generate: Generate, limits: Limits, check: Check) -> None:
         """Take what generates the images of some jobs; ``run`` it in the event loop.
 
-        ``check`` is called in the same thread with images that have been handed over.
+        ``check`` is called in such a thread with images that have been handed over.
         """
         self._generate, self._limits, self._check = generate, limits, check
         self._waiting: deque[tuple[Job, asyncio.Future[Made]]] = deque()
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "ditfastattn-generate")
-        self._seconds = 1.0  # that an image takes, on average
+        self._threads = ThreadPoolExecutor(limits.turns, "ditfastattn-generate")
+        self._seconds = 1.0  # from one image to the next, on average
+        self._ended = -math.inf  # when images were made last
         self.generating = 0
         self.draining = False
 
@@ -67,32 +68,44 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Generate what waits, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = await self._next_batch()
-            jobs = [job for job, _ in batch]
-            self.generating = len(batch)
-            began = time.monotonic()
-            try:
-                made = await loop.run_in_executor(self._thread, self._generate, jobs)
-            except Exception as error:
-                if not isinstance(error, StoppedError):
-                    log.warning("ditfastattn: a generation failed: %s", error)
-                for _, future in batch:
-                    _fail(future, error)
-            else:
-                self._seconds += 0.2 * ((time.monotonic() - began) / len(batch) - self._seconds)
-                for (_, future), image in zip(batch, made, strict=True):
-                    if not future.done():
-                        future.set_result(image)
-                self.generating = 0
-                await self._checked(jobs, made)
-            finally:
-                self.generating = 0
+        free = asyncio.Semaphore(self._limits.turns)
+        async with asyncio.TaskGroup() as under_way:
+            while True:
+                await free.acquire()
+                batch = await self._next_batch()
+                self.generating += len(batch)
+                task = under_way.create_task(self._made(batch))
+                task.add_done_callback(lambda _: free.release())
+
+    async def _made(self, batch: Sequence[tuple[Job, asyncio.Future[Made]]]) -> None:
+        """Generate ``batch`` and hand its images over; check them then."""
+        jobs, began = [job for job, _ in batch], time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            made = await loop.run_in_executor(self._threads, self._generate, jobs)
+        except Exception as error:
+            if not isinstance(error, StoppedError):
+                log.warning("ditfastattn: a generation failed: %s", error)
+            for _, future in batch:
+                _fail(future, error)
+            return
+        finally:
+            self.generating -= len(batch)
+        self._count(began, len(batch))
+        for (_, future), image in zip(batch, made, strict=True):
+            if not future.done():
+                future.set_result(image)
+        await self._checked(jobs, made)
+
+    def _count(self, began: float, images: int) -> None:
+        """Learn how long images take: since others were made, or since these began."""
+        now = time.monotonic()
+        self._seconds += 0.2 * ((now - max(began, self._ended)) / images - self._seconds)
+        self._ended = now
 
     async def _checked(self, jobs: Sequence[Job], made: Sequence[Made]) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._check, jobs, made)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._check, jobs, made)
         except Exception as error:
             log.warning("ditfastattn: an image was not checked: %s", error)
 
@@ -106,8 +119,8 @@ class Dispatcher:
             _fail(self._waiting.popleft()[1], StoppedError())
 
     def close(self) -> None:
-        """Let the thread end once it has nothing to do."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end once they have nothing to do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _next_batch(self) -> list[tuple[Job, asyncio.Future[Made]]]:
         """Return what has waited longest, and others of its kind, as many as fit one batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Guard:
         self._targets = {name: target_for(each) for name, each in self._promises.items()}
         self._made: Counter[str] = Counter()  # images by plan
         self._broken: set[Kind] = set()
+        self._lock = threading.Lock()  # of the count: images are made in several threads
 
     def distrusts(self, kind: Kind) -> bool:
         """Return whether images of ``kind`` are to run dense."""
@@ -58,9 +60,10 @@ class Guard:
         plan = made[0].choice.name
         if not plan:
             return False
-        before = self._made[plan]
-        self._made[plan] += len(made)
-        return self._made[plan] // self._every > before // self._every
+        with self._lock:
+            before = self._made[plan]
+            now = self._made[plan] = before + len(made)
+        return now // self._every > before // self._every
 
     def compare(self, job: Job, planned: Made, dense: Made, condition: str) -> Checked:
         """Return how an image compares with the dense one, by the metric of its tier."""

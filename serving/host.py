@@ -78,7 +78,8 @@ def run_ray(
 def ray_application(build: Callable[[], FastAPI], limits: Limits, replicas: Replicas) -> Any:
     """Return the application for Ray Serve.
 
-    Each replica calls ``build``, which must be picklable, and makes images one batch at a time.
+    Each replica calls ``build``, which must be picklable, and has up to ``limits.turns`` batches
+    under way.
     """
     serve = _ray_serve()
 
@@ -93,7 +94,7 @@ def ray_application(build: Callable[[], FastAPI], limits: Limits, replicas: Repl
         autoscaling_config={
             "min_replicas": replicas.least,
             "max_replicas": replicas.most,
-            "target_ongoing_requests": limits.batch * 2,
+            "target_ongoing_requests": limits.batch * (limits.turns + 1),
         },
     )(serve.ingress(application)(_Replica))
     return made.bind()

@@ -17,6 +17,7 @@ from ditfastattn.runtime.plan_choice import Choice, OnMismatch
 from ditfastattn.runtime.quality import AUTO, LOSSLESS
 from ditfastattn.serving.guard import Checked, make_guard
 from ditfastattn.serving.job import Job, Kind, Made, StoppedError, Wanted
+from ditfastattn.serving.lanes import Lanes, check_no_cuda_graphs
 from ditfastattn.serving.limits import Limits
 from ditfastattn.serving.pipeline import BUNDLED, generate, taken_by
 from ditfastattn.serving.request import ImageRequest, RequestError
@@ -52,21 +53,25 @@ class ImageServer:
         self.limits, self.book = limits or Limits(), book
         self.taken = taken_by(pipeline, call or {})
         self.name = name or type(pipeline).__name__
-        self._pipeline, self._created = pipeline, int(time.time())
+        self._created = int(time.time())
+        if self.limits.turns > 1:
+            check_no_cuda_graphs(options)
         if book is not None:
             accelerate(pipeline, book, on_mismatch=on_mismatch, **options)
+        self._lanes = Lanes(pipeline, self.limits.turns)
         manifest = None if book is None else book.manifest
         self._guard = make_guard(manifest, guard, fall_back)
-        self._twin: Job | None = None  # of the check under way
+        self._twins: set[Job] = set()  # of the checks under way
         self.tiers = (BUNDLED,) if manifest is None else manifest.names
         self.default = BUNDLED if manifest is None else manifest.default
 
     def generate(self, jobs: Sequence[Job]) -> list[Made]:
         """Return the images of ``jobs``, which are of one kind; errors as in ``generate``."""
         kind = jobs[0].wanted.kind
-        if self._guard is None or not self._guard.distrusts(kind):
-            return generate(self._pipeline, self.taken, jobs)
-        made = generate(self._pipeline, self.taken, jobs, LOSSLESS)
+        with self._lanes.lane() as lane:
+            if self._guard is None or not self._guard.distrusts(kind):
+                return generate(lane, self.taken, jobs)
+            made = generate(lane, self.taken, jobs, LOSSLESS)
         choice = Choice(kind.tier, reason="an image like it broke its tier's promise")
         return [replace(image, choice=choice) for image in made]
 
@@ -78,17 +83,22 @@ class ImageServer:
         """
         if self._guard is None or not self._guard.due(made):
             return None
-        self._twin = Job(jobs[0].wanted, math.inf)
+        twin = Job(jobs[0].wanted, math.inf)
+        self._twins.add(twin)
         try:
-            (dense,) = generate(self._pipeline, self.taken, [self._twin], LOSSLESS)
+            with self._lanes.lane() as lane:
+                (dense,) = generate(lane, self.taken, [twin], LOSSLESS)
         except StoppedError:
             return None
-        return self._guard.compare(jobs[0], made[0], dense, self.taken.condition)
+        finally:
+            self._twins.discard(twin)
+        with self._lanes.turns.turn():
+            return self._guard.compare(jobs[0], made[0], dense, self.taken.condition)
 
     def close(self) -> None:
-        """End a check that is under way at its next step."""
-        if self._twin is not None:
-            self._twin.cancelled = True
+        """End the checks that are under way at their next step."""
+        for twin in list(self._twins):
+            twin.cancelled = True
 
     def warm_up(self) -> None:
         """Compile dense and each plan of the book, as far as it fits the default size, in turn."""

@@ -16,6 +16,7 @@ class Limits:
         seconds: how long a request may take, waiting included.
         batch: how many images of one plan are generated at a time.
         window: for how many seconds an image waits for others to join it.
+        turns: how many batches are under way, which take turns step by step.
         images: how many a request may ask for.
         steps: how many steps a request may ask for.
         side: the greatest height and width in pixels.
@@ -29,6 +30,7 @@ class Limits:
     seconds: float = 300.0
     batch: int = 1
     window: float = 0.01
+    turns: int = 1
     images: int = 4
     steps: int = 100
     side: int = 2048

@@ -19,8 +19,11 @@ _BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self, waiting: Callable[[], int], generating: Callable[[], int]) -> None:
-        """Take what tells how many images wait and are generated."""
+    def __init__(
+        self, waiting: Callable[[], int], generating: Callable[[], int], turns: int = 1
+    ) -> None:
+        """Take what tells how many images wait and are generated, ``turns`` batches at a time."""
+        self._turns = turns
         self.registry = CollectorRegistry()
         names: Any = {"registry": self.registry, "namespace": "ditfastattn"}
         self._requests = Counter("requests", "Requests answered.", ("tier", "status"), **names)
@@ -42,7 +45,10 @@ class Metrics:
         self._not_finite = Counter("not_finite", "Generations of NaN or infinities.", **names)
         self._stopped = Counter("stopped", "Requests that were given up or late.", **names)
         self._caches = Gauge(
-            "cache_bytes", "Most bytes that a plan's caches take.", ("plan",), **names
+            "cache_bytes",
+            "Most bytes that a plan's caches take, in all generations under way.",
+            ("plan",),
+            **names,
         )
         labels = ("tier", "plan")
         self._checks = Counter("guard_checks", "Images made again, dense.", labels, **names)
@@ -76,7 +82,7 @@ class Metrics:
         if choice.name and choice.name not in self._known:
             self._known.add(choice.name)
             found = [each.peak_cache_bytes for each in reports() if each.plan == choice.plan]
-            self._caches.labels(choice.name).set(max(found, default=0))
+            self._caches.labels(choice.name).set(self._turns * max(found, default=0))
 
     def checked(self, found: Checked) -> None:
         """Count an image that was compared with the dense one."""

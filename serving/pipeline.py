@@ -1,4 +1,4 @@
-"""Generate images for requests with one diffusers pipeline, one batch at a time."""
+"""Generate images for requests with a diffusers pipeline, one batch in each lane."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import inspect
 import io
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from ditfastattn.runtime.pipeline.forwards import is_planned
 from ditfastattn.runtime.plan_choice import Choice
 from ditfastattn.runtime.quality import quality
 from ditfastattn.serving.job import Job, Made, StoppedError
+from ditfastattn.serving.lanes import Lane
+from ditfastattn.serving.turns import Turn
 
 BUNDLED = "bundled"  # the tier of a server whose transformer is a bundle
 
@@ -122,10 +124,11 @@ def taken_by(pipeline: Any, call: Mapping[str, Any]) -> Taken:
     )
 
 
-def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job], tier: str = "") -> list[Made]:
+def generate(lane: Lane, taken: Taken, jobs: Sequence[Job], tier: str = "") -> list[Made]:
     """Return the images of ``jobs``, which are of one kind, in one generation.
 
-    It runs by a plan of ``tier``, or of the tier that they ask for.
+    It runs by a plan of ``tier``, or of the tier that they ask for. It computes in its turn alone,
+    which it hands on after each step.
 
     Raises:
         StoppedError: nobody waits for any of them any more; the generation has ended there.
@@ -151,10 +154,12 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job], tier: str = "") -
             call[name] = value
     for job in jobs:
         job.began = began
+    pipeline = lane.pipeline
+    turn_of_jobs = lane.turns.turn(lambda: all(job.given_up() for job in jobs))
     # The caches are the context's, and go with it, however the generation ends.
-    with generation(), quality(_asked(tier)), torch.no_grad():
+    with turn_of_jobs as turn, generation(), quality(_asked(tier)), torch.no_grad():
         try:
-            with _watched_steps(pipeline, jobs):
+            with lane.kept_processors() as check, _watched_steps(lane, turn, jobs, check):
                 images = _pictures(pipeline(**call))
         except BaseException:
             free = getattr(pipeline, "maybe_free_model_hooks", None)
@@ -162,7 +167,7 @@ def generate(pipeline: Any, taken: Taken, jobs: Sequence[Job], tier: str = "") -
                 free()
             raise
         choice = _choice(pipeline, tier)
-    if not bool(torch.isfinite(images).all()):
+    if not bool(torch.isfinite(images).all()):  # they are on the CPU
         raise NotFiniteError(f"an image has values that are not finite ({choice})")
     if len(images) != len(jobs):
         raise RuntimeError(f"the pipeline made {len(images)} images of {len(jobs)}")
@@ -184,14 +189,18 @@ def _choice(pipeline: Any, tier: str) -> Choice:
 
 
 @contextmanager
-def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
+def _watched_steps(
+    lane: Lane, turn: Turn, jobs: Sequence[Job], check: Callable[[], None]
+) -> Generator[None]:
     """End the generation after a step when nobody waits for it; refuse what is not finite.
+
+    After each step that goes on, the turn is handed on; before that of the first one, ``check``.
 
     Every pipeline calls its scheduler once a step; callbacks are not offered by all. All that
     caches hold has gone into the model's output, and a sampler may clip an infinity, so outputs
     and latents are looked at. What was found is read at the end: no step waits for the device.
     """
-    scheduler = pipeline.scheduler
+    scheduler = lane.pipeline.scheduler
     own, before = scheduler.step, vars(scheduler).get("step")
     found: list[list[Tensor]] = []
 
@@ -206,6 +215,9 @@ def _watched_steps(pipeline: Any, jobs: Sequence[Job]) -> Generator[None]:
             raise StoppedError
         for job in waiting:
             job.on_step(len(found), len(scheduler.timesteps))
+        if len(found) == 1:
+            check()
+        turn.hand_on()
         return result
 
     scheduler.step = step

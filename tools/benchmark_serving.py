@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from ditfastattn.tools.measure import commit, machine, process_memory, slope_per
 from ditfastattn.tools.terminal import open_console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-TIERS, DENSE = "all tiers", "dense only"  # what a server is asked for
+TIERS, DENSE, MIXED = "all tiers", "dense only", "short and long"  # what a server is asked for
 MOST_SLOPE = 2**20  # bytes that the server may grow by in 100 generations
 MOST_LEVELS = 1  # of 255, that an image of a batch may be from the same seed alone
 _SAMPLED = 0.5  # seconds between two looks at the server's memory
@@ -61,11 +62,17 @@ def load(
     requests: Annotated[int, typer.Option(min=1, help="Requests of each row.")] = 42,
     concurrency: Annotated[str, typer.Option(help="Requests at a time, ',' between.")] = "1,8,32",
     batches: Annotated[str, typer.Option(help="Values of --batch, ',' between.")] = "1,4",
+    turns: Annotated[str, typer.Option(help="Values of --turns, ',' between.")] = "1",
+    long_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of a quarter of short and long requests. 0: no such.")
+    ] = 0,
     queue: Annotated[int, typer.Option(min=4, help="Most images that wait.")] = 64,
     minutes: Minutes = 10.0,
     lowering: Lowered = Lowering.INDUCTOR,
 ) -> None:
     """Measure throughput and latency by tier, batches on and off, against dense only.
+
+    With ``--long-steps`` a row has short requests, of the last tier, and long ones, dense.
 
     Rows are written as they are measured; another start with the same arguments continues. Exit
     with 1 if an image is not what it must be: equal to the same seed alone without batches, at
@@ -73,24 +80,30 @@ def load(
     """
     until, path = time.monotonic() + 60 * minutes, out / "load.json"
     at_a_time = integers(concurrency, "--concurrency")
-    sizes = integers(batches, "--batches")
-    wanted = [(size, mix, many) for size in sizes for mix in (TIERS, DENSE) for many in at_a_time]
+    servers = list(product(integers(batches, "--batches"), integers(turns, "--turns")))
+    mixes = (TIERS, DENSE, MIXED) if long_steps else (TIERS, DENSE)
+    wanted = [(*server, *asked) for server in servers for asked in product(mixes, at_a_time)]
     with open_subject(pipeline, book, prompts, lowering) as subject:
-        arguments = subject.arguments(requests=requests, queue=queue)
+        arguments = subject.arguments(requests=requests, queue=queue, long_steps=long_steps)
         rows = _kept(path, arguments)
         bodies = {TIERS: subject.bodies(requests), DENSE: subject.bodies(requests, (LOSSLESS,))}
-        twins = make_twins(subject.twins, [*bodies[TIERS], *bodies[DENSE]])
-        for size in sizes:
-            missing = [key for key in wanted if key[0] == size and key not in map(_key, rows)]
+        if long_steps:
+            bodies[MIXED] = subject.mixed(requests, long_steps)
+        twins = make_twins(subject.twins, [body for each in bodies.values() for body in each])
+        for size, count in servers:
+            missing = [
+                key for key in wanted if key[:2] == (size, count) and key not in map(_key, rows)
+            ]
             if not missing or time.monotonic() > until:
                 continue
-            with subject.served("--batch", str(size), "--queue", str(queue)) as server:
-                for _, mix, many in missing:
+            options = {"--batch": size, "--turns": count, "--queue": queue}
+            with subject.served(*map(str, chain(*options.items()))) as server:
+                for *_, mix, many in missing:
                     answers = Answers()
                     ask_all(server.url, bodies[mix], many, twins, until, answers)
                     if time.monotonic() > until:
                         break  # a row is whole or not there
-                    about = {"batch": size, "asked": mix, "concurrency": many}
+                    about = {"batch": size, "turns": count, "asked": mix, "concurrency": many}
                     rows.append({**about, **answers.summary()})
                     write_record(path, arguments, rows=rows, complete=len(rows) == len(wanted))
     open_console().print(table_text(rows), soft_wrap=True)
@@ -142,9 +155,9 @@ def soak(
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows of a load in Markdown."""
     lines = [
-        "| batch | asked for | at a time | images/s | p50 / p95 / p99 in s, by tier | refused | "
-        "differ | levels |",
-        "|---|---|---|---|---|---|---|---|",
+        "| batch | turns | asked for | at a time | images/s | p50 / p95 / p99 in s, by tier | "
+        "refused | differ | levels |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         latency = "; ".join(
@@ -152,7 +165,7 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
             for tier, found in sorted(row["latency_seconds"].items())
         )
         cells = (
-            *(row[name] for name in ("batch", "asked", "concurrency")),
+            *(row[name] for name in ("batch", "turns", "asked", "concurrency")),
             f"{row['images_per_second']:.2f}",
             latency,
             *(row[name] for name in ("refused", "images_that_differ", "most_levels_apart")),
@@ -196,8 +209,8 @@ def _kept(path: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def _key(row: dict[str, Any]) -> tuple[int, str, int]:
-    return row["batch"], row["asked"], row["concurrency"]
+def _key(row: dict[str, Any]) -> tuple[int, int, str, int]:
+    return row["batch"], row["turns"], row["asked"], row["concurrency"]
 
 
 def _wrong(row: dict[str, Any]) -> bool:

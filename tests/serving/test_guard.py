@@ -108,7 +108,8 @@ def test_a_check_ends_with_the_server(
     server = server_of(tmp_path / "book", plans["high"], Target.min_ssim(0.2), 1, False)
     jobs = jobs_of(server)
     made: list[Made] = server.generate(jobs)
-    scheduler = server._pipeline.scheduler
+    with server._lanes.lane() as lane:
+        scheduler = lane.pipeline.scheduler
     own, steps = scheduler.step, []
 
     def step(*args: object, **kwargs: object) -> object:

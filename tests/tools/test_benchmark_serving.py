@@ -98,17 +98,20 @@ def test_a_load_is_continued_and_a_soak_has_a_slope(
         assert done.exit_code == 0, done.output
         return done.output
 
-    shape = ("load", "--requests", "4", "--batches", "1")
+    shape = ("load", "--requests", "4", "--batches", "1", "--turns", "2", "--long-steps", "5")
     run(*shape, "--concurrency", "2")
     first = json.loads((tmp_path / "load.json").read_text())
     assert first["complete"]
-    assert [row["asked"] for row in first["rows"]] == ["all tiers", "dense only"]
-    assert [row["images_that_differ"] for row in first["rows"]] == [0, 0]
+    assert [row["asked"] for row in first["rows"]] == ["all tiers", "dense only", "short and long"]
+    assert [row["images_that_differ"] for row in first["rows"]] == [0, 0, 0]
+    assert {row["turns"] for row in first["rows"]} == {2}
+    latency = first["rows"][-1]["latency_seconds"]
+    assert {tier: each["requests"] for tier, each in latency.items()} == {"high": 3, "lossless": 1}
     # What an interrupted run has left is kept, and not what one of other arguments has.
     (tmp_path / "load.json").write_text(json.dumps(first | {"complete": False}))
     output = run(*shape, "--concurrency", "1,2", "--minutes", "0")
     assert table_text(first["rows"]) in output
-    assert "2 of 4 rows: run it again to continue" in output
+    assert "3 of 6 rows: run it again to continue" in output
     output = run("load", "--requests", "5", "--batches", "1", "--minutes", "0")
     assert "0 of 6 rows" in output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import ditfastattn
 from ditfastattn import Book
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.runtime.lowering import Lowering
+from ditfastattn.runtime.quality import LOSSLESS
 from ditfastattn.serving.images import ImageServer
 from ditfastattn.tools.benchmarking.served_images import Body, make_bodies
 from ditfastattn.tools.benchmarking.server_process import ServerProcess, server_process
@@ -20,6 +22,8 @@ from ditfastattn.tools.commands.generation import open_pipeline
 from ditfastattn.tools.commands.surroundings import keep_compiled
 from ditfastattn.tools.demo.plans import shipped_book
 from ditfastattn.tools.embedded import ModelName, embedded_model
+
+_LONG_SEEDS = 1000000  # what is added to the seeds of long requests
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Subject:
         sampler = self.book.plans[0][1].sampler
         call = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
         return make_bodies(count, tiers or self.tiers, self.prompts, call)
+
+    def mixed(self, count: int, steps: int) -> list[Body]:
+        """Return ``count`` requests of one image: a quarter dense in ``steps`` steps, others fast.
+
+        Those are of the last tier. A long request has other seeds than a short one.
+        """
+        long = max(1, count // 4)
+        made: list[Body] = [{**body, "n": 1} for body in self.bodies(count - long, self.tiers[-1:])]
+        for body in self.bodies(long, (LOSSLESS,)):
+            seed = body["seed"] + _LONG_SEEDS
+            made.append({**body, "n": 1, "num_inference_steps": steps, "seed": seed})
+        random.Random(0).shuffle(made)
+        return made
 
     @contextmanager
     def served(

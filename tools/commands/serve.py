@@ -102,6 +102,14 @@ def serve(
             min=1, help="Most images generated at a time; see docs.", rich_help_panel=_LIMITS
         ),
     ] = 1,
+    turns: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Most batches under way, which take turns step by step; see docs.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 1,
     max_images: Annotated[
         int, typer.Option(min=1, help="Most images of a request.", rich_help_panel=_LIMITS)
     ] = 4,
@@ -135,6 +143,7 @@ def serve(
         queue=queue,
         seconds=seconds,
         batch=batch,
+        turns=turns,
         images=max_images,
         steps=max_steps,
         side=max_side,
