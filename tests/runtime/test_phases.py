@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from ditfastattn import (
     dense_generations,
     restore,
 )
-from ditfastattn.export.bundle import export
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.phases import Phase
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
@@ -288,10 +286,3 @@ def test_what_phases_cannot_be_calibrated_for_is_refused(options: dict[str, Any]
     pipeline: Any = Pictures("cond-first", range(3))
     with pytest.raises(ConfigError, match="guidance"):
         calibrate(pipeline, CALL, lowering="eager", **options)
-
-
-def test_a_plan_with_phases_is_not_exported(tmp_path: Path) -> None:
-    pipeline: Any = Interval("cond-first", range(3))
-    plan = mixed_plan("cond-first", range(3)).plan
-    with pytest.raises(ConfigError, match=r"calls the model alike[\s\S]*3 steps cond-first"):
-        export(pipeline, CALL, plan, tmp_path / "bundle")
