@@ -18,7 +18,7 @@ for name, entry in json.loads(data[8:size]).items():
 conditions = {name[7:]: item for name, item in golden.items() if name.startswith("inputs/")}
 inputs, layout = {spec["name"]: spec for spec in m["inputs"]}, m["sampler"]["cfg_layout"]
 timestep, latent = inputs[m["timestep"]], inputs[m["latent"]]
-assert not m.get("second"), "guidance in two calls a step: see docs/bundle-format.md"
+assert not any([m.get("second"), m["sampler"].get("phases")]), "see docs/bundle-format.md"
 graphs = filter(None, [*m["variants"], m["hoisted"]])
 sessions = {g["file"]: ort.InferenceSession(root / g["file"]) for g in graphs}
 

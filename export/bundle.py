@@ -32,6 +32,8 @@ from ditfastattn.export.step_graphs import (
     variant_graph,
 )
 from ditfastattn.export.watch_sampler import WatchedGeneration, find_stepping, watch_sampler
+from ditfastattn.export.watched_phases import guided_calls
+from ditfastattn.passes.plan.phases import in_runs
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.golden import GOLDEN_FILE
 from ditfastattn.runtime.bundle.manifest import MANIFEST, PLAN_FILE, Format, Manifest, file_hash
@@ -77,15 +79,14 @@ def export(
             new bundle, before that takes the place of the old one.
 
     Raises:
-        ConfigError: the plan does not match the model or sampler; an operator has no ONNX form;
-            what is at ``out`` is not a bundle.
+        ConfigError: the plan does not match the model, sampler or phases; an operator has no ONNX
+            form; what is at ``out`` is not a bundle.
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     prompt = split_prompts(call, 0)[0]
     chosen = options or ExportOptions()
     _check_loop(chosen)
     if loaded is not None:
-        _check_phases(loaded)
         check_sampler(loaded, pipeline.scheduler, guidance_of(pipeline, prompt.call))
     if chosen.loop and loaded is None:
         raise ConfigError(
@@ -111,24 +112,25 @@ def _exported(
     def stepping(prepared: PreparedModel) -> Stepping | None:
         return _stepping(watched, prepared, chosen.loop)
 
-    calls = watched.first(1 if plan is None else plan.sampler.cfg_layout.calls)
+    calls = guided_calls(watched.calls, None if plan is None else plan.sampler)
     return export_model(
         pipeline.transformer, calls[0], plan, out, chosen, stepping, accept, *calls[1:]
     )
 
 
-def _check_phases(plan: Plan) -> None:
-    """Raise ``ConfigError`` where a plan calls the model differently at some steps.
-
-    A bundle's graphs and loop are for one layout of guidance.
-    """
-    if plan.sampler.phases:
+def _check_batch(plan: Plan | None, options: ExportOptions) -> None:
+    """Refuse a fixed batch where some steps have one half of it."""
+    if plan is None or options.dynamic_batch:
+        return
+    sampler = plan.sampler
+    if sampler.phases and sampler.cfg_layout.batched:
         raise ConfigError(
-            "a bundle needs a plan that calls the model alike at each step",
+            "a bundle of one batch needs a plan that calls the model with it at each step",
             where="plan.sampler.phases",
-            got=", ".join(f"{p.steps} steps {p.cfg_layout}" for p in plan.sampler.phases),
-            expected="no phases",
-            remedy="calibrate and export with guidance on from the first step to the last",
+            got=in_runs([f"guidance {layout}" for layout in sampler.layouts]),
+            expected="no phases, or guidance in two calls",
+            remedy="export with a free batch, or run the plan in torch, by "
+            "accelerate(pipeline, plan)",
         )
 
 
@@ -155,15 +157,14 @@ def export_model(
     accept: Accept | None = None,
     second: RecordedCall | None = None,
 ) -> Manifest:
-    """Write ``model``, called with ``call`` at every step, as a bundle; see ``export``.
+    """Write ``model``, called with ``call`` at every guided step, as a bundle; see ``export``.
 
     ``stepping_of`` says what the sampler does between the steps; a loop needs that. Where the
     plan's guidance calls the model twice a step, ``second`` is the second call.
     """
-    if plan is not None:
-        _check_phases(plan)
     chosen = options or ExportOptions()
     _check_loop(chosen)
+    _check_batch(plan, chosen)
     if chosen.format is Format.PT2 and chosen.dynamic_batch and call.batch <= _MOST_OF_ONE_ROW:
         # One row is contiguous however it lies in memory: its graph is no larger batch's.
         call, second = call.doubled(), second and second.doubled()
@@ -236,20 +237,18 @@ class _Writer:
     def write(self) -> Manifest:
         """Write all files, the manifest last."""
         prepared, partial = self._prepared, self._partial
-        captures, layout, per_generation = (
-            prepared.captures,
-            prepared.layout,
-            prepared.per_generation,
-        )
+        captures, per_generation = prepared.captures, prepared.per_generation
         suffix, form = self._files.suffix, self._files.form
         if prepared.plan is not None:
             prepared.plan.save(partial.folder / PLAN_FILE)
         variants: list[VariantSpec] = []
         graphs: list[StepGraph] = []
         schedules = [prepared.schedule(program) for program in prepared.programs]
-        for index, actions in enumerate(prepared.variants):
+        for index, variant in enumerate(prepared.variants):
             file = f"variant_{index:02d}.{suffix}"
-            graphs.append(variant_graph(captures, actions, layout, per_generation, file, form))
+            graphs.append(
+                variant_graph(captures, variant.actions, variant.layout, per_generation, file, form)
+            )
             at = zip(*schedules, strict=True)
             steps = [step for step, used in enumerate(at) if index in used]
             variants.append(self._graph(graphs[-1], file, steps))
@@ -307,6 +306,7 @@ class _Writer:
             timesteps=tuple(torch.full_like(timestep, t) for t in plan.sampler.timesteps),
             latent=prepared.latent,
             timestep=prepared.timestep,
+            layouts=prepared.layouts,
             layout=prepared.layout,
             about=self._about(range(plan.sampler.steps)),
         )

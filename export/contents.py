@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ditfastattn.core.version import __version__
+from ditfastattn.export.call_programs import CallProgram
 from ditfastattn.export.emitter import OPSET, Value
 from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.export.step_graphs import StepGraph, dtype_name, sizes, spec
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
-from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, file_hash
 from ditfastattn.runtime.bundle.packages import PackagesSpec
 from ditfastattn.runtime.bundle.settings import settings_of
@@ -51,7 +51,8 @@ def make_manifest(
     prepared: PreparedModel, contents: Contents, folder: Path, weights: str
 ) -> Manifest:
     """Return the manifest of the files in ``folder``, which are complete."""
-    plan, program, first = prepared.plan, prepared.program, contents.graphs[0]
+    plan, first = prepared.plan, contents.graphs[0]
+    program, *others = prepared.programs
     return Manifest(
         ditfastattn=__version__,
         opset=0 if contents.packages else OPSET,
@@ -59,19 +60,19 @@ def make_manifest(
         plan_sha256="" if plan is None else file_hash(folder / PLAN_FILE),
         sampler=_NO_SCHEDULE if plan is None else plan.sampler,
         fixed_batch=prepared.call.batch if prepared.captures.fixed else 0,
-        batch_multiple=_multiple(contents.graphs),
+        batch_multiple=_multiple(prepared, contents.graphs),
         timestep=prepared.timestep,
         latent=prepared.latent,
         text=prepared.plan.text if prepared.plan else None,
-        shares_guidance=program.shares_guidance,
+        shares_guidance=program.shares_guidance,  # where the second call does, so does the first
         inputs=tuple(spec(v) for v in first.inputs if v.name not in first.reads),
         guards=prepared.guards,
         outputs=tuple(map(spec, first.results)),
         variants=contents.variants,
-        schedule=prepared.schedule(program),
+        schedule=tuple(each for each in prepared.schedule(program) if each is not None),
         slots=(*_slots(program, contents), *_hoisted_slots(contents)),
         factors=_by_name(program),
-        second=_second(prepared, contents),
+        second=_second(prepared, others[0], contents) if others else None,
         hoisted=contents.hoisted,
         loop=contents.loop,
         stepping=contents.stepping,
@@ -107,7 +108,7 @@ def _model(prepared: PreparedModel) -> ModelSpec:
     )
 
 
-def _slots(program: StepProgram, contents: Contents) -> tuple[SlotSpec, ...]:
+def _slots(program: CallProgram, contents: Contents) -> tuple[SlotSpec, ...]:
     """Return the slots of a call; their shapes are those of the values written to them."""
     values = {v.name: v for graph in contents.graphs for v in graph.written}
     return tuple(
@@ -130,11 +131,8 @@ def _slot(
     return SlotSpec(name=name, shape=shape, dtype=dtype, lives=lives, source=source)
 
 
-def _second(prepared: PreparedModel, contents: Contents) -> CallSchedule | None:
-    """Return what the second call of each step does, if there is one."""
-    program = prepared.second
-    if program is None:
-        return None
+def _second(prepared: PreparedModel, program: CallProgram, contents: Contents) -> CallSchedule:
+    """Return what the second call of each step does."""
     return CallSchedule(
         schedule=prepared.schedule(program),
         slots=_slots(program, contents),
@@ -143,13 +141,16 @@ def _second(prepared: PreparedModel, contents: Contents) -> CallSchedule | None:
     )
 
 
-def _by_name(program: StepProgram) -> tuple[dict[str, float], ...]:
+def _by_name(program: CallProgram) -> tuple[dict[str, float], ...]:
     factors = program.slots.factors or ({},) * len(program.schedule)
     return tuple({str(slot): number for slot, number in each.items()} for each in factors)
 
 
-def _multiple(graphs: Sequence[StepGraph]) -> int:
-    """Return what a batch must be a multiple of for all sizes to be whole."""
+def _multiple(prepared: PreparedModel, graphs: Sequence[StepGraph]) -> int:
+    """Return what a batch must be a multiple of for all sizes to be whole.
+
+    Where a phase has one half of the guided batch, both halves must be whole.
+    """
     found = [
         size.factor.denominator
         for graph in graphs
@@ -157,7 +158,7 @@ def _multiple(graphs: Sequence[StepGraph]) -> int:
         for size in _flat(shape)
         if not isinstance(size, int)
     ]
-    return math.lcm(1, *found)
+    return math.lcm(2 if prepared.halved else 1, *found)
 
 
 def _flat(shape: Any) -> list[Any]:

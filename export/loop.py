@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import BatchSize, Shape, Size
+from ditfastattn.export.call_programs import CallProgram
 from ditfastattn.export.emitter import Emitter, Value
-from ditfastattn.export.step_graphs import StepGraph
+from ditfastattn.export.step_graphs import StepGraph, used_inputs
 from ditfastattn.export.to_onnx import emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.runtime.bundle.specs import BATCH, SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import LinearStep, Stepping, Terms
+from ditfastattn.runtime.bundle.unguided import conditional_call
 
 LOOP_FILE = "loop.onnx"
 NOISE, LATENTS = "noise", "latents"
@@ -37,23 +38,25 @@ class LoopSource:
         graphs: the variants.
         hoisted: what is computed once, or None.
         programs: the caches of each of a step's calls.
-        schedules: the number of the variant that each call runs at each step.
+        schedules: the number of the variant that each call runs at each step, None without it.
         stepping: what the sampler does between the steps.
-        timesteps: the model's timestep input at each step, ``[batch]``.
+        timesteps: the model's timestep input at each step, ``[batch]`` of a guided one.
         latent: the name of the model's latent input.
         timestep: the name of its timestep input.
-        layout: the order of the guidance branches.
+        layouts: how guidance reaches the model at each step.
+        layout: the same where it is on.
         about: what the graph is, for its metadata.
     """
 
     graphs: tuple[StepGraph, ...]
     hoisted: StepGraph | None
-    programs: tuple[StepProgram, ...]
-    schedules: tuple[tuple[int, ...], ...]
+    programs: tuple[CallProgram, ...]
+    schedules: tuple[tuple[int | None, ...], ...]
     stepping: Stepping
     timesteps: tuple[Tensor, ...]
     latent: str
     timestep: str
+    layouts: tuple[CfgLayout, ...]
     layout: CfgLayout
     about: Mapping[str, str]
 
@@ -104,8 +107,8 @@ def _halved(shape: Shape) -> Shape:
 class _Call:
     """One of a step's calls: what it is given, and what it keeps between the steps."""
 
-    program: StepProgram
-    schedule: tuple[int, ...]
+    program: CallProgram
+    schedule: tuple[int | None, ...]
     conditions: Mapping[str, Value]
     prefix: str = ""
     once: dict[str, Value] = field(default_factory=dict)
@@ -140,29 +143,59 @@ class _Writer:
         latent: Value,
         calls: Sequence[_Call],
     ) -> None:
-        self.source, self.emitter, self.calls = source, emitter, calls
+        self.source, self.emitter = source, emitter
+        self.calls: dict[CfgLayout, Sequence[_Call]] = {source.layout: calls}
         self.noise, self.latent = noise, latent
+        self.batches: dict[CfgLayout, str] = {}  # a value with the rows of a call, if free
         self.clipped: list[Value] = []
 
     def run(self) -> Value:
         """Write all steps; return the last latents."""
         source, emitter = self.source, self.emitter
-        present = self._scaled(self.noise, source.stepping.noise_scale)
-        first = self._model_input(present)
-        if isinstance(self.latent.shape[0], BatchSize):
-            emitter.batch = first.name
-        for call in self.calls:
-            emitter.prefix = f"start/{call.prefix}"
-            call.once = self._prologue(call.conditions)
-        latents, outputs = [present], list[Value]()
-        for step, how in enumerate(source.stepping.steps):
+        latents, outputs = [self._scaled(self.noise, source.stepping.noise_scale)], list[Value]()
+        for step, (how, layout) in enumerate(
+            zip(source.stepping.steps, source.layouts, strict=True)
+        ):
             emitter.prefix = f"step_{step}/"
-            given = self._model_input(self._scaled(latents[-1], how.input_scale)) if step else first
-            found = [self._model(step, index, given) for index in range(len(self.calls))]
+            given = self._model_input(self._scaled(latents[-1], how.input_scale), layout)
+            calls = self._begun(layout, given)
+            found = [self._model(step, calls, index, given) for index in range(len(calls))]
             emitter.prefix = f"step_{step}/"
-            outputs.append(self._guided(found))
+            outputs.append(self._guided(found, layout))
             latents.append(self._next(how, latents, outputs))
         return latents[-1]
+
+    def _begun(self, layout: CfgLayout, latents: Value) -> Sequence[_Call]:
+        """Return the calls of a step with ``layout``; the first one writes the hoisted values."""
+        begins = layout not in self.batches
+        self.batches.setdefault(layout, latents.name)
+        if isinstance(self.latent.shape[0], BatchSize):
+            self.emitter.batch = self.batches[layout]
+        if begins:
+            if layout not in self.calls:
+                self.calls[layout] = [self._unguided()]
+            for call in self.calls[layout]:
+                self.emitter.prefix = f"start/{call.prefix}"
+                call.once = self._prologue(call.conditions)
+        return self.calls[layout]
+
+    def _unguided(self) -> _Call:
+        """Return the call of a step without guidance, which is given the conditional part."""
+        source = self.source
+        self.emitter.prefix = "start/unguided/"
+        graphs = [*source.graphs, *([source.hoisted] if source.hoisted else [])]
+        used = {value.name for graph in graphs for value in used_inputs(graph)}
+        whole = self.calls[source.layout][conditional_call(source.layout)].conditions
+        conditions = {name: self._half(v) if name in used else v for name, v in whole.items()}
+        return _Call(source.programs[0], source.schedules[0], conditions, "unguided/")
+
+    def _half(self, condition: Value) -> Value:
+        """Return the conditional half of a condition, if that has the rows of a batch."""
+        layout, name = self.source.layout, condition.name
+        for axis, size in enumerate(condition.shape if layout.batched else ()):
+            if isinstance(size, BatchSize):
+                name = self.emitter.halves(name, axis)[int(layout is CfgLayout.UNCOND_FIRST)]
+        return replace(condition, name=name)
 
     def _prologue(self, conditions: Mapping[str, Value]) -> dict[str, Value]:
         graph = self.source.hoisted
@@ -171,11 +204,13 @@ class _Writer:
         given = [conditions.get(value.name, value) for value in graph.inputs]
         return dict(zip(graph.writes, emit(self.emitter, graph.source, given), strict=True))
 
-    def _model(self, step: int, index: int, latents: Value) -> Value:
-        """Write one call of ``step``; return what the model returns in it."""
-        source, call = self.source, self.calls[index]
+    def _model(self, step: int, calls: Sequence[_Call], index: int, latents: Value) -> Value:
+        """Write one of the ``calls`` of ``step``; return what the model returns in it."""
+        source, call = self.source, calls[index]
         self.emitter.prefix = f"step_{step}/{call.prefix}"
-        graph = source.graphs[call.schedule[step]]
+        variant = call.schedule[step]
+        assert variant is not None  # the step has this call
+        graph = source.graphs[variant]
         timestep = source.timesteps[step]
         known = {
             source.latent: latents,
@@ -191,7 +226,7 @@ class _Writer:
         results = emit(self.emitter, graph.source, [known[value.name] for value in graph.inputs])
         written = dict(zip(graph.writes, results[len(graph.results) :], strict=True))
         call.keep(step, written)
-        for other in self.calls[index + 1 :]:
+        for other in calls[index + 1 :]:
             other.adopt(step, written)
         return results[0]
 
@@ -209,15 +244,15 @@ class _Writer:
         name = self.emitter.op("Expand", one, self.emitter.sizes(shape), name="timestep")
         return Value(name, shape, timestep.dtype)
 
-    def _model_input(self, latents: Value) -> Value:
-        if not self.source.layout.batched:
-            return latents
+    def _model_input(self, latents: Value, layout: CfgLayout) -> Value:
+        if not layout.batched:
+            return replace(self.latent, name=latents.name)
         name = self.emitter.op("Concat", latents.name, latents.name, axis=0, name="lanes")
         return replace(self.latent, name=name)
 
-    def _guided(self, outputs: Sequence[Value]) -> Value:
+    def _guided(self, outputs: Sequence[Value], layout: CfgLayout) -> Value:
         """Apply guidance to the outputs of a step's calls, without their learned variance."""
-        emitter, layout = self.emitter, self.source.layout
+        emitter = self.emitter
         names = [self._prediction(output) for output in outputs]
         if layout is CfgLayout.NONE:
             return replace(self.noise, name=names[0])

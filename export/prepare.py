@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import FIX_BATCH
+from ditfastattn.export.call_programs import CallProgram, Variant, call_programs
 from ditfastattn.export.capture_call import (
     CapturedCall,
     RecordedCall,
@@ -25,15 +26,13 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint, fingerprint
 from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
-from ditfastattn.passes.capture.captured_graph import CapturedGraph, GraphInput
+from ditfastattn.passes.capture.captured_graph import GraphInput
 from ditfastattn.passes.capture.plain_tensors import is_plain
 from ditfastattn.passes.graph.ir import value
-from ditfastattn.passes.plan.actions import ActionRow
-from ditfastattn.passes.plan.guidance import CfgLayout, GuidanceCall, calls_of
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
-from ditfastattn.passes.plan.step_program import StepProgram
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
-from ditfastattn.passes.rewrites.pipeline import switches, unroll_available
+from ditfastattn.passes.rewrites.pipeline import switches
 from ditfastattn.runtime.bundle.arguments import argument_named
 from ditfastattn.runtime.bundle.guards import InputGuard, check_guards, guard_of
 from ditfastattn.runtime.bundle.manifest import Format
@@ -90,11 +89,9 @@ class PreparedModel:
         plan: the plan that it runs by, or None.
         identity: of the model that the plan is for, before any change of dtype.
         captures: its graph at two batch sizes.
-        program: the distinct steps, their schedule and caches; of each step's first call, where
-            there are two.
-        second: the same of the second call.
+        programs: what each of a step's calls does, step by step, and its caches.
         guards: the content of the inputs that the model reads.
-        other: the inputs of that call which are its own, by name.
+        other: the inputs of a step's second call by name, if there is one.
         per_generation: the nodes that are computed once per generation.
         timestep: the name of its timestep input.
         latent: the name of its latent input, "" if unknown.
@@ -106,8 +103,7 @@ class PreparedModel:
     plan: Plan | None
     identity: Fingerprint
     captures: Captures
-    program: StepProgram
-    second: StepProgram | None
+    programs: tuple[CallProgram, ...]
     guards: tuple[InputGuard, ...]
     other: Mapping[str, Tensor]
     per_generation: tuple[str, ...]
@@ -116,23 +112,28 @@ class PreparedModel:
 
     @property
     def layout(self) -> CfgLayout:
-        """Return how guidance reaches the model."""
+        """Return how guidance reaches the model where it is on."""
         return CfgLayout.NONE if self.plan is None else self.plan.sampler.cfg_layout
 
     @property
-    def programs(self) -> tuple[StepProgram, ...]:
-        """Return the program of each of a step's calls, in their order."""
-        return (self.program,) if self.second is None else (self.program, self.second)
+    def layouts(self) -> tuple[CfgLayout, ...]:
+        """Return how guidance reaches the model at each step."""
+        return (CfgLayout.NONE,) if self.plan is None else self.plan.sampler.layouts
 
     @property
-    def variants(self) -> tuple[ActionRow, ...]:
-        """Return the distinct steps of all calls, those of the first one first."""
-        return tuple(dict.fromkeys(row for each in self.programs for row in each.variants))
+    def halved(self) -> bool:
+        """Return whether some steps have one half of a guided step's batch."""
+        return self.layout.batched and CfgLayout.NONE in self.layouts
 
-    def schedule(self, program: StepProgram) -> tuple[int, ...]:
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Return the distinct steps of all calls, those of the first one first."""
+        return tuple(dict.fromkeys(each for call in self.programs for each in call.variants))
+
+    def schedule(self, program: CallProgram) -> tuple[int | None, ...]:
         """Return the schedule of ``program`` in numbers of ``variants``."""
-        place = {row: index for index, row in enumerate(self.variants)}
-        return tuple(place[program.variants[variant]] for variant in program.schedule)
+        place = {variant: index for index, variant in enumerate(self.variants)}
+        return tuple(None if each is None else place[each] for each in program.schedule)
 
     def arguments(self) -> list[tuple[GraphInput, Tensor]]:
         """Return the inputs of the graph that are the call's own, and their examples."""
@@ -233,8 +234,7 @@ def prepare(
     timestep = timestep_position(first.graph, options.timestep)
     latent = latent_position(first.graph)
     varying = {timestep} if latent is None else {timestep, latent}
-    calls = calls_of(plan.sampler.cfg_layout) if plan else (GuidanceCall.ONLY,)
-    programs = [_unrolled(plan, first.graph, both[0], each) for each in calls]
+    programs = call_programs(plan, first.graph, both[0])
     hoists = plan is not None and HOIST_PER_GENERATION not in switches().off
     return PreparedModel(
         model=model,
@@ -242,9 +242,8 @@ def prepare(
         call=call,
         plan=plan,
         identity=identity,
-        captures=Captures(first, second, batches, (programs[0].sites, with_wholes(both[1]))),
-        program=programs[0],
-        second=programs[1] if len(programs) > 1 else None,
+        captures=Captures(first, second, batches, (with_wholes(both[0]), with_wholes(both[1]))),
+        programs=programs,
         guards=guards,
         other=_other_inputs(first, call, second_call, guards) if len(programs) > 1 else {},
         per_generation=find_hoisted(first.graph, varying) if hoists else (),
@@ -325,15 +324,6 @@ def _matched(
         return split, ()
     found = find_sites(split.graph).sites
     return split, planned_sites(plan, split.graph, found, identity)
-
-
-def _unrolled(
-    plan: Plan | None, captured: CapturedGraph, sites: tuple[Site, ...], call: GuidanceCall
-) -> StepProgram:
-    """Return the steps of ``plan``; the dense model is one step without sites."""
-    if plan is None:
-        return unroll_available([[]], captured, sites)
-    return unroll_available(plan.strategies, captured, sites, plan.merge_variants, call)
 
 
 def _split(call: CapturedCall, plan: Plan | None) -> CapturedCall:

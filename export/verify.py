@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditfastattn.export.watched_phases import guided_calls
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.golden import compare_with_golden
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, Manifest, read_manifest
@@ -74,7 +75,7 @@ class _StandIn(nn.Module):
         self.config, self.dtype, self.device = bundle.config, dtype, bundle.device
         self.cache_context = bundle.cache_context
         self.errors: list[float] = []
-        self.last: deque[Mapping[str, Any]] = deque(maxlen=len(bundle.manifest.calls))
+        self.last: deque[Mapping[str, Any]] = deque(maxlen=len(bundle.manifest.scheduled))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self.bundle.bind(args, kwargs)
@@ -192,7 +193,8 @@ def _loop_error(
     loop = bundle.manifest.loop
     if loop is None:
         return 0.0
-    arguments, *others = calls
+    guided = guided_calls(list(calls), bundle.manifest.sampler)
+    arguments, *others = (call.arguments for call in guided)
     given = {**arguments, **dict(zip([SECOND_CALL], others, strict=False))}
     names = {spec.name.partition(".")[0] for spec in loop.conditions}
     conditions = {name: given[name] for name in names}

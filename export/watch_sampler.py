@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,7 +21,8 @@ from torch import Tensor
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.linear_scheduler import WITHOUT_LOOP, linear_schedule
-from ditfastattn.passes.plan.schema import Plan
+from ditfastattn.export.watched_phases import expected_arguments
+from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.runtime.bundle.stepping import (
     LinearSchedule,
     Stepper,
@@ -29,6 +30,7 @@ from ditfastattn.runtime.bundle.stepping import (
     first_noise,
     guided,
 )
+from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.clock import read_timestep, tolerances
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import check_not_accelerated, replace_forward
@@ -56,17 +58,14 @@ class WatchedGeneration:
     latents: Tensor | None = None
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
-        """Keep the arguments of a call; what is as in one of the first two is kept once."""
+        """Keep the arguments of a call; what is as in the first or last ones is kept once."""
         kept = {}
         for name, item in arguments.items():
-            known = (call[name] for call in self.calls[:2] if name in call)
+            like = (*self.calls[:2], *self.calls[-2:])
+            known = (call[name] for call in like if name in call)
             same = [each for each in known if _same(item, each)]
             kept[name] = same[0] if same else _copied(item)
         self.calls.append(kept)
-
-    def first(self, calls: int) -> tuple[RecordedCall, ...]:
-        """Return the first step's calls, of which there are ``calls``."""
-        return tuple(map(RecordedCall, self.calls[:calls]))
 
 
 def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedGeneration:
@@ -82,17 +81,20 @@ def watch_sampler(pipeline: Any, prompt: Prompt, whole: bool = True) -> WatchedG
     names = inspect.signature(transformer.forward)
     found = WatchedGeneration()
     generator = torch.Generator().manual_seed(0)
-    answers: list[Any] = []
+    answers: dict[int, Any] = {}  # by rows, which guidance changes
 
     def answering(forward: Any) -> Any:
         def answer(*args: Any, **kwargs: Any) -> Any:
-            found.keep(names.bind(*args, **kwargs).arguments)
+            given = names.bind(*args, **kwargs).arguments
+            found.keep(given)
             if not whole:
                 raise _Watched
             if not answers:
                 found.scheduler = _as_set(pipeline.scheduler)
-                answers.append(forward(*args, **kwargs))
-            made = copy.deepcopy(answers[0])
+            rows = RecordedCall(given).batch
+            if rows not in answers:
+                answers[rows] = forward(*args, **kwargs)
+            made = copy.deepcopy(answers[rows])
             for tensor in _tensors(made):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
             found.outputs.append(_tensors(made)[0].double().cpu())
@@ -170,29 +172,28 @@ def find_stepping(watched: WatchedGeneration, plan: Plan, latent: str, timestep:
     sampler = plan.sampler
     if not latent:
         raise _not_linear("the model's latent was not found", "no argument is like its output")
-    count, calls = sampler.cfg_layout.calls, len(watched.calls)
-    if calls != count * sampler.steps or len(watched.scheduler.timesteps) != sampler.steps:
+    order, calls = calls_in_order(sampler.spans), len(watched.calls)
+    if calls != len(order) or len(watched.scheduler.timesteps) != sampler.steps:
         raise _not_linear(
             "the pipeline makes another number of steps than the plan",
             f"{calls} calls, {len(watched.scheduler.timesteps)} timesteps",
-            f"{sampler.steps} steps, {count} calls each",
+            f"{sampler.steps} steps, {len(order)} calls in all",
         )
-    _check_timesteps(watched, plan, timestep)
-    _check_conditions(watched, {latent, timestep}, count)
+    _check_timesteps(watched, [sampler.timesteps[call.step] for call in order], timestep)
+    _check_conditions(watched, sampler, {latent, timestep})
     inputs = [call[latent].double().cpu() for call in watched.calls]
-    starts = range(0, calls, count)
-    outputs = [torch.cat(watched.outputs[start : start + count]) for start in starts]
-    found = with_guidance(linear_schedule(watched.scheduler), plan, inputs[0], outputs[0])
+    found = with_guidance(linear_schedule(watched.scheduler), plan, inputs[0], watched.outputs[0])
     allowed = _ALLOWED.get(watched.calls[0][latent].dtype, _ALLOWED[torch.float32])
-    halves = 2 if sampler.cfg_layout.batched else 1
-    stepper = Stepper(found, first_noise(inputs[0], found, sampler.cfg_layout))
-    for step, output in enumerate(outputs):
-        given = torch.cat([stepper.model_input] * halves)
-        for held in inputs[step * count : (step + 1) * count]:
-            _check_alike(given, held, allowed, f"the model's latents at step {step}")
-        stepper.step(guided(output, found, sampler.cfg_layout))
+    stepper = Stepper(found, first_noise(inputs[0], found, sampler.layouts[0]))
+    images = len(stepper.latents[0])
+    for step, layout in enumerate(sampler.layouts):
+        given = torch.cat([stepper.model_input] * (2 if layout.batched else 1))
+        here = [number for number, call in enumerate(order) if call.step == step]
+        for number in here:
+            _check_alike(given, inputs[number], allowed, f"the model's latents at step {step}")
+        stepper.step(guided(torch.cat([watched.outputs[n] for n in here]), found, layout))
     if watched.latents is not None:
-        last = watched.latents[: len(inputs[0]) // halves]
+        last = watched.latents[:images]
         _check_alike(stepper.latents[-1], last, allowed, "the last latents")
     return found
 
@@ -210,8 +211,7 @@ def with_guidance(found: LinearSchedule, plan: Plan, latent: Tensor, output: Ten
     )
 
 
-def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
-    planned = [at for at in plan.sampler.timesteps for _ in range(plan.sampler.cfg_layout.calls)]
+def _check_timesteps(watched: WatchedGeneration, planned: Sequence[float], name: str) -> None:
     found = [read_timestep(torch.as_tensor(call[name])).value() for call in watched.calls]
     pairs = zip(found, planned, tolerances(planned), strict=True)
     if any(abs(got - wanted) > most for got, wanted, most in pairs):
@@ -222,15 +222,18 @@ def _check_timesteps(watched: WatchedGeneration, plan: Plan, name: str) -> None:
         )
 
 
-def _check_conditions(watched: WatchedGeneration, varying: Collection[str], count: int) -> None:
-    for number, call in enumerate(watched.calls):
-        first, step = watched.calls[number % count], number // count
-        for name in {*call, *first} - {*varying}:
-            if not _same(call.get(name), first.get(name)):
+def _check_conditions(
+    watched: WatchedGeneration, sampler: Sampler, varying: Collection[str]
+) -> None:
+    order = calls_in_order(sampler.spans)
+    expected = expected_arguments(watched.calls, sampler)
+    for at, call, wanted in zip(order, watched.calls, expected, strict=True):
+        for name in {*call, *wanted[0]} - {*varying}:
+            if not any(_same(call.get(name), each.get(name)) for each in wanted):
                 raise _not_linear(
                     "the pipeline changes a condition between the steps",
-                    f"argument {name!r} at step {step}",
-                    "the conditions of the first step",
+                    f"argument {name!r} at step {at.step}",
+                    "the conditions of the first guided step",
                 )
 
 

@@ -55,6 +55,7 @@ int main(int, char** arguments) {
 
   const std::string layout = m["sampler"]["cfg_layout"], timestep = m["timestep"];
   if (!m["second"].is_null()) throw std::runtime_error("guidance in two calls a step");
+  if (m["sampler"].contains("phases")) throw std::runtime_error("guidance at some steps only");
   const int halves = layout == "none" ? 1 : 2;
   const Tensor& noise = golden.at("noise");
   Values latents(noise.data<float>(), noise.data<float>() + noise.size());

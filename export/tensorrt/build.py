@@ -224,6 +224,8 @@ class _Builder:
         if self._manifest.fixed_batch:
             return {}
         least, usual, most = rows
+        if graph.name in self._manifest.halved_graphs:
+            least //= 2
         return {
             name: (spec.sizes(least), spec.sizes(usual), spec.sizes(most))
             for name, spec in graph.inputs.items()

@@ -90,10 +90,19 @@ def choose_layout(
         )
     if wanted is Layout.SWITCH and count == 1:
         raise ConfigError("there is one step variant: nothing to switch between", where=str(root))
+    if wanted is Layout.SWITCH and manifest.halved:
+        raise ConfigError(
+            "a switch has one batch, and guidance is on at some steps only",
+            where=str(root),
+            got=f"layout {wanted}",
+            expected=f"{Layout.VARIANTS}, or {Layout.LOOP}",
+        )
     if wanted is not Layout.AUTO:
         return wanted, "it was requested"
     if count == 1:
         return Layout.VARIANTS, "there is one step variant"
+    if manifest.halved:
+        return Layout.VARIANTS, "guidance is on at some steps only, and a switch has one batch"
     return _by_size(root, manifest, options.max_engine_mb, first)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -108,6 +108,36 @@ class SlotSchedule:
 
 
 NO_SLOTS = SlotSchedule(steps=0, slots=(), factors=(), adopted=(), bytes_written=())
+
+
+def without_slots(steps: int) -> SlotSchedule:
+    """Return that of so many ``steps`` that keep nothing."""
+    return SlotSchedule(
+        steps=steps,
+        slots=(),
+        factors=({},) * steps,
+        adopted=(frozenset(),) * steps,
+        bytes_written=(0,) * steps,
+    )
+
+
+def join_schedules(schedules: Sequence[SlotSchedule]) -> SlotSchedule:
+    """Return one schedule of the steps of all ``schedules``, which follow one another."""
+    slots: dict[Slot, CacheSlot] = {}
+    begins = 0
+    for schedule in schedules:
+        for each in schedule.slots:
+            known = slots[each.slot].lives if each.slot in slots else ()
+            moved = tuple((began + begins, last + begins) for began, last in each.lives)
+            slots[each.slot] = replace(each, lives=(*known, *moved))
+        begins += schedule.steps
+    return SlotSchedule(
+        steps=begins,
+        slots=tuple(slots.values()),
+        factors=tuple(row for schedule in schedules for row in schedule.factors),
+        adopted=tuple(row for schedule in schedules for row in schedule.adopted),
+        bytes_written=tuple(row for schedule in schedules for row in schedule.bytes_written),
+    )
 
 
 def lives(written: Sequence[int], read: Sequence[int]) -> Lives:

@@ -54,6 +54,8 @@ class BundleArguments:
     def batch(self, given: Mapping[str, Any]) -> int:
         """Return the batch of a call that was bound as ``given``.
 
+        Where some steps have one half of a guided step's batch, this may be that.
+
         Raises:
             ConfigError: the bundle does not take this batch.
         """
@@ -76,14 +78,18 @@ class BundleArguments:
                 expected=manifest.fixed_batch,
                 remedy="export it with a free batch",
             )
-        if batch % manifest.batch_multiple:
+        self.check_multiple(batch, manifest.batch_multiple // (2 if manifest.halved else 1))
+        return batch
+
+    def check_multiple(self, batch: int, multiple: int) -> None:
+        """Refuse a batch that is not a multiple of ``multiple``."""
+        if batch % multiple:
             raise ConfigError(
                 "the batch does not hold both halves of guidance",
-                where=f"argument {spec.name!r}",
+                where=f"argument {_batched(self._manifest).name!r}",
                 got=batch,
-                expected=f"a multiple of {manifest.batch_multiple}",
+                expected=f"a multiple of {multiple}",
             )
-        return batch
 
     def tensors(
         self, specs: Iterable[TensorSpec], given: Mapping[str, Any], batch: int

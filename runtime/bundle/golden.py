@@ -4,13 +4,14 @@ It is a file of safetensors: ``inputs/NAME`` for each condition, ``outputs/STEP/
 model returns at each step and, where the manifest says what the sampler does between steps,
 ``noise``, which the generation begins with, and ``latents``, which it ends with. Elsewhere every
 step has the latents ``inputs/NAME``. Where guidance takes two calls a step, the names of what the
-second one takes and returns begin with ``second/``.
+second one takes and returns begin with ``second/``. At a step without guidance the model is given
+the conditional part of the inputs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,11 +20,13 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ditfastattn.core.errors import ConfigError
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.files import open_bundle
 from ditfastattn.runtime.bundle.manifest import EXPORT_AGAIN
 from ditfastattn.runtime.bundle.specs import SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import Stepper, guided
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
+from ditfastattn.runtime.bundle.unguided import batch_dims, conditional_call, conditional_rows
 
 GOLDEN_FILE: Final = "golden.safetensors"
 INPUT: Final = "inputs/"
@@ -68,7 +71,7 @@ def compare_with_golden(folder: str | os.PathLike[str], model: BundleTransformer
     Raises:
         ConfigError: the bundle has none, or was replaced meanwhile.
     """
-    opened = open_bundle(folder)
+    opened = open_bundle(folder, model.manifest.format)
     manifest = opened.manifest
     if manifest != model.manifest.model_copy(update={"loop": manifest.loop}):
         raise ConfigError(
@@ -127,16 +130,18 @@ class _Comparison:
         """Step through a generation whose sampler gets ``answer`` of each call's results."""
         manifest, stepping = self.manifest, self.manifest.stepping
         stepper = None if stepping is None else Stepper(stepping, self.sample[NOISE])
-        halves = 2 if manifest.sampler.cfg_layout.batched else 1
         specs = {spec.name: spec for spec in manifest.inputs}
         self.model.reset()
-        for step, timestep in enumerate(manifest.sampler.timesteps):
+        sampler = manifest.sampler
+        for step, (timestep, layout) in enumerate(
+            zip(sampler.timesteps, sampler.layouts, strict=True)
+        ):
             outputs: list[Tensor] = []
-            for call, conditions in enumerate(self.given):
+            for call, conditions in enumerate(self._given_at(layout)):
                 given = dict(conditions)
                 if stepper is not None:
                     spec = specs[manifest.latent]
-                    rows = torch.cat([stepper.model_input] * halves)
+                    rows = torch.cat([stepper.model_input] * (2 if layout.batched else 1))
                     given[spec.name] = rows.to(spec.torch_dtype)
                 if manifest.plan_sha256:
                     spec, like = specs[manifest.timestep], next(iter(given.values()))
@@ -145,8 +150,17 @@ class _Comparison:
                     given[spec.name] = at
                 outputs.append(answer(step, call, self._call(given)))
             if stepper is not None and stepping is not None:
-                stepper.step(guided(torch.cat(outputs), stepping, manifest.sampler.cfg_layout))
+                stepper.step(guided(torch.cat(outputs), stepping, layout))
         return None if stepper is None else stepper.latents[-1]
+
+    def _given_at(self, layout: CfgLayout) -> Sequence[Mapping[str, Tensor]]:
+        """Return what each call of a step with ``layout`` is given."""
+        guided = self.manifest.sampler.cfg_layout
+        if layout is guided:
+            return self.given
+        dims = {spec.name: batch_dims(spec) for spec in self.manifest.inputs}
+        chosen = self.given[conditional_call(guided)]
+        return [{n: conditional_rows(item, dims[n], guided) for n, item in chosen.items()}]
 
     def _call(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         made = self.model(**_nested({name: t.to(self.model.device) for name, t in given.items()}))

@@ -20,6 +20,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.core.files import repr_path, standing, write_text_atomically
 from ditfastattn.core.records import Record
 from ditfastattn.core.strict_json import parse_json, read_text
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
 from ditfastattn.passes.plan.text import PaddedText
 from ditfastattn.runtime.bundle.guards import InputGuard, check_described
@@ -41,8 +42,9 @@ from ditfastattn.runtime.bundle.stepping import Stepping
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
 STEP_SUFFIX = ".json"  # of a step that calls packages of regions
-SCHEMA_VERSION = 5
-READABLE: Final = (3, 4, SCHEMA_VERSION)  # 3: without stepping and golden; 4: without second
+SCHEMA_VERSION = 6
+# 3: without stepping and golden; 4: without second; 5: without phases
+READABLE: Final = (3, 4, 5, SCHEMA_VERSION)
 _MOST_BYTES: Final = 64 * 2**20
 _LONGEST_NAME: Final = 255  # bytes
 _SEAL: Final = "sha256"  # of all other entries
@@ -67,7 +69,7 @@ class Manifest(Record, frozen=True):
         plan_sha256: of the plan's file, "" for a dense bundle.
         sampler: the schedule the plan is for.
         fixed_batch: the only batch it takes; 0 if the batch is free.
-        batch_multiple: what a free batch must be a multiple of.
+        batch_multiple: what a free batch must be a multiple of; with phases, that of a guided step.
         timestep: the name of the timestep input.
         latent: the name of the latent input, "" if unknown.
         text: to what the text is padded; a driver pads it, and so does ``load``.
@@ -91,7 +93,7 @@ class Manifest(Record, frozen=True):
         files: every file of the bundle.
     """
 
-    schema_version: Literal[3, 4, 5] = 5
+    schema_version: Literal[3, 4, 5, 6] = 6
     ditfastattn: str
     opset: Natural
     model: ModelSpec
@@ -150,6 +152,7 @@ class Manifest(Record, frozen=True):
             raise ValueError(f"sampler.timesteps: {len(self.sampler.timesteps)} values")
         if any(variant >= len(self.variants) for variant in self.scheduled):
             raise ValueError(f"schedule: there are {len(self.variants)} variants")
+        self._check_phases()
         stepped = self.stepping.steps if self.stepping else ()
         if stepped and tuple(how.timestep for how in stepped) != self.sampler.timesteps:
             raise ValueError("stepping: other timesteps than the sampler's")
@@ -177,6 +180,20 @@ class Manifest(Record, frozen=True):
         for call in self.calls:
             self._check_slots(call)
         return self
+
+    def _check_phases(self) -> None:
+        """Check that each step has the calls and rows of its phase."""
+        sampler = self.sampler
+        if sampler.phases and self.schema_version < SCHEMA_VERSION:
+            raise ValueError(f"sampler.phases: they need schema version {SCHEMA_VERSION}")
+        for number, call in enumerate(self.calls):
+            for step, layout in enumerate(sampler.layouts):
+                if (call.schedule[step] is None) != (number >= layout.calls):
+                    raise ValueError(f"second: step {step} has {layout.calls} call(s)")
+        if self.halved and self.fixed_batch:
+            raise ValueError("sampler.phases: the batch is fixed")
+        if self.halved and self.batch_multiple % 2:
+            raise ValueError("batch_multiple: the batch has no halves")
 
     def _check_packages(self) -> None:
         for file in self.packages.files if self.packages else ():
@@ -209,6 +226,8 @@ class Manifest(Record, frozen=True):
                     raise ValueError(f"slots: {moved.name!r} takes over a slot that is not kept")
         written = set(once)
         for step, index in enumerate(call.schedule):
+            if index is None:
+                continue
             for slot in call.adopted[step]:
                 if slot not in {each for each, _ in self.variants[self.schedule[step]].writes}:
                     raise ValueError(f"step {step} adopts {slot!r}, which its first call lacks")
@@ -234,10 +253,24 @@ class Manifest(Record, frozen=True):
         return (first,) if self.second is None else (first, self.second)
 
     @property
+    def halved(self) -> bool:
+        """Return whether some steps have one half of a guided step's batch."""
+        sampler = self.sampler
+        return sampler.cfg_layout.batched and CfgLayout.NONE in sampler.layouts
+
+    @property
+    def halved_graphs(self) -> frozenset[str]:
+        """Return the files of the graphs that run with one half of a guided step's batch."""
+        pairs = zip(self.schedule, self.sampler.layouts, strict=True)
+        run = [self.variants[index].file for index, at in pairs if at is CfgLayout.NONE]
+        run += [self.hoisted.file] if self.hoisted else []
+        return frozenset(run if self.halved else ())
+
+    @property
     def scheduled(self) -> tuple[int, ...]:
         """Return the variant of each call of a generation, in their order."""
         steps = zip(*(call.schedule for call in self.calls), strict=True)
-        return tuple(variant for step in steps for variant in step)
+        return tuple(variant for step in steps for variant in step if variant is not None)
 
     @property
     def every_slot(self) -> tuple[SlotSpec, ...]:

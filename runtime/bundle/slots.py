@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from ditfastattn.passes.graph.slots import Slot, parse_slot
-from ditfastattn.passes.plan.slot_schedule import CacheSlot, SlotSchedule
-from ditfastattn.runtime.bundle.specs import CallSchedule, VariantSpec
+from ditfastattn.passes.plan.slot_schedule import CacheSlot, Lives, SlotSchedule
+from ditfastattn.runtime.bundle.specs import CallSchedule, SlotSpec, VariantSpec
 
 
-def slot_schedule(call: CallSchedule) -> SlotSchedule:
-    """Return when each slot of a bundle's call is written, renamed, read and dropped."""
+def slot_schedule(call: CallSchedule, steps: range) -> SlotSchedule:
+    """Return when each slot of a call is written, renamed, read and dropped in a phase.
+
+    The ``steps`` of the phase are counted from its beginning, as a generation of its own.
+    """
+    here = slice(steps.start, steps.stop)
     return SlotSchedule(
-        steps=len(call.schedule),
+        steps=len(steps),
         slots=tuple(
-            CacheSlot(parse_slot(spec.name), (), spec.dtype, 0, spec.lives) for spec in call.slots
+            CacheSlot(parse_slot(spec.name), (), spec.dtype, 0, _lives(spec, steps))
+            for spec in call.slots
         ),
         factors=tuple(
             {parse_slot(name): number for name, number in factors.items()}
-            for factors in call.factors
+            for factors in call.factors[here]
         ),
-        adopted=tuple(frozenset(map(parse_slot, slots)) for slots in call.adopted),
+        adopted=tuple(frozenset(map(parse_slot, slots)) for slots in call.adopted[here]),
         bytes_written=(),
+    )
+
+
+def _lives(spec: SlotSpec, steps: range) -> Lives:
+    """Return the lives of a slot that end within ``steps``; where one ends, it began."""
+    return tuple(
+        (began - steps.start, last - steps.start) for began, last in spec.lives if last in steps
     )
 
 

@@ -119,14 +119,15 @@ class CallSchedule(Record, frozen=True):
     """Describe what one of a step's calls of the model does, step by step.
 
     Attributes:
-        schedule: the variant of each step.
+        schedule: the variant of each step; null at a step without this call, the second one where
+            guidance is off.
         slots: its caches.
         factors: the numbers that each step combines earlier outputs with, by slot.
         adopted: the slots that it takes over, before each step, from what the step's first call
             has written.
     """
 
-    schedule: tuple[Natural, ...]
+    schedule: tuple[Natural | None, ...]
     slots: tuple[SlotSpec, ...]
     factors: tuple[dict[SlotName, FiniteFloat], ...]
     adopted: tuple[tuple[SlotName, ...], ...]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.graph.slots import parse_slot
+from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.arguments import BundleArguments, check_range
 from ditfastattn.runtime.bundle.guards import check_guards
 from ditfastattn.runtime.bundle.manifest import Manifest
@@ -96,8 +97,11 @@ class BundleTransformer(nn.Module):
         self._device = device
         self._arguments = BundleArguments(manifest, device)
         self._open_loop = functools.cache(open_loop)
-        self._schedules = tuple(map(slot_schedule, manifest.calls))
-        self._scheduled = manifest.scheduled
+        self._schedules = [
+            [slot_schedule(each, steps) for each in manifest.calls[: layout.calls]]
+            for steps, layout in manifest.sampler.spans
+        ]
+        self._scheduled = [each.schedule for each in manifest.calls]
         self._reads = tuple(map(slots_read, manifest.variants))
         self._writes = tuple(map(slots_written, manifest.variants))
         self._slots = {parse_slot(spec.name): spec for spec in manifest.every_slot}
@@ -193,15 +197,19 @@ class BundleTransformer(nn.Module):
         manifest, generation = self.manifest, state.generation
         batch = self._arguments.batch(given)
         inputs = self._arguments.tensors(manifest.inputs, given, batch)
-        call = self._advance(generation, inputs)
-        generation.follow(call, self._schedules)
-        state.keep_batch(call, batch)
+        call = self._advance(generation, inputs, batch)
+        guided = manifest.sampler.layouts[call.step] is not CfgLayout.NONE
+        if guided:
+            self._arguments.check_multiple(batch, manifest.batch_multiple)
+        generation.follow(call, self._schedules[call.phase])
+        state.keep_batch(call, batch if guided or not manifest.halved else 2 * batch)
         if call.step == 0 and manifest.latent:
             check_range(manifest.latent, inputs[manifest.latent])
-        if call.step == 0 and manifest.shares_guidance and manifest.latent:
-            name = f"argument {manifest.latent!r}"
-            generation.check_latents(call, {name: inputs[manifest.latent]})
-        index = self._scheduled[call.step * len(self._schedules) + call.branch]
+        if guided and generation.begins_phase(call) and manifest.shares_guidance:
+            named = {f"argument {name!r}": inputs[name] for name in [manifest.latent] if name}
+            generation.check_latents(call, named)
+        index = self._scheduled[call.branch][call.step]
+        assert index is not None  # this step has this call
         variant, written = manifest.variants[index], self._writes[index]
         hoisted = self._once(generation.branch(call), inputs, batch)
         caches = generation.read(call, self._reads[index], self._device, hoisted)
@@ -215,10 +223,11 @@ class BundleTransformer(nn.Module):
         generation.write(call, dict(zip(written, free, strict=True)), results[0])
         return results
 
-    def _advance(self, generation: Generation, inputs: Mapping[str, Tensor]) -> Call:
+    def _advance(self, generation: Generation, inputs: Mapping[str, Tensor], batch: int) -> Call:
         if self.manifest.plan_sha256:
             timestep = read_timestep(inputs[self.manifest.timestep])
-            return generation.advance(timestep, self._shown(inputs))
+            rows = batch if self.manifest.halved else 0
+            return generation.advance(timestep, self._shown(inputs), rows=rows)
         generation.reset()  # one dense step, at any timestep
         return Call(0, 0)
 

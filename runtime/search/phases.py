@@ -20,7 +20,6 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.phases import Phase, Span, in_runs, spans_of
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.clock import read_timestep
 from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
@@ -35,7 +34,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.pipeline.sampler import counting_steps
 from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.call_log import SearchedPhase
+from ditfastattn.runtime.search.measure.call_log import SearchedPhase, searched_phases
 from ditfastattn.runtime.search.measure.contender import (
     Contender,
     dense_contender,
@@ -67,8 +66,7 @@ class ObservedPhases:
     @property
     def searched(self) -> tuple[SearchedPhase, ...]:
         """Return each phase as what a search is of."""
-        order = tuple(call.phase for call in calls_in_order(self.spans))
-        return tuple(SearchedPhase(number, order) for number in range(len(self.spans)))
+        return searched_phases(self.spans)
 
 
 def observe_phases(

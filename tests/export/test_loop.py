@@ -124,6 +124,14 @@ def test_a_generation_is_the_pipelines(name: str, fixed: bool, tmp_path: Path) -
     assert float(((latents / 2 + 0.5).clamp(0, 1) - expected[0]).abs().max()) < 1e-4
 
 
+def test_the_first_latents_are_scaled_for_the_model(tmp_path: Path) -> None:
+    pipeline = tiny_digits_pipeline(SCHEDULERS["euler"]())
+    call: dict[str, Any] = {"class_labels": [1], "num_inference_steps": 2, "guidance_scale": 2.0}
+    plan = plan_for(pipeline, call, [Strategy.FULL] * 2)
+    assert export(pipeline, call, plan, tmp_path, loop=True).stepping is not None
+    assert 0 < verify(tmp_path).loop_error < 1e-4
+
+
 @exercises("ONNX", *EXPORTED)
 @exercises("loop", *EXPORTED)
 @pytest.mark.parametrize("name", slow_but({"dit"}, EXPORTED))

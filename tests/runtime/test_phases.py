@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import ditfastattn
@@ -24,11 +25,11 @@ from ditfastattn import (
     dense_generations,
     restore,
 )
-from ditfastattn.export.bundle import export
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.phases import Phase
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.search.judge.targets import TargetKind
+from ditfastattn.tools.commands.inspect_graph import write_graphs
 from ditfastattn.tools.zoo.trial import mixed_strategies
 from tests.plans import MixedPlan, mixed_plan_for
 from tests.runtime.test_pipelines import Pipeline
@@ -290,8 +291,9 @@ def test_what_phases_cannot_be_calibrated_for_is_refused(options: dict[str, Any]
         calibrate(pipeline, CALL, lowering="eager", **options)
 
 
-def test_a_plan_with_phases_is_not_exported(tmp_path: Path) -> None:
-    pipeline: Any = Interval("cond-first", range(3))
-    plan = mixed_plan("cond-first", range(3)).plan
-    with pytest.raises(ConfigError, match=r"calls the model alike[\s\S]*3 steps cond-first"):
-        export(pipeline, CALL, plan, tmp_path / "bundle")
+def test_the_graph_of_a_step_is_its_phases(tmp_path: Path) -> None:
+    made, pipeline = mixed_plan("cond-first", range(3)), Interval("cond-first", range(3))
+    for step, rows in ((1, 2), (4, 1)):
+        write_graphs(Console(quiet=True), pipeline, made.plan, CALL, step, tmp_path / str(step))
+        text = next(iter(sorted((tmp_path / str(step)).glob("*.txt")))).read_text()
+        assert f"[{rows}, 4, 8, 8]" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ditfastattn.runtime.matching import planned_sites
 from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.judge.validate import planned_call
+from ditfastattn.runtime.search.measure.call_log import searched_phases
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.tools.graph_view import GraphView, changes, view, write_views
 from ditfastattn.tools.terminal import spinner
@@ -37,19 +39,25 @@ def write_graphs(
         raise ConfigError(
             "the plan has no such step", where="--step", got=step, expected=f"0 to {steps - 1}"
         )
-    layout, groups = plan.sampler.cfg_layout, plan.head_groups or 1
+    groups, spans = plan.head_groups or 1, plan.sampler.spans
+    number = next(n for n, (phase, _) in enumerate(spans) if step in phase)
+    only = searched_phases(spans)[number] if plan.sampler.phases else None
+    (phase, layout), here = spans[number], slice(spans[number][0].start, spans[number][0].stop)
     prompt = split_prompts(planned_call(pipeline, plan, call), 0)[0]
     views: list[GraphView] = []
     with (
         spinner(console, "capturing and rewriting"),
         text_padded(pipeline, plan.text),
-        open_session(pipeline, prompt, layout, head_groups=groups) as session,
+        open_session(pipeline, prompt, layout, head_groups=groups, only=only) as session,
     ):
         captured = session.captured
-        sites = planned_sites(plan, captured, session.sites, session.identity)
-        first = calls_of(layout)[0]
-        program = unroll_available(plan.strategies, captured, sites, plan.merge_variants, first)
-        actions = program.variants[program.schedule[step]]
+        sites = [
+            replace(site, coefficients=site.coefficients[here])
+            for site in planned_sites(plan, captured, session.sites, session.identity)
+        ]
+        rows, first = plan.strategies[here], calls_of(layout)[0]
+        program = unroll_available(rows, captured, sites, plan.merge_variants, first)
+        actions = program.variants[program.schedule[step - phase.start]]
         rewrite(
             captured,
             program.sites,

@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError
-from ditfastattn.passes.plan.phases import in_runs
+from ditfastattn.passes.plan.phases import Span, in_runs
+from ditfastattn.runtime.call_order import calls_in_order
 from ditfastattn.runtime.pipeline.sampler import counting_steps
 
 
@@ -27,6 +28,12 @@ class SearchedPhase:
 
     number: int
     order: tuple[int, ...]
+
+
+def searched_phases(spans: Sequence[Span]) -> tuple[SearchedPhase, ...]:
+    """Return each phase of ``spans`` as what a search is of."""
+    order = tuple(call.phase for call in calls_in_order(spans))
+    return tuple(SearchedPhase(number, order) for number in range(len(spans)))
 
 
 class CallLog:
