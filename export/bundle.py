@@ -22,8 +22,9 @@ from ditfastattn.export.formats import files_of
 from ditfastattn.export.golden import golden_sample
 from ditfastattn.export.graph_files import GraphFiles, OnnxFiles
 from ditfastattn.export.loop import LATENTS, LOOP_FILE, LoopSource, write_loop
+from ditfastattn.export.options import ExportOptions, silent
 from ditfastattn.export.partial import PartialBundle, partial_folder
-from ditfastattn.export.prepare import ExportOptions, PreparedModel, prepare, silent
+from ditfastattn.export.prepare import PreparedModel, prepare
 from ditfastattn.export.step_graphs import (
     StepGraph,
     hoisted_graph_of,

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ditfastattn.export.graph_files import GraphFiles, OnnxFiles, Written
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.partial import PartialBundle
-from ditfastattn.export.prepare import ExportOptions, PreparedModel
+from ditfastattn.export.prepare import PreparedModel
 from ditfastattn.runtime.bundle.manifest import Format
 
 

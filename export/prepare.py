@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from ditfastattn.export.capture_call import (
     capture_call,
     capture_doubled,
 )
+from ditfastattn.export.options import ExportOptions
+from ditfastattn.export.second_call import second_inputs
 from ditfastattn.export.step_graphs import Captures
 from ditfastattn.export.weights import ONNX_TYPES
 from ditfastattn.passes.analysis.coarse_sites import coarse_sites
@@ -33,9 +35,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
 from ditfastattn.passes.rewrites.pipeline import switches
-from ditfastattn.runtime.bundle.arguments import argument_named
-from ditfastattn.runtime.bundle.guards import InputGuard, check_guards, guard_of
-from ditfastattn.runtime.bundle.manifest import Format
+from ditfastattn.runtime.bundle.guards import InputGuard, guard_of
 from ditfastattn.runtime.matching import (
     mismatch,
     planned_sites,
@@ -43,39 +43,6 @@ from ditfastattn.runtime.matching import (
     static_tensors,
     timestep_position,
 )
-
-Progress = Callable[[str, int, int], None]  # (what, done, of)
-
-
-def silent(what: str, done: int, of: int) -> None:
-    """Report nothing."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Choose what a bundle holds.
-
-    Attributes:
-        dtype: of weights and activations; "" keeps the model's.
-        dynamic_batch: whether the bundle takes any batch.
-        loop: whether the whole generation is written as one graph too.
-        timestep: the name of the model's timestep argument.
-        format: what graphs are written as.
-        isa: the vector instructions that packages are compiled for; "" takes this machine's best.
-        regions: whether packages are regions, compiled once for all equal blocks and variants.
-        golden: whether the bundle holds a golden sample, for which torch generates once.
-        on_progress: called with the file just written, how many are done, and of how many.
-    """
-
-    dtype: str = ""
-    dynamic_batch: bool = True
-    loop: bool = False
-    timestep: str = "timestep"
-    format: Format = Format.ONNX
-    isa: str = ""
-    regions: bool = False
-    golden: bool = True
-    on_progress: Progress = silent
 
 
 @dataclass(frozen=True)
@@ -245,65 +212,11 @@ def prepare(
         captures=Captures(first, second, batches, (with_wholes(both[0]), with_wholes(both[1]))),
         programs=programs,
         guards=guards,
-        other=_other_inputs(first, call, second_call, guards) if len(programs) > 1 else {},
+        other=second_inputs(first, call, second_call, guards) if len(programs) > 1 else {},
         per_generation=find_hoisted(first.graph, varying) if hoists else (),
         timestep=first.graph.inputs[timestep].name,
         latent="" if latent is None else first.graph.inputs[latent].name,
     )
-
-
-def _other_inputs(
-    captured: CapturedCall,
-    call: RecordedCall,
-    second: RecordedCall | None,
-    guards: Sequence[InputGuard],
-) -> dict[str, Tensor]:
-    """Return the inputs of a step's ``second`` call by name, which must be like those of ``call``.
-
-    Raises:
-        ConfigError: there is none, or the graph of the first call does not hold for it: it has
-            other shapes, or other content where the model reads it.
-    """
-    if second is None:
-        raise ConfigError(
-            "the plan's guidance calls the model twice a step, and one call is known",
-            where="export(call)",
-            remedy="export from a pipeline, called with the plan's guidance scale",
-        )
-    if _without_tensors(call.arguments) != _without_tensors(second.arguments):
-        raise ConfigError(
-            "a step's two calls differ in more than tensors",
-            where="export(pipeline)",
-            got=str(_without_tensors(second.arguments))[:200],
-            expected=str(_without_tensors(call.arguments))[:200],
-            remedy="run the plan in torch, by accelerate(pipeline, plan)",
-        )
-    found: dict[str, Tensor] = {}
-    for entry, example in zip(captured.graph.inputs, captured.tensors, strict=True):
-        if entry.static:
-            continue
-        found[entry.name] = argument_named(entry.name, second.arguments)
-        got, wanted = found[entry.name], example
-        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
-            raise ConfigError(
-                "a step's two calls have inputs of other shapes or dtypes",
-                where=f"argument {entry.name!r}",
-                got=f"{list(got.shape)} of {got.dtype} in the second call",
-                expected=f"{list(wanted.shape)} of {wanted.dtype}",
-                remedy="pad both prompts to one length, or run the plan in torch",
-            )
-    check_guards(guards, found)
-    return found
-
-
-def _without_tensors(item: Any) -> Any:
-    if isinstance(item, Tensor):
-        return Tensor
-    if isinstance(item, (tuple, list)):
-        return [_without_tensors(part) for part in item]
-    if isinstance(item, Mapping):
-        return {key: _without_tensors(part) for key, part in item.items()}
-    return item
 
 
 def _taken_over(plan: Plan, identity: Fingerprint) -> Plan:

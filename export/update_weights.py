@@ -15,7 +15,7 @@ from typing import Any, Final
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.aoti.options import isa_option
 from ditfastattn.export.bundle import export
-from ditfastattn.export.prepare import ExportOptions, Progress, silent
+from ditfastattn.export.options import ExportOptions, Progress, silent
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.bundle.files import open_bundle
 from ditfastattn.runtime.bundle.manifest import PLAN_FILE, STEP_SUFFIX, Manifest, read_manifest

@@ -19,7 +19,7 @@ from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall, capture_call, capture_doubled
 from ditfastattn.export.linear_scheduler import linear_schedule
 from ditfastattn.export.lint import findings
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.step_graphs import Captures, used_inputs, variant_graph, write_graph
 from ditfastattn.export.watch_sampler import with_guidance
 from ditfastattn.export.weights import Weights

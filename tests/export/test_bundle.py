@@ -21,8 +21,8 @@ from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export import graph_files, step_graphs
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.partial import partial_folder
-from ditfastattn.export.prepare import ExportOptions
 from ditfastattn.passes.plan.planned_site import planned_site
 from ditfastattn.passes.plan.strategies import strategies
 from ditfastattn.passes.windows.window import TileWindow

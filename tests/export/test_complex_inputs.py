@@ -13,7 +13,7 @@ import ditfastattn
 from ditfastattn import ConfigError
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.runtime.bundle.golden import compare_with_golden
 from ditfastattn.runtime.bundle.manifest import Format, read_manifest
 from tests.helpers import noise

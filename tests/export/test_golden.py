@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ditfastattn import ConfigError, Strategy, export, load, verify
 from ditfastattn.core.tensor_files import write_tensors
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.runtime.bundle.golden import GOLDEN_FILE
 from ditfastattn.runtime.bundle.manifest import MANIFEST, file_hash, manifest_text, read_manifest
 from tests.export.helpers import export_tiny

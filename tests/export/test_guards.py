@@ -14,7 +14,7 @@ from ditfastattn import ConfigError, export_triton
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.export.emitter import Value
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.step_graphs import spec
 from ditfastattn.runtime.bundle.guards import guard_of
 from ditfastattn.runtime.bundle.manifest import read_manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ditfastattn import ConfigError, load, verify
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.runtime.bundle import openvino_graph
 from tests.export.helpers import ddim_stepping, export_once, export_tiny
 from tests.export.test_bundle import LAYOUTS

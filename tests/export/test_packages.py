@@ -25,7 +25,7 @@ from ditfastattn.export.aoti.constants import Constants
 from ditfastattn.export.aoti.options import CompileFor, compile_for
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION
 from ditfastattn.runtime.aoti import load as loading
 from ditfastattn.runtime.aoti.package import AotiPackage, PackageFile

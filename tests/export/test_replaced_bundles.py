@@ -14,7 +14,7 @@ from ditfastattn import CfgLayout, ConfigError, Strategy, load
 from ditfastattn.core.files import open_regular
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.runtime.bundle import files
 from ditfastattn.runtime.bundle.onnx_graph import import_onnxruntime
 from tests.export.helpers import ddim_stepping, export_once, export_tiny

@@ -12,7 +12,7 @@ import ditfastattn
 from ditfastattn import ConfigError
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from tests.helpers import noise
 
 

@@ -23,7 +23,7 @@ from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, VerifyErr
 from ditfastattn.core.locks import sole_writer
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, VerifyError
 from ditfastattn.export.lint import lint
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.tensorrt.build import build
 from ditfastattn.export.tensorrt.build_log import BuildLog, read_log
 from ditfastattn.export.tensorrt.job import Job, run_job

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ditfastattn import CfgLayout, ConfigError, Strategy, export_triton, load
 from ditfastattn.core.errors import VerifyError
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.triton import python_model, repository
 from ditfastattn.export.triton.config import read_config
 from ditfastattn.runtime.bundle.manifest import read_manifest

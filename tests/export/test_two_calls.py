@@ -10,7 +10,7 @@ import torch
 from ditfastattn import CfgLayout, ConfigError, Strategy, export, load, verify
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.runtime.bundle.manifest import Manifest
 from tests.helpers import TINY_MODELS, TinyModel, captured_once, largest_difference
 from tests.plans import plan_for

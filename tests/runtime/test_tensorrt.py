@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import ditfastattn
 from ditfastattn import CfgLayout, ConfigError, EngineError, Strategy, load
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.export.tensorrt.switch import make_switch
 from ditfastattn.runtime.bundle.files import open_bundle
 from ditfastattn.runtime.bundle.manifest import MANIFEST, Manifest, file_hash

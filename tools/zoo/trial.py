@@ -20,7 +20,7 @@ from ditfastattn.core.errors import ConfigError
 from ditfastattn.export.batch import FIX_BATCH
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import CapturedCall, RecordedCall, capture_call
-from ditfastattn.export.prepare import ExportOptions
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.passes.analysis.feed_forwards import closure, linear_calls
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import Site, SiteKind

@@ -37,7 +37,7 @@ from ditfastattn.runtime.search.whole_steps.subject import Subject, identify
 log = logging.getLogger(__name__)
 
 _PER_IMAGE = 7  # dense generations' worth of runs, in finding which steps run
-_FITS = 5 + 2 * (1 + len(LOOSER))  # plans that are made on the calibration prompts
+_FITS = 10 + 2 * (1 + len(LOOSER))  # plans that are made on the calibration prompts, moves too
 _CHECKS = 3  # of these, on the held-out ones
 
 
