@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,9 @@ from ditfastattn.runtime.pipeline.prompts import split_prompts
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps import calibrate
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, prepare
+from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.climb import Sample, Worth, climb
-from ditfastattn.runtime.search.whole_steps.search import WholeStepSearch
+from ditfastattn.runtime.search.whole_steps.search import Judged, WholeStepSearch
 from tests.tiny_pipelines import TINY_PIPELINES
 
 STEPS = 6
@@ -61,3 +63,31 @@ def test_a_move_goes_on_from_the_runs_before_it(whole: WholeStepSearch) -> None:
     climb([Sample(whole.rollouts, near(0, 1, 3))], (0, 1, 3), spent.append)
     # All three runs of the mask; then those from the moved one on: (0, 2, 3), (0, 1, 2), (0, 1, 4).
     assert sum(spent) == len(whole.rollouts) * (3 + 2 + 1 + 1)
+
+
+class Moving(dict[int, tuple[int, ...]]):
+    """Masks of which that of two runs becomes another one."""
+
+    def climb(self, number: int) -> bool:
+        self[number] = {2: (0, 3)}.get(number, self[number])
+        return number == 2
+
+
+@pytest.mark.parametrize("enough", [(0, 3), (0, 1, 2)])
+def test_fewer_runs_are_taken_if_moved_they_do(
+    enough: tuple[int, ...], whole: WholeStepSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitted(runs: Sequence[int]) -> Judged:
+        judged: list[Any] = [tuple(runs)]
+        return Judged(FittedMask(tuple(runs), (None,) * STEPS, 1), judged, judged)
+
+    monkeypatch.setitem(
+        vars(whole), "masks", Moving({1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)})
+    )
+    monkeypatch.setattr(whole, "_calibrated", fitted)
+    monkeypatch.setattr(whole, "_fitted_best", fitted)
+    meeting = {enough, (0, 1, 2), (0, 1, 2, 3)}
+    monkeypatch.setattr(whole.judge, "meets", lambda judged: meeting.issuperset(judged))
+    found = whole.fewest()
+    assert found is not None
+    assert found.mask.runs == enough
