@@ -345,6 +345,7 @@ def test_a_killed_export_compiles_only_what_is_missing(
     assert names == {*manifest.files, MANIFEST}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_packages_of_regions_do_not_grow_with_layers(tmp_path: Path) -> None:
     """Equal blocks of all layers and steps are one package, whose weights are inputs."""

@@ -28,7 +28,7 @@ from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime import reference
 from tests.helpers import capture_model
 from tests.passes.windows.test_window_attention import FLEX, compiled, inputs, needs_flex, trace
-from tests.tiers import slow, slow_but
+from tests.tiers import slow_but
 
 GRID = TileWindow(grid=(8, 24), tile=(2, 3), reach=(1, 1))
 ROW = TileWindow(grid=(192,), tile=(12,), reach=(2,))
@@ -168,14 +168,15 @@ def test_compiled_forms_equal_the_op(name: str, kind: str) -> None:
 
 
 @needs_flex
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask_of", "kind", "mask_batch", "mask_heads", "text"),
     [
-        slow((keys_mask, "bool", 2, 1, (77, 0))),
+        (keys_mask, "bool", 2, 1, (77, 0)),
         (pairs_mask, "bool", 2, 2, (77, 0)),
-        slow((keys_mask, "float", 1, 1, (0, 0))),
-        slow((keys_mask, "float", 2, 2, (0, 77))),
-        slow((pairs_mask, "bool", 2, 2, (0, 77))),
+        (keys_mask, "float", 1, 1, (0, 0)),
+        (keys_mask, "float", 2, 2, (0, 77)),
+        (pairs_mask, "bool", 2, 2, (0, 77)),
     ],
 )
 def test_compiled_flex_equals_the_op(
