@@ -22,7 +22,7 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.arguments import as_pairs
 from ditfastattn.runtime.bundle.golden import LATENTS, NOISE, input_name, output_name
 from ditfastattn.runtime.bundle.stepping import Stepper, Stepping, first_noise, guided
-from ditfastattn.runtime.bundle.unguided import batch_dims, conditional_call, conditional_rows
+from ditfastattn.runtime.bundle.unguided import conditional_inputs
 from ditfastattn.runtime.caches import Caches
 
 
@@ -121,17 +121,14 @@ class _Sample:
         if layout is CfgLayout.NONE or CfgLayout.NONE not in prepared.layouts:
             return calls
         program = prepared.programs[0]
-        given = self._conditional(calls[conditional_call(layout)].given)
+        given = self._conditional(calls[layout.conditional_call].given)
         batch = prepared.call.batch // (2 if layout.batched else 1)
         hoisted = self._hoisted(given, batch)
         return [_Call(program, prepared.schedule(program), given, batch, hoisted)]
 
     def _conditional(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        dims = {value.name: batch_dims(spec(value)) for value in self.graphs[0].inputs}
-        return {
-            name: conditional_rows(item, dims[name], self.prepared.layout)
-            for name, item in given.items()
-        }
+        specs = map(spec, self.graphs[0].inputs)
+        return conditional_inputs(given, specs, self.prepared.layout)
 
     def _noise(self, latents: Tensor, stepping: Stepping) -> Tensor:
         """Return the noise of a generation that begins with ``latents``, if guided; else some."""

@@ -24,7 +24,6 @@ from ditfastattn.export.weights import Weights
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.specs import BATCH, SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import LinearStep, Stepping, Terms
-from ditfastattn.runtime.bundle.unguided import conditional_call
 
 LOOP_FILE = "loop.onnx"
 NOISE, LATENTS = "noise", "latents"
@@ -185,7 +184,7 @@ class _Writer:
         self.emitter.prefix = "start/unguided/"
         graphs = [*source.graphs, *([source.hoisted] if source.hoisted else [])]
         used = {value.name for graph in graphs for value in used_inputs(graph)}
-        whole = self.calls[source.layout][conditional_call(source.layout)].conditions
+        whole = self.calls[source.layout][source.layout.conditional_call].conditions
         conditions = {name: self._half(v) if name in used else v for name, v in whole.items()}
         return _Call(source.programs[0], source.schedules[0], conditions, "unguided/")
 
@@ -194,7 +193,7 @@ class _Writer:
         layout, name = self.source.layout, condition.name
         for axis, size in enumerate(condition.shape if layout.batched else ()):
             if isinstance(size, BatchSize):
-                name = self.emitter.halves(name, axis)[int(layout is CfgLayout.UNCOND_FIRST)]
+                name = self.emitter.halves(name, axis)[layout.conditional_half]
         return replace(condition, name=name)
 
     def _prologue(self, conditions: Mapping[str, Value]) -> dict[str, Value]:

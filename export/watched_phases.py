@@ -10,7 +10,7 @@ from torch import Tensor
 from ditfastattn.export.capture_call import RecordedCall
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Sampler
-from ditfastattn.runtime.bundle.unguided import conditional_call, conditional_rows
+from ditfastattn.runtime.bundle.unguided import conditional_rows
 from ditfastattn.runtime.call_order import calls_in_order, other_calls, other_rows
 
 _WHERE = "export(pipeline)"
@@ -54,7 +54,7 @@ def expected_arguments(
     """
     first = guided_calls(calls, sampler)
     guided = [call.arguments for call in first]
-    whole = guided[conditional_call(sampler.cfg_layout)]
+    whole = guided[sampler.cfg_layout.conditional_call]
     half = {name: _conditional(item, sampler.cfg_layout) for name, item in whole.items()}
     layouts = sampler.layouts
     return [

@@ -29,6 +29,16 @@ class CfgLayout(StrEnum):
         """Return whether the halves of a call's batch are the guidance branches."""
         return self in (CfgLayout.COND_FIRST, CfgLayout.UNCOND_FIRST)
 
+    @property
+    def conditional_half(self) -> int:
+        """Return which half of a batch of both branches is the conditional one's."""
+        return int(self is CfgLayout.UNCOND_FIRST)
+
+    @property
+    def conditional_call(self) -> int:
+        """Return which of a step's calls holds the conditional branch."""
+        return int(self is CfgLayout.SEPARATE_UNCOND_FIRST)
+
 
 class GuidanceCall(Enum):
     """Name which of a step's calls of the model something is for."""

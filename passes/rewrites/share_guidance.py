@@ -41,7 +41,7 @@ class ShareGuidance:
         """Rewrite each exit node."""
         if self.layout is CfgLayout.SEPARATE:  # the other half is another call, with its own graph
             return PassResult(0)
-        second = self.layout is CfgLayout.UNCOND_FIRST
+        second = bool(self.layout.conditional_half)
         for site in self.sites:
             for member in site.exits:
                 _copy_half(module.graph, find(module.graph, member), second)

@@ -26,7 +26,7 @@ from ditfastattn.runtime.bundle.manifest import EXPORT_AGAIN
 from ditfastattn.runtime.bundle.specs import SECOND_CALL
 from ditfastattn.runtime.bundle.stepping import Stepper, guided
 from ditfastattn.runtime.bundle.transformer import BundleTransformer
-from ditfastattn.runtime.bundle.unguided import batch_dims, conditional_call, conditional_rows
+from ditfastattn.runtime.bundle.unguided import conditional_inputs
 
 GOLDEN_FILE: Final = "golden.safetensors"
 INPUT: Final = "inputs/"
@@ -158,9 +158,8 @@ class _Comparison:
         guided = self.manifest.sampler.cfg_layout
         if layout is guided:
             return self.given
-        dims = {spec.name: batch_dims(spec) for spec in self.manifest.inputs}
-        chosen = self.given[conditional_call(guided)]
-        return [{n: conditional_rows(item, dims[n], guided) for n, item in chosen.items()}]
+        chosen = self.given[guided.conditional_call]
+        return [conditional_inputs(chosen, self.manifest.inputs, guided)]
 
     def _call(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         made = self.model(**_nested({name: t.to(self.model.device) for name, t in given.items()}))

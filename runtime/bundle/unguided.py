@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -10,19 +10,20 @@ from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.runtime.bundle.specs import TensorSpec
 
 
-def conditional_call(layout: CfgLayout) -> int:
-    """Return which of a step's calls the conditional one is."""
-    return int(layout is CfgLayout.SEPARATE_UNCOND_FIRST)
-
-
 def conditional_rows(tensor: Tensor, dims: Sequence[int], layout: CfgLayout) -> Tensor:
     """Return the conditional half of ``tensor`` along ``dims``, which grow with the batch."""
     if layout.batched:
         for dim in dims:
-            tensor = tensor.tensor_split(2, dim)[int(layout is CfgLayout.UNCOND_FIRST)]
+            tensor = tensor.tensor_split(2, dim)[layout.conditional_half]
     return tensor
 
 
-def batch_dims(spec: TensorSpec) -> list[int]:
-    """Return the dimensions of an input that grow with the batch."""
-    return [dim for dim, size in enumerate(spec.shape) if not isinstance(size, int)]
+def conditional_inputs(
+    given: Mapping[str, Tensor], specs: Iterable[TensorSpec], layout: CfgLayout
+) -> dict[str, Tensor]:
+    """Return the conditional half of what is ``given``, as far as it grows with the batch."""
+    dims = {
+        spec.name: [dim for dim, size in enumerate(spec.shape) if not isinstance(size, int)]
+        for spec in specs
+    }
+    return {name: conditional_rows(item, dims[name], layout) for name, item in given.items()}

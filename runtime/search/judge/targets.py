@@ -176,6 +176,10 @@ class Target:
         """Return whether ``value`` meets the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 
+    def gain(self, value: float) -> float:
+        """Return ``value`` with the sign that makes more of it better."""
+        return value if self.at_least else -value
+
     def worst(self, values: Sequence[float]) -> float:
         """Return the one of ``values`` that is furthest on the bad side."""
         return min(values) if self.at_least else max(values)

@@ -9,7 +9,7 @@ makes images better; the early ones come first, and generations go on to their e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import fit
@@ -32,7 +32,7 @@ class _Fitted:
     """What a mask is worth to a sample; ``begun`` lets others begin as it does."""
 
     worth: float
-    begun: Begun = field(repr=False)
+    begun: Begun
 
 
 def climb(
@@ -69,7 +69,7 @@ def climb(
     for place in range(1, len(best)):
         for by in (-1, 1):
             start = best
-            while (moved := _moved(best, place, by)) is not None and moved[place] < steps:
+            while (moved := _moved(best, place, by, steps)) is not None:
                 found = better(moved)
                 if found is None:
                     break
@@ -79,7 +79,9 @@ def climb(
     return best
 
 
-def _moved(runs: tuple[int, ...], place: int, by: int) -> tuple[int, ...] | None:
-    """Return ``runs`` with the one at ``place`` moved; None where another run is."""
+def _moved(runs: tuple[int, ...], place: int, by: int, steps: int) -> tuple[int, ...] | None:
+    """Return ``runs`` with the one at ``place`` moved; None where another run is, or no step."""
     step = runs[place] + by
-    return None if step in runs else (*runs[:place], step, *runs[place + 1 :])
+    if step in runs or step == steps:
+        return None
+    return (*runs[:place], step, *runs[place + 1 :])

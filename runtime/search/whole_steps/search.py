@@ -19,11 +19,7 @@ from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import RIDGE, fit
 from ditfastattn.runtime.search.whole_steps.judge import Judge
-from ditfastattn.runtime.search.whole_steps.masks import (
-    Begun,
-    Rule,
-    fit_mask,
-)
+from ditfastattn.runtime.search.whole_steps.masks import Begun, Rule, fit_mask
 from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.ridge import LOOSER, cross_validated
@@ -148,7 +144,7 @@ class WholeStepSearch:
         def unseen(ridge: float) -> tuple[float, float]:
             rule = partial(fit, ridge=ridge)
             judged = [
-                item.value
+                target.gain(item.value)
                 for fold in cross_validated(self.rollouts, runs, rule, self.meter.spend)
                 for item in self.judge.replayed(
                     fold.mask(runs),
@@ -157,8 +153,7 @@ class WholeStepSearch:
                     fold.states,
                 )
             ]
-            sign = 1.0 if target.at_least else -1.0
-            return sign * target.worst(judged), sign * sum(judged) / len(judged)
+            return min(judged), sum(judged) / len(judged)
 
         def choose() -> list[float]:
             usual = unseen(RIDGE)

@@ -104,8 +104,7 @@ class Masks(Mapping[int, tuple[int, ...]]):
         prompts = [self._request.prompts[index] for index in images]
         observed = [self._observed[index] for index in images]
         judged = self._judge.replayed(mask, prompts, observed, states)
-        sign = 1.0 if self._request.target.at_least else -1.0
-        return [sign * item.value for item in judged]
+        return [self._request.target.gain(item.value) for item in judged]
 
     def _best(self, paths: Sequence[Path], images: Sequence[int]) -> Path:
         """Return the path whose worst image is best by the target's metric.
@@ -114,11 +113,12 @@ class Masks(Mapping[int, tuple[int, ...]]):
         """
         if self._request.target.kind is not TargetKind.QUALITY or len(paths) == 1:
             return paths[0]
-        worst = []
-        for path in paths:
+
+        def worst(path: Path) -> float:
             mask = FittedMask(path.runs, path.coefficients, HISTORY - 1)
-            worst.append(min(self._judged(mask, images, path.states)))
-        return paths[worst.index(max(worst))]
+            return min(self._judged(mask, images, path.states))
+
+        return max(paths, key=worst)
 
     @cached_property
     def _by_hardness(self) -> list[int]:
