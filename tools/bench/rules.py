@@ -9,6 +9,7 @@ all of our compiler.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ditfastattn.runtime.search.judge.targets import Target
 from ditfastattn.runtime.search.whole_steps.fit import linear_rule
 from ditfastattn.runtime.search.whole_steps.masks import Rule, search_masks
 from ditfastattn.runtime.search.whole_steps.observe import branches
-from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
 from ditfastattn.runtime.search.whole_steps.searched_masks import SEARCHED_ON
 from ditfastattn.tools.bench.plans import Named, Plans, search_of
 from ditfastattn.tools.bench.setup import Setup
@@ -94,8 +95,9 @@ def _searched(rule: Rule) -> Callable[[Setup], Named]:
         counts = setup.options.counts(setup.options.rules)
         search = search_of(setup, Target.min_psnr(30.0))
         some, most = search.rollouts[:SEARCHED_ON], max(counts)
-        masks = search_masks(some, most, lambda _: None, HISTORY - 1, rule)
-        return {f"{n} runs": search.fitted(masks[n][0].runs, rule) for n in counts if n in masks}
+        ways = islice(search_masks(some, lambda _: None, rule=rule), most)
+        masks = {n: paths[0].runs for n, paths in enumerate(ways, 1) if paths and n in counts}
+        return {f"{n} runs": search.fitted(runs, rule) for n, runs in masks.items()}
 
     return find
 

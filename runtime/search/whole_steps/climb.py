@@ -2,26 +2,30 @@
 
 Forward dynamic programming keeps one way to come to a step: the one whose latents are nearest to
 the dense ones there. From which way later outputs are predicted best does not show yet, so that
-early runs tend to lie too far apart. Here each run but the first is moved, step by step, while that
-makes images better; the early ones come first, and generations go on to their end.
+early runs tend to lie too far apart, and late ones too close. Here the late run that is worth least
+goes to the gap where it is worth most; then each run but the first is moved, step by step, while
+that makes images better. The early ones come first, and generations go on to their end.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import fit
 from ditfastattn.runtime.search.whole_steps.masks import Begun, Rule, fit_mask
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
 
-Worth = Callable[[FittedMask, Sequence[State]], float]  # of the last states; more is better
+Worth = Callable[[FittedMask, Sequence[State]], list[float]]  # of each image; more is better
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some generations, and what a mask is worth to them."""
+    """Some generations, and what a mask is worth to each of them, given their last states."""
 
     rollouts: Sequence[Rollout]
     worth: Worth
@@ -29,54 +33,108 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What a mask is worth to a sample; ``begun`` lets others begin as it does."""
+    """What a mask is worth to the images of a sample; ``begun`` lets others begin as it does."""
 
-    worth: float
+    worth: list[float]
     begun: Begun
 
 
 def climb(
-    samples: Sequence[Sample],
+    few: Sample | None,
+    every: Sample,
     runs: Sequence[int],
     spend: Callable[[float], None],
     rule: Rule = fit,
 ) -> tuple[int, ...]:
-    """Return ``runs`` with some of them moved; a move is worth more to each of ``samples``.
+    """Return ``runs`` with some of them moved, each to where it is worth more to ``every`` image.
+
+    More in the mean and in the worst image, taken together. A move that is worth less to a ``few``
+    images, by more than chance (the standard error of their mean), is not tried on all.
 
     Args:
-        samples: few generations first: what these do not gain by, others are not run for.
+        few: images that cost little; None tries all at once.
+        every: all images.
         runs: the steps that run, in order.
         spend: is told of every forward pass of one image.
         rule: gives the coefficients of the steps that do not run.
 
     """
+    climber = _Climber([every] if few is None else [few, every], tuple(runs), spend, rule)
+    climber.relocate()
+    climber.move()
+    return climber.best
 
-    def fitted(sample: Sample, moved: Sequence[int], begun: Begun) -> _Fitted:
+
+class _Climber:
+    """The best mask so far, and what it is worth to each sample; the last one decides."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        runs: tuple[int, ...],
+        spend: Callable[[float], None],
+        rule: Rule,
+    ) -> None:
+        self._samples, self._spend, self._rule = samples, spend, rule
+        self._steps = len(samples[-1].rollouts[0].observed.steps)
+        self.best = runs
+        self._known = [self._fitted(sample, runs, {}) for sample in samples]
+
+    def relocate(self) -> None:
+        """Take the run of the second half that is worth least to the gap where it is worth most."""
+        few, known = self._samples[0], self._known[0]
+        late = range(max(len(self.best) // 2, 1), len(self.best))
+        fewer = [(*self.best[:place], *self.best[place + 1 :]) for place in late]
+        if not fewer:
+            return
+        least = max(fewer, key=lambda runs: _total(self._fitted(few, runs, known.begun).worth))
+        begun = self._fitted(few, least, known.begun).begun
+        middles = [(a + b) // 2 for a, b in pairwise((*least, self._steps)) if b - a > 1]
+        others = [tuple(sorted((*least, step))) for step in middles]
+        found = {runs: self._fitted(few, runs, begun) for runs in others if runs != self.best}
+        if found:
+            self._take(max(found, key=lambda runs: _total(found[runs].worth)))
+
+    def move(self) -> None:
+        """Move one run after the other, each as long as that is worth more."""
+        for place in range(1, len(self.best)):
+            for by in (-1, 1):
+                start = self.best
+                while (moved := _moved(self.best, place, by, self._steps)) is not None:
+                    if not self._take(moved):
+                        break
+                if self.best != start:
+                    break
+
+    def _take(self, runs: tuple[int, ...]) -> bool:
+        """Take ``runs`` if they are worth more; return whether they are."""
+        found = []
+        for sample, before in zip(self._samples, self._known, strict=True):
+            now = self._fitted(sample, runs, before.begun)
+            found.append(now)
+            if sample is not self._samples[-1] and _hopeless(before.worth, now.worth):
+                return False
+        if _total(now.worth) <= _total(before.worth):
+            return False
+        self.best, self._known = runs, found
+        return True
+
+    def _fitted(self, sample: Sample, runs: Sequence[int], begun: Begun) -> _Fitted:
         own = dict(begun)
-        mask, states = fit_mask(sample.rollouts, moved, spend, rule=rule, begun=own)
+        rollouts, rule = sample.rollouts, self._rule
+        mask, states = fit_mask(rollouts, runs, self._spend, rule=rule, begun=own)
         return _Fitted(sample.worth(mask, states), own)
 
-    def better(moved: Sequence[int]) -> list[_Fitted] | None:
-        found = []
-        for sample, best in zip(samples, known, strict=True):
-            found.append(fitted(sample, moved, best.begun))
-            if found[-1].worth <= best.worth:
-                return None
-        return found
 
-    best, steps = tuple(runs), len(samples[0].rollouts[0].observed.steps)
-    known = [fitted(sample, best, {}) for sample in samples]
-    for place in range(1, len(best)):
-        for by in (-1, 1):
-            start = best
-            while (moved := _moved(best, place, by, steps)) is not None:
-                found = better(moved)
-                if found is None:
-                    break
-                best, known = moved, found
-            if best != start:
-                break
-    return best
+def _total(worth: Sequence[float]) -> float:
+    return min(worth) + statistics.fmean(worth)
+
+
+def _hopeless(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Return whether images lose by more than the standard error of what they lose."""
+    lost = [old - new for old, new in zip(before, after, strict=True)]
+    error = statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+    return statistics.fmean(lost) > error
 
 
 def _moved(runs: tuple[int, ...], place: int, by: int, steps: int) -> tuple[int, ...] | None:

@@ -1,7 +1,8 @@
-"""Search which steps run: forward dynamic programming over (step, runs so far).
+"""Search which steps run: forward dynamic programming over (runs so far, step).
 
 A state is the best way to come to a step with so many runs, as the latents of a few calibration
-images; all plans of all budgets come from one pass, as every state runs the model once.
+images, and runs the model once. The ways of one run more are made of it, so that a search stops
+at the number that it needs.
 """
 
 from __future__ import annotations
@@ -83,38 +84,35 @@ def drift(rollouts: Sequence[Rollout], states: Sequence[State], step: int) -> fl
 
 def search_masks(
     rollouts: Sequence[Rollout],
-    most_runs: int,
     spend: Callable[[float], None],
     outputs: int = HISTORY - 1,
     rule: Rule = fit,
-) -> dict[int, list[Path]]:
-    """Return the best ways to the end by how many steps run, up to ``most_runs``; best first.
+) -> Generator[list[Path]]:
+    """Yield the best ways to the end in which one step runs, then two, and so on; best first.
 
-    Those of one number differ in the last step that runs. A state is left where one of fewer runs
-    is as near to the dense generation. ``spend`` is told of every forward pass of one image;
-    ``rule`` gives the coefficients of a skipped step.
+    Those of one number differ in the last step that runs; there may be none. A way is left where
+    one of fewer runs is as near to the dense generation. ``spend`` is told of every forward pass
+    of one image; ``rule`` gives the coefficients of a skipped step.
     """
     steps = len(rollouts[0].observed.steps)
-    best = {(0, 0): Path(0.0, tuple(rollout.begin for rollout in rollouts), (), ())}
-    ends: dict[int, list[Path]] = {}
-    for step in range(steps):
-        nearest = math.inf
-        for runs in range(most_runs):
-            path = best.pop((step, runs), None)
-            if path is None or path.drift >= nearest:
+    nearest = [math.inf] * steps  # that fewer runs come to the dense latents, by the step
+    ways = {0: Path(0.0, tuple(rollout.begin for rollout in rollouts), (), ())}  # to each step
+    while ways:
+        longer: dict[int, Path] = {}
+        ends: list[Path] = []
+        for step, path in sorted(ways.items()):
+            if path.drift >= nearest[step]:
                 continue
-            nearest = path.drift
+            nearest[step] = path.drift
             spend(len(rollouts))
             for following in _continued(rollouts, path, step, outputs, rule):
-                reached, number = len(following.coefficients), runs + 1
+                reached = len(following.coefficients)
                 if reached == steps:
-                    ends.setdefault(number, []).append(following)
-                elif (reached, number) not in best or following.drift < best[reached, number].drift:
-                    best[reached, number] = following
-    return {
-        number: sorted(found, key=lambda path: path.drift)[:ENDINGS]
-        for number, found in sorted(ends.items())
-    }
+                    ends.append(following)
+                elif reached not in longer or following.drift < longer[reached].drift:
+                    longer[reached] = following
+        yield sorted(ends, key=lambda path: path.drift)[:ENDINGS]
+        ways = longer
 
 
 def _continued(

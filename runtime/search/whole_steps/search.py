@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -69,24 +69,36 @@ class WholeStepSearch:
 
     def fewest(self) -> Judged | None:
         """Return the fewest runs that meet a quality on all prompts; None where none do."""
-        masks = self.masks
-        numbers = sorted(masks)
-        low, high = 0, len(numbers)  # the fewest runs that will do are numbers[low:high]
-        while low < high:
-            middle = (low + high) // 2
-            if self.judge.meets(self._calibrated(masks[numbers[middle]]).judged):
-                high = middle
-            else:
-                low = middle + 1
-        if low:  # with single runs moved fewer may do
-            self._climb(numbers[low - 1])
-            if self.judge.meets(self._calibrated(masks[numbers[low - 1]]).judged):
-                low -= 1
-        for number in numbers[low:]:
-            found = self._fitted_best(masks[number])
+        for number in self._fitting():
+            found = self._fitted_best(self.masks[number])
             if found.checked and self.judge.meets((*found.judged, *found.checked)):
                 return found
         return None
+
+    def _fitting(self) -> Iterator[int]:
+        """Yield the numbers of runs that meet a quality on the calibration prompts, fewest first.
+
+        Masks that miss it on the few images that they were searched on are passed over. Where the
+        first of the others meets it on all, one run fewer may do with single runs moved.
+        """
+        first = True
+        for number in self.masks:
+            if not self.masks.promises(number):
+                continue
+            if self._meets(number):
+                if first and self._meets_climbed(number - 1):
+                    yield number - 1
+                yield number
+            elif self._meets_climbed(number):
+                yield number
+            first = False
+
+    def _meets(self, number: int) -> bool:
+        self._fit_by(RIDGE)
+        return self.judge.meets(self._calibrated(self.masks[number]).judged)
+
+    def _meets_climbed(self, number: int) -> bool:
+        return number in self.masks and self._climb(number) and self._meets(number)
 
     def refit(self, plan: Plan) -> Plan:
         """Return ``plan`` with coefficients for these generations; the steps that run stay.
@@ -178,15 +190,19 @@ class WholeStepSearch:
 
     def _fitted_by(self, ridge: float, runs: Sequence[int]) -> Judged:
         """Return the plan of ``runs``; held-out prompts are judged where the others are met."""
-        if ridge != self._ridge:
-            self._ridge = ridge
-            self._begun.clear()
-            self.known.clear()
+        self._fit_by(ridge)
         found = self._calibrated(runs)
         if not self.judge.meets(found.judged):
             return found
         self.meter.begin(f"{len(runs)} of {self.steps} steps: the held-out prompts")
         return replace(found, checked=self.judge.held_out(found.mask, self.observed[0]))
+
+    def _fit_by(self, ridge: float) -> None:
+        """Fit by ``ridge`` from now on; what was fitted by another is forgotten."""
+        if ridge != self._ridge:
+            self._ridge = ridge
+            self._begun.clear()
+            self.known.clear()
 
     @property
     def subject(self) -> Subject:
@@ -225,10 +241,12 @@ class WholeStepSearch:
         """Return which steps run, by how many."""
         return Masks(self._recorder, self.checkpoint, self.judge, self.observed, self.rollouts)
 
-    def _climb(self, number: int) -> None:
-        """Move single runs of a mask; what was made of it before is forgotten."""
-        if self.masks.climb(number):
+    def _climb(self, number: int) -> bool:
+        """Move single runs of a mask, and forget what was made of it; return whether any moved."""
+        moved = self.masks.climb(number)
+        if moved:
             self.known.pop(number, None)
+        return moved
 
     def _calibrated(self, runs: Sequence[int]) -> Judged:
         """Return the plan in which ``runs`` run, fitted and judged on the calibration prompts."""
@@ -244,17 +262,19 @@ class WholeStepSearch:
 
     def _fast_enough(self) -> Plan:
         masks, bound = self.masks, self.request.target.bound
-        fitting = [number for number in masks if self.steps / number >= bound]
-        if not fitting:
+        fast = [number for number in range(masks.most, 0, -1) if self.steps / number >= bound]
+        number = next((number for number in fast if number in masks), None)
+        if number is None:
+            least = next(iter(masks))
             raise TargetMissedError(
                 "no plan of whole steps is fast enough",
                 where=self.request.target.describe(),
-                got=f"{self.steps / min(masks):.2f}x for {min(masks)} of {self.steps} steps",
+                got=f"{self.steps / least:.2f}x for {least} of {self.steps} steps",
                 expected=f"{bound:g}x",
                 remedy="ask for less",
             )
-        self._climb(max(fitting))
-        return self.fitted(masks[max(fitting)])
+        self._climb(number)
+        return self.fitted(masks[number])
 
     def dense(self) -> Plan:
         """Return the plan in which every step runs.

@@ -1,9 +1,9 @@
-"""Runs of a mask are moved one by one, while that is worth more to all samples."""
+"""Runs of a mask are moved one by one, while that is worth more to the images."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -34,14 +34,20 @@ def whole() -> Generator[WholeStepSearch]:
         yield search_for(Target.min_psnr(10.0))
 
 
-def near(*wanted: int) -> Worth:
-    """Return what is worth the more, the nearer the runs are to those ``wanted``."""
-    return lambda mask, _: -sum(abs(a - b) for a, b in zip(mask.runs, wanted, strict=True))
+def near(*wanted: int, images: int = 1) -> Worth:
+    """Return what is worth the more, the nearer the runs are to those ``wanted``, in order."""
+
+    def worth(mask: FittedMask, _: Any) -> list[float]:
+        return [float(-sum(abs(a - b) for a, b in zip(mask.runs, wanted, strict=False)))] * images
+
+    return worth
 
 
-def climbed(whole: WholeStepSearch, runs: Sequence[int], *worths: Worth) -> tuple[int, ...]:
-    samples = [Sample(whole.rollouts[:1], worth) for worth in worths]
-    return climb(samples, runs, lambda _: None)
+def climbed(
+    whole: WholeStepSearch, runs: Sequence[int], every: Worth, few: Worth | None = None
+) -> tuple[int, ...]:
+    one = whole.rollouts[:1]
+    return climb(few and Sample(one, few), Sample(one, every), runs, lambda _: None)
 
 
 def test_runs_move_to_where_they_are_worth_most(whole: WholeStepSearch) -> None:
@@ -54,40 +60,80 @@ def test_the_first_run_stays_and_no_two_meet(whole: WholeStepSearch) -> None:
     assert climbed(whole, (0, 4, 5), near(9, 9, 9)) == (0, 4, 5)
 
 
-def test_a_move_must_be_worth_more_to_each_sample(whole: WholeStepSearch) -> None:
-    assert climbed(whole, (0, 3, 5), near(0, 2, 5), near(0, 3, 4)) == (0, 3, 5)
+def test_the_worst_image_counts_as_much_as_the_mean(whole: WholeStepSearch) -> None:
+    def worth(mask: FittedMask, _: Any) -> list[float]:
+        return [40.0 + mask.runs[1], 30.0 - 2 * mask.runs[1]]
+
+    assert climbed(whole, (0, 3, 5), worth)[1] == 1
+
+
+def test_few_images_rule_out_what_they_lose_by_and_decide_nothing(whole: WholeStepSearch) -> None:
+    wanted = near(0, 2, 4)
+    assert climbed(whole, (0, 3, 5), wanted, few=near(0, 3, 4)) == (0, 3, 4)
+    assert climbed(whole, (0, 3, 5), wanted, few=lambda *_: [0.0]) == (0, 2, 4)
+
+    def by_chance(mask: FittedMask, _: Any) -> list[float]:
+        moved = mask.runs != (0, 3, 5)
+        return [moved * 4.0, moved * -5.0]  # lost 0.5 +- 4.5
+
+    assert climbed(whole, (0, 3, 5), wanted, few=by_chance) == (0, 2, 4)
+
+
+def test_a_late_run_goes_to_the_gap_where_it_is_worth_most(whole: WholeStepSearch) -> None:
+    def covered(mask: FittedMask, _: Any) -> list[float]:
+        return [float(-sum(min(abs(step - run) for run in mask.runs) for step in (0, 2, 4)))]
+
+    # No single move by one step is worth more: (0, 3, 5) is as far from 2 and 4 together.
+    assert climbed(whole, (0, 4, 5), covered) == (0, 2, 4)
 
 
 def test_a_move_goes_on_from_the_runs_before_it(whole: WholeStepSearch) -> None:
     spent: list[float] = []
-    climb([Sample(whole.rollouts, near(0, 1, 3))], (0, 1, 3), spent.append)
-    # All three runs of the mask; then those from the moved one on: (0, 2, 3), (0, 1, 2), (0, 1, 4).
-    assert sum(spent) == len(whole.rollouts) * (3 + 2 + 1 + 1)
+    every = Sample(whole.rollouts, near(0, 1, 3, images=len(whole.rollouts)))
+    climb(None, every, (0, 1, 3), spent.append)
+    # All three runs of the mask, then those after what is known: (0, 3) and (0, 1), which have one
+    # run fewer, and (0, 2, 3), (0, 1, 2), (0, 1, 4), of which one is moved.
+    assert sum(spent) == len(whole.rollouts) * (3 + 1 + 0 + 2 + 1 + 1)
 
 
 class Moving(dict[int, tuple[int, ...]]):
-    """Masks of which that of two runs becomes another one."""
+    """Masks of which some become others; from three runs on they promise to meet the target."""
+
+    moves: ClassVar = {2: (0, 3), 3: (0, 1, 4)}
 
     def climb(self, number: int) -> bool:
-        self[number] = {2: (0, 3)}.get(number, self[number])
-        return number == 2
+        self[number] = self.moves.get(number, self[number])
+        return number in self.moves
+
+    def promises(self, number: int) -> bool:
+        return number > 2
 
 
-@pytest.mark.parametrize("enough", [(0, 3), (0, 1, 2)])
-def test_fewer_runs_are_taken_if_moved_they_do(
-    enough: tuple[int, ...], whole: WholeStepSearch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("meeting", "fewest"),
+    [
+        ([(0, 3), (0, 1, 2), (0, 1, 2, 3)], (0, 3)),
+        ([(0, 1, 2), (0, 1, 4), (0, 1, 2, 3)], (0, 1, 2)),
+        ([(0, 1), (0, 3), (0, 1, 4), (0, 1, 2, 3)], (0, 1, 4)),
+        ([(0, 1, 2, 3)], (0, 1, 2, 3)),
+    ],
+    ids=["one fewer, moved", "as found", "moved", "one more"],
+)
+def test_runs_are_moved_where_that_may_do(
+    meeting: list[tuple[int, ...]],
+    fewest: tuple[int, ...],
+    whole: WholeStepSearch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fitted(runs: Sequence[int]) -> Judged:
         judged: list[Any] = [tuple(runs)]
         return Judged(FittedMask(tuple(runs), (None,) * STEPS, 1), judged, judged)
 
-    monkeypatch.setitem(
-        vars(whole), "masks", Moving({1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)})
-    )
+    masks = Moving({1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)})
+    monkeypatch.setitem(vars(whole), "masks", masks)
     monkeypatch.setattr(whole, "_calibrated", fitted)
     monkeypatch.setattr(whole, "_fitted_best", fitted)
-    meeting = {enough, (0, 1, 2), (0, 1, 2, 3)}
-    monkeypatch.setattr(whole.judge, "meets", lambda judged: meeting.issuperset(judged))
+    monkeypatch.setattr(whole.judge, "meets", lambda judged: set(meeting).issuperset(judged))
     found = whole.fewest()
     assert found is not None
-    assert found.mask.runs == enough
+    assert found.mask.runs == fewest
