@@ -34,7 +34,7 @@ from ditfastattn.runtime.search.site_search import (
 )
 from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
-from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
+from ditfastattn.runtime.search.whole_steps.observed import UnobservableError
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import SearchProgress, Work
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, Prepared, prepare
+from ditfastattn.runtime.search.whole_steps.observed import UnobservableError
 from ditfastattn.runtime.search.whole_steps.search import WholeStepSearch
 from ditfastattn.runtime.search.whole_steps.searched_masks import MOST_RUNS
 
@@ -58,6 +59,8 @@ def calibrate_jointly(
         )
     decides = {"method": "joint", "objective": objective, **options.decides}
     prepared = prepare(pipeline, prompts, held_out, replace(options, decides=decides))
+    if prepared.first.phases:
+        raise UnobservableError("the same rows at each step", "guidance that changes")
     if prepared.captured:
         with opening as session:
             return _searched(prepared, session, objective)

@@ -12,7 +12,7 @@ from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
 from ditfastattn.runtime.search.measure.steppers import PlanStepper, Variants
 from ditfastattn.runtime.search.solve.rows import Row
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout
 
 

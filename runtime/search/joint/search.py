@@ -178,7 +178,7 @@ class JointSearch:
         return max(ratio - before, 0.0) / (1.0 - before) if before < 1.0 else ratio
 
     def _with_output(self, rows: Sequence[Row], runs: Sequence[int]) -> list[Row]:
-        column = output_column(runs, len(rows), HISTORY - 1)
+        column = output_column(runs, self._whole.observed[0].spans, HISTORY - 1)
         return [(*row, output) for row, output in zip(rows, column, strict=True)]
 
     def _judged(self, rows: Sequence[Row], runs: tuple[int, ...]) -> Judged:

@@ -2,8 +2,8 @@
 
 Forward dynamic programming keeps one way to come to a step: the one whose latents are nearest to
 the dense ones there. From which way later outputs are predicted best does not show yet, so that
-early runs tend to lie too far apart. Here each run but the first is moved, step by step, while that
-makes images better; the early ones come first, and generations go on to their end.
+early runs tend to lie too far apart. Here each run but the first of a phase is moved, step by step,
+while that makes images better; the early ones come first, and generations go on to their end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def climb(
 
     best, steps = tuple(runs), len(samples[0].rollouts[0].observed.steps)
     known = [fitted(sample, best, {}) for sample in samples]
-    for place in range(1, len(best)):
+    begins = samples[0].rollouts[0].observed.begins
+    for place in range(len(best)):
+        if best[place] in begins:
+            continue
         for by in (-1, 1):
             start = best
             while (moved := _moved(best, place, by, steps)) is not None:

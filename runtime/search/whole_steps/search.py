@@ -20,7 +20,8 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import RIDGE, fit
 from ditfastattn.runtime.search.whole_steps.judge import Judge
 from ditfastattn.runtime.search.whole_steps.masks import Begun, Rule, fit_mask
-from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
+from ditfastattn.runtime.search.whole_steps.observe import observe_alike
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.ridge import LOOSER, cross_validated
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout
@@ -96,7 +97,8 @@ class WholeStepSearch:
         """
         old = [step for step, row in enumerate(plan.strategies) if row[0].computes]
         last = max(plan.sampler.steps - 1, 1)
-        runs = sorted({round(step * (self.steps - 1) / last) for step in old})
+        moved = {round(step * (self.steps - 1) / last) for step in old}
+        runs = sorted(moved | self._first.begins)
         found = self._fitted_best(runs)
         self.check_refitted(found)
         return self.plan(found)
@@ -204,7 +206,7 @@ class WholeStepSearch:
         self.meter.begin("dense generations")
         found = [self._first]
         for prompt in self.request.prompts[1:]:
-            found.append(observe(self._pipeline, prompt, self.request.layout))
+            found.append(observe_alike(self._pipeline, prompt, self._first, self.request.timestep))
             self.meter.spend(len(found[-1].steps))
         return found
 
@@ -243,13 +245,14 @@ class WholeStepSearch:
         return self.known[number]
 
     def _fast_enough(self) -> Plan:
-        masks, bound = self.masks, self.request.target.bound
-        fitting = [number for number in masks if self.steps / number >= bound]
+        masks, bound, speedup = self.masks, self.request.target.bound, self._first.speedup
+        fitting = [number for number, runs in masks.items() if speedup(runs) >= bound]
         if not fitting:
+            fastest = max(masks.values(), key=speedup, default=range(self.steps))
             raise TargetMissedError(
                 "no plan of whole steps is fast enough",
                 where=self.request.target.describe(),
-                got=f"{self.steps / min(masks):.2f}x for {min(masks)} of {self.steps} steps",
+                got=f"{speedup(fastest):.2f}x for {len(fastest)} of {self.steps} steps",
                 expected=f"{bound:g}x",
                 remedy="ask for less",
             )

@@ -11,7 +11,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.climb import Sample, climb
 from ditfastattn.runtime.search.whole_steps.judge import Judge
 from ditfastattn.runtime.search.whole_steps.masks import Path, drift, fit_mask, search_masks
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 
@@ -53,7 +53,8 @@ class Masks(Mapping[int, tuple[int, ...]]):
     @cached_property
     def _by_number(self) -> dict[int, tuple[int, ...]]:
         def make() -> list[list[int]]:
-            most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps)))
+            begins = len(self._observed[0].begins)
+            most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps), begins))
             images = _spread(self._by_hardness)
             self._meter.begin("which steps run")
             rollouts = [self._rollouts[index] for index in images]
@@ -124,7 +125,7 @@ class Masks(Mapping[int, tuple[int, ...]]):
     def _by_hardness(self) -> list[int]:
         """Return the images, the hardest first: that is where every third step runs."""
         self._meter.begin("which images are hard")
-        every_third = range(0, self._steps, 3)
+        every_third = sorted(self._observed[0].begins.union(range(0, self._steps, 3)))
         _, states = fit_mask(self._rollouts, every_third, self._meter.spend)
         pairs = zip(self._rollouts, states, strict=True)
         missed = [drift([rollout], [state], self._steps) for rollout, state in pairs]
