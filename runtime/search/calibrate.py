@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.call_log import ChangingCallsError
+from ditfastattn.runtime.search.measure.call_log import ChangingCallsError, SearchedPhase
 from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.search.options import DEFAULT_TARGET, SearchOptions
 from ditfastattn.runtime.search.record.work import SearchProgress
@@ -171,12 +173,17 @@ def _search_jointly(
     """Search whole steps, and strategies of ``sites`` at the steps that run."""
     prompts, wanted = request.prompts, request.wanted
     decides = {name: str(item) for name, item in asdict(sites).items()}
+
+    def opening(layout: CfgLayout, only: SearchedPhase | None) -> AbstractContextManager[Session]:
+        alike = sites if only is None else sites.in_phases
+        return open_sites(pipeline, prompts[0], layout, wanted.timestep, alike, only)
+
     plan = calibrate_jointly(
         pipeline,
         prompts,
         request.unseen,
         replace(wanted, decides=decides),
-        open_sites(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
+        opening,
         request.options.objective,
         else_whole=method is Method.AUTO,
     )

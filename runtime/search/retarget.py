@@ -27,6 +27,7 @@ from ditfastattn.passes.windows.window import TileWindow, Window
 from ditfastattn.runtime.matching import check_fingerprint, holding_sites, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded
+from ditfastattn.runtime.search.joint.parts import Part
 from ditfastattn.runtime.search.joint.search import JointSearch
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.session import Session, open_session
@@ -139,7 +140,8 @@ def _refitted(
             runs = [step for step, row in enumerate(old) if row[-1].computes]
             idle = (Strategy.SHARE_STEP,) * len(session.sites)
             rows = [row if step in runs else idle for step, row in enumerate(rows)]
-            adapted = JointSearch(whole, Work(session, Checkpoint(), 0.0)).refit(rows, runs)
+            part = Part(range(steps), Work(session, Checkpoint(), 0.0))
+            adapted = JointSearch(whole, [part]).refit(rows, runs)
         return options.saved(adapted)
 
 

@@ -243,8 +243,8 @@ class Pictures(Interval):
     "Guidance",
     "`calibrate` of guidance for an interval only",
     "works",
-    "sites for a quality or a threshold: phase by phase, then measured together; whole steps for a "
-    "quality or a speed; the joint search, and sites for a speed, are refused",
+    "whole steps and sites for a quality, whole steps for a speed, sites for a quality or a "
+    "threshold: phase by phase, then measured together; sites for a speed are refused",
 )
 @pytest.mark.parametrize(
     ("order", "guided", "target"),

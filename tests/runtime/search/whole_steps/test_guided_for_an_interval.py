@@ -82,7 +82,7 @@ def test_a_search_finds_a_plan_with_phases(
         runs = [own.computes for (own,) in plan.strategies]
         ran = sum(count for count, own in zip(branches, runs, strict=True) if own)
         assert found.predicted_speedup == pytest.approx(sum(branches) / ran)
-        assert found.predicted_speedup >= target.bound
+        assert sum(branches) / ran >= target.bound
     expected = by_example(pipeline, plan, PROMPT)
     assert float((generate(pipeline, PROMPT) - expected).abs().max()) > 1e-4
     ditfastattn.accelerate(pipeline, plan, lowering="eager")
