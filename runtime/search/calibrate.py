@@ -77,7 +77,8 @@ def calibrate(
             run at all; the output of the others is fitted, in any model), ``joint`` (whole steps,
             and sites within the steps that run; for a quality). ``auto`` is joint for a quality:
             whole steps alone where the model is not captured, global where whole steps cannot be
-            searched. It is greedy for a threshold, and global for a speed or under a cap.
+            searched. It is greedy for a threshold, and global for a speed or under a cap; for a
+            speedup where guidance is on at some steps only, whole steps.
         objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
@@ -142,12 +143,18 @@ def calibrate(
         cache_dtype,
     )
     request = SiteRequest(call, prompts, unseen, options, wanted)
+    free = method == Method.AUTO and not (max_variants or max_cache_mb)
     with text_padded(pipeline, text_length, check=True):
-        return _search(pipeline, request, sites, resolved)
+        return _search(pipeline, request, sites, resolved, free)
 
 
-def _search(pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method) -> Plan:
-    """Search by ``method``, ``auto`` where whole steps and sites are to be searched."""
+def _search(
+    pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method, free: bool
+) -> Plan:
+    """Search by ``method``, ``auto`` where whole steps and sites are to be searched.
+
+    If ``free``, another method may take its place where it has no plan with phases.
+    """
     prompts, unseen, wanted = request.prompts, request.unseen, request.wanted
     if method is Method.WHOLE_STEPS:
         return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
@@ -164,6 +171,15 @@ def _search(pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Met
     try:
         return search_sites(request, opening)
     except ChangingCallsError as error:
+        if free and wanted.target.kind is TargetKind.SPEEDUP:
+            log.warning(
+                "ditfastattn: sites are not searched for a speed where guidance changes within a "
+                "generation: whole steps are; the speedup is counted, not measured"
+            )
+            missing = Tried(what="sites", outcome="not possible for a speed: guidance changes")
+            return calibrate_whole_steps(
+                pipeline, prompts, unseen, replace(wanted, tried=(missing,))
+            )
         return search_phases(pipeline, request, sites, error)
 
 

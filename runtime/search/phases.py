@@ -157,7 +157,8 @@ def share_of_target(target: Target, phases: int, refused: ConfigError) -> Target
         where="calibrate(target)",
         got="guidance that changes within a generation",
         expected="SSIM, PSNR, another metric with a known best value, or a threshold",
-        remedy="choose such a target, or guide all steps alike",
+        remedy="choose such a target, search whole steps for a speed (method='whole-steps'), or "
+        "guide all steps alike",
     ) from refused
 
 

@@ -26,6 +26,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.phases import warn_of_phases
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
 from ditfastattn.runtime.search.whole_steps.observe import observe
@@ -85,7 +86,7 @@ def calibrate_whole_steps(
             remedy="for example Target.min_ssim(0.9)",
         )
     with prepare(pipeline, prompts, held_out, options).searching() as search:
-        return options.saved(search.run())
+        return options.saved(with_tried(search.run(), *options.tried))
 
 
 def refit_whole_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +162,16 @@ def test_calls_that_change_otherwise_are_refused() -> None:
     for rows in ([(2,), (2,)], [(), (2,)], [(1,), (3,)], [(1,), (2,), (1, 1)], [(1,), (1, 1, 1)]):
         found = layouts_at_steps(rows, [[] for _ in rows], CfgLayout.COND_FIRST, "timestep")
         assert found == ()
+
+
+def test_the_default_for_a_speed_is_whole_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline: Any = Pictures("separate", range(3))
+    out = tmp_path / "plan.json"
+    plan = ditfastattn.calibrate(pipeline, CALL, target=SPEED, out=out)
+    assert "counted, not measured" in caplog.text
+    assert plan.calibration.method == "whole-steps"
+    assert plan.calibration.tried[-1].what == "sites"
+    assert plan.sampler.phases == phases_of(CfgLayout.SEPARATE, range(3), STEPS)
+    assert ditfastattn.Plan.load(out) == plan
