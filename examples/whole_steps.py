@@ -19,7 +19,11 @@ class WholeSteps:
         place = next(i for i, site in enumerate(plan["sites"]) if site["kind"] == "output")
         self.strategies = [row[place] for row in plan["strategies"]]
         self.coefficients = plan["sites"][place].get("coefficients")
-        self.batched = plan["sampler"]["cfg_layout"] in ("cond-first", "uncond-first")
+        sampler = plan["sampler"]
+        phases = sampler.get("phases") or [sampler]  # steps in a row, and their cfg_layout
+        layouts = [phase["cfg_layout"] for phase in phases for _ in range(phase["steps"])]
+        self.batched = [layout in ("cond-first", "uncond-first") for layout in layouts]
+        self.begins = {sum(each["steps"] for each in phases[:i]) for i in range(len(phases))}
         self.call = call
         self.steps: list[int] = []  # that ran
         self.outputs: list[Tensor] = []  # of those
@@ -27,6 +31,8 @@ class WholeSteps:
     def __call__(self, step: int, latent: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Return the output at ``step``: what ``run`` returns, or a sum of earlier outputs."""
         strategy = self.strategies[step]
+        if step in self.begins:
+            self.steps, self.outputs = [], []
         if strategy == "full":
             self.steps, self.outputs = [step, *self.steps[:3]], [run(), *self.outputs[:3]]
             return self.outputs[0]
@@ -45,7 +51,7 @@ class WholeSteps:
         """Return a weighted sum of latent and outputs, in fp32, for each guidance branch."""
         rows = self.coefficients[step]
         x, halves = [shaped(latent, outputs[0]).float()], [[each.float()] for each in outputs]
-        if self.batched:
+        if self.batched[step]:
             x, halves = list(x[0].chunk(2)), [list(each[0].chunk(2)) for each in halves]
         else:
             rows = [rows[self.call]]

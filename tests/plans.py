@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from examples.whole_steps import WholeSteps
 from torch import Tensor
 
 from ditfastattn import accelerate, restore
@@ -18,8 +21,10 @@ from ditfastattn.passes.plan.legality import why_not
 from ditfastattn.passes.plan.planned_site import PlannedSite
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.runtime.call_order import calls_in_order
+from ditfastattn.runtime.call_order import Call, calls_in_order
+from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.forwards import Forward, replace_forward
+from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.reference import PlanInterpreter
 from ditfastattn.runtime.search.judge.targets import Target
@@ -28,6 +33,12 @@ from ditfastattn.runtime.search.measure.steppers import DenseStepper
 from ditfastattn.runtime.search.record.planned_target import record_target
 from ditfastattn.runtime.search.record.record_plan import record_plan
 from ditfastattn.tools.zoo.trial import mixed_strategies
+
+Around = Callable[[Call], AbstractContextManager[Any]]
+
+
+def _alone(_call: Call) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def plan_for(
@@ -75,6 +86,48 @@ def opaque_plan_for(pipeline: Any, call: Mapping[str, Any], strategies: Sequence
     return plan.model_copy(update=changes)
 
 
+def by_example(pipeline: Any, plan: Plan, prompt: Prompt, around: Around = _alone) -> Tensor:
+    """Return the images of a generation whose whole steps ``examples/whole_steps.py`` runs.
+
+    ``around`` gives the context in which the model is called at a step that runs.
+    """
+    data = json.loads(plan.model_dump_json())
+    wholes = [WholeSteps(data, call) for call in range(plan.sampler.cfg_layout.calls)]
+    module = transformer_of(pipeline, "test")
+    latent_name = next(site.latent for site in plan.sites if site.kind is SiteKind.OUTPUT)
+    made: list[Any] = []
+    calls = iter(calls_in_order(plan.sampler.spans))
+
+    def by_step(forward: Forward) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = next(calls)
+
+            def compute() -> Tensor:
+                with around(call):
+                    made.append(forward(*args, **kwargs))
+                return output_of(made[-1])
+
+            latent = bound_arguments(type(module), args, kwargs)[latent_name]
+            output = wholes[call.branch](call.step, latent, compute)
+            return with_output(made[-1], output)
+
+        return run
+
+    return generate_by(pipeline, by_step, prompt)
+
+
+def generate_by(
+    pipeline: Any, by_step: Callable[[Forward], Callable[..., Any]], prompt: Prompt
+) -> Tensor:
+    """Return the images of a generation whose denoiser's forward is replaced."""
+    undo = replace_forward(transformer_of(pipeline, "test"), by_step)
+    try:
+        images: Tensor = generate(pipeline, prompt)
+        return images
+    finally:
+        undo()
+
+
 @dataclass(frozen=True)
 class MixedPlan:
     """Hold a plan in which every legal strategy may occur, and the sites it speaks of."""
@@ -94,23 +147,23 @@ class MixedPlan:
             )
             for steps, layout in spans
         ]
+
+        def interpreted(call: Call) -> PlanInterpreter:
+            step = call.step - spans[call.phase][0].start
+            return interpreters[call.phase].step(step, call.branch)
+
+        if any(site.kind is SiteKind.OUTPUT for site in self.plan.sites):
+            return by_example(pipeline, self.plan, prompt, interpreted)
         calls = iter(calls_in_order(spans))
 
         def by_step(forward: Forward) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                call = next(calls)
-                step = call.step - spans[call.phase][0].start
-                with interpreters[call.phase].step(step, call.branch):
+                with interpreted(next(calls)):
                     return forward(*args, **kwargs)
 
             return run
 
-        undo = replace_forward(pipeline.transformer, by_step)
-        try:
-            images: Tensor = generate(pipeline, prompt)
-        finally:
-            undo()
-        return images
+        return generate_by(pipeline, by_step, prompt)
 
 
 def mixed_plan_for(pipeline: Any, call: Mapping[str, Any], seed: int = 0) -> MixedPlan:

@@ -36,6 +36,17 @@ def spans_of(steps: int, layout: CfgLayout, phases: Sequence[Phase]) -> tuple[Sp
     return tuple(spans)
 
 
+def phases_of(layouts: Sequence[CfgLayout]) -> tuple[Phase, ...]:
+    """Return the phases of steps of these ``layouts``; none where all are alike."""
+    runs = [Phase(steps=len(list(run)), cfg_layout=layout) for layout, run in groupby(layouts)]
+    return tuple(runs) if len(runs) > 1 else ()
+
+
+def guided_layout(layouts: Sequence[CfgLayout]) -> CfgLayout:
+    """Return how guidance reaches the model where it is on."""
+    return next((each for each in layouts if each is not CfgLayout.NONE), CfgLayout.NONE)
+
+
 def why_not_phases(steps: int, layout: CfgLayout, phases: Sequence[Phase]) -> str:
     """Return why ``phases`` cannot be those of ``steps`` steps, or ""."""
     if not phases:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.phases import Phase
 from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.runtime.matching import mismatch
 
@@ -19,6 +20,7 @@ def describe_sampler(
     timesteps: Sequence[float],
     guidance_scale: float | None,
     cfg_layout: CfgLayout,
+    phases: Sequence[Phase] = (),
 ) -> Sampler:
     """Return what a plan records of a sampler whose generations have ``timesteps``."""
     return Sampler(
@@ -28,6 +30,7 @@ def describe_sampler(
         timesteps=tuple(timesteps),
         guidance_scale=guidance_scale,
         cfg_layout=cfg_layout,
+        phases=tuple(phases),
     )
 
 

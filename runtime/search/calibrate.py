@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded
 from ditfastattn.runtime.search.joint.calibrate import calibrate_jointly
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
-from ditfastattn.runtime.search.measure.call_log import ChangingCallsError
+from ditfastattn.runtime.search.measure.call_log import ChangingCallsError, SearchedPhase
 from ditfastattn.runtime.search.measure.latency import Objective
+from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.methods import Method
 from ditfastattn.runtime.search.options import DEFAULT_TARGET, SearchOptions
 from ditfastattn.runtime.search.record.work import SearchProgress
@@ -34,7 +36,7 @@ from ditfastattn.runtime.search.site_search import (
 )
 from ditfastattn.runtime.search.solve.window_choice import WindowForm
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
-from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
+from ditfastattn.runtime.search.whole_steps.observed import UnobservableError
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ def calibrate(
             run at all; the output of the others is fitted, in any model), ``joint`` (whole steps,
             and sites within the steps that run; for a quality). ``auto`` is joint for a quality:
             whole steps alone where the model is not captured, global where whole steps cannot be
-            searched. It is greedy for a threshold, and global for a speed or under a cap.
+            searched. It is greedy for a threshold, and global for a speed or under a cap; for a
+            speedup where guidance is on at some steps only, whole steps.
         objective: save measured ``latency``, or ``flops`` of all matrix products or of attention
             alone (``attention-flops``), which need no measurement.
         max_variants: the most distinct step variants; 0 is no cap.
@@ -140,12 +143,18 @@ def calibrate(
         cache_dtype,
     )
     request = SiteRequest(call, prompts, unseen, options, wanted)
+    free = method == Method.AUTO and not (max_variants or max_cache_mb)
     with text_padded(pipeline, text_length, check=True):
-        return _search(pipeline, request, sites, resolved)
+        return _search(pipeline, request, sites, resolved, free)
 
 
-def _search(pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method) -> Plan:
-    """Search by ``method``, ``auto`` where whole steps and sites are to be searched."""
+def _search(
+    pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Method, free: bool
+) -> Plan:
+    """Search by ``method``, ``auto`` where whole steps and sites are to be searched.
+
+    If ``free``, another method may take its place where it has no plan with phases.
+    """
     prompts, unseen, wanted = request.prompts, request.unseen, request.wanted
     if method is Method.WHOLE_STEPS:
         return calibrate_whole_steps(pipeline, prompts, unseen, wanted)
@@ -162,6 +171,15 @@ def _search(pipeline: Any, request: SiteRequest, sites: SitesWanted, method: Met
     try:
         return search_sites(request, opening)
     except ChangingCallsError as error:
+        if free and wanted.target.kind is TargetKind.SPEEDUP:
+            log.warning(
+                "ditfastattn: sites are not searched for a speed where guidance changes within a "
+                "generation: whole steps are; the speedup is counted, not measured"
+            )
+            missing = Tried(what="sites", outcome="not possible for a speed: guidance changes")
+            return calibrate_whole_steps(
+                pipeline, prompts, unseen, replace(wanted, tried=(missing,))
+            )
         return search_phases(pipeline, request, sites, error)
 
 
@@ -171,12 +189,17 @@ def _search_jointly(
     """Search whole steps, and strategies of ``sites`` at the steps that run."""
     prompts, wanted = request.prompts, request.wanted
     decides = {name: str(item) for name, item in asdict(sites).items()}
+
+    def opening(layout: CfgLayout, only: SearchedPhase | None) -> AbstractContextManager[Session]:
+        alike = sites if only is None else sites.in_phases
+        return open_sites(pipeline, prompts[0], layout, wanted.timestep, alike, only)
+
     plan = calibrate_jointly(
         pipeline,
         prompts,
         request.unseen,
         replace(wanted, decides=decides),
-        open_sites(pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, sites),
+        opening,
         request.options.objective,
         else_whole=method is Method.AUTO,
     )

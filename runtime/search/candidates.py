@@ -29,6 +29,16 @@ class Candidates:
         self._merge_variants = merge_variants
         self._made: dict[float, list[Row]] = {}
 
+    @property
+    def first(self) -> float:
+        """Return the strength to begin with."""
+        return self.chooser.first
+
+    @property
+    def tries(self) -> int:
+        """Return how many plans may be made in looking for one."""
+        return self.chooser.tries
+
     def rows(self, strength: float) -> list[Row]:
         """Return the plan of this strength."""
         if strength not in self._made:

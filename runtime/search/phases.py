@@ -10,14 +10,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.phases import Phase, Span, in_runs, spans_of
+from ditfastattn.passes.plan.phases import Span, guided_layout, in_runs, phases_of, spans_of
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
 from ditfastattn.runtime.clock import read_timestep
@@ -25,11 +24,10 @@ from ditfastattn.runtime.lowering import Lowering, many_compilations
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.pipeline.guidance import (
     Arguments,
-    batched_layout,
     copied,
-    separate_layout,
     watching,
 )
+from ditfastattn.runtime.pipeline.guided_steps import layouts_at_steps
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.pipeline.sampler import counting_steps
 from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
@@ -80,30 +78,27 @@ def observe_phases(
         ConfigError: ``refused``, where the calls change otherwise than by guidance.
     """
     steps = _watch(pipeline, prompt, timestep)
-    kinds = list(dict.fromkeys(tuple(step.rows) for step in steps))
-    if len(kinds) != 2:
+    rows, calls = [tuple(step.rows) for step in steps], [step.calls for step in steps]
+    layouts = layouts_at_steps(rows, calls, layout, timestep)
+    if not layouts:
         raise refused
-    plain, guided = sorted(kinds, key=sum)
-    images = plain[0]
-    if plain != (images,) or guided not in ((2 * images,), (images, images)):
-        raise refused
-    first = {kind: next(s for s in steps if tuple(s.rows) == kind) for kind in kinds}
-    if layout is None or layout is CfgLayout.NONE:
-        conditions, both = first[plain].calls[0], first[guided].calls
-        if len(guided) == 2:
-            layout = separate_layout(conditions, both, timestep)
-        else:
-            layout = batched_layout(conditions, both[0])
-    if layout is CfgLayout.NONE or layout.calls != len(guided):
-        raise refused
-    at = [layout if tuple(step.rows) == guided else CfgLayout.NONE for step in steps]
-    phases = [Phase(steps=len(list(run)), cfg_layout=each) for each, run in groupby(at)]
-    described = in_runs([f"guidance {each}" for each in at])
+    warn_of_phases(layouts)
+    guided, described = guided_layout(layouts), describe_layouts(layouts)
+    spans = spans_of(len(steps), guided, phases_of(layouts))
+    return ObservedPhases(guided, spans, tuple(step.timestep for step in steps), described)
+
+
+def describe_layouts(layouts: Sequence[CfgLayout]) -> str:
+    """Say at which steps guidance reaches the model how."""
+    return in_runs([f"guidance {each}" for each in layouts])
+
+
+def warn_of_phases(layouts: Sequence[CfgLayout]) -> None:
+    """Say that a plan will have phases."""
     log.warning(
-        "ditfastattn: guidance changes within a generation: the plan has phases: %s", described
+        "ditfastattn: guidance changes within a generation: the plan has phases: %s",
+        describe_layouts(layouts),
     )
-    spans = spans_of(len(steps), layout, phases)
-    return ObservedPhases(layout, spans, tuple(step.timestep for step in steps), described)
 
 
 def _watch(pipeline: Any, prompt: Prompt, timestep: str) -> list[_Step]:
@@ -162,7 +157,8 @@ def share_of_target(target: Target, phases: int, refused: ConfigError) -> Target
         where="calibrate(target)",
         got="guidance that changes within a generation",
         expected="SSIM, PSNR, another metric with a known best value, or a threshold",
-        remedy="choose such a target, or guide all steps alike",
+        remedy="choose such a target, search whole steps for a speed (method='whole-steps'), or "
+        "guide all steps alike",
     ) from refused
 
 

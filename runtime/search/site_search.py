@@ -57,6 +57,12 @@ class SitesWanted:
     windows: WindowForm
     cache_dtype: CacheDtype | str | None
 
+    @property
+    def in_phases(self) -> SitesWanted:
+        """Return the same in a phase: a form of window holds for all phases, so none is chosen."""
+        auto = self.windows is WindowForm.AUTO
+        return replace(self, windows=WindowForm.BAND) if auto else self
+
 
 @contextmanager
 def open_sites(
@@ -70,7 +76,8 @@ def open_sites(
     """Open a session whose sites are as ``wanted``."""
     narrow, groups = wanted.attention_only, wanted.head_groups
     with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups, only) as session:
-        _check_steps(session.steps)
+        if only is None:
+            _check_steps(session.steps)
         device = session.example[0].device.type
         sites = allowed_windows(session.sites, wanted.windows, device)
         session.take_sites(_with_caches_in(wanted.cache_dtype, session, sites))
@@ -138,8 +145,6 @@ def search_phases(
             got=phases.described,
             remedy="leave max_variants out",
         )
-    if sites.windows is WindowForm.AUTO:
-        sites = replace(sites, windows=WindowForm.BAND)
     alone = replace(
         request,
         options=replace(options, target=share),
@@ -151,7 +156,7 @@ def search_phases(
             found.append(None)
             continue
         log.info("calibrate: the phase at steps %d-%d: guidance %s", steps[0], steps[-1], layout)
-        opening = open_sites(pipeline, prompts[0], layout, wanted.timestep, sites, only)
+        opening = open_sites(pipeline, prompts[0], layout, wanted.timestep, sites.in_phases, only)
         found.append(search_sites(alone, opening))
     plan = join_phases(phases, found, options.target, refused)
     plan = keep_if_met(pipeline, plan, options.target, prompts, unseen, wanted.timestep)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ditfastattn.core.errors import TargetMissedError
 from ditfastattn.runtime.search.bracket import LARGEST_MOVE, Bracket
@@ -11,7 +12,7 @@ from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.measure.session import Session
 from ditfastattn.runtime.search.measure.timing import PairedTiming
 from ditfastattn.runtime.search.record.work import Work
-from ditfastattn.runtime.search.solve.rows import dense_rows
+from ditfastattn.runtime.search.solve.rows import Row, dense_rows
 
 _MAX_ROUNDS = 3  # each compiles a plan
 
@@ -70,15 +71,36 @@ class SpeedSearch:
         )
 
 
-def gentlest(candidates: Candidates, session: Session, speedup: float, rounds: int = 0) -> Found:
+class ByStrength(Protocol):
+    """Plans of any strength, and how fast they promise to be."""
+
+    @property
+    def first(self) -> float:
+        """Return the strength to begin with."""
+        ...
+
+    @property
+    def tries(self) -> int:
+        """Return how many plans may be made in looking for one."""
+        ...
+
+    def rows(self, strength: float) -> list[Row]:
+        """Return the plan of this strength."""
+        ...
+
+    def speedup(self, rows: Sequence[Row]) -> float:
+        """Return the predicted speedup of a plan."""
+        ...
+
+
+def gentlest(candidates: ByStrength, session: Session, speedup: float, rounds: int = 0) -> Found:
     """Return the gentlest plan of a predicted ``speedup``, or the fastest there is."""
-    chooser = candidates.chooser
     rows = dense_rows(session.steps, len(session.sites))
     if speedup <= 1.0:
         return Found(rows, 0.0, rounds=rounds)
-    bracket = Bracket(chooser.first)
+    bracket = Bracket(candidates.first)
     best: Found | None = None
-    for _ in range(chooser.tries):
+    for _ in range(candidates.tries):
         rows = candidates.rows(bracket.strength)
         fast = candidates.speedup(rows) >= speedup
         if fast and (best is None or bracket.strength < best.strength):

@@ -197,7 +197,7 @@ def as_json(case: Case) -> dict[str, Any]:
     return {
         "sites": sites,
         "strategies": names,
-        "sampler": {"cfg_layout": str(case.layout)},
+        "sampler": {"steps": len(names), "cfg_layout": str(case.layout)},
     }
 
 

@@ -243,8 +243,8 @@ class Pictures(Interval):
     "Guidance",
     "`calibrate` of guidance for an interval only",
     "works",
-    "for a quality or a threshold: phase by phase, then measured together; whole steps, the joint "
-    "search and a speed as the target are refused",
+    "whole steps and sites for a quality, whole steps for a speedup, sites for a quality or a "
+    "threshold: phase by phase, then measured together; sites for a speed are refused",
 )
 @pytest.mark.parametrize(
     ("order", "guided", "target"),
@@ -279,11 +279,11 @@ def test_phases_are_calibrated(
 @pytest.mark.parametrize(
     "options",
     [
-        {"target": Target.min_speedup(1.1)},
+        {"target": Target.min_speedup(1.1), "method": "global"},
+        {"target": Target.max_latency(1.0)},
         {"target": Target.min_psnr(20.0), "max_variants": 2},
-        {"target": Target.min_psnr(20.0), "method": "whole-steps"},
     ],
-    ids=["speed", "variants", "whole-steps"],
+    ids=["speed-of-sites", "latency", "variants"],
 )
 def test_what_phases_cannot_be_calibrated_for_is_refused(options: dict[str, Any]) -> None:
     pipeline: Any = Pictures("cond-first", range(3))

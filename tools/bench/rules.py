@@ -71,7 +71,7 @@ def learned(
 
 def _dense(rollout: Rollout, step: int) -> list[Tensor]:
     """Return the dense generation's outputs at ``step``, by guidance branch."""
-    here, layout = rollout.observed.steps[step], rollout.observed.layout
+    here, layout = rollout.observed.steps[step], rollout.observed.layouts[step]
     return branches([call.output for call in here.calls], layout, here.sampler.latent)
 
 

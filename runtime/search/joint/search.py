@@ -22,15 +22,14 @@ from ditfastattn.passes.plan.calibration import Calibration, Tried
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
 from ditfastattn.runtime.search.bracket import Bracket
-from ditfastattn.runtime.search.candidates import Candidates
-from ditfastattn.runtime.search.global_chooser import GlobalChooser
+from ditfastattn.runtime.search.joint.parts import Part, PartedCandidates
 from ditfastattn.runtime.search.joint.planned_model import PlannedModel
+from ditfastattn.runtime.search.joint.record import check_same_sites, record_parts
 from ditfastattn.runtime.search.judge.image_judge import damage_ratio
 from ditfastattn.runtime.search.judge.judgement import Judgement
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
-from ditfastattn.runtime.search.record.record_plan import record_plan, with_tried
+from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import Work
-from ditfastattn.runtime.search.solve.at_steps import at_steps
 from ditfastattn.runtime.search.solve.rows import Row, digest_of
 from ditfastattn.runtime.search.speed_search import gentlest
 from ditfastattn.runtime.search.whole_steps.candidates import (
@@ -62,34 +61,31 @@ class _Tried:
 class JointSearch:
     """Go on from a search of whole steps: spend on sites what is left of the target."""
 
-    def __init__(self, whole: WholeStepSearch, work: Work) -> None:
-        """Take the search of whole steps, and the work on the sites of its model.
+    def __init__(self, whole: WholeStepSearch, parts: Sequence[Part]) -> None:
+        """Take the search of whole steps, and the work on the sites of its model in each phase.
 
         Raises:
-            ConfigError: the model's output cannot be fitted in its graph.
+            ConfigError: the model's output cannot be fitted in its graph, or sites differ by phase.
         """
-        self._whole, self._work = whole, work
-        self._session, self._meter = work.session, whole.meter
-        self._sites = self._session.sites
-        self._output = _fitted_output(work, whole.observed[0].latent)
-        self._session.take_sites((*self._sites, self._output))
+        self._whole, self._parts, self._meter = whole, parts, whole.meter
+        self._spans = [part.span for part in parts]
+        for part in parts:
+            output = _fitted_output(part.work, whole.observed[0].latent)
+            part.session.take_sites((*part.session.sites, output))
+        check_same_sites(parts)
         self._rounds = 0
         self._tried: list[Tried] = []
 
-    def run(self, start: Judged | None, chooser: GlobalChooser) -> Plan:
-        """Return the fastest plan found.
-
-        Args:
-            start: the best plan of whole steps, if any meets the target.
-            chooser: chooses what sites do where all steps run.
-        """
+    def run(self, start: Judged | None) -> Plan:
+        """Return the fastest plan found; ``start`` is the best of whole steps, if any will do."""
         best: _Tried | None = None
-        speedup = 1.0 if start is None else self._whole.steps / len(start.mask.runs)
-        self._note_whole_steps(start)
+        speedup = 1.0
+        if start is not None:
+            speedup = PartedCandidates(self._parts, start.mask.runs).whole_steps
+        self._note_whole_steps(start, speedup)
         for runs in self._choices(start):
             self._begin(runs, "choosing what sites do")
-            problem = at_steps(chooser.problem, runs)
-            candidates = Candidates(replace(chooser, problem=problem), merge_variants=False)
+            candidates = PartedCandidates(self._parts, runs)
             found = self._fastest(runs, candidates, speedup)
             if found is not None:
                 best, speedup = found, found.speedup
@@ -101,12 +97,12 @@ class JointSearch:
             plan = plan.model_copy(update={"calibration": record})
         return with_tried(plan, *self._tried)
 
-    def _note_whole_steps(self, start: Judged | None) -> None:
+    def _note_whole_steps(self, start: Judged | None, speedup: float) -> None:
         if start is None:
             self._note("whole steps", "no plan that skips a step meets the target")
         else:
             steps, runs = self._whole.steps, len(start.mask.runs)
-            self._note(f"{runs} of {steps} steps", "meets the target", steps / runs)
+            self._note(f"{runs} of {steps} steps", "meets the target", speedup)
 
     def _note(self, what: str, outcome: str, speedup: float | None = None) -> None:
         log.info("joint search: %s: %s", what, outcome)
@@ -122,7 +118,8 @@ class JointSearch:
         planned = self._with_output(rows, runs)
         judged = self._judged(planned, tuple(runs))
         self._whole.check_refitted(judged)
-        self._work.note(self._session.timesteps)
+        for part in self._parts:
+            part.work.note(part.session.timesteps)
         return self._plan(_Tried(planned, judged))
 
     def _choices(self, start: Judged | None) -> list[tuple[int, ...]]:
@@ -133,12 +130,12 @@ class JointSearch:
         return [*chosen, tuple(range(steps))]
 
     def _fastest(
-        self, runs: tuple[int, ...], candidates: Candidates, speedup: float
+        self, runs: tuple[int, ...], candidates: PartedCandidates, speedup: float
     ) -> _Tried | None:
         """Return the fastest plan found in which ``runs`` run; None if none beats ``speedup``."""
         what = f"{len(runs)} of {self._whole.steps} steps, and sites"
         wanted, missed = _FASTER * speedup, ""
-        bracket = Bracket(gentlest(candidates, self._session, wanted).strength)
+        bracket = Bracket(gentlest(candidates, self._parts[0].session, wanted).strength)
         best: _Tried | None = None
         for _ in range(ROUNDS):
             rows = candidates.rows(bracket.strength)
@@ -178,17 +175,17 @@ class JointSearch:
         return max(ratio - before, 0.0) / (1.0 - before) if before < 1.0 else ratio
 
     def _with_output(self, rows: Sequence[Row], runs: Sequence[int]) -> list[Row]:
-        column = output_column(runs, len(rows), HISTORY - 1)
+        column = output_column(runs, self._spans, HISTORY - 1)
         return [(*row, output) for row, output in zip(rows, column, strict=True)]
 
     def _judged(self, rows: Sequence[Row], runs: tuple[int, ...]) -> Judged:
         """Fit the plan ``rows`` on its own trajectories, and judge it, held-out prompts last."""
-        whole, model = self._whole, PlannedModel(self._work.variants, rows)
+        whole, model = self._whole, PlannedModel(self._parts, rows)
         self._rounds += 1
         self._begin(runs, "the calibration prompts")
 
         def fitted() -> dict[str, Any]:
-            module = transformer_of(self._session.pipeline, "calibrate(pipeline)")
+            module = transformer_of(self._parts[0].session.pipeline, "calibrate(pipeline)")
             rollouts = model.rollouts(module, whole.observed)
             mask, states = fit_mask(rollouts, runs, self._meter.spend, rule=whole.rule)
             judged = whole.judge.replayed(mask, whole.request.prompts, whole.observed, states)
@@ -215,8 +212,6 @@ class JointSearch:
         request, judged = self._whole.request, found.judged
         target = request.target
         coefficients = planned_coefficients(judged.mask, self._whole.observed[0])
-        output = replace(self._output, coefficients=coefficients)
-        self._session.take_sites((*self._sites, output))
         calibration = Calibration(
             method="joint",
             target=record_target(target),
@@ -229,7 +224,7 @@ class JointSearch:
             forwards=round(self._meter.forwards, 1),
             seconds=round(self._meter.seconds, 1),
         )
-        return record_plan(self._session, found.rows, self._work.timesteps, calibration)
+        return record_parts(self._parts, found.rows, coefficients, calibration)
 
 
 def _fitted_output(work: Work, latent: str) -> Site:

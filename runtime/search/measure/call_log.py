@@ -43,8 +43,9 @@ class CallLog:
     shows them.
     """
 
-    def __init__(self) -> None:
-        """Begin with no call."""
+    def __init__(self, all_searched: bool = False) -> None:
+        """Begin with no call; where ``all_searched``, those to come are of the phase searched."""
+        self.all_searched = all_searched
         self.timesteps: list[float] = []
         self.calls = 0  # in all phases
         self._after: list[int] = []  # how often the scheduler had stepped before each call

@@ -175,7 +175,7 @@ class Session:
     def searches_next(self) -> bool:
         """Count a call of the transformer; return whether it is of the phase that is searched."""
         number, self._log.calls = self._log.calls, self._log.calls + 1
-        if self.only is None:
+        if self.only is None or self._log.all_searched:
             return True
         order = self.only.order
         return number < len(order) and order[number] == self.only.number
@@ -197,6 +197,15 @@ class Session:
         if self._undo is not None:
             self._undo()
         self.pipeline.transformer = self._original
+
+    @contextmanager
+    def holding(self) -> Generator[None]:
+        """Put the captured transformer into the pipeline; give its own back at the end."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
 
     def sampler(self, timesteps: Sequence[float]) -> Sampler:
         """Describe the sampler, whose generations have ``timesteps``."""
@@ -248,8 +257,11 @@ class Session:
         return images
 
     def forward_by(self, stepper: Stepper) -> Forward:
-        """Return what runs the model's calls, of a generation that others drive, by ``stepper``."""
-        log, forward = CallLog(), self._forward
+        """Return what runs the model's calls, of a generation that others drive, by ``stepper``.
+
+        Those of other phases are none of them.
+        """
+        log, forward = CallLog(all_searched=True), self._forward
         assert forward is not None
 
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -29,9 +29,13 @@ log = logging.getLogger(__name__)
 class Checkpoint:
     """Remember finished pieces of work; in memory only where ``folder`` is None."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Use ``open_checkpoint`` for a folder."""
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, prefix: str = "") -> None:
+        """Use ``open_checkpoint`` for a folder; names in it begin with ``prefix``."""
+        self._folder, self._prefix = folder, prefix
+
+    def part(self, name: str) -> Checkpoint:
+        """Return what keeps the pieces of a part of the work: they may be named as others are."""
+        return Checkpoint(self._folder, f"{self._prefix}{name}-")
 
     def begin(self, request: Mapping[str, Any]) -> bool:
         """Record what the search is for; return whether there is an unfinished one to resume.
@@ -101,7 +105,7 @@ class Checkpoint:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / name
+        return None if self._folder is None else self._folder / f"{self._prefix}{name}"
 
 
 @contextmanager

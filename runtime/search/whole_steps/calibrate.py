@@ -24,10 +24,13 @@ from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.hooks import check_not_cached
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.phases import warn_of_phases
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
+from ditfastattn.runtime.search.record.record_plan import with_tried
 from ditfastattn.runtime.search.record.work import SearchProgress
 from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
+from ditfastattn.runtime.search.whole_steps.observe import observe
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder, Request
 from ditfastattn.runtime.search.whole_steps.ridge import LOOSER
 from ditfastattn.runtime.search.whole_steps.search import FITTED_ON, WholeStepSearch
@@ -83,7 +86,7 @@ def calibrate_whole_steps(
             remedy="for example Target.min_ssim(0.9)",
         )
     with prepare(pipeline, prompts, held_out, options).searching() as search:
-        return options.saved(search.run())
+        return options.saved(with_tried(search.run(), *options.tried))
 
 
 def refit_whole_steps(
@@ -142,7 +145,8 @@ class Prepared:
         )
         with holding as checkpoint:
             kept = Checkpoint() if self.refits else checkpoint
-            if kept.begin(_describe(recorder.subject, recorder.request) | dict(options.decides)):
+            decides = _describe(recorder.subject, recorder.request, self.first)
+            if kept.begin(decides | dict(options.decides)):
                 log.warning("ditfastattn: resuming the unfinished search beside %s", path)
             yield self.search(kept)
             kept.discard()
@@ -175,10 +179,13 @@ def prepare(
     )
     meter = Meter(_most_forwards(pipeline, request), options.on_progress)
     meter.begin("dense generations")
-    first = observe(pipeline, prompts[0], layout)
+    first = observe(pipeline, prompts[0], layout, options.timestep)
     meter.spend(len(first.steps))
+    if first.phases:
+        warn_of_phases(first.layouts)
+        request = replace(request, layout=first.layout)
     opaque = options.opaque or is_opaque(plan)
-    subject = identify(pipeline, prompts[0], layout, options.timestep, first.latent, opaque)
+    subject = identify(pipeline, prompts[0], options.timestep, first, opaque)
     subject.sampler(first)  # refuses an unknown name of the timestep
     if plan is not None:
         check_fingerprint(subject.identity, plan.model)
@@ -204,13 +211,13 @@ def repeated(prompts: Sequence[Prompt], least: int) -> tuple[Prompt, ...]:
     return (*prompts, *again)
 
 
-def _describe(subject: Subject, request: Request) -> dict[str, Any]:
+def _describe(subject: Subject, request: Request, observed: Observed) -> dict[str, Any]:
     """Return, as JSON data, all that decides the result of a search."""
     target = request.target
     scheduler, text = subject.scheduler, subject.text
     return {
         "model": subject.identity.model_dump(),
-        "layout": request.layout,
+        "layout": observed.layouts,
         "text": text and text.model_dump(),
         "prompts": [[repr(sorted(prompt.call.items())), prompt.seed] for prompt in request.prompts],
         "held_out": [[repr(sorted(p.call.items())), p.seed] for p in request.held_out],

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ditfastattn.passes.analysis.site import Coefficients
 from ditfastattn.passes.plan.guidance import CfgLayout
+from ditfastattn.passes.plan.phases import Span
 from ditfastattn.passes.plan.strategies import FITTED, Strategy
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 
 
 @dataclass(frozen=True)
@@ -21,26 +22,32 @@ class FittedMask:
     coefficients: tuple[Tensor | None, ...]
     outputs: int  # that a fitted step reads at most
 
-    @property
-    def column(self) -> tuple[Strategy, ...]:
-        """Return the strategy of the whole output at each step."""
-        return output_column(self.runs, len(self.coefficients), self.outputs)
+    def column(self, spans: Sequence[Span]) -> tuple[Strategy, ...]:
+        """Return the strategy of the whole output at each step; ``spans`` are the phases."""
+        return output_column(self.runs, spans, self.outputs)
 
 
-def output_column(runs: Collection[int], steps: int, outputs: int) -> tuple[Strategy, ...]:
-    """Return the strategy of the whole output at each step; at most ``outputs`` are read."""
-    return tuple(
-        Strategy.FULL if step in runs else FITTED[min(outputs, sum(run < step for run in runs)) - 1]
-        for step in range(steps)
-    )
+def output_column(
+    runs: Collection[int], spans: Sequence[Span], outputs: int
+) -> tuple[Strategy, ...]:
+    """Return the strategy of the whole output at each step; at most ``outputs`` are read.
+
+    They are outputs of the same phase, and the first step of each of the ``spans`` runs.
+    """
+    column: list[Strategy] = []
+    for steps, _ in spans:
+        for step in steps:
+            known = sum(run in runs for run in range(steps.start, step))
+            column.append(Strategy.FULL if step in runs else FITTED[min(outputs, known) - 1])
+    return tuple(column)
 
 
 def planned_coefficients(mask: FittedMask, observed: Observed) -> Coefficients:
     """Return the coefficients of ``mask`` as a plan has them, step by step."""
-    shares = [step.guidance.shares for step in observed.steps]
+    parts = zip(mask.coefficients, observed.layouts, observed.steps, strict=True)
     return tuple(
-        () if found is None else branch_rows(found, observed.layout, own)
-        for found, own in zip(mask.coefficients, shares, strict=True)
+        () if found is None else branch_rows(found, layout, step.guidance.shares)
+        for found, layout, step in parts
     )
 
 

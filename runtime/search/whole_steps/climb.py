@@ -3,8 +3,8 @@
 Forward dynamic programming keeps one way to come to a step: the one whose latents are nearest to
 the dense ones there. From which way later outputs are predicted best does not show yet, so that
 early runs tend to lie too far apart, and late ones too close. Here the late run that is worth least
-goes to the gap where it is worth most; then each run but the first is moved, step by step, while
-that makes images better. The early ones come first, and generations go on to their end.
+goes to the gap where it is worth most; then each run but the first of a phase is moved, step by
+step, while that makes images better. The early ones come first, and generations go on to their end.
 """
 
 from __future__ import annotations
@@ -76,28 +76,39 @@ class _Climber:
         rule: Rule,
     ) -> None:
         self._samples, self._spend, self._rule = samples, spend, rule
-        self._steps = len(samples[-1].rollouts[0].observed.steps)
+        self._observed = samples[-1].rollouts[0].observed
+        self._steps = len(self._observed.steps)
         self.best = runs
         self._known = [self._fitted(sample, runs, {}) for sample in samples]
 
     def relocate(self) -> None:
-        """Take the run of the second half that is worth least to the gap where it is worth most."""
-        few, known = self._samples[0], self._known[0]
-        late = range(max(len(self.best) // 2, 1), len(self.best))
-        fewer = [(*self.best[:place], *self.best[place + 1 :]) for place in late]
+        """Take the run of the second half that is worth least to the gap where it is worth most.
+
+        The mask does not become slower, where some steps take longer than others.
+        """
+        few, known, begins = self._samples[0], self._known[0], self._observed.begins
+        late = [run for run in self.best[len(self.best) // 2 :] if run not in begins]
+        fewer = [tuple(run for run in self.best if run != gone) for gone in late]
         if not fewer:
             return
         least = max(fewer, key=lambda runs: _total(self._fitted(few, runs, known.begun).worth))
         begun = self._fitted(few, least, known.begun).begun
         middles = [(a + b) // 2 for a, b in pairwise((*least, self._steps)) if b - a > 1]
-        others = [tuple(sorted((*least, step))) for step in middles]
-        found = {runs: self._fitted(few, runs, begun) for runs in others if runs != self.best}
+        others = {tuple(sorted((*least, step))) for step in middles} - {self.best}
+        speed = self._observed.speedup
+        found = {
+            runs: self._fitted(few, runs, begun)
+            for runs in sorted(others)
+            if speed(runs) >= speed(self.best)
+        }
         if found:
             self._take(max(found, key=lambda runs: _total(found[runs].worth)))
 
     def move(self) -> None:
         """Move one run after the other, each as long as that is worth more."""
-        for place in range(1, len(self.best)):
+        for place in range(len(self.best)):
+            if self.best[place] in self._observed.begins:
+                continue
             for by in (-1, 1):
                 start = self.best
                 while (moved := _moved(self.best, place, by, self._steps)) is not None:

@@ -46,7 +46,7 @@ def combined(
     """
     observed = rollout.observed
     guidance, mean = observed.steps[step].guidance, matrix @ coefficients
-    if guidance.norm_of is None or observed.layout.batched:
+    if guidance.norm_of is None or observed.layouts[step].batched:
         return mean, 1.0
     outputs = []
     for branch, share in enumerate(guidance.shares):

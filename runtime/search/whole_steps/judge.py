@@ -16,7 +16,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
 from ditfastattn.runtime.search.judge.judgement import Judgement, judge_images
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.rollout import State
 

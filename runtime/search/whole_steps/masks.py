@@ -118,14 +118,18 @@ def search_masks(
 def _continued(
     rollouts: Sequence[Rollout], path: Path, step: int, outputs: int, rule: Rule
 ) -> Generator[Path]:
-    """Run ``step``, and yield where that leads: to the next step, and past skipped ones."""
+    """Run ``step``, and yield where that leads: to the next step, and past skipped ones.
+
+    The first step of a phase is not skipped.
+    """
     steps, runs = len(rollouts[0].observed.steps), (*path.runs, step)
     states, made = run_step(rollouts, path.states, step), (*path.coefficients, None)
-    known = min(outputs, len(runs))
+    known = min(outputs, len(states[0].ran))
+    last = rollouts[0].observed.begins | {steps}
     while True:
         reached = len(made)
         yield Path(drift(rollouts, states, reached), states, runs, made)
-        if reached == steps or reached - step > longest_gap(steps):
+        if reached in last or reached - step > longest_gap(steps):
             return
         found = rule(rollouts, states, reached, known)
         states, made = skip_step(rollouts, states, reached, found), (*made, found)
@@ -141,6 +145,8 @@ def fit_mask(
 ) -> tuple[FittedMask, tuple[State, ...]]:
     """Return the coefficients of the steps that are not in ``runs``, and the last states.
 
+    The first step of each phase is one of ``runs``.
+
     ``begun`` holds the mask that was fitted before it, to the same generations by the same rule:
     where that begins with the same runs, it is continued. It is replaced by this one.
     """
@@ -151,7 +157,7 @@ def fit_mask(
     for step in range(len(rollouts[0].observed.steps)):
         ran = tuple(run for run in runs if run < step)
         if step not in runs:
-            coefficients = rule(rollouts, states, step, min(outputs, len(ran)))
+            coefficients = rule(rollouts, states, step, min(outputs, len(states[0].ran)))
             found = (*found, coefficients)
             states = skip_step(rollouts, states, step, coefficients)
             continue

@@ -9,106 +9,44 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.phases import in_runs
+from ditfastattn.passes.plan.phases import (
+    guided_layout,
+    in_runs,
+    phases_of,
+)
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
+from ditfastattn.runtime.pipeline.guided_steps import layouts_at_steps
 from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, as_images, generate
+from ditfastattn.runtime.search.phases import describe_layouts
 from ditfastattn.runtime.search.whole_steps.guided import CLOSE, Guidance, find_guidance, near
-
-_WHERE = "calibrate(method='whole-steps')"
-
-
-class UnobservableError(ConfigError):
-    """Refuse a generation that cannot be continued from outside."""
-
-    def __init__(self, expected: str, got: str) -> None:
-        """Take what was expected of the generation, and what was seen."""
-        self.reason = f"{expected}; seen: {got}"
-        super().__init__(
-            "whole steps cannot be searched in this pipeline",
-            where=_WHERE,
-            got=got,
-            expected=expected,
-            remedy="search sites instead: method='global'",
-        )
+from ditfastattn.runtime.search.whole_steps.observed import (
+    WHERE,
+    ModelCall,
+    Observed,
+    SamplerStep,
+    Step,
+    UnobservableError,
+)
 
 
-@dataclass(frozen=True)
-class ModelCall:
-    """Hold one call of the model by argument name, and what it returned, and in which ``form``."""
-
-    arguments: Mapping[str, Any]
-    output: Tensor
-    form: Any
-
-
-@dataclass(frozen=True)
-class SamplerStep:
-    """Hold one call of the scheduler: what it was given and returned."""
-
-    output: Tensor
-    timestep: Any
-    latent: Tensor
-    keywords: Mapping[str, Any]
-    noise_state: Tensor | None  # of the generator in ``keywords``, before the step
-    returned: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """Describe one step of the sampler, and its one or two calls of the model.
-
-    Attributes:
-        calls: in order.
-        sampler: what the scheduler did.
-        scale: from the sampler's latent to the model's.
-        guidance: from the model's outputs to what the scheduler is given.
-    """
-
-    calls: tuple[ModelCall, ...]
-    sampler: SamplerStep
-    scale: float
-    guidance: Guidance
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Hold one dense generation.
-
-    Attributes:
-        images: that the pipeline returned, ``[B, C, H, W]``.
-        scheduler: a copy, as it was before the first step.
-        latent: the name of the model's argument that holds the latent.
-        layout: how guidance reaches the model.
-        steps: in order.
-        doubled: the sampler steps both halves of the batch, as one latent twice (DiT's pipeline).
-    """
-
-    images: Tensor
-    scheduler: Any
-    latent: str
-    layout: CfgLayout
-    steps: tuple[Step, ...]
-    doubled: bool = False
-
-    @cached_property
-    def latents(self) -> list[Tensor]:
-        """Return the sampler's latents before each step, and after the last."""
-        return [*(s.sampler.latent for s in self.steps), self.steps[-1].sampler.returned]
-
-
-def observe(pipeline: Any, prompt: Prompt, layout: CfgLayout) -> Observed:
+def observe(
+    pipeline: Any, prompt: Prompt, layout: CfgLayout, timestep: str = "timestep"
+) -> Observed:
     """Generate ``prompt`` densely, and return what was observed.
+
+    ``layout`` is that of guided steps; where guidance is on at some only, and it has one branch, it
+    is observed. ``timestep`` names the model's argument.
 
     Raises:
         UnobservableError: the generation cannot be continued from outside; the reason is named.
@@ -117,7 +55,7 @@ def observe(pipeline: Any, prompt: Prompt, layout: CfgLayout) -> Observed:
     steps: list[tuple[int, SamplerStep]] = []
     before: list[Any] = []
     scheduler = pipeline.scheduler
-    module = transformer_of(pipeline, _WHERE)
+    module = transformer_of(pipeline, WHERE)
 
     def called(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         arguments = bound_arguments(type(module), args, kwargs)
@@ -149,7 +87,22 @@ def observe(pipeline: Any, prompt: Prompt, layout: CfgLayout) -> Observed:
     finally:
         handle.remove()
         del scheduler.step
-    return _described(images, before, calls, steps, layout)
+    return _described(images, before, calls, steps, layout, timestep)
+
+
+def observe_alike(pipeline: Any, prompt: Prompt, first: Observed, timestep: str) -> Observed:
+    """Generate ``prompt`` densely, and return what was observed; it is guided as ``first`` was.
+
+    Raises:
+        UnobservableError: it is guided otherwise, or cannot be continued from outside.
+    """
+    found = observe(pipeline, prompt, first.layout, timestep)
+    if found.layouts != first.layouts:
+        raise UnobservableError(
+            f"all prompts must be guided alike: {describe_layouts(first.layouts)}",
+            describe_layouts(found.layouts),
+        )
+    return found
 
 
 def _kept(item: Any, name: str, calls: list[ModelCall]) -> Any:
@@ -173,32 +126,57 @@ def _described(
     calls: list[ModelCall],
     steps: list[tuple[int, SamplerStep]],
     layout: CfgLayout,
+    timestep: str,
 ) -> Observed:
     if not steps:
         raise UnobservableError("the pipeline never calls step() of its scheduler", "no call")
-    per_step = layout.calls
-    numbers = [count for count, _ in steps]
-    if numbers != [per_step * (index + 1) for index in range(len(steps))]:
-        raise UnobservableError(
-            f"each step must call the model {per_step} time(s), and the scheduler once after it",
-            f"calls of the model before each call of the scheduler: {numbers}",
-        )
-    rows = [f"{len(call.output)} row(s)" for call in calls[::per_step]]
-    if len(set(rows)) > 1:
-        raise UnobservableError("the same rows at each step", f"guidance changes: {in_runs(rows)}")
-    grouped = [
-        (tuple(calls[per_step * index : per_step * (index + 1)]), made)
-        for index, (_, made) in enumerate(steps)
-    ]
-    doubled = layout.batched and all(_is_doubled(calls[0], made) for calls, made in grouped)
-    if doubled:
-        grouped = [(calls, _first_half(made)) for calls, made in grouped]
-    name = _latent_name(grouped[0][0][0], grouped[0][1], layout)
-    found = tuple(
-        Step(group, made, _scale(group[0], name, made), _guidance(group, made, layout, index))
-        for index, (group, made) in enumerate(grouped)
+    ends = [count for count, _ in steps]
+    groups = [tuple(calls[first:end]) for first, end in pairwise((0, *ends))]
+    layouts = _layouts(groups, layout, timestep)
+    parts = [(group, made) for group, (_, made) in zip(groups, steps, strict=True)]
+    doubled = all(
+        here.batched and _is_doubled(group[0], made)
+        for (group, made), here in zip(parts, layouts, strict=True)
     )
-    return Observed(images, before[0], name, layout, found, doubled)
+    if doubled:
+        parts = [(group, _first_half(made)) for group, made in parts]
+    names = [
+        _latent_name(parts[at][0][0], parts[at][1], here)
+        for at, here in enumerate(layouts)
+        if at == 0 or here is not layouts[at - 1]
+    ]
+    if len(set(names)) > 1:
+        raise UnobservableError("one argument must hold the latent", ", then ".join(names))
+    found = tuple(
+        Step(group, made, _scale(group[0], names[0], made), _guidance(group, made, here, index))
+        for index, ((group, made), here) in enumerate(zip(parts, layouts, strict=True))
+    )
+    guided, phases = guided_layout(layouts), phases_of(layouts)
+    return Observed(images, before[0], names[0], guided, found, doubled, phases)
+
+
+def _layouts(
+    groups: Sequence[Sequence[ModelCall]], layout: CfgLayout, timestep: str
+) -> tuple[CfgLayout, ...]:
+    """Return how guidance reaches the model at each step; ``groups`` are the steps' calls."""
+    rows = [tuple(len(call.output) for call in group) for group in groups]
+    if len(set(rows)) == 1 and len(rows[0]) == layout.calls:
+        return (layout,) * len(rows)
+    given = [[_tensors(call) for call in group] for group in groups]
+    found = layouts_at_steps(rows, given, layout, timestep)
+    if not found:
+        described = [" and ".join(f"{count} row(s)" for count in each) or "none" for each in rows]
+        raise UnobservableError(
+            f"each step must call the model {layout.calls} time(s) with the same rows, but for "
+            "guidance that is off at some, and the scheduler once after it",
+            f"calls of the model before each call of the scheduler: {in_runs(described)}",
+        )
+    return found
+
+
+def _tensors(call: ModelCall) -> dict[str, Tensor]:
+    named = call.arguments.items()
+    return {name: item for name, item in named if isinstance(item, Tensor) and item.dim()}
 
 
 def _is_doubled(call: ModelCall, made: SamplerStep) -> bool:

@@ -17,7 +17,7 @@ from ditfastattn.runtime.search.measure.timing import device_name
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask, planned_coefficients
 from ditfastattn.runtime.search.whole_steps.meter import Meter
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.subject import Subject
 
 
@@ -63,18 +63,21 @@ class Recorder:
         calibrated, held_out = (
             record_values(request.target, found) if found else None for found in values
         )
-        output, site = observed.steps[0].calls[0].output, self.subject.site(observed)
-        kept = max((strategy.outputs_read for strategy in mask.column), default=0)
+        column, site = mask.column(observed.spans), self.subject.site(observed)
+        kept = [
+            strategy.outputs_read * sum(call.output.nbytes for call in step.calls)
+            for strategy, step in zip(column, observed.steps, strict=True)
+        ]
         calibration = Calibration(
             method="whole-steps",
             target=record_target(request.target),
             strength=float(steps - len(mask.runs)),
             seed=request.seed,
-            batch=len(output),
-            cache_bytes=kept * output.nbytes * request.layout.calls,
+            batch=len(observed.steps[0].calls[0].output),
+            cache_bytes=max(kept),
             calibrated=calibrated,
             held_out=held_out,
-            predicted_speedup=steps / len(mask.runs),
+            predicted_speedup=observed.speedup(mask.runs),
             device=device_name(),
             rounds=rounds,
             forwards=round(self.meter.forwards, 1),
@@ -87,6 +90,6 @@ class Recorder:
             text=self.subject.text,
             sampler=self.subject.sampler(observed),
             sites=(site.model_copy(update={"coefficients": planned_coefficients(mask, observed)}),),
-            strategies=tuple((strategy,) for strategy in mask.column),
+            strategies=tuple((strategy,) for strategy in column),
             calibration=calibration,
         )

@@ -62,7 +62,7 @@ def cross_validated(
             states = run_step(rollouts, states, step)
             folds = [_run(rollouts, fold, step) for fold in folds]
         else:
-            known = min(HISTORY - 1, sum(run < step for run in runs))
+            known = min(HISTORY - 1, len(states[0].ran))
             folds = [_skipped(rollouts, states, fold, step, known, rule) for fold in folds]
             coefficients = rule(rollouts, states, step, known)
             states = skip_step(rollouts, states, step, coefficients)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ditfastattn.runtime.pipeline.model_call import output_of
-from ditfastattn.runtime.search.whole_steps.observe import ModelCall, Observed, branches
+from ditfastattn.runtime.search.whole_steps.observe import branches
+from ditfastattn.runtime.search.whole_steps.observed import ModelCall, Observed
 
 HISTORY = 4  # outputs that a fitted step may read
 
@@ -23,8 +24,9 @@ class State:
     Attributes:
         latent: the sampler's.
         scheduler: before the step.
-        outputs: of the last steps that ran, the last one first; guidance branches in their order.
-        ran: the steps that ran, the last one first.
+        outputs: of the last steps of this phase that ran, the last one first; guidance branches in
+            their order.
+        ran: the steps of this phase that ran, the last one first.
         returned: what the model has returned so far, call by call.
     """
 
@@ -52,7 +54,9 @@ class Rollout:
         """Return the state in which the model has run at ``step``, before the sampler steps."""
         here = self.observed.steps[step]
         made = [self._call(call, state.latent * here.scale) for call in here.calls]
-        found = tuple(branches(made, self.observed.layout, state.latent))
+        found = tuple(branches(made, self.observed.layouts[step], state.latent))
+        if step in self.observed.begins:
+            state = replace(state, outputs=(), ran=())
         return replace(
             state,
             outputs=(found, *state.outputs)[:HISTORY],

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,8 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import RIDGE, fit
 from ditfastattn.runtime.search.whole_steps.judge import Judge
 from ditfastattn.runtime.search.whole_steps.masks import Begun, Rule, fit_mask
-from ditfastattn.runtime.search.whole_steps.observe import Observed, observe
+from ditfastattn.runtime.search.whole_steps.observe import observe_alike
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.ridge import LOOSER, cross_validated
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout
@@ -108,7 +110,8 @@ class WholeStepSearch:
         """
         old = [step for step, row in enumerate(plan.strategies) if row[0].computes]
         last = max(plan.sampler.steps - 1, 1)
-        runs = sorted({round(step * (self.steps - 1) / last) for step in old})
+        moved = {round(step * (self.steps - 1) / last) for step in old}
+        runs = sorted(moved | self._first.begins)
         found = self._fitted_best(runs)
         self.check_refitted(found)
         return self.plan(found)
@@ -220,7 +223,7 @@ class WholeStepSearch:
         self.meter.begin("dense generations")
         found = [self._first]
         for prompt in self.request.prompts[1:]:
-            found.append(observe(self._pipeline, prompt, self.request.layout))
+            found.append(observe_alike(self._pipeline, prompt, self._first, self.request.timestep))
             self.meter.spend(len(found[-1].steps))
         return found
 
@@ -261,20 +264,19 @@ class WholeStepSearch:
         return self.known[number]
 
     def _fast_enough(self) -> Plan:
-        masks, bound = self.masks, self.request.target.bound
-        fast = [number for number in range(masks.most, 0, -1) if self.steps / number >= bound]
-        number = next((number for number in fast if number in masks), None)
-        if number is None:
-            least = next(iter(masks))
+        masks, bound, speedup = self.masks, self.request.target.bound, self._first.speedup
+        fast = list(takewhile(lambda number: speedup(masks[number]) >= bound, masks))
+        if not fast:
+            fewest = next((masks[number] for number in masks), range(self.steps))
             raise TargetMissedError(
                 "no plan of whole steps is fast enough",
                 where=self.request.target.describe(),
-                got=f"{self.steps / least:.2f}x for {least} of {self.steps} steps",
+                got=f"{speedup(fewest):.2f}x for {len(fewest)} of {self.steps} steps",
                 expected=f"{bound:g}x",
                 remedy="ask for less",
             )
-        self._climb(number)
-        return self.fitted(masks[number])
+        self._climb(fast[-1])
+        return self.fitted(masks[fast[-1]])
 
     def dense(self) -> Plan:
         """Return the plan in which every step runs.

@@ -14,7 +14,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.climb import Sample, climb
 from ditfastattn.runtime.search.whole_steps.judge import Judge
 from ditfastattn.runtime.search.whole_steps.masks import Path, drift, fit_mask, search_masks
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 
@@ -48,7 +48,8 @@ class Masks:
         self._checkpoint, self._judge = checkpoint, judge
         self._observed, self._rollouts = observed, rollouts
         self._steps = len(observed[0].steps)
-        self.most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps)))
+        begins = len(observed[0].begins)
+        self.most = min(self._steps - 1, max(FEW_STEPS, int(MOST_RUNS * self._steps), begins))
         self._known: dict[int, _Mask | None] = {}
         self._searched = 0
         self._search: Iterator[list[Path]] | None = None
@@ -163,7 +164,7 @@ class Masks:
     def _by_hardness(self) -> list[int]:
         """Return the images, the hardest first: that is where every third step runs."""
         self._meter.begin("which images are hard")
-        every_third = range(0, self._steps, 3)
+        every_third = sorted(self._observed[0].begins.union(range(0, self._steps, 3)))
         _, states = fit_mask(self._rollouts, every_third, self._meter.spend)
         pairs = zip(self._rollouts, states, strict=True)
         missed = [drift([rollout], [state], self._steps) for rollout, state in pairs]

@@ -15,7 +15,6 @@ from ditfastattn.passes.analysis.fingerprint import Fingerprint, module_fingerpr
 from ditfastattn.passes.analysis.output_site import OUTPUT, output_site, sizes
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
-from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.planned_site import PlannedSite, planned_site
 from ditfastattn.passes.plan.schema import Plan, Sampler
 from ditfastattn.passes.plan.text import PaddedText
@@ -26,8 +25,9 @@ from ditfastattn.runtime.pipeline.guidance import guidance_of
 from ditfastattn.runtime.pipeline.prompts import Prompt
 from ditfastattn.runtime.pipeline.sampler import describe_sampler
 from ditfastattn.runtime.pipeline.text_padding import padded_text
+from ditfastattn.runtime.search.measure.call_log import searched_phases
 from ditfastattn.runtime.search.measure.session import open_session
-from ditfastattn.runtime.search.whole_steps.observe import Observed
+from ditfastattn.runtime.search.whole_steps.observed import Observed
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ class Subject:
                 expected=", ".join(observed.steps[0].calls[0].arguments),
             )
         values = [read_timestep(torch.as_tensor(item)).value() for item in named]
-        return describe_sampler(self.scheduler, values, self.guidance_scale, observed.layout)
+        return describe_sampler(
+            self.scheduler, values, self.guidance_scale, observed.layout, observed.phases
+        )
 
     def opaque(self, plan: Plan) -> Plan:
         """Return ``plan`` for the module as it is, to run it uncompiled."""
@@ -105,22 +107,22 @@ def _latent_shape(observed: Observed) -> dict[str, tuple[int, ...]]:
 def identify(
     pipeline: Any,
     prompt: Prompt,
-    layout: CfgLayout,
     timestep: str,
-    latent: str,
+    first: Observed,
     opaque: bool = False,
 ) -> Subject:
     """Return what ``pipeline`` generates ``prompt`` with; captured where that is possible.
 
-    ``latent`` names the model's argument that is denoised.
+    ``first`` is its dense generation. Where it has phases, the model is captured in the first one.
     """
     module = transformer_of(pipeline, "calibrate(pipeline)")
     scale = guidance_of(pipeline, prompt.call)
-    captured = None
+    captured, layout = None, first.layouts[0]
+    only = searched_phases(first.spans)[0] if first.phases else None
     if not opaque and denoiser_name(pipeline) == "transformer":
         try:
-            with open_session(pipeline, prompt, layout, timestep) as session:
-                site = _fitted_site(session.captured, latent)
+            with open_session(pipeline, prompt, layout, timestep, only=only) as session:
+                site = _fitted_site(session.captured, first.latent)
                 captured = session.identity, input_shapes(session.captured), site
         except (ConfigError, ValueError, TorchDynamoException) as error:
             reason = str(error).splitlines()[0]

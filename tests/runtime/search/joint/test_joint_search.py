@@ -16,7 +16,7 @@ from ditfastattn import ConfigError, Plan, Strategy, Target, TargetMissedError
 from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate
 from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
-from ditfastattn.runtime.search.whole_steps.observe import UnobservableError
+from ditfastattn.runtime.search.whole_steps.observed import UnobservableError
 from ditfastattn.tools.commands.search_output import print_outcome
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
 

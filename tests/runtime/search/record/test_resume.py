@@ -15,7 +15,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ditfastattn import Plan, Target, calibrate
-from ditfastattn.runtime.search.record.checkpoint import open_checkpoint
+from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from tests.helpers import tiny_digits_pipeline
 
 CALL: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 8, "guidance_scale": 2.0}
@@ -117,3 +117,15 @@ def test_pieces_of_a_search_that_nobody_knows_are_not_taken(
         assert not checkpoint.begin({"target": 2})
         assert checkpoint.peek("piece") is None
         assert checkpoint.begin({"target": 2})
+
+
+def test_parts_of_the_work_keep_pieces_of_one_name_apart(tmp_path: Path) -> None:
+    with open_checkpoint(tmp_path / "plan.json") as checkpoint:
+        checkpoint.begin({"method": "joint"})
+        for number, each in enumerate((checkpoint, checkpoint.part("phase-1"))):
+            each.put("costs", number)
+        again = Checkpoint(tmp_path / "plan.json.search")
+        assert (again.peek("costs"), again.part("phase-1").peek("costs")) == (0, 1)
+        assert again.part("phase-2").peek("costs") is None
+        checkpoint.discard()
+    assert not (tmp_path / "plan.json.search").exists()

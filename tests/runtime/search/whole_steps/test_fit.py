@@ -14,12 +14,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import branch_rows
 from ditfastattn.runtime.search.whole_steps.fit import fit, linear_rule
 from ditfastattn.runtime.search.whole_steps.guided import Guidance, find_guidance
 from ditfastattn.runtime.search.whole_steps.masks import skip_step
-from ditfastattn.runtime.search.whole_steps.observe import (
-    ModelCall,
-    Observed,
-    SamplerStep,
-    Step,
-)
+from ditfastattn.runtime.search.whole_steps.observed import ModelCall, Observed, SamplerStep, Step
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
 from tests.helpers import noise
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from examples.whole_steps import WholeSteps
 from torch import Tensor
 
 import ditfastattn
 from ditfastattn import ConfigError, Plan, Strategy, Target
 from ditfastattn.runtime.pipeline.denoiser import transformer_of
-from ditfastattn.runtime.pipeline.forwards import replace_forward
-from ditfastattn.runtime.pipeline.model_call import bound_arguments, output_of, with_output
 from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, calibrate_whole_steps
@@ -27,6 +22,7 @@ from ditfastattn.runtime.search.whole_steps.observe import observe
 from ditfastattn.runtime.search.whole_steps.rollout import Rollout
 from tests.exercises import exercises
 from tests.helpers import tiny_digits_pipeline
+from tests.plans import by_example
 from tests.tiers import slow_but
 from tests.tiny_pipelines import TINY_PIPELINES, tiny_unet_pipeline
 from tests.works_with import works_with
@@ -54,37 +50,6 @@ def accelerated(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
     assert torch.equal(generate(pipeline, prompt), images)
     ditfastattn.restore(pipeline)
     return images
-
-
-def by_example(pipeline: Any, plan: Plan, prompt: Prompt) -> Tensor:
-    """Return the images of a generation that ``examples/whole_steps.py`` runs from the JSON."""
-    data = json.loads(plan.model_dump_json())
-    calls = plan.sampler.cfg_layout.calls
-    wholes = [WholeSteps(data, call) for call in range(calls)]
-    module = transformer_of(pipeline, "test")
-    made: list[Any] = []
-    number = iter(range(1000))
-
-    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            step, call = divmod(next(number), calls)
-
-            def compute() -> Tensor:
-                made.append(forward(*args, **kwargs))
-                return output_of(made[-1])
-
-            latent = bound_arguments(type(module), args, kwargs)[plan.sites[0].latent]
-            output = wholes[call](step, latent, compute)
-            return with_output(made[-1], output)
-
-        return run
-
-    undo = replace_forward(module, make)
-    try:
-        images: Tensor = generate(pipeline, prompt)
-        return images
-    finally:
-        undo()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
