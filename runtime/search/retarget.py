@@ -10,26 +10,25 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ditfastattn.core.errors import ConfigError, TargetMissedError
-from ditfastattn.passes.analysis.site import Site, SiteKind
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.plan.calibration import Calibration, Measured
 from ditfastattn.passes.plan.guidance import CfgLayout
-from ditfastattn.passes.plan.legality import START, why_not
-from ditfastattn.passes.plan.nesting import held_by
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.plan.strategies import Strategy
-from ditfastattn.passes.windows.window import TileWindow, Window
-from ditfastattn.runtime.matching import check_fingerprint, holding_sites, input_shapes
+from ditfastattn.runtime.matching import check_fingerprint, input_shapes
 from ditfastattn.runtime.pipeline.prompts import HELD_OUT_SEED, Prompt, split_prompts
 from ditfastattn.runtime.pipeline.text_padding import text_padded
+from ditfastattn.runtime.search.adapted_rows import as_planned, nearest, retarget_rows
+from ditfastattn.runtime.search.joint.calibrate import Opening, open_phases
 from ditfastattn.runtime.search.joint.parts import Part
 from ditfastattn.runtime.search.joint.search import JointSearch
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
+from ditfastattn.runtime.search.measure.call_log import SearchedPhase
 from ditfastattn.runtime.search.measure.session import Session, open_session
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
 from ditfastattn.runtime.search.record.planned_target import record_target, record_values, target_of
@@ -102,14 +101,18 @@ def _retargeted(
         return refit_whole_steps(pipeline, plan, prompts, unseen, wanted)
     holding = nullcontext() if out is None else open_checkpoint(Path(out))  # one writer per plan
     narrow = all(site.kind is not SiteKind.FEED_FORWARD for site in plan.sites)
-    opening = open_session(
-        pipeline, prompts[0], wanted.cfg_layout, wanted.timestep, narrow, plan.head_groups
-    )
+
+    def opening(
+        layout: CfgLayout | None, only: SearchedPhase | None = None
+    ) -> AbstractContextManager[Session]:
+        groups = plan.head_groups
+        return open_session(pipeline, prompts[0], layout, wanted.timestep, narrow, groups, only)
+
     if any(site.kind is SiteKind.OUTPUT for site in plan.sites):
         return _refitted(pipeline, plan, prompts, unseen, wanted, opening)
-    with holding, opening as session:
+    with holding, opening(wanted.cfg_layout) as session:
         _check_model(plan, session)
-        session.take_sites(_as_planned(plan, session))
+        session.take_sites(as_planned(plan, session))
         at_most = 2.0 * session.steps * (len(prompts) + len(unseen))
         work = Work(session, Checkpoint(), at_most, wanted.on_progress)
         adapted = _validated(work, plan, kept, prompts, unseen, wanted.seed)
@@ -124,121 +127,26 @@ def _refitted(
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     options: Options,
-    opening: AbstractContextManager[Session],
+    opening: Opening,
 ) -> Plan:
     """Adapt a plan of whole steps and sites: the steps that run stay, as do their shortcuts."""
-    with prepare(pipeline, prompts, held_out, options, plan).searching() as whole:
-        whole.generate_dense()  # before the session holds the model
-        steps = whole.steps
-        with opening as session:
+    prepared = prepare(pipeline, prompts, held_out, options, plan)
+    with ExitStack() as opened, prepared.searching() as whole:
+        whole.generate_dense()  # before sessions hold the model
+        steps, first = whole.steps, prepared.first
+        parts: list[Part] = []
+        rows: list[Row] = []
+        sessions = open_phases(first, opening, opened)
+        for session, (own, _) in zip(sessions, first.spans, strict=True):
             _check_model(plan, session)
-            session.take_sites(_as_planned(plan, session))
-            rows = retarget_rows(plan, session)
-            old = [
-                plan.strategies[_nearest(step, steps, plan.sampler.steps)] for step in range(steps)
-            ]
-            runs = [step for step, row in enumerate(old) if row[-1].computes]
-            idle = (Strategy.SHARE_STEP,) * len(session.sites)
-            rows = [row if step in runs else idle for step, row in enumerate(rows)]
-            part = Part(range(steps), Work(session, Checkpoint(), 0.0))
-            adapted = JointSearch(whole, [part]).refit(rows, runs)
-        return options.saved(adapted)
-
-
-def retarget_rows(plan: Plan, session: Session) -> list[Row]:
-    """Return ``plan``'s strategies for the steps and sites of ``session``; a legal schedule.
-
-    A step takes the row of the plan's step nearest to its relative position, the earlier of two;
-    the first step is full. A site that the plan does not list is full, and so is one where its
-    strategy is not legal here, or extrapolates before enough steps have computed an output; these
-    are reported in the log.
-    """
-    known = {site.name: index for index, site in enumerate(plan.sites)}
-    reasons: dict[str, str] = {}
-    histories = {site.name: START.after(Strategy.FULL) for site in session.sites}
-
-    def choose(old: Row, site: Site) -> Strategy:
-        if site.name not in known:
-            reasons[site.name] = "the plan does not list this site"
-            return Strategy.FULL
-        wanted = old[known[site.name]]
-        reason = why_not(wanted, site, session.layout, histories[site.name])
-        if reason:
-            reasons[f"{site.name}, {wanted}"] = reason
-        return Strategy.FULL if reason else wanted
-
-    held = held_by(session.sites)
-    rows: list[Row] = [(Strategy.FULL,) * len(session.sites)]
-    for step in range(1, session.steps):
-        old = plan.strategies[_nearest(step, session.steps, plan.sampler.steps)]
-        row = [choose(old, site) for site in session.sites]
-        for place, inside in enumerate(held):
-            if (
-                inside
-                and row[place].computes
-                and not old[known[session.sites[place].name]].computes
-            ):
-                for idle in inside:  # in the plan; here the blocks run
-                    row[idle] = Strategy.FULL
-        rows.append(tuple(row))
-        for site, strategy in zip(session.sites, rows[-1], strict=True):
-            histories[site.name] = histories[site.name].after(strategy)
-    _report(plan, session, reasons)
-    return rows
-
-
-def _as_planned(plan: Plan, session: Session) -> list[Site]:
-    """Return the session's sites with caches kept as in the plan, windows of its form, its ranges.
-
-    Windows are the plan's own if the number of tokens is the same; otherwise they cover the same
-    fraction of the sequence, or of the grid, as in any plan.
-    """
-    known = {site.name: site for site in plan.sites}
-    sites: list[Site] = []
-    for site in session.sites:
-        planned = known.get(site.name)
-        if planned is None:
-            sites.append(site)
-            continue
-        kept = site.with_caches_in(planned.cache_dtype)
-        if not planned.window:
-            sites.append(kept)
-            continue
-        alike = [form for form in site.windows if _axes(form) == _axes(planned.window)]
-        same = planned.tokens == site.tokens
-        sites.append(replace(kept, window=planned.window if same else (*alike, site.window)[0]))
-    ranges = [site for site in plan.sites if site.kind is SiteKind.BLOCKS]
-    for site in holding_sites(ranges, session.captured, session.sites):
-        sites.append(site.with_caches_in(known[site.name].cache_dtype))
-    return sites
-
-
-def _axes(window: Window) -> int:
-    """Return how many axes the tiles of ``window`` have; 0 of a band."""
-    return len(window.grid) if isinstance(window, TileWindow) else 0
-
-
-def _nearest(step: int, steps: int, old_steps: int) -> int:
-    """Return the old step nearest to step / (steps - 1) of the way; the earlier of two."""
-    whole = steps - 1
-    return (2 * step * (old_steps - 1) + whole - 1) // (2 * whole)
-
-
-def _report(plan: Plan, session: Session, reasons: Mapping[str, str]) -> None:
-    log.info(
-        "retarget: %d to %d steps, %d to %d sites",
-        plan.sampler.steps,
-        session.steps,
-        len(plan.sites),
-        len(session.sites),
-    )
-    if reasons:
-        log.warning(
-            "ditfastattn: retarget: %d shortcuts are not legal here, and became full attention",
-            len(reasons),
-        )
-    for what, reason in reasons.items():
-        log.info("retarget: full: %s: %s", what, reason)
+            session.take_sites(as_planned(plan, session))
+            rows += retarget_rows(plan, session, own.start, steps)
+            parts.append(Part(own, Work(session, Checkpoint(), 0.0)))
+        old = [plan.strategies[nearest(step, steps, plan.sampler.steps)] for step in range(steps)]
+        runs = [step for step, row in enumerate(old) if row[-1].computes or step in first.begins]
+        idle = (Strategy.SHARE_STEP,) * len(rows[0])
+        rows = [row if step in runs else idle for step, row in enumerate(rows)]
+        return options.saved(JointSearch(whole, parts).refit(rows, runs))
 
 
 def _validated(

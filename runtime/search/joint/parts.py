@@ -86,10 +86,10 @@ class PartedCandidates:
         return sum(self._step(part) * len(part.steps) for part in self._parts)
 
     def _step(self, part: Part) -> float:
-        """Return the price of a dense step of ``part``."""
-        if part.chooser is not None:
-            return part.chooser.costs.step
+        """Return the price of all calls of a dense step of ``part``."""
         layout = part.session.layout
+        if part.chooser is not None:
+            return part.chooser.costs.step * layout.calls
         priced = [each for each in self._parts if each.chooser is not None]
         like = next((each for each in priced if each.session.layout is layout), priced[0])
         return self._step(like) * layout.branches / like.session.layout.branches

@@ -26,7 +26,7 @@ from ditfastattn import (
     validate,
 )
 from ditfastattn.passes.analysis.site import Site
-from ditfastattn.runtime.search.retarget import retarget_rows
+from ditfastattn.runtime.search.adapted_rows import retarget_rows
 from ditfastattn.runtime.search.solve.rows import Row
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from tests.helpers import (

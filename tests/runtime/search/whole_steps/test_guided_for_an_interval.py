@@ -175,3 +175,26 @@ def test_the_default_for_a_speed_is_whole_steps(
     assert plan.calibration.tried[-1].what == "sites"
     assert plan.sampler.phases == phases_of(CfgLayout.SEPARATE, range(3), STEPS)
     assert ditfastattn.Plan.load(out) == plan
+
+
+@works_with(
+    "Guidance",
+    "`retarget` of whole steps with guidance for an interval only",
+    "works",
+    "the phases may be others than the plan's; a plan of sites alone is refused",
+)
+def test_a_plan_is_fitted_again_for_other_phases() -> None:
+    pipeline: Any = Pictures("uncond-first", range(3))
+    plan = search_of(pipeline, CALL).run()
+    other: Any = Pictures("uncond-first", range(1, 5))
+    call = {**CALL, "num_inference_steps": 8}
+    adapted = ditfastattn.retarget(other, plan, call, target=Target.min_psnr(10.0))
+    assert adapted.sampler.phases == phases_of(CfgLayout.UNCOND_FIRST, range(1, 5), 8)
+    runs = {step for step, (own,) in enumerate(adapted.strategies) if own.computes}
+    assert {0, 1, 5} <= runs < set(range(8))
+    prompt = Prompt(call, 9)
+    expected = by_example(other, adapted, prompt)
+    ditfastattn.accelerate(other, adapted)
+    got = generate(other, prompt)
+    ditfastattn.restore(other)
+    assert float((got - expected).abs().max()) < 1e-5
