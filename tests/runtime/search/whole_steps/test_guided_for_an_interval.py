@@ -17,6 +17,7 @@ from ditfastattn.runtime.pipeline.prompts import Prompt, generate, split_prompts
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps import calibrate as whole_steps
 from ditfastattn.runtime.search.whole_steps.calibrate import Options, prepare
+from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.climb import Sample, climb
 from ditfastattn.runtime.search.whole_steps.fit import fit
 from ditfastattn.runtime.search.whole_steps.masks import search_masks
