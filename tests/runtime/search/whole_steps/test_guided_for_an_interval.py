@@ -111,7 +111,7 @@ def test_a_fit_sees_outputs_of_its_phase() -> None:
 
     found = list(search_masks(whole.rollouts, lambda _: None, rule=rule))
     assert set(seen) == {1, 2, 4, 5, 6, 8}
-    assert [number for number, paths in enumerate(found, 1) if paths][0] == len(observed.begins)
+    assert next(number for number, paths in enumerate(found, 1) if paths) == len(observed.begins)
     assert all(observed.begins <= set(path.runs) for paths in found for path in paths)
 
 
