@@ -122,11 +122,12 @@ class _Climber:
         found = []
         for sample, before in zip(self._samples, self._known, strict=True):
             now = self._fitted(sample, runs, before.begun)
-            found.append(now)
-            if sample is not self._samples[-1] and _hopeless(before.worth, now.worth):
+            decides = sample is self._samples[-1]
+            if decides and _total(now.worth) <= _total(before.worth):
                 return False
-        if _total(now.worth) <= _total(before.worth):
-            return False
+            if not decides and _hopeless(before.worth, now.worth):
+                return False
+            found.append(now)
         self.best, self._known = runs, found
         return True
 
