@@ -67,7 +67,7 @@ def test_the_op_and_its_forms_are_the_images_rows_of_all(
     assert lower_windows(lowered) == []
     assert not calls(lowered.graph, *WINDOWED)
     exactly(lowered(*call)[0], expected)
-    eager = compute_window(*call[:3], window, 0.25, text, *given)
+    eager = compute_window(call[0], k, v, window, 0.25, text, *given)
     exactly(eager, expected)
     outside = trace(model, *call)
     assert mask_windows(outside) == 1
