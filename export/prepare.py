@@ -29,8 +29,10 @@ from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, with_wholes
 from ditfastattn.passes.analysis.sites import find_sites
 from ditfastattn.passes.capture.captured_graph import GraphInput
+from ditfastattn.passes.capture.opaque_blocks import OPAQUE_BLOCK, block_named
 from ditfastattn.passes.capture.plain_tensors import is_plain
-from ditfastattn.passes.graph.ir import value
+from ditfastattn.passes.capture.routed_experts import form_of
+from ditfastattn.passes.graph.ir import calls, value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.passes.rewrites.hoist_invariants import HOIST_PER_GENERATION, find_hoisted
@@ -110,15 +112,22 @@ class PreparedModel:
 
 
 def _check_whole(captured: CapturedCall) -> None:
-    """Refuse a graph that lacks parts of the model."""
-    for path, line in captured.traced.opaque.items() if captured.traced else ():
-        raise ConfigError(
-            "a part of the model reads what it denoises, as a router to experts does, and is not "
-            "in the graph",
-            where="export",
-            got=f"{path}: {line}",
-            remedy="run it in torch, by accelerate(pipeline, plan)",
-        )
+    """Refuse a graph that lacks parts of the model, and these are not routed experts."""
+    if captured.traced is None:
+        return
+    for node in calls(captured.graph.module.graph, OPAQUE_BLOCK):
+        name = str(node.args[1])
+        path = block_named(name).path
+        try:
+            form_of(name)
+        except ValueError as error:
+            raise ConfigError(
+                f"a part of the model reads what it denoises, and is not in the graph: {error}",
+                where="export",
+                got=f"{path}: {captured.traced.opaque[path]}",
+                expected="experts that each compute tokens alone, whose results are added",
+                remedy="run it in torch, by accelerate(pipeline, plan)",
+            ) from error
 
 
 def _check_real(captured: CapturedCall) -> None:

@@ -23,6 +23,7 @@ from ditfastattn.export.operators import RULES
 from ditfastattn.export.to_onnx import GraphSource, emit, finish
 from ditfastattn.export.weights import Weights
 from ditfastattn.passes.analysis.site import Site
+from ditfastattn.passes.capture.routed_experts import inline_blocks
 from ditfastattn.passes.graph.ir import aten, calls, outputs
 from ditfastattn.passes.graph.slots import read_slots, written_slots
 from ditfastattn.passes.plan.actions import SiteAction
@@ -128,6 +129,7 @@ def _step_graph(
 ) -> StepGraph:
     positions = [i for i, entry in enumerate(captures.first.graph.inputs) if entry.static]
     for module in (first,) if second is first else (first, second):
+        inline_blocks(module)
         form(module, positions)
     symbols = find_batch(first, second, captures.batches)
     graph = first.graph

@@ -158,7 +158,7 @@ def holding_sites(
 
 def _as_planned(site: Site, planned: PlannedSite) -> Site:
     """Give ``site`` the window and cache dtype of the plan; a grid must cover the site's tokens."""
-    window, tokens = planned.window, site.tokens - sum(site.text)
+    window, tokens = planned.window, site.image_tokens
     if isinstance(window, TileWindow) and window.tokens != tokens:
         grid = " x ".join(map(str, window.grid))
         raise mismatch(f"sites ({site.name}): window", f"{tokens} tokens of the image", grid)

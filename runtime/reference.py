@@ -249,14 +249,16 @@ class PlanInterpreter(TorchFunctionMode):
 
 def _window(site: Site, call: Mapping[str, Any]) -> Tensor:
     """Return the attention ``call`` within the window of ``site``, by a mask."""
-    tokens = call["query"].shape[-2]
-    position = torch.arange(tokens, device=call["query"].device)
-    text = (position < site.text[0]) | (position >= tokens - site.text[1])
+    queries, keys = call["query"].shape[-2], call["key"].shape[-2]
+    position = torch.arange(keys, device=call["query"].device)
+    text = (position < site.text[0]) | (position >= keys - site.text[1])
     if isinstance(site.window, TileWindow):
         near = _near_tiles(site.window, position - site.text[0])
     else:
         near = (position[:, None] - position[None, :]).abs() <= site.window
     seen = near | text[:, None] | text[None, :]
+    if queries < keys:  # the image's alone
+        seen = seen[~text]
     mask = call.get("attn_mask")
     if mask is not None:
         seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)

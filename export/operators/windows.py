@@ -21,7 +21,11 @@ from ditfastattn.passes.windows.band import Band, band_of, block_tokens, seen_to
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION, near_tiles, tile_order
 from ditfastattn.passes.windows.tile_attention import seen_tokens as tokens_seen_by_tiles
 from ditfastattn.passes.windows.window import TileWindow
-from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, seen_pairs
+from ditfastattn.passes.windows.window_attention import (
+    WINDOW_ATTENTION,
+    rows_of_queries,
+    seen_pairs,
+)
 
 Three = tuple[str, str, str]  # names of query, key and value
 
@@ -34,16 +38,23 @@ class _Mask:
     by_query: bool
 
 
+def _text_queries(call: Call) -> bool:
+    """Return whether text tokens are queries, and not keys alone."""
+    return bool(call.first.shape[2] == call.args[1].shape[2])
+
+
 def _window_attention(emitter: Emitter, call: Call) -> str:
-    tokens = call.first.shape[2]
+    tokens = call.args[1].shape[2]
     assert isinstance(tokens, int)
     window, scale = call.args[3:5]
     before, after = call.get(5, "before", 0), call.get(6, "after", 0)
-    band = band_of(tokens, window, call.dtype, torch.device("cpu"), before, after)
+    asks, device = _text_queries(call), torch.device("cpu")
+    band = band_of(tokens, window, call.dtype, device, before, after, text_queries=asks)
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
     mask = _mask(emitter, call, call.get(7, "mask"))
     if band.span >= band.tokens:
-        seen = seen_pairs(tokens, band.window, before, after)
+        every = seen_pairs(tokens, band.window, before, after)
+        seen = rows_of_queries(every, band.queries, before)
         biases = [emitter.constant(additive(seen, call.dtype)), *([mask.bias] if mask.bias else [])]
         attended = attend(emitter, call, (query, key, value_), scale, biases)
         return or_zero(emitter, call, attended, biases) if mask.bias else attended
@@ -66,7 +77,7 @@ def _tile_attention(emitter: Emitter, call: Call) -> str:
     query, key, value_ = (emitter.use(item) for item in call.args[:3])
     text = call.get(7, "before", 0), call.get(8, "after", 0)
     mask = _mask(emitter, call, call.get(9, "mask"))
-    own = tile_order(window) + text[0]
+    own = tile_order(window) + (text[0] if _text_queries(call) else 0)
     biases = _bias_of_blocks(emitter, mask, own, tokens_seen_by_tiles(window, *text))
 
     def in_tiles(tensors: Three, text: tuple[str, str]) -> str:
@@ -153,15 +164,21 @@ def _beside_text(
 ) -> str:
     """Attend among the image's ``tokens`` by ``image``, and from the ``text`` around them to all.
 
+    Where the text's tokens are keys alone, that is the image's attention.
+
     ``mask`` is added to the scores of the text's queries.
     """
     if not any(text):
         return image(tensors, ("", ""))
     before, after = text
-    near, (text_q, *others) = zip(
-        *(_split_text(emitter, item, tokens, text) for item in tensors), strict=True
+    query, *keyed = tensors
+    (key, value_), others = zip(
+        *(_split_text(emitter, item, tokens, text) for item in keyed), strict=True
     )
-    middle = image(near, (others[0], others[1]))
+    if not _text_queries(call):
+        return image((query, key, value_), others)
+    own, text_q = _split_text(emitter, query, tokens, text)
+    middle = image((own, key, value_), others)
     hidden = _split_text(emitter, mask.bias, tokens, text)[1] if mask.by_query else mask.bias
     biases = [hidden] if hidden else []
     rows = attend(emitter, call, (text_q, *tensors[1:]), scale, biases)

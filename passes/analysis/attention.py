@@ -18,10 +18,10 @@ def kind_of(node: Node, ancestry: Ancestry) -> SiteKind:
     query, key = argument(node, 0, "query"), argument(node, 1, "key")
     if ancestry.roots(key) != ancestry.roots(query):
         return SiteKind.CROSS
-    return SiteKind.JOINT if _joins_streams(key) else SiteKind.SELF
+    return SiteKind.JOINT if joins_streams(key) else SiteKind.SELF
 
 
-def _joins_streams(key: Node) -> bool:
+def joins_streams(key: Node) -> bool:
     """Return whether the keys are concatenated, along the tokens, from several projections."""
     tokens = value(key).shape[-2]
     seen, pending = set(), [key]
@@ -45,15 +45,18 @@ def _concatenates(node: Node, tokens: int) -> bool:
 def why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]) -> str:
     """Return why an attention node cannot be windowed, or "".
 
-    ``tokens`` counts the image's, ``text`` the tokens before and after them.
+    ``tokens`` counts the image's, ``text`` the keys before and after them.
     """
+    query, key = (list(value(source).shape) for source in node.args[:2])
     if kind is SiteKind.CROSS:
         return f"a band window is defined for self-attention, this is {kind}-attention"
     if kind is SiteKind.JOINT and not any(text):
-        return _why_not_told_apart(tokens, value(node.args[1]).shape[-2])
+        return _why_not_told_apart(query[-2], key[-2])
     if argument(node, 5, "is_causal", False):
         return "the attention is causal"
-    if value(node.args[0]).shape != value(node.args[1]).shape:
+    if query[-2] == tokens:  # text tokens are keys alone
+        query[-2] += sum(text)
+    if query != key:
         return "queries and keys differ in shape"
     if tokens < _SHORTEST_WINDOWED_SEQUENCE:
         return f"only {tokens} tokens: a window would save nothing"
@@ -61,10 +64,9 @@ def why_no_window(node: Node, kind: SiteKind, tokens: int, text: tuple[int, int]
 
 
 def _why_not_told_apart(queries: int, keys: int) -> str:
-    if queries != keys:
-        return f"text tokens are keys alone: {queries} queries attend {keys} keys"
     parts = "two parts of which only one depends on the latent"
-    return f"its {keys} tokens are not joined from {parts}"
+    attending = f", which {queries} queries attend," if queries != keys else ""
+    return f"its {keys} tokens{attending} are not joined from {parts}"
 
 
 def attention_mask(node: Node) -> Node | None:

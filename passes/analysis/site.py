@@ -48,7 +48,8 @@ class Site:
     ``node`` and ``exits`` name graph nodes; ``node`` is the attention, or where the feed-forward
     leaves. ``ordinal`` is the place among the model's calls of attention, or among its calls of
     linear with ``weight``, a feed-forward's last one; -1 where the model spells attention
-    otherwise. ``text`` counts the tokens before and after the image's, in joint attention.
+    otherwise. ``text`` counts the keys before and after the image's, in joint attention; with
+    ``text_queries`` they are queries too, else ``tokens`` counts the image's alone.
     ``grid`` is that of the image's tokens, time first, () where none is known; ``no_grid`` says
     why there is none. ``windows`` are the forms that fit, the one chosen is ``window``, 0 where
     none is legal: ``no_window`` says why. ``no_shared_guidance`` says why the halves of a batch
@@ -74,6 +75,7 @@ class Site:
     window: Window
     windows: tuple[Window, ...] = ()
     text: tuple[int, int] = (0, 0)
+    text_queries: bool = False
     no_window: str = ""
     no_shared_guidance: str = ""
     no_grid: str = ""
@@ -87,6 +89,11 @@ class Site:
     bases: tuple[str, ...] = ()
     cache_dtype: CacheDtype | None = None
     weight: str = ""
+
+    @property
+    def image_tokens(self) -> int:
+        """Return how many tokens are the image's."""
+        return self.tokens - (sum(self.text) if self.text_queries else 0)
 
     @property
     def axes(self) -> str:

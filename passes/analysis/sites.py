@@ -28,7 +28,7 @@ from ditfastattn.passes.analysis.feed_forwards import (
 from ditfastattn.passes.analysis.flex_sites import describe_flex, why_no_flex_site
 from ditfastattn.passes.analysis.latent import latent_position
 from ditfastattn.passes.analysis.site import Site, SiteKind
-from ditfastattn.passes.analysis.streams import Streams, find_streams
+from ditfastattn.passes.analysis.streams import Streams, find_streams, text_around
 from ditfastattn.passes.analysis.token_grid import GridFinder, embedded_grid
 from ditfastattn.passes.capture.captured_graph import CapturedGraph
 from ditfastattn.passes.capture.recognize_attention import RECOGNIZED
@@ -144,9 +144,9 @@ def _describe(
 ) -> Site:
     _, heads, tokens, head_dim = value(node.args[0]).shape
     kind = kind_of(node, ancestry)
-    text = (0, 0) if kind is SiteKind.CROSS else streams.get(tokens, (0, 0))
+    text = text_around(node, kind, streams)
     kind = SiteKind.JOINT if any(text) else kind
-    image = tokens - sum(text)
+    image = value(node.args[1]).shape[-2] - sum(text) if any(text) else tokens
     no_window = why_no_window(node, kind, image, text)
     ends = exits_of(node, ancestry)
     grid = embedded_grid(node, image, value(node).shape[0] // ancestry.batch)
@@ -166,6 +166,7 @@ def _describe(
         window=windows[0] if windows else 0,
         windows=windows,
         text=text,
+        text_queries=tokens > image,
         no_window=no_window,
         no_shared_guidance=ancestry.why_no_shared_guidance(ends),
         no_grid="" if grid else ancestry.why_no_grid(grids.inputs(image)),

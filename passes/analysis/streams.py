@@ -9,10 +9,25 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ditfastattn.passes.analysis.ancestry import Ancestry
+from ditfastattn.passes.analysis.attention import joins_streams
 from ditfastattn.passes.analysis.feed_forwards import closure
+from ditfastattn.passes.analysis.site import SiteKind
 from ditfastattn.passes.graph.ir import ATTENTION, argument, aten, calls, value
 
 Streams = Mapping[int, tuple[int, int]]  # tokens in all -> those of text before, and after
+
+
+def text_around(node: Node, kind: SiteKind, streams: Streams) -> tuple[int, int]:
+    """Return how many keys of an attention are text, before and after the image's.
+
+    They are queries too, or the queries are the image's alone.
+    """
+    queries, keys = (value(source).shape[-2] for source in node.args[:2])
+    text = streams.get(keys, (0, 0))
+    if queries == keys:
+        return (0, 0) if kind is SiteKind.CROSS else text
+    alone = queries == keys - sum(text) and joins_streams(argument(node, 1, "key"))
+    return text if alone else (0, 0)
 
 
 def find_streams(graph: Graph, ancestry: Ancestry, latent: str) -> Streams:
@@ -51,10 +66,10 @@ def _holds_tokens(joined: Tensor, dim: int, batch: int) -> bool:
 
 
 def _attends(joined: Node, dim: int) -> bool:
-    """Return whether some attention's queries have the tokens of ``joined``."""
+    """Return whether the keys of some attention are as many tokens as ``joined``."""
     tokens = value(joined).shape[dim]
     after = closure(joined.graph, [joined], lambda _: True)
     return any(
-        node in after and value(node.args[0]).shape[-2] == tokens
+        node in after and value(node.args[1]).shape[-2] == tokens
         for node in calls(joined.graph, ATTENTION)
     )

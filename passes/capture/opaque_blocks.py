@@ -37,7 +37,8 @@ class OpaqueBlock:
         self._leaves: list[Any] = []
         self._structure: Any = None
         self._returned: Any = None
-        self.results: list[Tensor] = []  # without content
+        self.inputs: list[Tensor] = []  # without content, weights among them
+        self.results: list[Tensor] = []  # likewise
         _blocks[self.name] = self
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -58,11 +59,17 @@ class OpaqueBlock:
         with torch.no_grad():
             result = functional_call(self._module, weights, args, kwargs)
         results, self._returned = pytree.tree_flatten(result)
+        self.inputs = [_weightless(item) for item in tensors]
         self.results = [_weightless(item) for item in results]
         storages = {item.untyped_storage()._cdata for item in tensors}
         return [
             item.clone() if item.untyped_storage()._cdata in storages else item for item in results
         ]
+
+
+def block_named(name: str) -> OpaqueBlock:
+    """Return the block that a call in a graph names."""
+    return _blocks[name]
 
 
 def _weightless(item: Tensor) -> Tensor:
@@ -74,6 +81,9 @@ def _weightless(item: Tensor) -> Tensor:
 def opaque_block(tensors: list[Tensor], block: str) -> list[Tensor]:
     """Run the module that is kept as ``block``."""
     return _blocks[block].run(tensors)
+
+
+OPAQUE_BLOCK = torch.ops.ditfastattn.opaque_block.default
 
 
 @opaque_block.register_fake

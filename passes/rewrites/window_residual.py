@@ -54,6 +54,7 @@ def insert_window(graph: Graph, attention: Node, site: Site) -> Node:
     mask, pairs = attention_mask(attention), None
     if mask is not None:
         with graph.inserting_before(attention):
-            pairs = insert_mask(graph, mask, site.tokens, attention)
+            keys = value(attention.args[1]).shape[-2]
+            pairs = insert_mask(graph, mask, keys, attention)
     target, arguments = window_call(site.window, attention_scale(attention), site.text, pairs)
     return insert(graph, target, (*attention.args[:3], *arguments), attention)

@@ -15,7 +15,7 @@ class Band:
     """Hold what the constants of a window depend on.
 
     ``tokens`` counts those of the band. The text tokens ``before`` and ``after`` it attend, and are
-    attended by, all.
+    attended by, all; without ``text_queries`` they are keys alone.
     """
 
     tokens: int
@@ -24,6 +24,17 @@ class Band:
     device: torch.device
     before: int = 0
     after: int = 0
+    text_queries: bool = True
+
+    @property
+    def queries(self) -> int:
+        """Return how many queries there are, the text's among them."""
+        return self.tokens + (self.text if self.text_queries else 0)
+
+    @property
+    def first_query(self) -> int:
+        """Return which query is the band's first."""
+        return self.before if self.text_queries else 0
 
     @property
     def text(self) -> int:
@@ -69,16 +80,18 @@ def band_of(
     device: torch.device,
     before: int = 0,
     after: int = 0,
+    *,
+    text_queries: bool = True,
 ) -> Band:
-    """Return the band of a window over ``tokens`` in all, text among them."""
+    """Return the band of a window over ``tokens`` keys in all, text among them."""
     image = tokens - before - after
-    return Band(image, min(window, image), dtype, device, before, after)
+    return Band(image, min(window, image), dtype, device, before, after, text_queries)
 
 
 def block_tokens(band: Band) -> Tensor:
-    """Return the tokens of each block, int64 ``[blocks, block]``; the last one fills the rest."""
+    """Return the queries of each block, int64 ``[blocks, block]``; the last one fills the rest."""
     token = torch.arange(band.blocks * band.block, device=band.device)
-    return token.clamp(max=band.tokens - 1).reshape(band.blocks, band.block) + band.before
+    return token.clamp(max=band.tokens - 1).reshape(band.blocks, band.block) + band.first_query
 
 
 def seen_tokens(band: Band) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
     """Return the FlexAttention form, and its constants."""
     total = band.tokens + band.text
     stop = band.before + band.tokens
+    offset = band.before - band.first_query  # from queries to the tokens that they are
 
     def in_band(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (query - key).abs() <= band.window
+        token = query + offset
+        near = (token - key).abs() <= band.window
         if not band.text:
             return near
-        text = (query < band.before) | (query >= stop) | (key < band.before) | (key >= stop)
+        text = (token < band.before) | (token >= stop) | (key < band.before) | (key >= stop)
         return near | text
 
     def near(counts: Constants) -> flex.BlockMask:
@@ -41,7 +43,7 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
             whole_places,
             BLOCK_SIZE=FLEX_BLOCK,
             mask_mod=in_band,
-            seq_lengths=(total, total),
+            seq_lengths=(band.queries, total),
             compute_q_blocks=False,  # only the backward reads them
         )
 
@@ -61,7 +63,7 @@ def flex_form(band: Band, scale: float, masked: bool = False) -> tuple[Form, Con
 def _masked_score(
     score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, mask: Tensor
 ) -> Tensor:
-    """Apply a mask ``[B | 1, H | 1, N | 1, N]``."""
+    """Apply a mask ``[B | 1, H | 1, queries | 1, keys]``."""
     axes = zip((batch, head, query), mask.shape, strict=False)
     row, place, own = (index * int(size > 1) for index, size in axes)
     found = mask[row, place, own, key]
@@ -72,21 +74,38 @@ def _masked_score(
 def band_blocks(band: Band) -> Constants:
     """Return FlexAttention's key blocks per query block: part and whole ones, counts and indices.
 
-    Found from the blocks' corners: ``create_block_mask`` would look at all ``[N, N]`` pairs.
+    Found from the blocks' corners: ``create_block_mask`` would look at all pairs.
     """
     side, total = FLEX_BLOCK, band.tokens + band.text
-    stop = band.before + band.tokens
+    start = band.before - band.first_query
     with torch.inference_mode(False):
-        first = torch.arange(0, total, side, device=band.device)
-        distance = (first[:, None] - first[None, :]).abs()
+        queries = _Blocks.of(band, start, start + band.queries)
+        keys = _Blocks.of(band, 0, total)
+        distance = (queries.first[:, None] - keys.first[None, :]).abs()
         near = (distance - side + 1).clamp(min=0) <= band.window
-        inner = first + side <= total
-        has_text = (first < band.before) | ((first + side).clamp(max=total) > stop)
-        all_text = (first + side <= band.before) | (first >= stop)
+        near = near | queries.has_text[:, None] | keys.has_text[None, :]
         whole = distance + side - 1 <= band.window
-        whole = (whole | all_text[:, None] | all_text[None, :]) & inner[:, None] & inner[None, :]
-        near = near | has_text[:, None] | has_text[None, :]
+        whole = whole | queries.all_text[:, None] | keys.all_text[None, :]
+        whole = whole & queries.full[:, None] & keys.full[None, :]
         return *_counted(near & ~whole), *_counted(whole)
+
+
+class _Blocks(NamedTuple):
+    """Describe blocks of tokens: where each begins, what it holds, whether it is full."""
+
+    first: Tensor
+    has_text: Tensor
+    all_text: Tensor
+    full: Tensor
+
+    @classmethod
+    def of(cls, band: Band, start: int, end: int) -> _Blocks:
+        """Cut the tokens from ``start`` to ``end`` into blocks."""
+        stop = band.before + band.tokens
+        first = torch.arange(start, end, FLEX_BLOCK, device=band.device)
+        last = first + FLEX_BLOCK
+        has_text = (first < band.before) | (last.clamp(max=end) > stop)
+        return cls(first, has_text, (last <= band.before) | (first >= stop), last <= end)
 
 
 def _counted(kept: Tensor) -> Constants:

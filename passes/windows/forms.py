@@ -102,13 +102,14 @@ def window_of(node: Node) -> tuple[Window, float, tuple[int, int]]:
 def pairs_of(node: Node) -> int:
     """Count the pairs of query and key that a windowed attention keeps, per head."""
     window, _, text = window_of(node)
+    queries, keys = value(node).shape[2], value(node.args[1]).shape[2]
     if isinstance(window, TileWindow):
-        return tile_pairs(window, sum(text))
-    return kept_pairs(value(node).shape[2], window, sum(text))
+        return tile_pairs(window, queries, keys)
+    return kept_pairs(queries, keys, window, sum(text))
 
 
 def fraction(window: Window, tokens: int) -> float:
     """Return the fraction of all pairs that a window over ``tokens``, without text, keeps."""
     if isinstance(window, TileWindow):
         return window.seen / math.prod(window.grid)
-    return kept_pairs(tokens, window) / tokens**2
+    return kept_pairs(tokens, tokens, window) / tokens**2

@@ -14,8 +14,7 @@ number of others, so nothing is masked except by the model itself: all that is g
 whichever kernel is fastest. Of a mask that depends on the query, a tile takes its own rows and the
 columns of what it sees.
 
-If the grid is the sequence itself (one axis), a tile sees one run of tokens. On a CPU nothing is
-gathered then: each tile attends a slice of the keys.
+If the grid is the sequence itself (one axis), nothing is gathered on a CPU: see ``tile_runs``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -41,13 +39,14 @@ from ditfastattn.passes.graph.paste_form import (
     token_major,
 )
 from ditfastattn.passes.windows.forms import window_of
-from ditfastattn.passes.windows.masks import bias_of, bias_of_blocks, rows_of, rows_outside
+from ditfastattn.passes.windows.masks import bias_of, bias_of_blocks, rows_outside
 from ditfastattn.passes.windows.tile_attention import (
     TILE_ATTENTION,
     near_tiles,
     seen_tokens,
     tile_order,
 )
+from ditfastattn.passes.windows.tile_runs import is_in_runs, runs_form
 from ditfastattn.passes.windows.window import TileWindow
 
 _MAX_GATHERED_BYTES = 2**31
@@ -64,7 +63,11 @@ def lower_tile_attention(module: GraphModule) -> list[str]:
             continue
         window, scale, text = window_of(node)
         assert isinstance(window, TileWindow)
-        form, constants = tiles_form(window, scale, text, value(node).device, is_masked(node))
+        query, key = (value(source) for source in sources(node)[:2])
+        asks = query.shape[2] == key.shape[2]
+        form, constants = tiles_form(
+            window, scale, text, query.device, is_masked(node), text_queries=asks
+        )
         paster.replace(node, (window, scale, text), form, constants)
     module.recompile()
     return reasons
@@ -76,7 +79,7 @@ def _decline(node: Node) -> str:
     window, _, text = window_of(node)
     assert isinstance(window, TileWindow)
     keys = value(sources(node)[1])
-    if _is_in_runs(window, keys.device):
+    if is_in_runs(window, keys.device):
         return ""
     gathered = 2 * keys.nbytes * math.prod(window.spans)
     if gathered > _MAX_GATHERED_BYTES:
@@ -97,14 +100,20 @@ def tiles_form(
     text: tuple[int, int],
     device: torch.device,
     masked: bool = False,
+    *,
+    text_queries: bool = True,
 ) -> tuple[Form, Constants]:
-    """Return the form that attends tile by tile, and its constants."""
-    if _is_in_runs(window, device):
-        return _runs_form(window, scale, text, masked), ()
-    form, near = _GatheredTiles(window, scale, *text), _near(window, device)
+    """Return the form that attends tile by tile, and its constants.
+
+    Without ``text_queries`` the ``text`` tokens are keys alone.
+    """
+    if is_in_runs(window, device):
+        return runs_form(window, scale, text, masked, text_queries), ()
+    form, near = _GatheredTiles(window, scale, *text, text_queries), _near(window, device)
     if not masked:
         return form.run, (near,)
-    return form.run_masked, (near, *_pairs(window, text, device))
+    first = text[0] if text_queries else 0
+    return form.run_masked, (near, *_pairs(window, text, first, device))
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class _GatheredTiles:
     scale: float
     before: int
     after: int
+    text_queries: bool
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
         """Attend without a mask."""
@@ -145,11 +155,14 @@ class _GatheredTiles:
         before, stop = self.before, self.before + self.window.tokens
         if not self.before + self.after:
             return token_major(self._in_tiles(q, k, v, bias, near))
-        own_q, own_k, own_v = (item[:, :, before:stop] for item in (q, k, v))
-        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (q, k, v)]
-        image = self._in_tiles(own_q, own_k, own_v, bias, near, *rest[1:])
+        own_k, own_v = (item[:, :, before:stop] for item in (k, v))
+        rest = [torch.cat([x[:, :, :before], x[:, :, stop:]], dim=2) for x in (k, v)]
+        if not self.text_queries:
+            return token_major(self._in_tiles(q, own_k, own_v, bias, near, *rest))
+        image = self._in_tiles(q[:, :, before:stop], own_k, own_v, bias, near, *rest)
         hidden = None if mask is None else bias_of(rows_outside(mask, before, stop), q.dtype)
-        rows = scaled_dot_product_attention(rest[0], k, v, attn_mask=hidden, scale=self.scale)
+        asking = torch.cat([q[:, :, :before], q[:, :, stop:]], dim=2)
+        rows = scaled_dot_product_attention(asking, k, v, attn_mask=hidden, scale=self.scale)
         return token_major(torch.cat([rows[:, :, :before], image, rows[:, :, before:]], dim=2))
 
     def _in_tiles(
@@ -191,66 +204,6 @@ def _swapped(item: Tensor, batch: int) -> Tensor:
     return item.reshape(batch, -1, *item.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _is_in_runs(window: TileWindow, device: torch.device) -> bool:
-    """Return whether tiles attend slices of the keys; on a GPU each would be too little work."""
-    return len(window.grid) == 1 and device.type == "cpu"
-
-
-def _runs_form(window: TileWindow, scale: float, text: tuple[int, int], masked: bool) -> Form:
-    """Return the form for tiles of the sequence, each of which sees one run of it."""
-    before, after = text
-    stop = before + window.tokens
-    runs = _runs(window)  # not while the form is traced
-
-    def seen(item: Tensor, dim: int, first: int, last: int) -> Tensor:
-        """Return the tokens from ``first`` to ``last``, and the text."""
-        if last - first == window.tokens:
-            return item
-        parts = [(0, before), (before + first, before + last), (stop, stop + after)]
-        found = [item.narrow(dim, start, end - start) for start, end in parts if end > start]
-        return torch.cat(found, dim=dim) if len(found) > 1 else found[0]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        def queries(start: int, end: int, first: int, last: int) -> Tensor:
-            keys, values = seen(k, 2, first, last), seen(v, 2, first, last)
-            bias = None
-            if mask is not None:
-                bias = bias_of(seen(rows_of(mask, start, end), 3, first, last), q.dtype)
-            rows = q.narrow(2, start, end - start)
-            return scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
-
-        everything = 0, window.tokens
-        parts = [queries(0, before, *everything)] if before else []
-        for start, end, first, last in runs:
-            parts.append(queries(before + start, before + end, first, last))
-        parts += [queries(stop, stop + after, *everything)] if after else []
-        return token_major(torch.cat(parts, dim=2))
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, None)
-
-    def run_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return attend(q, k, v, mask)
-
-    return run_masked if masked else run
-
-
-@lru_cache(maxsize=8)
-def _runs(window: TileWindow) -> list[tuple[int, int, int, int]]:
-    """Return the runs of queries of a sequence (from, to), and the run of keys that each sees.
-
-    Tiles at an end of the sequence see the same keys, and are one run.
-    """
-    (tile,), (span,), (count,) = window.tile, window.spans, window.counts
-    firsts = near_tiles(window)[:, 0].tolist()
-    found: list[tuple[int, int, int, int]] = []
-    for first, alike in groupby(range(count), key=firsts.__getitem__):
-        places = list(alike)
-        queries = places[0] * tile, (places[-1] + 1) * tile
-        found.append((*queries, first * tile, (first + span) * tile))
-    return found
-
-
 @lru_cache(maxsize=8)
 def _near(window: TileWindow, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
@@ -258,10 +211,12 @@ def _near(window: TileWindow, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _pairs(window: TileWindow, text: tuple[int, int], device: torch.device) -> Constants:
-    """Return the tokens of each tile, and those that it sees."""
+def _pairs(
+    window: TileWindow, text: tuple[int, int], first: int, device: torch.device
+) -> Constants:
+    """Return the queries of each tile, the grid's from ``first``, and the tokens that it sees."""
     with torch.inference_mode(False):
-        return tile_order(window, device) + text[0], seen_tokens(window, *text, device)
+        return tile_order(window, device) + first, seen_tokens(window, *text, device)
 
 
 def _tiled(window: TileWindow, item: Tensor) -> Tensor:

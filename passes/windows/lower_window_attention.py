@@ -91,10 +91,12 @@ def _lower(paster: FormPaster, node: Node, kernel: WindowKernel) -> None:
 
 
 def _band(node: Node) -> Band:
-    query = value(sources(node)[0])
+    query, key = (value(source) for source in sources(node)[:2])
     window: Any = node.args[3]
     before, after = argument(node, 5, "before", 0), argument(node, 6, "after", 0)
-    return band_of(query.shape[2], window, query.dtype, query.device, before, after)
+    asks = query.shape[2] == key.shape[2]
+    tokens, dtype, device = key.shape[2], query.dtype, query.device
+    return band_of(tokens, window, dtype, device, before, after, text_queries=asks)
 
 
 def _decline(node: Node, kernel: WindowKernel) -> str:
@@ -161,9 +163,11 @@ class _Blocks:
         if not band.text:
             return token_major(self._in_blocks(q, self._spans(k), self._spans(v), bias, masked))
         (near_k, text_k), (near_v, text_v) = band.split(k), band.split(v)
-        near_q, text_q = band.split(q)
         keys = self._with_text(self._spans(near_k), text_k)
         values = self._with_text(self._spans(near_v), text_v)
+        if not band.text_queries:
+            return token_major(self._in_blocks(q, keys, values, bias, masked))
+        near_q, text_q = band.split(q)
         image = self._in_blocks(near_q, keys, values, bias, masked)
         hidden = None
         if mask is not None:

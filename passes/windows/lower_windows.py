@@ -29,14 +29,14 @@ def compute_window(
     text: tuple[int, int],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend within ``window``; q, k and v are ``[B, H, N, D]``, ``text`` tokens before and after.
+    """Attend within ``window``; q, k and v are ``[B, H, N, D]``, ``text`` keys before and after.
 
-    ``mask`` is ``[B | 1, H | 1, N | 1, N]``.
+    ``mask`` is ``[B | 1, H | 1, queries | 1, keys]``.
     """
-    masked = mask is not None
+    masked, asks = mask is not None, q.shape[2] == k.shape[2]
     if isinstance(window, TileWindow):
-        form, constants = tiles_form(window, scale, text, q.device, masked)
+        form, constants = tiles_form(window, scale, text, q.device, masked, text_queries=asks)
     else:
-        band = band_of(q.shape[2], window, q.dtype, q.device, *text)
+        band = band_of(k.shape[2], window, q.dtype, q.device, *text, text_queries=asks)
         form, constants = blocks_form(band, scale, masked)
     return form(q, k, v, *constants) if mask is None else form(q, k, v, mask, *constants)

@@ -31,7 +31,11 @@ from ditfastattn.passes.windows.masks import hide_pairs
 from ditfastattn.passes.windows.tile_attention import TILE_ATTENTION
 from ditfastattn.passes.windows.tile_attention import seen_pairs as pairs_of_tiles
 from ditfastattn.passes.windows.window import TileWindow
-from ditfastattn.passes.windows.window_attention import WINDOW_ATTENTION, seen_pairs
+from ditfastattn.passes.windows.window_attention import (
+    WINDOW_ATTENTION,
+    rows_of_queries,
+    seen_pairs,
+)
 
 
 def mask_windows(module: GraphModule) -> int:
@@ -41,13 +45,14 @@ def mask_windows(module: GraphModule) -> int:
     found = calls(module.graph, WINDOW_ATTENTION, TILE_ATTENTION)
     for node in found:
         window, scale, text = window_of(node)
-        query = value(sources(node)[0])
-        key = (window, text, query.shape[2], query.device)
+        query, keys = (value(source) for source in sources(node)[:2])
+        key = (window, text, query.shape[2], keys.shape[2], query.device)
         if key not in known:
             if isinstance(window, TileWindow):
-                known[key] = pairs_of_tiles(window, *text, query.device)
+                every = pairs_of_tiles(window, *text, query.device)
             else:
-                known[key] = seen_pairs(query.shape[2], window, *text, query.device)
+                every = seen_pairs(keys.shape[2], window, *text, query.device)
+            known[key] = rows_of_queries(every, query.shape[2], text[0])
         form = _masked_form(scale, is_masked(node))
         paster.replace(node, (key, scale, "masked"), form, (known[key],))
     if found:

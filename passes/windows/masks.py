@@ -132,18 +132,18 @@ def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
-def check_mask(q: Tensor, mask: Tensor | None, where: str) -> None:
-    """Raise ``ConfigError`` unless ``mask`` is ``[B | 1, H | 1, N | 1, N]`` for ``q``."""
+def check_mask(q: Tensor, k: Tensor, mask: Tensor | None, where: str) -> None:
+    """Raise ``ConfigError`` unless ``mask`` is ``[B | 1, H | 1, queries | 1, keys]``."""
     if mask is None:
         return
-    batch, heads, tokens, _ = q.shape
-    allowed = (1, batch), (1, heads), (1, tokens), (tokens,)
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    allowed = (1, batch), (1, heads), (1, queries), (keys,)
     sizes = tuple(mask.shape)
     if len(sizes) != 4 or any(size not in each for size, each in zip(sizes, allowed, strict=True)):
         raise ConfigError(
             "the mask does not fit these tokens",
             where=where,
             got=list(sizes),
-            expected=f"[{batch} or 1, {heads} or 1, {tokens} or 1, {tokens}]",
+            expected=f"[{batch} or 1, {heads} or 1, {queries} or 1, {keys}]",
             remedy="a window takes masks of four dimensions that hold every key",
         )

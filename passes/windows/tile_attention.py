@@ -5,8 +5,8 @@ along every axis. The grid is cut into tiles, and the queries of a tile attend t
 at most ``reach`` away along each axis. At the grid's edge the window moves inward, so that every
 tile sees the same number of keys and none of them is masked (sliding tile attention, Zhang et al.
 2025, section 3). Tokens are in row-major order of the grid, time first. Text tokens ``before`` and
-``after`` the grid attend, and are attended by, all, and a mask hides keys or pairs, as in
-``window_attention``.
+``after`` the grid attend, and are attended by, all, or are keys alone, and a mask hides keys or
+pairs, as in ``window_attention``.
 
 The operator marks the window in a graph and computes it as masked full attention;
 ``lower_tile_attention`` replaces it by a form that skips the other tiles.
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.windows.masks import check_mask, hide_pairs
 from ditfastattn.passes.windows.window import TileWindow
-from ditfastattn.passes.windows.window_attention import allocate, check_alike
+from ditfastattn.passes.windows.window_attention import allocate, check_alike, rows_of_queries
 
 
 @torch.library.custom_op("ditfastattn::tile_attention", mutates_args=())
@@ -44,15 +44,17 @@ def tile_attention(
 ) -> Tensor:
     """Attend from each tile of ``q`` to the tiles near it.
 
-    Takes and returns ``[B, H, N, D]``, where ``N`` is ``before``, the grid's tokens, ``after``.
-    ``mask``, ``[B | 1, H | 1, N | 1, N]``, is false at hidden pairs, or is added to the scores.
+    Takes and returns ``[B, H, N, D]``, where ``N`` is ``before``, the grid's tokens, ``after``; of
+    ``q`` it may be the grid's tokens alone. ``mask``, ``[B | 1, H | 1, queries | 1, keys]``, is
+    false at hidden pairs, or is added to the scores.
 
     Raises:
         ConfigError: the inputs differ, the grid does not fit, or the mask does not fit.
     """
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
     _check(q, k, v, window, before + after, mask)
-    seen = hide_pairs(seen_pairs(window, before, after, q.device), mask)
+    every = seen_pairs(window, before, after, q.device)
+    seen = hide_pairs(rows_of_queries(every, q.shape[2], before), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -124,21 +126,22 @@ def seen_pairs(
     return seen
 
 
-def tile_pairs(window: TileWindow, text: int = 0) -> int:
+def tile_pairs(window: TileWindow, queries: int, keys: int) -> int:
     """Count the pairs kept: those of near tiles, and all with a text token."""
-    return window.tokens * window.seen + text * (2 * window.tokens + text)
+    text = keys - window.tokens
+    return window.tokens * (window.seen + text) + (queries - window.tokens) * keys
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, window: TileWindow, text: int, mask: Tensor | None
 ) -> None:
-    check_alike(q, k, v, "tile_attention")
-    check_mask(q, mask, "tile_attention")
-    if q.shape[2] != window.tokens + text:
+    check_alike(q, k, v, text, "tile_attention")
+    check_mask(q, k, mask, "tile_attention")
+    if k.shape[2] != window.tokens + text:
         raise ConfigError(
-            "the query has the wrong number of tokens for the grid",
+            "the key has the wrong number of tokens for the grid",
             where="tile_attention",
-            got=f"{q.shape[2]} tokens, {text} of text",
+            got=f"{k.shape[2]} tokens, {text} of text",
             expected=" x ".join(map(str, window.grid)),
         )
 
@@ -160,4 +163,4 @@ def _flops(
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
     batch, heads, head_dim = q[0], q[1], q[3]
     window = TileWindow(grid=tuple(grid), tile=tuple(tile), reach=tuple(reach))
-    return 4 * batch * heads * head_dim * tile_pairs(window, before + after)
+    return 4 * batch * heads * head_dim * tile_pairs(window, q[2], k[2])

@@ -2,7 +2,8 @@
 
 Query ``i`` attends the keys ``j`` with ``|i - j| <= window``. Where text tokens stand ``before`` or
 ``after`` the image's, as in joint attention, the band is the image's alone: every query attends the
-text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). A mask
+text, and the text's queries attend everything (the arrow of DiTFastAttnV2, section 3.2). Where text
+tokens are keys alone, the queries are the image's, and fewer than the keys by the text. A mask
 hides keys from every query, as padding does, or pairs of query and key; a query that sees no key
 gives 0. The operator marks
 the window in a graph and computes it as masked full attention; ``lower_window_attention`` replaces
@@ -38,15 +39,17 @@ def window_attention(
 ) -> Tensor:
     """Attend from each query of ``q`` to the keys at most ``window`` tokens away.
 
-    Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` tokens attend,
-    and are attended by, all. ``mask``, ``[B | 1, H | 1, N | 1, N]``, is false at hidden pairs, or
-    is added to the scores.
+    Takes and returns ``[B, H, N, D]``. The first ``before`` and the last ``after`` keys are the
+    text's, which all attend; so are those queries, which attend all, unless ``q`` lacks them.
+    ``mask``, ``[B | 1, H | 1, queries | 1, keys]``, is false at hidden pairs, or is added to the
+    scores.
 
     Raises:
         ConfigError: the inputs differ, the window is negative, or the mask does not fit.
     """
-    _check(q, k, v, window, mask)
-    seen = hide_pairs(seen_pairs(q.shape[2], window, before, after, q.device), mask)
+    _check(q, k, v, window, before + after, mask)
+    every = seen_pairs(k.shape[2], window, before, after, q.device)
+    seen = hide_pairs(rows_of_queries(every, q.shape[2], before), mask)
     result = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return allocate(q).copy_(result)
 
@@ -62,7 +65,7 @@ def _fake(
     after: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    _check(q, k, v, window, mask)
+    _check(q, k, v, window, before + after, mask)
     return allocate(q)
 
 
@@ -76,6 +79,11 @@ def seen_pairs(
     return near | text[:, None] | text[None, :]
 
 
+def rows_of_queries(seen: Tensor, queries: int, before: int) -> Tensor:
+    """Return the rows of ``[tokens, tokens]`` that are queries: all, or those of the image."""
+    return seen.narrow(0, before if queries < len(seen) else 0, queries)
+
+
 WINDOW_ATTENTION = torch.ops.ditfastattn.window_attention.default
 
 
@@ -85,8 +93,11 @@ def allocate(q: Tensor) -> Tensor:
     return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
-    """Raise ``ConfigError`` unless all are ``[B, H, N, D]`` of one shape, dtype and device."""
+def check_alike(q: Tensor, k: Tensor, v: Tensor, text: int, where: str) -> None:
+    """Raise ``ConfigError`` unless all are ``[B, H, N, D]`` of one shape, dtype and device.
+
+    Keys and values may have ``text`` more tokens than the query.
+    """
     if q.dim() != 4:
         raise ConfigError(
             "the query has the wrong rank",
@@ -94,35 +105,37 @@ def check_alike(q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
             got=list(q.shape),
             expected="[batch, heads, tokens, head_dim]",
         )
+    sizes = list(q.shape)
+    if k.dim() == 4 and k.shape[2] == q.shape[2] + text:
+        sizes[2] = k.shape[2]
+    expected = sizes, q.dtype, q.device
     for name, tensor in (("key", k), ("value", v)):
-        if _kind(tensor) != _kind(q):
+        got = list(tensor.shape), tensor.dtype, tensor.device
+        if got != expected:
             raise ConfigError(
                 f"query and {name} differ",
                 where=where,
-                got=_kind(tensor),
-                expected=_kind(q),
+                got=got,
+                expected=expected,
                 remedy="a window is for self-attention without grouped heads",
             )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None) -> None:
-    check_alike(q, k, v, "window_attention")
-    check_mask(q, mask, "window_attention")
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int, text: int, mask: Tensor | None) -> None:
+    check_alike(q, k, v, text, "window_attention")
+    check_mask(q, k, mask, "window_attention")
     if window < 0:
         raise ConfigError(
             "the window is negative", where="window_attention", got=window, expected="0 or more"
         )
 
 
-def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype, torch.device]:
-    return list(tensor.shape), tensor.dtype, tensor.device
-
-
-def kept_pairs(tokens: int, window: int, text: int = 0) -> int:
-    """Count the pairs kept: those in the band of ``tokens - text``, and all with a text token."""
-    image = tokens - text
+def kept_pairs(queries: int, keys: int, window: int, text: int = 0) -> int:
+    """Count the pairs kept: those in the band of ``keys - text``, and all with a text token."""
+    image = keys - text
     width = min(window, image - 1)
-    return image * (2 * width + 1) - width * (width + 1) + text * (2 * image + text)
+    near = image * (2 * width + 1) - width * (width + 1)
+    return near + image * text + (queries - image) * keys
 
 
 @register_flop_formula(torch.ops.ditfastattn.window_attention)
@@ -138,5 +151,5 @@ def _flops(
     **_: Any,
 ) -> int:
     """Count scores and weighted sum, a multiply and an add each, of the kept pairs alone."""
-    batch, heads, tokens, head_dim = q
-    return 4 * batch * heads * head_dim * kept_pairs(tokens, window, before + after)
+    batch, heads, queries, head_dim = q
+    return 4 * batch * heads * head_dim * kept_pairs(queries, k[2], window, before + after)

@@ -314,6 +314,37 @@ def test_a_window_beside_text_computes_the_same(
     assert_same(Windowed(window, *text), {"x": noise(1, 2, tokens + sum(text), 8)}, tmp_path)
 
 
+class TextKeys(nn.Module):
+    """Attend from the image's tokens to those, and to text that is keys alone."""
+
+    def __init__(self, window: Window, text: tuple[int, int]) -> None:
+        super().__init__()
+        self.window, self.text = window, text
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        heads = x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+        target, arguments = window_call(self.window, 0.5, self.text, mask)
+        before, after = self.text
+        image = heads[:, :, before : heads.shape[2] - after]
+        result: Tensor = target(image, 2 * heads, heads - 1, *arguments)
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("text", [(5, 0), (0, 5), (3, 4)])
+@pytest.mark.parametrize(
+    "window", [2, 60, TileWindow(grid=(8, 12), tile=(2, 3), reach=(1, 1))], ids=str
+)
+def test_text_tokens_that_are_keys_alone(
+    window: Window, text: tuple[int, int], masked: bool, tmp_path: Path
+) -> None:
+    tokens = 96 + sum(text)
+    call = {"x": noise(1, 2, tokens, 8)}
+    if masked:
+        call["mask"] = noise(2, 2, 1, 96, tokens) > 0
+    assert_same(TextKeys(window, text), call, tmp_path)
+
+
 class Tiled(nn.Module):
     def __init__(self, window: TileWindow, *text: int) -> None:
         super().__init__()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import ditfastattn
-from ditfastattn import CfgLayout, ConfigError, Plan, Strategy
+from ditfastattn import CfgLayout, ConfigError, Plan, Strategy, load
 from ditfastattn.export.bundle import export_model
 from ditfastattn.export.capture_call import RecordedCall, capture_call
+from ditfastattn.export.options import ExportOptions
 from ditfastattn.passes.analysis.fingerprint import fingerprint
 from ditfastattn.passes.analysis.site import attentions
 from ditfastattn.passes.analysis.sites import find_sites
@@ -148,6 +149,27 @@ class Experts(nn.Module):
 class Routed(Padded):
     def __init__(self) -> None:
         super().__init__(Experts)
+
+
+class WeightedExperts(Experts):
+    """Send each token to two of three experts, and add what they make of it by weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, chosen = self.gate(flat).softmax(-1).topk(2)
+        order = chosen.flatten().argsort()
+        ends = chosen.flatten().bincount().cumsum(0).tolist()
+        total = torch.zeros_like(flat)
+        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
+            tokens = (order // 2)[start:end]
+            made = expert(flat[tokens]) * weights.view(-1, 1)[order[start:end]]
+            total.scatter_reduce_(0, tokens.view(-1, 1).repeat(1, WIDTH), made, reduce="sum")
+        return total.view_as(x)
+
+
+class Weighted(Padded):
+    def __init__(self) -> None:
+        super().__init__(WeightedExperts)
 
 
 class Lazy(Denoiser):
@@ -342,9 +364,22 @@ def test_a_router_is_called_as_it_is_and_the_sites_around_it_are_planned() -> No
     assert [site.name for site in trial.report.sites] == ["blocks.0", "blocks.1"]
 
 
-def test_no_bundle_is_made_of_a_router(tmp_path: Path) -> None:
+def test_a_bundle_runs_every_expert_on_all_tokens(tmp_path: Path) -> None:
+    model = handmade(Weighted).build()
+    call, options = RecordedCall(call_batch(2, TIMESTEPS[0])), ExportOptions(dynamic_batch=False)
+    export_model(model, call, None, tmp_path / "bundle", options)
+    bundle = load(tmp_path / "bundle")
+    for timestep in TIMESTEPS:
+        given = call_batch(2, timestep)
+        with torch.no_grad():
+            torch.testing.assert_close(bundle(**given)[0], model(**given)[0], rtol=0, atol=1e-5)
+
+
+def test_no_bundle_is_made_of_a_router_that_is_not_known(tmp_path: Path) -> None:
     call = RecordedCall(call_batch(2, TIMESTEPS[0]))
-    with pytest.raises(ConfigError, match=r"router[\s\S]*blocks\.0\.mlp: bincount\(\)"):
+    with pytest.raises(
+        ConfigError, match=r"each of which gets some\s+got: +blocks\.0\.mlp: bincount\(\)"
+    ):
         export_model(handmade(Routed).build(), call, None, tmp_path / "bundle")
 
 

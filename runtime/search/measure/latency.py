@@ -115,7 +115,7 @@ def measure_costs(
     groups: dict[Any, list[int]] = {}
     for index, site in enumerate(every):
         legal = _shortcuts(site, session.layout)
-        shape = (site.kind, site.tokens, site.heads, site.head_dim, site.windows)
+        shape = (site.kind, site.tokens, site.text, site.heads, site.head_dim, site.windows)
         key = (*shape, site.first_head > 0, legal)
         groups.setdefault(key, []).append(index)
     rows = _everywhere(every)

@@ -38,6 +38,13 @@ class Joint(torch.nn.Module):
             x = x + text.mean(dim=1, keepdim=True)  # as after a block
             both = torch.cat([self.heads(text), self.heads(x)], dim=3)
             return self.attended(self.heads(x)[0], *both[1:])
+        if self.case == "image keys first":
+            both = torch.cat([self.heads(x), self.heads(text)], dim=3)
+            return self.attended(self.heads(x)[0], *both[1:])
+        if self.case == "some queries":
+            x = x + text.mean(dim=1, keepdim=True)
+            both = torch.cat([self.heads(text), self.heads(x)], dim=3)
+            return self.attended(self.heads(x[:, : IMAGE // 2])[0], *both[1:])
         both = torch.cat([self.heads(x), self.heads(x.flip(1))], dim=3)
         return self.attended(*both)[:, :IMAGE]
 
@@ -79,9 +86,23 @@ def test_rows_with_texts_of_their_own_lengths_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
+    ("case", "text"), [("keys alone", (TEXT, 0)), ("image keys first", (0, TEXT))]
+)
+def test_text_tokens_may_be_keys_alone(case: str, text: tuple[int, int]) -> None:
+    (site,) = sites_of(case)
+    assert (site.kind, site.tokens, site.text) == (SiteKind.JOINT, IMAGE, text)
+    assert site.image_tokens == IMAGE
+    assert site.window
+
+
+@pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("keys alone", "text tokens are keys alone: 16 queries attend 22 keys"),
+        (
+            "some queries",
+            "its 22 tokens, which 8 queries attend, are not joined from two parts of which only "
+            "one depends on the latent",
+        ),
         (
             "both of the latent",
             "its 32 tokens are not joined from two parts of which only one depends on the latent",

@@ -149,7 +149,7 @@ def test_heads_merge_as_a_view() -> None:
 @pytest.mark.parametrize(("tokens", "window"), [(1, 0), (7, 2), (8, 7), (8, 100), (13, 0)])
 def test_flops_count_the_kept_pairs(tokens: int, window: int) -> None:
     pairs = sum(abs(i - j) <= window for i in range(tokens) for j in range(tokens))
-    assert kept_pairs(tokens, window) == pairs
+    assert kept_pairs(tokens, tokens, window) == pairs
     with FlopCounterMode(display=False) as counter:
         window_attention(*inputs(2, 3, tokens, 8), window, 0.3)
     assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 8 * pairs
@@ -163,7 +163,7 @@ def test_flops_count_the_texts_pairs() -> None:
         for i in range(tokens)
         for j in range(tokens)
     )
-    assert kept_pairs(tokens, window, sum(text)) == pairs
+    assert kept_pairs(tokens, tokens, window, sum(text)) == pairs
     with FlopCounterMode(display=False) as counter:
         window_attention(*inputs(2, 3, tokens, 8), window, 0.3, *text)
     assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 8 * pairs
