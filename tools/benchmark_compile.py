@@ -9,8 +9,6 @@ an empty folder for Inductor's caches.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -31,6 +29,7 @@ from ditfastattn.runtime.search.measure.contender import Contender
 from ditfastattn.runtime.search.measure.session import open_session
 from ditfastattn.runtime.search.measure.timing import measure_pairs, measure_turns
 from ditfastattn.tools.bench.models import DIGITS
+from ditfastattn.tools.benchmarking.compiling import cpu_seconds, run_uncached, start_inductor
 from ditfastattn.tools.benchmarking.dispatch import (
     EmptiedSteps,
     dispatch_seconds,
@@ -38,7 +37,6 @@ from ditfastattn.tools.benchmarking.dispatch import (
     seconds,
 )
 from ditfastattn.tools.benchmarking.plans import make_pipeline, make_plan
-from ditfastattn.tools.benchmarking.process import run_alone
 from ditfastattn.tools.digits_pipeline import DigitsPipeline
 from ditfastattn.tools.measure import machine
 from ditfastattn.tools.terminal import open_console
@@ -83,7 +81,7 @@ def cost(
 @app.command()
 def once(backend: Backend, layers: Layers = 28, steps: Steps = 50, variants: Variants = 20) -> None:
     """Print the cost of compiling in this process: the first generation minus a warm one."""
-    _pay_once()
+    start_inductor()
     pipeline, prompt = make_pipeline(layers), _prompt(steps)
     if backend is Backend.STOCK:
         model = torch.compile(pipeline.transformer, fullgraph=True, dynamic=False)
@@ -92,13 +90,13 @@ def once(backend: Backend, layers: Layers = 28, steps: Steps = 50, variants: Var
         torch._dynamo.reset()
         model = _ours(pipeline, plan=plan, outline=backend is Backend.OUTLINED)
     contender = Contender(pipeline, model, [prompt])
-    before = _cpu_seconds()
+    before = cpu_seconds()
     first = seconds(lambda: contender.generate(0))
-    between = _cpu_seconds()
+    between = cpu_seconds()
     warm = seconds(lambda: contender.generate(0))
     found = {
         "compile_seconds": first - warm,
-        "compile_cpu_seconds": (between - before) - (_cpu_seconds() - between),
+        "compile_cpu_seconds": (between - before) - (cpu_seconds() - between),
         "warm_generation_seconds": warm,
         "distinct_regions": compiled_regions(),
     }
@@ -243,22 +241,8 @@ def _prompt(steps: int) -> Prompt:
     return split_prompts(call, 0)[0]
 
 
-def _pay_once(size: int = 8) -> None:
-    """Let Inductor import its parts and find the compiler: costs that belong to no model."""
-    with torch.no_grad():
-        torch.compile(torch.nn.Linear(size, size).eval())(torch.randn(size, size))
-
-
-def _cpu_seconds() -> float:
-    """Return the CPU time so far, the C++ compiler's included; other load does not count."""
-    now = os.times()
-    return now.user + now.system + now.children_user + now.children_system
-
-
 def _alone(*arguments: str) -> dict[str, Any]:
-    """Run a command of this module with empty compiler caches; return its JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_alone("benchmark_compile", *arguments, TORCHINDUCTOR_CACHE_DIR=folder)
+    return run_uncached("benchmark_compile", *arguments)
 
 
 def _write(path: Path, results: dict[str, Any], **arguments: int) -> None:
