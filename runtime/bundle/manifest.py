@@ -216,6 +216,10 @@ class Manifest(Record, frozen=True):
         """Check that every slot that is read, or taken over, was written before and is kept."""
         once = {slot for slot, _ in self.hoisted.writes} if self.hoisted else set()
         lives = {slot.name: slot.lives for slot in call.slots}
+        for name, own in lives.items():
+            late = [last for _, last in own if last >= len(call.schedule)]
+            if late:
+                raise ValueError(f"slots: {name!r} is read at step {late[0]}, after the last one")
 
         def kept(slot: str, step: int) -> bool:
             return any(began < step <= last for began, last in lives.get(slot, ()))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ditfastattn.core.errors import ConfigError
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.phases import Phase
 from ditfastattn.passes.plan.schema import Plan, Sampler
@@ -98,3 +99,15 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     }
     config: dict[str, Any] = json.loads(json.dumps(public, default=str))
     return config
+
+
+def check_steps(count: int) -> None:
+    """Raise ``ConfigError`` for a generation of one step: it has nothing to reuse."""
+    if count < 2:
+        raise ConfigError(
+            "a generation of one step has nothing to reuse",
+            where="calibrate(call)",
+            got=f"{count} step",
+            expected="2 steps or more: a plan reuses what earlier steps have computed",
+            remedy="give the call more steps, by num_inference_steps, sigmas or strength",
+        )

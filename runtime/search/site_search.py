@@ -17,6 +17,7 @@ from ditfastattn.passes.graph.ir import find, value
 from ditfastattn.passes.plan.guidance import CfgLayout
 from ditfastattn.passes.plan.schema import Plan
 from ditfastattn.runtime.pipeline.prompts import Prompt
+from ditfastattn.runtime.pipeline.sampler import check_steps
 from ditfastattn.runtime.search.cache_memory import say_what_caches_take
 from ditfastattn.runtime.search.estimate import most_forwards, usual_forwards
 from ditfastattn.runtime.search.global_chooser import make_global
@@ -77,7 +78,7 @@ def open_sites(
     narrow, groups = wanted.attention_only, wanted.head_groups
     with open_session(pipeline, prompt, cfg_layout, timestep, narrow, groups, only) as session:
         if only is None:
-            _check_steps(session.steps)
+            check_steps(session.steps)
         device = session.example[0].device.type
         sites = allowed_windows(session.sites, wanted.windows, device)
         session.take_sites(_with_caches_in(wanted.cache_dtype, session, sites))
@@ -236,17 +237,6 @@ def _with_caches_in(
             remedy="leave cache_dtype out",
         )
     return made
-
-
-def _check_steps(count: int) -> None:
-    if count < 2:
-        raise ConfigError(
-            "a generation of one step has nothing to reuse",
-            where="calibrate(call)",
-            got=f"{count} step",
-            expected="2 steps or more: a plan reuses what earlier steps have computed",
-            remedy="give the call more steps, by num_inference_steps, sigmas or strength",
-        )
 
 
 def warn_if_nothing_gained(plan: Plan) -> None:

@@ -23,6 +23,7 @@ from ditfastattn.runtime.pipeline.forwards import check_not_accelerated
 from ditfastattn.runtime.pipeline.guidance import detect_cfg_layout
 from ditfastattn.runtime.pipeline.hooks import check_not_cached
 from ditfastattn.runtime.pipeline.prompts import Prompt, argument_of
+from ditfastattn.runtime.pipeline.sampler import check_steps
 from ditfastattn.runtime.search.judge.targets import Target, TargetKind
 from ditfastattn.runtime.search.phases import warn_of_phases
 from ditfastattn.runtime.search.record.checkpoint import Checkpoint, open_checkpoint
@@ -181,6 +182,7 @@ def prepare(
     meter.begin("dense generations")
     first = observe(pipeline, prompts[0], layout, options.timestep)
     meter.spend(len(first.steps))
+    check_steps(len(first.steps))
     if first.phases:
         warn_of_phases(first.layouts)
         request = replace(request, layout=first.layout)

@@ -144,9 +144,10 @@ def _total(worth: Sequence[float]) -> float:
 
 def _hopeless(before: Sequence[float], after: Sequence[float]) -> bool:
     """Return whether images lose by more than the standard error of what they lose."""
-    lost = [old - new for old, new in zip(before, after, strict=True)]
-    error = statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
-    return statistics.fmean(lost) > error
+    lost = [0.0 if old == new else old - new for old, new in zip(before, after, strict=True)]
+    mean, exact = sum(lost) / len(lost), not all(map(math.isfinite, lost))  # images without error
+    error = 0.0 if exact or len(lost) == 1 else statistics.stdev(lost) / math.sqrt(len(lost))
+    return mean > error
 
 
 def _moved(runs: tuple[int, ...], place: int, by: int, steps: int) -> tuple[int, ...] | None:

@@ -132,7 +132,8 @@ class Masks:
             if self._request.target.kind is TargetKind.QUALITY:
                 return self._judged(mask, images, states)
             pairs = zip(rollouts, states, strict=True)
-            return [-math.log(drift([rollout], [state], self._steps)) for rollout, state in pairs]
+            missed = [drift([rollout], [state], self._steps) for rollout, state in pairs]
+            return [-math.log(each) if each else math.inf for each in missed]
 
         return Sample(rollouts, worth)
 

@@ -79,6 +79,12 @@ def test_few_images_rule_out_what_they_lose_by_and_decide_nothing(whole: WholeSt
     assert climbed(whole, (0, 3, 5), wanted, few=by_chance) == (0, 2, 4)
 
 
+def test_images_without_error_are_compared(whole: WholeStepSearch) -> None:
+    perfect = [float("inf"), 1.0, 1.0]
+    for few in (lambda *_: perfect, lambda mask, _: perfect if mask.runs[1] == 3 else [2.0] * 3):
+        assert climbed(whole, (0, 3, 5), near(0, 2, 5), few=few)[1] in (2, 3)
+
+
 def test_a_late_run_goes_to_the_gap_where_it_is_worth_most(whole: WholeStepSearch) -> None:
     def covered(mask: FittedMask, _: Any) -> list[float]:
         return [float(-sum(min(abs(step - run) for run in mask.runs) for step in (0, 2, 4)))]
