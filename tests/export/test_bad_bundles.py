@@ -318,6 +318,7 @@ def test_a_graph_that_no_export_writes_is_refused_before_a_runtime_reads_it(
         (lambda d: d["variants"][0].update(inputs=["other"]), "the model lacks"),
         (lambda d: d.update(surprise=1), "Extra inputs"),
         (lambda d: d["slots"].clear(), "is not a slot"),
+        (lambda d: d["slots"][0]["lives"][0].__setitem__(1, 6), "step 6, after the last one"),
         (lambda d: d["factors"][0].update(numerator=1.0), "'numerator' does not name a cache slot"),
         (lambda d: d["variants"][0]["writes"].append(["numerator", "x"]), "not name a cache slot"),
         (lambda d: d["files"].pop("plan.json"), "plan_sha256"),
