@@ -37,8 +37,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import (
     output_column,
     planned_coefficients,
 )
-from ditfastattn.runtime.search.whole_steps.masks import fit_mask
-from ditfastattn.runtime.search.whole_steps.rollout import HISTORY
+from ditfastattn.runtime.search.whole_steps.masks import OUTPUTS, fit_mask
 from ditfastattn.runtime.search.whole_steps.search import Judged, WholeStepSearch
 
 log = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ class JointSearch:
         return max(ratio - before, 0.0) / (1.0 - before) if before < 1.0 else ratio
 
     def _with_output(self, rows: Sequence[Row], runs: Sequence[int]) -> list[Row]:
-        column = output_column(runs, self._spans, HISTORY - 1)
+        column = output_column(runs, self._spans, OUTPUTS)
         return [(*row, output) for row, output in zip(rows, column, strict=True)]
 
     def _judged(self, rows: Sequence[Row], runs: tuple[int, ...]) -> Judged:
@@ -197,7 +196,7 @@ class JointSearch:
 
         kept = whole.checkpoint.data(f"joint-calibration-{digest_of(rows)}", fitted)
         fits = [None if each is None else torch.tensor(each) for each in kept["coefficients"]]
-        mask = FittedMask(runs, tuple(fits), HISTORY - 1)
+        mask = FittedMask(runs, tuple(fits), OUTPUTS)
         found = Judged(mask, _as_judgements(kept["judged"]))
         if not whole.judge.meets(found.judged):
             return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,20 +89,20 @@ class _Climber:
         few, known, begins = self._samples[0], self._known[0], self._observed.begins
         late = [run for run in self.best[len(self.best) // 2 :] if run not in begins]
         fewer = [tuple(run for run in self.best if run != gone) for gone in late]
-        if not fewer:
+        left = {runs: self._fitted(few, runs, known.begun) for runs in fewer}
+        if not left:
             return
-        least = max(fewer, key=lambda runs: _total(self._fitted(few, runs, known.begun).worth))
-        begun = self._fitted(few, least, known.begun).begun
+        least = _most_worth(left)
         middles = [(a + b) // 2 for a, b in pairwise((*least, self._steps)) if b - a > 1]
         others = {tuple(sorted((*least, step))) for step in middles} - {self.best}
         speed = self._observed.speedup
         found = {
-            runs: self._fitted(few, runs, begun)
+            runs: self._fitted(few, runs, left[least].begun)
             for runs in sorted(others)
             if speed(runs) >= speed(self.best)
         }
         if found:
-            self._take(max(found, key=lambda runs: _total(found[runs].worth)))
+            self._take(_most_worth(found))
 
     def move(self) -> None:
         """Move one run after the other, each as long as that is worth more."""
@@ -136,6 +136,10 @@ class _Climber:
         rollouts, rule = sample.rollouts, self._rule
         mask, states = fit_mask(rollouts, runs, self._spend, rule=rule, begun=own)
         return _Fitted(sample.worth(mask, states), own)
+
+
+def _most_worth(fitted: Mapping[tuple[int, ...], _Fitted]) -> tuple[int, ...]:
+    return max(fitted, key=lambda runs: _total(fitted[runs].worth))
 
 
 def _total(worth: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.fit import combined, fit, terms
 from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
 
+OUTPUTS = HISTORY - 1  # that a skipped step reads at most
 SHORTEST_LIMIT = 7  # steps in a row that may always be skipped
 ENDINGS = 3  # plans of each number of runs that are looked at as images
 
@@ -85,7 +86,6 @@ def drift(rollouts: Sequence[Rollout], states: Sequence[State], step: int) -> fl
 def search_masks(
     rollouts: Sequence[Rollout],
     spend: Callable[[float], None],
-    outputs: int = HISTORY - 1,
     rule: Rule = fit,
 ) -> Generator[list[Path]]:
     """Yield the best ways to the end in which one step runs, then two, and so on; best first.
@@ -105,7 +105,7 @@ def search_masks(
                 continue
             nearest[step] = path.drift
             spend(len(rollouts))
-            for following in _continued(rollouts, path, step, outputs, rule):
+            for following in _continued(rollouts, path, step, rule):
                 reached = len(following.coefficients)
                 if reached == steps:
                     ends.append(following)
@@ -115,16 +115,14 @@ def search_masks(
         ways = longer
 
 
-def _continued(
-    rollouts: Sequence[Rollout], path: Path, step: int, outputs: int, rule: Rule
-) -> Generator[Path]:
+def _continued(rollouts: Sequence[Rollout], path: Path, step: int, rule: Rule) -> Generator[Path]:
     """Run ``step``, and yield where that leads: to the next step, and past skipped ones.
 
     The first step of a phase is not skipped.
     """
     steps, runs = len(rollouts[0].observed.steps), (*path.runs, step)
     states, made = run_step(rollouts, path.states, step), (*path.coefficients, None)
-    known = min(outputs, len(states[0].ran))
+    known = min(OUTPUTS, len(states[0].ran))
     last = rollouts[0].observed.begins | {steps}
     while True:
         reached = len(made)
@@ -139,7 +137,6 @@ def fit_mask(
     rollouts: Sequence[Rollout],
     runs: Sequence[int],
     spend: Callable[[float], None],
-    outputs: int = HISTORY - 1,
     rule: Rule = fit,
     begun: Begun | None = None,
 ) -> tuple[FittedMask, tuple[State, ...]]:
@@ -157,7 +154,7 @@ def fit_mask(
     for step in range(len(rollouts[0].observed.steps)):
         ran = tuple(run for run in runs if run < step)
         if step not in runs:
-            coefficients = rule(rollouts, states, step, min(outputs, len(states[0].ran)))
+            coefficients = rule(rollouts, states, step, min(OUTPUTS, len(states[0].ran)))
             found = (*found, coefficients)
             states = skip_step(rollouts, states, step, coefficients)
             continue
@@ -170,4 +167,4 @@ def fit_mask(
     if begun is not None:
         begun.clear()
         begun.update(own)
-    return FittedMask(tuple(runs), found, outputs), states
+    return FittedMask(tuple(runs), found, OUTPUTS), states

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
-from ditfastattn.runtime.search.whole_steps.masks import Rule, run_step, skip_step
-from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
+from ditfastattn.runtime.search.whole_steps.masks import OUTPUTS, Rule, run_step, skip_step
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
 
 LOOSER = (1e-2,)  # than the usual ridge
 _FOLDS = 4  # groups of images that are left out in turn
@@ -36,7 +36,7 @@ class Fold:
 
     def mask(self, runs: Sequence[int]) -> FittedMask:
         """Return the steps that run, and the coefficients of the others."""
-        return FittedMask(tuple(runs), self.coefficients, HISTORY - 1)
+        return FittedMask(tuple(runs), self.coefficients, OUTPUTS)
 
 
 def cross_validated(
@@ -62,7 +62,7 @@ def cross_validated(
             states = run_step(rollouts, states, step)
             folds = [_run(rollouts, fold, step) for fold in folds]
         else:
-            known = min(HISTORY - 1, len(states[0].ran))
+            known = min(OUTPUTS, len(states[0].ran))
             folds = [_skipped(rollouts, states, fold, step, known, rule) for fold in folds]
             coefficients = rule(rollouts, states, step, known)
             states = skip_step(rollouts, states, step, coefficients)

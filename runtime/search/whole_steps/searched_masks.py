@@ -13,10 +13,16 @@ from ditfastattn.runtime.search.record.checkpoint import Checkpoint
 from ditfastattn.runtime.search.whole_steps.candidates import FittedMask
 from ditfastattn.runtime.search.whole_steps.climb import Sample, climb
 from ditfastattn.runtime.search.whole_steps.judge import Judge
-from ditfastattn.runtime.search.whole_steps.masks import Path, drift, fit_mask, search_masks
+from ditfastattn.runtime.search.whole_steps.masks import (
+    OUTPUTS,
+    Path,
+    drift,
+    fit_mask,
+    search_masks,
+)
 from ditfastattn.runtime.search.whole_steps.observed import Observed
 from ditfastattn.runtime.search.whole_steps.record import Recorder
-from ditfastattn.runtime.search.whole_steps.rollout import HISTORY, Rollout, State
+from ditfastattn.runtime.search.whole_steps.rollout import Rollout, State
 
 SEARCHED_ON = 3  # images
 MOST_RUNS = 0.5  # of the steps: above, sites within the steps save more than whole steps
@@ -173,7 +179,7 @@ class Masks:
 
 
 def _fitted(path: Path) -> FittedMask:
-    return FittedMask(path.runs, path.coefficients, HISTORY - 1)
+    return FittedMask(path.runs, path.coefficients, OUTPUTS)
 
 
 def _spread(by_hardness: Sequence[int]) -> list[int]:
